@@ -1,0 +1,52 @@
+"""Element types: their names in a file, their sizes, and exact conversion of scales.
+
+numpy has no bfloat16: its elements travel as ``uint16`` bit patterns (and fp8 as ``uint8``) until
+someone asks for numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+# SPEC.md section 3.3. The numpy type holds an element's bits; only BF16 and F8_* are not numbers.
+STORAGE: dict[str, np.dtype] = {
+    name: np.dtype(code)
+    for name, code in {
+        "BOOL": "?",
+        "U8": "u1",
+        "I8": "i1",
+        "F8_E4M3": "u1",
+        "F8_E5M2": "u1",
+        "U16": "<u2",
+        "I16": "<i2",
+        "F16": "<f2",
+        "BF16": "<u2",
+        "U32": "<u4",
+        "I32": "<i4",
+        "F32": "<f4",
+        "U64": "<u8",
+        "I64": "<i8",
+        "F64": "<f8",
+    }.items()
+}
+SCALE_DTYPES = ("BF16", "F16", "F32")
+
+
+def to_float32(bits: npt.NDArray, dtype: str) -> npt.NDArray[np.float32]:
+    """Widen stored ``BF16``, ``F16`` or ``F32`` elements to float32, exactly."""
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.astype(np.float32)
+
+
+def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray:
+    """Round float32 to ``BF16`` (as uint16 bits), ``F16``, ``F32`` or ``F64``, ties to even."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype(STORAGE[dtype])
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    # The carry of a NaN's payload could make it infinite; keep it a (quiet) NaN.
+    quiet_nan = ((bits >> 16) | 0x40).astype(np.uint16)
+    return np.where(np.isnan(values), quiet_nan, rounded)
