@@ -1,0 +1,34 @@
+"""Trits to codewords and back, and products straight from the codewords. Arrays in, arrays out.
+
+    encode, decode              int8 trits <-> ``EncodedTrits``
+    encode_matrix, dequantize   the same with scales: ``EncodedMatrix`` -> float32
+    matvec, matmul              y = W x without decoding W
+    fit_dictionary, standard_dictionary
+
+Numba is loaded by the first call that encodes, decodes or multiplies.
+"""
+
+from qmoe_format.codec.dictionary import (
+    PROFILES,
+    Dictionary,
+    fit_dictionary,
+    standard_dictionary,
+)
+from qmoe_format.codec.matrix import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec.product import matmul, matvec
+from qmoe_format.codec.segments import EncodedTrits, decode, encode
+
+__all__ = [
+    "PROFILES",
+    "Dictionary",
+    "EncodedMatrix",
+    "EncodedTrits",
+    "decode",
+    "dequantize",
+    "encode",
+    "encode_matrix",
+    "fit_dictionary",
+    "matmul",
+    "matvec",
+    "standard_dictionary",
+]

@@ -1,0 +1,135 @@
+"""A ternary matrix as stored: coded trits and their scales (SPEC.md sections 7.1 and 7.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.codec.dictionary import PROFILES, Dictionary, standard_dictionary
+from qmoe_format.codec.segments import EncodedTrits, decode, encode
+from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
+from qmoe_format.errors import QMoEError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedMatrix:
+    """Trits and scales; weight = row scale of its trit [x column scale].
+
+    ``row_scale``     [rows, groups, 1] of s (low = -s, high = s), or [rows, groups, 2] of low, high
+    ``column_scale``  [columns] or None
+    ``scale_dtype``   ``BF16`` (arrays of uint16 bit patterns), ``F16`` or ``F32``
+    ``group_size``    columns that share a pair of scales; 0: the whole row
+
+    Raises ``QMoEError``: ``argument`` if these do not fit, ``value`` if a scale is not finite.
+    """
+
+    trits: EncodedTrits
+    row_scale: npt.NDArray[Any]
+    column_scale: npt.NDArray[Any] | None
+    scale_dtype: str
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.scale_dtype not in SCALE_DTYPES or not 0 <= self.group_size < 1 << 31:
+            raise QMoEError(
+                "argument",
+                f"scales of type {self.scale_dtype!r} in groups of {self.group_size} columns "
+                f"cannot be stored: types are {', '.join(SCALE_DTYPES)}",
+            )
+        shape = (self.rows, self.groups)
+        if self.row_scale.ndim != 3 or self.row_scale.shape[2] not in (1, 2):
+            raise QMoEError("argument", "row scales have the shape [rows, groups, 1 or 2]")
+        if self.row_scale.shape[:2] != shape:
+            raise QMoEError(
+                "argument", f"row scales are for {self.row_scale.shape[:2]} groups, not {shape}"
+            )
+        if self.column_scale is not None and self.column_scale.shape != (self.columns,):
+            raise QMoEError("argument", f"there are {self.columns} columns to scale")
+        for what, scale in (("row", self.row_scale), ("column", self.column_scale)):
+            if scale is None:
+                continue
+            if scale.dtype != STORAGE[self.scale_dtype]:
+                raise QMoEError(
+                    "argument", f"{what} scales of type {self.scale_dtype} come as {scale.dtype}"
+                )
+            if not np.isfinite(to_float32(scale, self.scale_dtype)).all():
+                raise QMoEError("value", f"a {what} scale is infinite or NaN")  # [E-7] [W-3]
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.trits.rows
+
+    @property
+    def columns(self) -> int:
+        """C."""
+        return self.trits.columns
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether low = -high."""
+        return self.row_scale.shape[2] == 1
+
+    @property
+    def groups(self) -> int:
+        """G, groups of columns with scales of their own ([E-2])."""
+        return -(-self.columns // self.group_size) if self.group_size else 1
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """The dictionary of the codewords."""
+        return self.trits.dictionary
+
+    def low_high(self) -> npt.NDArray[np.float32]:
+        """float32 [rows, groups, 2]: the values of trits -1 and +1 ([V-1])."""
+        scale = to_float32(self.row_scale, self.scale_dtype)
+        return np.concatenate([-scale, scale], axis=2) if self.symmetric else scale
+
+
+def encode_matrix(
+    trits: npt.NDArray[np.int8],
+    row_scale: npt.NDArray[Any],
+    column_scale: npt.NDArray[Any] | None = None,
+    *,
+    scale_dtype: str = "BF16",
+    group_size: int = 0,
+    dictionary: Dictionary | None = None,
+    width: int = PROFILES["fast"],
+    signs: str = "plane",
+    threads: int = 1,
+) -> EncodedMatrix:
+    """Code ``trits`` int8 [rows, columns]; scales as in ``EncodedMatrix``, already in storage form.
+
+    Without ``dictionary`` the standard one for the trits' share of zeros is taken.
+    """
+    if dictionary is None:
+        zero_fraction = 1.0 - np.count_nonzero(trits) / max(trits.size, 1)
+        dictionary = standard_dictionary(zero_fraction, width, signs)
+    return EncodedMatrix(
+        encode(trits, dictionary, threads), row_scale, column_scale, scale_dtype, group_size
+    )
+
+
+def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float32]:
+    """The weights float32 [rows, columns], exact to the bit ([V-1], [V-2]).
+
+    Raises ``QMoEError`` as ``decode`` does.
+    """
+    trits = decode(matrix.trits, threads=threads)
+    low_high = matrix.low_high()
+    # Indexed by trit: 0, high, low (-1 is the last).
+    values = np.concatenate([np.zeros_like(low_high[..., :1]), low_high[..., ::-1]], axis=2)
+    weights = np.empty(trits.shape, np.float32)
+    size = matrix.group_size or max(matrix.columns, 1)
+    for group in range(matrix.groups):
+        part = slice(group * size, (group + 1) * size)
+        weights[:, part] = np.take_along_axis(values[:, group], trits[:, part].astype(np.intp), 1)
+    if matrix.column_scale is not None:
+        scale = to_float32(matrix.column_scale, matrix.scale_dtype)
+        with np.errstate(over="ignore", under="ignore"):
+            weights *= scale
+        weights[trits == 0] = 0.0  # not -0
+    return weights

@@ -1,0 +1,95 @@
+"""Look-up tables of a dictionary, built once and shared by all kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from qmoe_format.codec.dictionary import Dictionary
+
+# A step of one weight in each of the four 16-bit lanes of a word of positions.
+LANES = np.uint64(0x0001_0001_0001_0001)
+SIGN_BIT = np.uint64(0x8000)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What encoder and decoder look up; 2^w codewords, n inner nodes.
+
+    ``positions``  uint64 [2^w, words]: where the entry's non-zeros are, four 16-bit lanes a word,
+                   bit 15 of a lane set where the sign is part of the codeword and negative
+    ``steps``      uint64 [2^w]: the entry's length in all four lanes; 0 for an unused codeword
+    ``nonzeros``   uint8 [2^w]
+    ``children``   int32 [n, 2]: inner node after a zero / a non-zero, or ``~leaf``
+    ``codewords``  uint16 [leaves]: a leaf's first codeword
+    """
+
+    positions: npt.NDArray[np.uint64]
+    steps: npt.NDArray[np.uint64]
+    nonzeros: npt.NDArray[np.uint8]
+    children: npt.NDArray[np.int32]
+    codewords: npt.NDArray[np.uint16]
+    used: int
+
+
+@lru_cache(maxsize=64)
+def tables(dictionary: Dictionary) -> Tables:
+    """The tables of ``dictionary``."""
+    bits = np.unpackbits(np.frombuffer(dictionary.tree, np.uint8), bitorder="little")
+    size = 1 << dictionary.width
+    words = -(-max(dictionary.max_nonzeros, 1) // 4)
+    positions = np.zeros((size, words), np.uint64)
+    steps = np.zeros(size, np.uint64)
+    nonzeros = np.zeros(size, np.uint8)
+    children = np.zeros((size, 2), np.int32)
+    codewords = np.zeros(size, np.uint16)
+    in_codeword = dictionary.signs == "codeword"
+    inner, used = _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords)
+    return Tables(positions, steps, nonzeros, children[:inner], codewords[: inner + 1], used)
+
+
+@njit(cache=True)
+def _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords):  # type: ignore[no-untyped-def]
+    # The path from the root is the entry so far: its length, and where its non-zeros are.
+    path = np.zeros(256, np.int64)  # inner node at each depth
+    second = np.zeros(256, np.uint8)  # 1: the path went on to the second child there
+    depth = 0
+    inner = leaf = code = 0
+    for bit in bits:
+        if depth > 0:
+            parent = path[depth - 1]
+            children[parent, second[depth - 1]] = inner if bit else ~leaf
+        if bit:
+            path[depth] = inner
+            second[depth] = 0
+            inner += 1
+            depth += 1
+            continue
+        count = 0
+        for c in range(depth):
+            count += second[c]
+        owned = 1 << count if in_codeword else 1
+        codewords[leaf] = code
+        for signs in range(owned):
+            steps[code + signs] = np.uint64(depth) * LANES
+            nonzeros[code + signs] = count
+            k = 0
+            for c in range(depth):
+                if second[c]:
+                    lane = np.uint64(c)
+                    if signs >> k & 1:
+                        lane |= SIGN_BIT
+                    positions[code + signs, k >> 2] |= lane << np.uint64(16 * (k & 3))
+                    k += 1
+        code += owned
+        leaf += 1
+        while depth > 0 and second[depth - 1]:
+            depth -= 1
+        if depth == 0:
+            break
+        second[depth - 1] = 1
+    return inner, code
