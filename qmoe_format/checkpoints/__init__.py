@@ -1,0 +1,20 @@
+"""Hugging Face checkpoints, read one tensor at a time (needs torch and safetensors).
+
+``open_checkpoint(folder)`` finds the weights, learns from ``config.json`` which family the model is
+of, and lets that family's adapter say which tensors are experts. Reading is lazy: memory does not
+grow with the model.
+"""
+
+from qmoe_format.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qmoe_format.checkpoints.registry import ADAPTERS, adapter_for
+from qmoe_format.checkpoints.stacks import Adapter, ExpertStack, TensorInfo
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Checkpoint",
+    "ExpertStack",
+    "TensorInfo",
+    "adapter_for",
+    "open_checkpoint",
+]

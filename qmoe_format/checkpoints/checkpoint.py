@@ -1,0 +1,186 @@
+"""A Hugging Face checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from qmoe_format.checkpoints.registry import adapter_for
+from qmoe_format.checkpoints.shards import Shard, open_shard
+from qmoe_format.checkpoints.stacks import ExpertStack, TensorInfo, find_stacks
+from qmoe_format.errors import QMoEError
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ATTACHED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+MAX_ATTACHMENT_BYTES = 1 << 28
+RELEASE_AFTER_BYTES = 1 << 27
+
+
+class Checkpoint:
+    """A checkpoint's tensors, expert stacks and small files; a context manager.
+
+    Attributes:
+        folder: where it lies.
+        config: the contents of ``config.json``.
+        tensors: every tensor by name, in order of names.
+        stacks: the expert stacks.
+        attachments: configuration and tokenizer files, in order of names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        shards: Sequence[Shard],
+        tensors: Mapping[str, TensorInfo],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self.stacks = find_stacks(adapter_for(config), tensors, config)
+        self.attachments = _attachments(folder)
+        self._shards = shards
+        self._mapped_bytes = 0
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that are not experts, in order."""
+        experts = {stack.member(e) for stack in self.stacks for e in range(stack.experts)}
+        return [name for name in self.tensors if name not in experts]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by name, on the CPU; often a view on a memory map: use it and let it go."""
+        if self._mapped_bytes > RELEASE_AFTER_BYTES:
+            self.close()
+        tensor = self._shards[self.tensors[name].shard].read(name)
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+    def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
+        """One expert's matrix ``[rows, columns]``, like ``read``."""
+        tensor = self.read(stack.member(expert))
+        return tensor if stack.members else tensor[expert]
+
+    def close(self) -> None:
+        """Drop the memory maps; the next ``read`` makes them again."""
+        for shard in self._shards:
+            shard.release()
+        self._mapped_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a checkpoint directory; reads its configuration and its weight files' headers.
+
+    Raises:
+        QMoEError: ``not-found`` if there is no such directory; ``checkpoint`` if it is incomplete,
+            unreadable or of an unknown family.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise QMoEError(
+            "not-found", f"{folder}: no such folder; give one with config.json and the weights"
+        )
+    config = _read_json(folder / "config.json")
+    adapter_for(config)
+    paths, listed = _weight_files(folder)
+    shards = [open_shard(path) for path in paths]
+    tensors: dict[str, TensorInfo] = {}
+    for number, shard in enumerate(shards):
+        for name, (dtype, shape) in shard.tensors().items():
+            if name in tensors:
+                raise QMoEError(
+                    "checkpoint",
+                    f"tensor {name!r} is both in {paths[tensors[name].shard].name} and in "
+                    f"{shard.path.name}; remove one of the two files and correct the index",
+                )
+            tensors[name] = TensorInfo(name, dtype, shape, number)
+        shard.release()
+    for name, file in listed.items():
+        if name not in tensors or paths[tensors[name].shard].name != file:
+            raise QMoEError(
+                "checkpoint",
+                f"{folder / file}: tensor {name!r}, which the index says is there, is not; fetch "
+                "the whole checkpoint again",
+            )
+    return Checkpoint(folder, config, shards, dict(sorted(tensors.items())))
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Paths of the weight files, and the file of each tensor if there is an index."""
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise QMoEError(
+            "checkpoint", f"{folder}: no weights; there has to be one of {', '.join(WEIGHT_FILES)}"
+        )
+    if found.suffix != ".json":
+        return [found], {}
+    listed = _read_json(found).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise QMoEError("checkpoint", f"{found}: has no 'weight_map' of tensors to files")
+    suffix = Path(found.name.removesuffix(".index.json")).suffix
+    for file in listed.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+            raise QMoEError("checkpoint", f"{found}: {file!r} is no name of a {suffix} file")
+    return [folder / file for file in sorted(set(listed.values()))], listed
+
+
+def _attachments(folder: Path) -> list[Path]:
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in ATTACHED_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and path.is_file()
+    ]
+    for path in paths:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
+            raise QMoEError(
+                "checkpoint",
+                f"{path}: a file that is attached may have only A-Z a-z 0-9 . _ - in its name; "
+                "rename or move it",
+            )
+        if path.stat().st_size > MAX_ATTACHMENT_BYTES:
+            raise QMoEError(
+                "checkpoint",
+                f"{path}: {path.stat().st_size:,} bytes are too many for a configuration or "
+                "tokenizer file; move it elsewhere",
+            )
+    return paths
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise QMoEError(
+            "checkpoint", f"{path}: missing; give the folder of a Hugging Face checkpoint"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise QMoEError("checkpoint", f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise QMoEError("checkpoint", f"{path}: not a JSON object; fetch it again")
+    return value

@@ -1,0 +1,128 @@
+"""Small checkpoints to convert, made on the spot, and the folder of larger ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+State = dict[str, Any]  # tensors by name; torch is not imported before a test needs it
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with switch-mini and mixtral-mini."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data beside the repository: its checkpoints are not published")
+    return SHARED_DATA
+
+
+def switch_state(
+    experts: int = 4,
+    rows: int = 6,
+    columns: int = 10,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+) -> State:
+    """One dense and one sparse encoder layer, random."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+    head = "encoder.block.1.layer.1.mlp."
+    state = {
+        "shared.weight": random(32, columns),
+        "encoder.block.0.layer.1.mlp.wi.weight": random(rows, columns),
+        "encoder.block.1.layer.1.layer_norm.weight": random(columns),
+        f"{head}router.classifier.weight": random(experts, columns),
+    }
+    for e in range(experts):
+        state[f"{head}experts.expert_{e}.wi.weight"] = random(rows, columns)
+        state[f"{head}experts.expert_{e}.wo.weight"] = random(columns, rows)
+    return state
+
+
+def mixtral_state(experts: int = 3, rows: int = 6, columns: int = 10) -> State:
+    """One layer, random."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    head = "model.layers.0.block_sparse_moe."
+    shapes = {"w1": (rows, columns), "w2": (columns, rows), "w3": (rows, columns)}
+    state = {
+        "model.embed_tokens.weight": torch.randn((32, columns), generator=generator),
+        f"{head}gate.weight": torch.randn((experts, columns), generator=generator),
+    }
+    for e in range(experts):
+        for matrix, shape in shapes.items():
+            state[f"{head}experts.{e}.{matrix}.weight"] = torch.randn(shape, generator=generator)
+    return state
+
+
+def write_checkpoint(
+    folder: Path,
+    state: State,
+    config: dict[str, Any] | None = None,
+    *,
+    kind: str = "safetensors",
+    shards: int = 1,
+) -> Path:
+    """Save ``state`` as transformers would; without ``config``, a Switch Transformer's."""
+    import torch
+    from safetensors.torch import save_file
+
+    if config is None:
+        routers = [tensor for name, tensor in state.items() if "router" in name]
+        config = {"model_type": "switch_transformers", "num_experts": routers[0].shape[0]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text("{}")
+    stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        part = {name: state[name] for name in list(state)[number::shards]}
+        infix = f"-{number + 1:05}-of-{shards:05}" if shards > 1 else ""
+        path = folder / f"{stem}{infix}.{suffix}"
+        if kind == "safetensors":
+            save_file(part, path, metadata={"format": "pt"})
+        else:
+            torch.save(part, path)
+        weight_map |= dict.fromkeys(part, path.name)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def switch(tmp_path: Path) -> Callable[..., Path]:
+    """Make a tiny Switch checkpoint: ``switch(change=function of its state, kind=…, shards=…)``."""
+
+    def make(
+        change: Callable[[State], object] = lambda state: None,
+        *,
+        name: str = "checkpoint",
+        config: dict[str, Any] | None = None,
+        kind: str = "safetensors",
+        shards: int = 1,
+        **options: Any,
+    ) -> Path:
+        state = switch_state(**options)
+        change(state)
+        return write_checkpoint(tmp_path / name, state, config, kind=kind, shards=shards)
+
+    return make
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    config = {"model_type": "mixtral", "num_local_experts": 3}
+    return write_checkpoint(tmp_path / "mixtral", mixtral_state(), config)

@@ -1,0 +1,161 @@
+"""Round to nearest against a formula written out in numpy, one weight at a time."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import numpy as np
+import pytest
+
+from qmoe_format.errors import QMoEError
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch  # noqa: E402
+from qmoe_format.quantize import RECIPES, recipe, round_to_nearest, rtn  # noqa: E402
+
+DTYPES = ["bfloat16", "float16", "float32", "float64"]
+
+
+def to_bf16(value: float) -> float:
+    """Nearest bfloat16, ties to even, by rational arithmetic on the bits of a binary32."""
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    kept, rest = bits >> 16, bits & 0xFFFF
+    kept += rest > 0x8000 or (rest == 0x8000 and kept & 1)
+    return float(struct.unpack("<f", struct.pack("<I", kept << 16))[0])
+
+
+def expected(row: list[float]) -> tuple[list[int], float, float]:
+    low, high = to_bf16(min([*row, 0.0])), to_bf16(max([*row, 0.0]))
+    trits = []
+    for w in row:
+        if high > 0 and w > high / 2:
+            trits.append(1)
+        elif low < 0 and w < low / 2:
+            trits.append(-1)
+        else:
+            trits.append(0)
+    return trits, low, high
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7, 33), (2, 5, 1), (1, 1, 1), (2, 0, 4), (0, 3, 4)])
+def test_is_the_formula(dtype: str, shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    weights = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+    result = round_to_nearest(weights)
+    assert result.trits.dtype == torch.int8
+    assert result.trits.shape == shape
+    assert result.scales.dtype == torch.bfloat16
+    assert result.scales.shape == (*shape[:2], 1, 2)
+    for e in range(shape[0]):
+        for r in range(shape[1]):
+            trits, low, high = expected(weights[e, r].tolist())
+            assert result.trits[e, r].tolist() == trits
+            assert result.scales[e, r, 0].tolist() == [low, high]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_weight_goes_to_the_nearest_stored_value(dtype: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn((1, 50, 400), generator=generator).to(getattr(torch, dtype))
+    result = round_to_nearest(weights)
+    w = weights[0].double().numpy()[..., None]
+    low, high = result.scales[0, :, 0].double().numpy().T
+    values = np.stack([low, 0 * low, high], axis=-1)[:, None, :]
+    distances = np.abs(w - values)
+    chosen = np.take_along_axis(distances, result.trits[0].numpy()[..., None].astype(int) + 1, 2)
+    np.testing.assert_array_equal(chosen[..., 0], distances.min(2))
+
+
+def test_a_tie_goes_to_zero() -> None:
+    weights = torch.tensor([[[4.0, 2.0, -2.0, -1.0, 2.015625, -1.0078125]]])
+    assert round_to_nearest(weights).trits.tolist() == [[[1, 0, -1, 0, 1, -1]]]
+
+
+def test_rows_without_one_sign_and_zero_rows() -> None:
+    weights = torch.tensor([[[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0], [0.0, -0.0, 0.0]]])
+    result = round_to_nearest(weights)
+    assert result.trits.tolist() == [[[0, 1, 1], [0, -1, -1], [0, 0, 0]]]
+    assert result.scales[0, :, 0].tolist() == [[0, 3], [-3, 0], [0, 0]]
+    bits = result.scales.view(torch.int16)
+    assert not ((result.scales == 0) & (bits != 0)).any(), "a stored zero is +0"
+
+
+def test_a_scale_that_vanishes_in_bfloat16_is_worth_no_trit() -> None:
+    weights = torch.tensor([[[1e-41, -1e-44, 0.0], [1e-39, 1e-45, -3e-45]]])
+    result = round_to_nearest(weights)
+    values = result.scales.float()
+    assert not result.trits[0, 0].any()
+    assert result.trits[0, 1].tolist() == [1, 0, 0]
+    assert values[0, 1, 0, 1] > 0
+
+
+def test_float16_keeps_its_own_scales() -> None:
+    weights = torch.tensor([[[1.0009765625, -0.3]]], dtype=torch.float16)
+    for chosen in RECIPES.values():
+        assert chosen.scale_dtype("F16") == "F16"
+        assert chosen.scale_dtype("F32") == chosen.scale_dtype("BF16") == "BF16"
+    result = round_to_nearest(weights, "F16")
+    assert torch.equal(result.scales[0, 0, 0], weights[0, 0, [1, 0]])
+
+
+def test_blocks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn((4, 37, 29), generator=torch.Generator().manual_seed(2))
+    whole = round_to_nearest(weights)
+    monkeypatch.setattr(rtn, "BLOCK_ELEMENTS", 64)
+    for expert in range(4):
+        one = round_to_nearest(weights[expert : expert + 1])
+        assert torch.equal(one.trits[0], whole.trits[expert])
+        assert torch.equal(one.scales[0], whole.scales[expert])
+
+
+def test_a_view_that_is_not_contiguous() -> None:
+    weights = torch.randn((2, 8, 5), generator=torch.Generator().manual_seed(3))
+    turned = weights.transpose(1, 2)
+    assert torch.equal(round_to_nearest(turned).trits, round_to_nearest(turned.clone()).trits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_refused_by_place(bad: float, dtype: str) -> None:
+    weights = torch.ones((3, 4, 5), dtype=getattr(torch, dtype))
+    weights[2, 1, 3] = bad
+    with pytest.raises(
+        QMoEError, match=r"expert 2, row 1, column 3: the weight is -?(nan|inf)"
+    ) as e:
+        round_to_nearest(weights)
+    assert e.value.code == "value"
+
+
+def test_nan_in_a_later_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtn, "BLOCK_ELEMENTS", 10)
+    weights = torch.ones((1, 9, 5))
+    weights[0, 7, 0] = math.nan
+    with pytest.raises(QMoEError, match="expert 0, row 7, column 0"):
+        round_to_nearest(weights)
+
+
+@pytest.mark.parametrize(("value", "scale_dtype"), [(3.4e38, "BF16"), (1e6, "F16"), (1e300, "F32")])
+def test_weights_beyond_the_scale_are_refused(value: float, scale_dtype: str) -> None:
+    weights = torch.tensor([[[1.0], [value]]], dtype=torch.float64)
+    with pytest.raises(QMoEError, match=r"row 1.*beyond"):
+        round_to_nearest(weights, scale_dtype)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.int32), torch.zeros(1, 1, 1, 1)],
+)
+def test_other_tensors_are_refused(weights: torch.Tensor) -> None:
+    with pytest.raises(QMoEError, match="weights are"):
+        round_to_nearest(weights)
+
+
+def test_names() -> None:
+    assert recipe("rtn").name == "rtn"
+    with pytest.raises(QMoEError, match="rtn") as caught:
+        recipe("gptq9")
+    assert caught.value.code == "argument"
+    with pytest.raises(QMoEError, match="BF16"):
+        round_to_nearest(torch.zeros(1, 1, 1), "I8")
