@@ -6,11 +6,13 @@ someone asks for numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 # SPEC.md section 3.3. The numpy type holds an element's bits; only BF16 and F8_* are not numbers.
-STORAGE: dict[str, np.dtype] = {
+STORAGE: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {
         "BOOL": "?",
@@ -33,14 +35,14 @@ STORAGE: dict[str, np.dtype] = {
 SCALE_DTYPES = ("BF16", "F16", "F32")
 
 
-def to_float32(bits: npt.NDArray, dtype: str) -> npt.NDArray[np.float32]:
+def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     """Widen stored ``BF16``, ``F16`` or ``F32`` elements to float32, exactly."""
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.astype(np.float32)
 
 
-def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray:
+def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
     """Round float32 to ``BF16`` (as uint16 bits), ``F16``, ``F32`` or ``F64``, ties to even."""
     if dtype != "BF16":
         with np.errstate(over="ignore"):

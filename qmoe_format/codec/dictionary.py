@@ -1,8 +1,8 @@
 """Dictionaries: complete, prefix-free sets of short weight strings (SPEC.md section 6).
 
-A dictionary is a binary tree over "the next weight is zero / is not". ``Dictionary`` holds it in the
-form that a file stores, ``fit_dictionary`` grows the best one for a share of zeros. Pure Python:
-reading a file's dictionaries does not load Numba.
+A dictionary is a binary tree over "the next weight is zero / is not". ``Dictionary`` holds it as a
+file stores it, ``fit_dictionary`` grows the best one for a share of zeros. Pure Python: reading a
+file's dictionaries does not load Numba.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def _measure(tree: bytes, signs: str) -> tuple[int, int, int]:
     """Walk the tree; return (number of codewords, longest entry, most non-zeros in an entry)."""
     bits = int.from_bytes(tree, "little")
     text = f"{bits:0{8 * len(tree)}b}"[::-1]
-    codewords = max_length = max_nonzeros = 0
+    codewords = max_length = max_nonzeros = used = 0
     pending = [(0, 0)]  # (length, non-zeros) of nodes whose bit is still to come, next one last
-    for at, bit in enumerate(text):
+    for bit in text:
+        used += 1
         length, nonzeros = pending.pop()
         if bit == "1":
             if length == MAX_LENGTH:
@@ -81,7 +82,7 @@ def _measure(tree: bytes, signs: str) -> tuple[int, int, int]:
         raise QMoEError("malformed", "the dictionary's tree is cut off")  # [D-2]
     if max_length == 0:
         raise QMoEError("malformed", "the dictionary's root is a leaf")  # [D-3]
-    rest = text[at + 1 :]
+    rest = text[used:]
     if len(rest) >= 8:
         raise QMoEError("malformed", "there are bytes after the dictionary's tree")  # [D-2]
     if "1" in rest:
@@ -179,7 +180,6 @@ def _grow(
 
 
 def _preorder(children: dict[int, int]) -> bytes:
-    bits = 0
     text = []
     pending = [0]
     while pending:

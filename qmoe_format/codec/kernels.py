@@ -24,9 +24,10 @@ reads or writes outside its arrays whatever the segments hold, given that ``offs
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
-from qmoe_format.codec.memory import at, load16, load32, load64, store64
+from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
 
 OK = -1
 ENDS_EARLY, BEYOND_ROW, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
@@ -35,14 +36,19 @@ ENDS_EARLY, BEYOND_ROW, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
 CHUNK = np.uint64(32512)
 # Room for a chunk of non-zeros only, and for the words that the last entry writes beyond them.
 LIST_LENGTH = 32768 + 64
-TILE = 16  # tokens that the small-batch product handles at a time: one 64-byte vector of float32
 
 ONE, TWO, SEVEN, EIGHT = np.uint64(1), np.uint64(2), np.uint64(7), np.uint64(8)
 LANE = np.uint64(0xFFFF)
 POSITION = np.uint16(0x7FFF)
 
+REORDER = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be taken in vectors; NaN and infinity still hold
 
-def _sign_bytes() -> np.ndarray:
+
+def _sign_bytes() -> npt.NDArray[np.uint64]:
     """uint64 [256]: for each byte of sign bits, eight int8 of +1 (bit 0) or -1 (bit 1)."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return (1 - 2 * bits.astype(np.int8)).astype(np.int8).view(np.uint64).ravel()
@@ -51,49 +57,56 @@ def _sign_bytes() -> np.ndarray:
 SIGN_BYTES = _sign_bytes()
 
 
-@njit(nogil=True, cache=True)
-def _scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, forceinline=True)
+def _append(found, count, positions, words, codeword, place):
+    """Write the positions of ``codeword``'s non-zeros, and what follows them in its last word."""
+    first = codeword * words
+    store64(found, TWO * count, at(positions, first) + place)
+    if words > ONE:
+        store64(found, TWO * count + EIGHT, at(positions, first + ONE) + place)
+        for word in range(TWO, words):
+            store64(found, TWO * count + EIGHT * word, at(positions, first + word) + place)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
     """Append the positions of codewords to ``found`` until ``limit`` columns are passed.
 
     ``left``: bits of the segment not yet read, from ``begin`` up. Returns what is left then, the
     columns passed, and the number of positions.
     """
     words = np.uint64(positions.shape[1])
-    table = positions.reshape(positions.size)
     mask = (ONE << width) - ONE
     place = count = np.uint64(0)  # place: columns passed, in all four lanes
-    if words == ONE:
-        # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
-        three = np.uint64(3) * width
-        margin = np.uint64(3) * longest
-        safe = limit - margin if limit > margin else np.uint64(0)
-        while place & LANE < safe and left >= three:
-            left -= three
-            bits = load64(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)
-            a = (bits >> (TWO * width)) & mask
-            b = (bits >> width) & mask
-            c = bits & mask
-            store64(found, TWO * count, at(table, a) + place)
-            count += np.uint64(at(nonzeros, a))
-            place += at(steps, a)
-            store64(found, TWO * count, at(table, b) + place)
-            count += np.uint64(at(nonzeros, b))
-            place += at(steps, b)
-            store64(found, TWO * count, at(table, c) + place)
-            count += np.uint64(at(nonzeros, c))
-            place += at(steps, c)
+    # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
+    three, margin = np.uint64(3) * width, np.uint64(3) * longest
+    safe = limit - margin if limit > margin else np.uint64(0)
+    while place & LANE < safe and left >= three:
+        left -= three
+        bits = load64(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)
+        a = (bits >> (TWO * width)) & mask
+        _append(found, count, positions, words, a, place)
+        count += np.uint64(at(nonzeros, a))
+        place += at(steps, a)
+        a = (bits >> width) & mask
+        _append(found, count, positions, words, a, place)
+        count += np.uint64(at(nonzeros, a))
+        place += at(steps, a)
+        a = bits & mask
+        _append(found, count, positions, words, a, place)
+        count += np.uint64(at(nonzeros, a))
+        place += at(steps, a)
     while place & LANE < limit and left >= width:
         left -= width
         a = (load32(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)) & mask
-        for word in range(words):
-            store64(found, TWO * count + EIGHT * word, at(table, a * words + word) + place)
+        _append(found, count, positions, words, a, place)
         count += np.uint64(at(nonzeros, a))
         place += at(steps, a)
     return left, place & LANE, count
 
 
-@njit(nogil=True, cache=True)
-def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, forceinline=True)
+def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs):  # fmt: skip
     """Fill ``found`` and ``signs`` with the next chunk of a row of which ``columns`` are left.
 
@@ -101,7 +114,16 @@ def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,  # typ
     ends early), number of non-zeros.
     """
     left, passed, count = _scan(
-        segments, begin, left, min(columns, CHUNK), width, positions, steps, nonzeros, longest, found
+        segments,
+        begin,
+        left,
+        min(columns, CHUNK),
+        width,
+        positions,
+        steps,
+        nonzeros,
+        longest,
+        found,
     )
     if passed < min(columns, CHUNK):
         return left, np.uint64(0), count
@@ -112,14 +134,16 @@ def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,  # typ
         return left, passed, count
     if seen + count > left:
         return left, np.uint64(0), count
-    for j in range(np.uint64(0), count, EIGHT):
+    j = np.uint64(0)
+    while j < count:
         bits = load16(segments, begin + ((seen + j) >> np.uint64(3))) >> (seen & SEVEN)
         store64(signs, j, at(sign_bytes, bits & np.uint64(255)))
+        j += EIGHT
     return left, passed, count
 
 
 @njit(nogil=True, cache=True)
-def decode_rows(first, last, segments, offsets, width, in_codeword,  # type: ignore[no-untyped-def]
+def decode_rows(first, last, segments, offsets, width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, totals, out):  # fmt: skip
     """Decode into ``out`` int8 [rows, columns]; check the rows wholly ([E-9] to [E-12]).
 
@@ -159,7 +183,7 @@ def decode_rows(first, last, segments, offsets, width, in_codeword,  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def find_unused_codeword(first, last, segments, offsets, width, columns, steps):  # type: ignore[no-untyped-def]
+def find_unused_codeword(first, last, segments, offsets, width, columns, steps):
     """Look for a codeword that the dictionary does not have ([D-5])."""
     mask = (ONE << width) - ONE
     for row in range(first, last):
@@ -175,37 +199,13 @@ def find_unused_codeword(first, last, segments, offsets, width, columns, steps):
     return OK
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def dot_rows(first, last, segments, offsets, width, in_codeword,  # type: ignore[no-untyped-def]
+@njit(nogil=True, fastmath=REORDER, cache=True)
+def dot_rows(first, last, segments, offsets, width, in_codeword,
              positions, steps, nonzeros, longest, sign_bytes, columns, x, out):  # fmt: skip
-    """``out[row] = sum of trit * x``, all in float32; ``x`` has 255 zeros after its columns."""
-    found = np.empty(LIST_LENGTH, np.uint16)
-    signs = np.empty(LIST_LENGTH, np.int8)
-    for row in range(first, last):
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = seen = np.uint64(0)
-        total = np.float32(0)
-        while column < columns:
-            left, passed, count = _next_chunk(
-                segments, begin, left, seen, columns - column, width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs,
-            )  # fmt: skip
-            if passed == 0:
-                return row * 8 + ENDS_EARLY
-            here = x[np.int64(column) :]
-            for j in range(np.int64(count)):
-                total += at(here, np.uint64(found[j])) * np.float32(signs[j])
-            column += passed
-            seen += count
-        out[row] = total
-    return OK
+    """``out`` float32 [rows, 2]: the sum of x over the row's -1 trits, and over its +1 trits.
 
-
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def dot_rows_by_sign(first, last, segments, offsets, width, in_codeword,  # type: ignore[no-untyped-def]
-                     positions, steps, nonzeros, longest, sign_bytes, columns, x, out):  # fmt: skip
-    """``out`` float32 [rows, 2]: the sum of x over the row's -1 trits, and over its +1 trits."""
+    ``x`` float32 [columns + 255], zero where the last entry may overrun the row.
+    """
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
     for row in range(first, last):
@@ -222,9 +222,11 @@ def dot_rows_by_sign(first, last, segments, offsets, width, in_codeword,  # type
                 return row * 8 + ENDS_EARLY
             here = x[np.int64(column) :]
             for j in range(np.int64(count)):
+                # A product where a choice would do: it is the form that LLVM vectorises.
+                is_plus = np.float32((signs[j] + 1) >> 1)
                 value = at(here, np.uint64(found[j]))
-                plus += value if signs[j] > 0 else np.float32(0)
-                minus += np.float32(0) if signs[j] > 0 else value
+                plus += value * is_plus
+                minus += value * (np.float32(1) - is_plus)
             column += passed
             seen += count
         out[row, 0] = minus
@@ -232,11 +234,11 @@ def dot_rows_by_sign(first, last, segments, offsets, width, in_codeword,  # type
     return OK
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def dot_rows_by_group(first, last, segments, offsets, width, in_codeword,  # type: ignore[no-untyped-def]
+@njit(nogil=True, fastmath=REORDER, cache=True)
+def dot_rows_by_group(first, last, segments, offsets, width, in_codeword,
                       positions, steps, nonzeros, longest, sign_bytes, columns,
                       group_size, x, out):  # fmt: skip
-    """``out`` float32 [rows, groups, tokens, 2]: as ``dot_rows_by_sign``, a sum for each group.
+    """``out`` float32 [rows, groups, tokens, 2]: as ``dot_rows``, sums for each group.
 
     ``x`` float32 [tokens, columns + 255]. The general form; the others are its fast cases.
     """
@@ -278,10 +280,10 @@ def dot_rows_by_group(first, last, segments, offsets, width, in_codeword,  # typ
     return OK
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def dot_rows_tile(first, last, segments, offsets, width, in_codeword,  # type: ignore[no-untyped-def]
+@njit(nogil=True, fastmath=REORDER, cache=True)
+def dot_rows_tile(first, last, segments, offsets, width, in_codeword,
                   positions, steps, nonzeros, longest, sign_bytes, columns, x, out):  # fmt: skip
-    """``dot_rows_by_sign`` for ``TILE`` tokens: ``x`` [columns + 255, TILE], ``out`` [rows, 2, TILE].
+    """``dot_rows`` for ``TILE`` tokens: ``x`` [columns + 255, TILE], ``out`` [rows, 2, TILE].
 
     Four accumulators a sign, taken in turn: an addition need not wait for the one before it.
     """
@@ -301,10 +303,9 @@ def dot_rows_tile(first, last, segments, offsets, width, in_codeword,  # type: i
             if passed == 0:
                 return row * 8 + ENDS_EARLY
             for j in range(np.int64(count)):
-                total = sums[j & 3, np.int64(signs[j] > 0)]
-                value = x[np.int64(column) + found[j]]
-                for token in range(TILE):
-                    total[token] += value[token]
+                sign = np.uint64(signs[j] > 0)
+                total = (np.uint64(j & 3) * TWO + sign) * np.uint64(TILE)
+                add_tile(sums, total, x, (column + np.uint64(found[j])) * np.uint64(TILE))
             column += passed
             seen += count
         for sign in range(2):
@@ -317,10 +318,11 @@ def dot_rows_tile(first, last, segments, offsets, width, in_codeword,  # type: i
 
 
 @njit(nogil=True, cache=True)
-def encode_rows(first, last, trits, width, in_codeword, children, codewords, out, lengths, totals):  # type: ignore[no-untyped-def]
+def encode_rows(first, last, trits, width, in_codeword, children, codewords, out, lengths, totals):
     """Write the segments of rows one after another; return the bytes written.
 
-    ``out`` uint8, zeroed, large enough; ``lengths`` (bytes) and ``totals`` (non-zeros) int64 [rows].
+    ``out`` uint8, zeroed, large enough; ``lengths`` (bytes), ``totals``
+    (non-zeros) int64 [rows].
     """
     columns = trits.shape[1]
     codes = np.empty(columns + 1, np.uint16)
@@ -366,9 +368,7 @@ def encode_rows(first, last, trits, width, in_codeword, children, codewords, out
         for i in range(count):
             bit -= np.uint64(width)
             place = bit >> np.uint64(3)
-            store64(
-                out, place, load64(out, place) | (np.uint64(codes[i]) << (bit & SEVEN))
-            )
+            store64(out, place, load64(out, place) | (np.uint64(codes[i]) << (bit & SEVEN)))
         lengths[row] = length
         totals[row] = np.int64(seen)
         written += length

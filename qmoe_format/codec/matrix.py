@@ -71,7 +71,7 @@ class EncodedMatrix:
     @property
     def symmetric(self) -> bool:
         """Whether low = -high."""
-        return self.row_scale.shape[2] == 1
+        return bool(self.row_scale.shape[2] == 1)
 
     @property
     def groups(self) -> int:

@@ -13,8 +13,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+TILE = 16  # tokens that the small-batch product handles at a time: 64 bytes of float32
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int) -> Any:
+
+def _address(
+    context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int
+) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     start = builder.bitcast(data, ir.IntType(8).as_pointer())
     return builder.bitcast(builder.gep(start, [offset]), ir.IntType(bits).as_pointer())
@@ -57,6 +61,27 @@ def at(typing_context: Any, array: Any, index: Any) -> Any:
         return builder.load(builder.gep(data, [args[1]]))
 
     return array.dtype(array, types.uint64), generate
+
+
+@intrinsic
+def add_tile(typing_context: Any, sums: Any, to: Any, values: Any, start: Any) -> Any:
+    """``sums[to : to + TILE] += values[start : start + TILE]``, flat float32, one vector each."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), TILE).as_pointer()
+
+        def pointer(array_type: Any, array: Any, index: Any) -> Any:
+            data = context.make_array(array_type)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [index]), vector)
+
+        target = pointer(signature.args[0], args[0], args[1])
+        source = pointer(signature.args[2], args[2], args[3])
+        left, right = builder.load(target), builder.load(source)
+        left.align = right.align = 4
+        builder.store(builder.fadd(left, right), target).align = 4
+        return context.get_dummy_value()
+
+    return types.void(sums, types.uint64, values, types.uint64), generate
 
 
 load16 = _make_load(16)

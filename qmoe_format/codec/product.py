@@ -1,7 +1,7 @@
-"""Products straight from the codewords: y = W x for one token and for a few (SPEC.md section 7.4).
+"""Products straight from the codewords: y = W x for one token or a few (SPEC.md section 7.4).
 
-Column scales are multiplied into x once; the kernels add up x over the -1 and the +1 trits of a row,
-and the row's scales are applied to the two sums.
+Column scales are multiplied into x once; the kernels add up x over the -1 and over the +1 trits of
+a row, and the row's scales are applied to the two sums.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def matvec(
     out: npt.NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> npt.NDArray[np.float32]:
-    """y = W x, with W [rows, columns], x float32 [columns], y float32 [rows] (into ``out`` if given).
+    """y = W x: W [rows, columns], x float32 [columns], y float32 [rows], into ``out`` if given.
 
     Raises ``QMoEError``: ``argument`` for shapes or types that do not fit, ``malformed`` for a
     segment that ends early. Other damage is for ``decode`` to find.
@@ -36,20 +36,14 @@ def matvec(
     x = _checked(x, (matrix.columns,), "x")
     out = _output(out, (matrix.rows,))
     if matrix.groups != 1:
-        return matmul(matrix, x[None], out[None], threads)[0]
+        matmul(matrix, x[None], out[None], threads)
+        return out
     scaled = _padded(matrix, x[None])[0]
     arguments, _ = segment_arguments(matrix.trits)
-    columns = np.uint64(matrix.columns)
-    scale = to_float32(matrix.row_scale[:, 0], matrix.scale_dtype)
-    if matrix.symmetric:
-        _run(kernels.dot_rows, matrix, threads, *arguments, columns, scaled, out)
-        out *= scale[:, 0]
-    else:
-        sums = np.empty((matrix.rows, 2), np.float32)
-        _run(kernels.dot_rows_by_sign, matrix, threads, *arguments, columns, scaled, sums)
-        sums *= scale
-        np.add(sums[:, 0], sums[:, 1], out=out)
-    return out
+    sums = np.empty((matrix.rows, 2), np.float32)
+    _run(kernels.dot_rows, matrix, threads, *arguments, np.uint64(matrix.columns), scaled, sums)
+    sums *= matrix.low_high()[:, 0]
+    return np.add(sums[:, 0], sums[:, 1], out=out)
 
 
 def matmul(
@@ -63,6 +57,7 @@ def matmul(
     For small batches: the work grows with tokens x non-zeros. Raises as ``matvec``.
     """
     from qmoe_format.codec import kernels
+    from qmoe_format.codec.memory import TILE
 
     tokens = x.shape[0] if x.ndim == 2 else -1
     x = _checked(x, (tokens, matrix.columns), "x")
@@ -72,17 +67,17 @@ def matmul(
     columns = np.uint64(matrix.columns)
     low_high = matrix.low_high()
     if matrix.groups != 1:
-        sums = np.empty((matrix.rows, matrix.groups, tokens, 2), np.float32)
+        by_group = np.empty((matrix.rows, matrix.groups, tokens, 2), np.float32)
         _run(
             kernels.dot_rows_by_group, matrix, threads, *arguments, columns,
-            matrix.group_size or max(matrix.columns, 1), padded, sums,
+            matrix.group_size or max(matrix.columns, 1), padded, by_group,
         )  # fmt: skip
-        np.einsum("rgts,rgs->tr", sums, low_high, out=out)
+        np.einsum("rgts,rgs->tr", by_group, low_high, out=out)
         return out
-    tile = np.zeros((padded.shape[1], kernels.TILE), np.float32)
-    sums = np.empty((matrix.rows, 2, kernels.TILE), np.float32)
-    for first in range(0, tokens, kernels.TILE):
-        count = min(kernels.TILE, tokens - first)
+    tile = np.zeros((padded.shape[1], TILE), np.float32)
+    sums = np.empty((matrix.rows, 2, TILE), np.float32)
+    for first in range(0, tokens, TILE):
+        count = min(TILE, tokens - first)
         tile[:, :count] = padded[first : first + count].T
         _run(kernels.dot_rows_tile, matrix, threads, *arguments, columns, tile, sums)
         y = sums[:, :, :count] * low_high[:, 0, :, None]
@@ -119,7 +114,5 @@ def _checked(x: npt.NDArray[Any], shape: tuple[int, ...], name: str) -> npt.NDAr
     return x
 
 
-def _output(
-    out: npt.NDArray[np.float32] | None, shape: tuple[int, ...]
-) -> npt.NDArray[np.float32]:
+def _output(out: npt.NDArray[np.float32] | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return np.empty(shape, np.float32) if out is None else _checked(out, shape, "out")

@@ -24,7 +24,7 @@ _ENCODE_WEIGHTS = 1 << 20  # weights coded into one scratch buffer
 class EncodedTrits:
     """The trits of a matrix [rows, columns] as stored.
 
-    ``lengths``        uint8, uint16 or uint32 [rows]: bytes of a row's segment above ``length_base``
+    ``lengths``        uint8, uint16 or uint32 [rows]: bytes of a segment above ``length_base``
     ``block_offsets``  uint32 [ceil(rows / 32)]: where the segment of every 32nd row begins
     ``segments``       uint8 [segment_bytes + at least 8 guard bytes]
     """
@@ -82,7 +82,9 @@ def encode(trits: npt.NDArray[np.int8], dictionary: Dictionary, threads: int = 1
     from qmoe_format.codec.tables import tables
 
     if trits.dtype != np.int8 or trits.ndim != 2:
-        raise QMoEError("argument", f"trits are int8 [rows, columns], not {trits.dtype} {trits.shape}")
+        raise QMoEError(
+            "argument", f"trits are int8 [rows, columns], not {trits.dtype} {trits.shape}"
+        )
     trits = np.ascontiguousarray(trits)
     rows, columns = trits.shape
     if trits.size and (trits.min() < -1 or trits.max() > 1):
@@ -197,8 +199,14 @@ def check(statuses: list[int]) -> None:
             row, reason = divmod(status, 8)
             code, message = {
                 kernels.ENDS_EARLY: ("malformed", "ends before the last column"),  # [E-12]
-                kernels.BEYOND_ROW: ("malformed", "has a non-zero beyond the last column"),  # [E-10]
-                kernels.LEFT_OVER: ("malformed", "is longer than its codewords and signs"),  # [E-12]
+                kernels.BEYOND_ROW: (
+                    "malformed",
+                    "has a non-zero beyond the last column",
+                ),  # [E-10]
+                kernels.LEFT_OVER: (
+                    "malformed",
+                    "is longer than its codewords and signs",
+                ),  # [E-12]
                 kernels.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
                 kernels.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),
             }[reason]

@@ -53,7 +53,7 @@ def tables(dictionary: Dictionary) -> Tables:
 
 
 @njit(cache=True)
-def _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords):  # type: ignore[no-untyped-def]
+def _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords):
     # The path from the root is the entry so far: its length, and where its non-zeros are.
     path = np.zeros(256, np.int64)  # inner node at each depth
     second = np.zeros(256, np.uint8)  # 1: the path went on to the second child there
