@@ -1,0 +1,186 @@
+"""Products from the codewords against the decoded matrix, in exact and in rounded arithmetic."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from qmoe_format.codec import (
+    EncodedMatrix,
+    dequantize,
+    encode_matrix,
+    fit_dictionary,
+    matmul,
+    matvec,
+)
+from qmoe_format.dtypes import STORAGE, from_float32, to_float32
+from qmoe_format.errors import QMoEError
+
+from .strategies import dictionaries, dictionary, random_trits, trits
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> EncodedMatrix:
+    """Every combination of scales: types, symmetric or not, per row or group, per column."""
+    coded = draw(trits())
+    rows, columns = coded.shape
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
+    group_size = draw(st.sampled_from([0, 0, 1, 7, 64, 10_000]))
+    groups = -(-columns // group_size) if group_size else 1
+    scale = rng.standard_normal((rows, groups, draw(st.integers(1, 2)))).astype(np.float32)
+    by_column = rng.standard_normal(columns).astype(np.float32)
+    return encode_matrix(
+        coded,
+        from_float32(scale, dtype),
+        from_float32(by_column, dtype) if draw(st.booleans()) else None,
+        scale_dtype=dtype,
+        group_size=group_size,
+        dictionary=draw(dictionaries),
+    )
+
+
+def within_tolerance(matrix: EncodedMatrix, x: np.ndarray, y: np.ndarray) -> bool:
+    """[M-1], for x [tokens, columns]."""
+    weights = dequantize(matrix).astype(np.float64)
+    exact = x.astype(np.float64) @ weights.T
+    room = (matrix.columns + 8) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(weights.T))
+    return bool((np.abs(y - exact) <= room).all())
+
+
+@given(matrices(), st.integers(0, 40))
+@settings(deadline=None)
+def test_products_are_within_the_tolerance(matrix: EncodedMatrix, tokens: int) -> None:
+    x = np.random.default_rng(1).standard_normal((tokens, matrix.columns)).astype(np.float32)
+    assert within_tolerance(matrix, x, matmul(matrix, x))
+    for row in x[:2]:
+        assert within_tolerance(matrix, row[None], matvec(matrix, row)[None])
+        assert within_tolerance(matrix, row[None], matvec(matrix, row, threads=2)[None])
+
+
+@given(matrices(), st.integers(1, 20))
+@settings(deadline=None)
+def test_small_integers_are_exact(matrix: EncodedMatrix, tokens: int) -> None:
+    """[M-2]: scales made powers of two, x small integers."""
+    rng = np.random.default_rng(2)
+
+    def powers(scale: np.ndarray | None) -> np.ndarray | None:
+        if scale is None:
+            return None
+        drawn = np.float32(2.0) ** rng.integers(-2, 3, scale.shape) * rng.choice([-1, 1])
+        return from_float32(drawn.astype(np.float32), matrix.scale_dtype)
+
+    row_scale = powers(matrix.row_scale)
+    assert row_scale is not None
+    exact = EncodedMatrix(
+        matrix.trits, row_scale, powers(matrix.column_scale), matrix.scale_dtype, matrix.group_size
+    )
+    x = rng.integers(-8, 9, (tokens, matrix.columns)).astype(np.float32)
+    expected = x.astype(np.float64) @ dequantize(exact).astype(np.float64).T
+    assert np.array_equal(matmul(exact, x), expected)
+    assert np.array_equal(matvec(exact, x[0]), expected[0])
+
+
+@given(matrices())
+@settings(deadline=None)
+def test_dequantized_values_by_the_letter(matrix: EncodedMatrix) -> None:
+    """[V-1] and [V-2], weight by weight."""
+    from qmoe_format.codec import decode
+
+    weights = dequantize(matrix)
+    coded = decode(matrix.trits)
+    scale = to_float32(matrix.row_scale, matrix.scale_dtype)
+    size = matrix.group_size or max(matrix.columns, 1)
+    for row, column in [(r, c) for r in range(matrix.rows)[:3] for c in range(matrix.columns)]:
+        pair = scale[row, column // size]
+        low, high = (-pair[0], pair[0]) if matrix.symmetric else pair
+        value = {-1: low, 0: np.float32(0), 1: high}[int(coded[row, column])]
+        if matrix.column_scale is not None and coded[row, column]:
+            value = value * to_float32(matrix.column_scale, matrix.scale_dtype)[column]
+        assert weights[row, column].tobytes() == np.float32(value).tobytes()
+
+
+def test_long_rows_and_both_sign_modes() -> None:
+    for signs in ("plane", "codeword"):
+        coded = random_trits(5, 70_000, 0.9)
+        scale = np.ones((5, 1, 2), np.float32)
+        scale[..., 0] = -0.5
+        matrix = encode_matrix(
+            coded, scale, scale_dtype="F32", dictionary=dictionary(0.885, 12, signs)
+        )
+        x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
+        assert within_tolerance(matrix, x, matmul(matrix, x))
+        assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
+
+
+def test_entries_of_many_nonzeros() -> None:
+    """Entries of more than four, and of more than eight, non-zeros take several stores."""
+    for zero_fraction in (0.2, 0.55):
+        chosen = fit_dictionary(zero_fraction, 16)
+        assert chosen.max_nonzeros > 8
+        matrix = encode_matrix(
+            random_trits(40, 999, zero_fraction),
+            np.ones((40, 1, 1), np.float32),
+            scale_dtype="F32",
+            dictionary=chosen,
+        )
+        x = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
+        assert within_tolerance(matrix, x, matmul(matrix, x))
+        assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
+
+
+def test_column_scales_are_multiplied_into_x_once() -> None:
+    chosen = dictionary(0.885, 8, "plane")
+    coded = random_trits(10, 64, 0.885)
+    by_column = np.full(64, 4.0, np.float16)
+    matrix = encode_matrix(
+        coded, np.ones((10, 1, 1), np.float16), by_column, scale_dtype="F16", dictionary=chosen
+    )
+    x = np.ones(64, np.float32)
+    assert np.array_equal(matvec(matrix, x), 4.0 * coded.sum(axis=1))
+    assert np.array_equal(x, np.ones(64))
+
+
+def test_into_a_given_array() -> None:
+    matrix = encode_matrix(
+        random_trits(10, 64, 0.885), np.ones((10, 1, 2), STORAGE["F32"]), scale_dtype="F32"
+    )
+    x = np.ones(64, np.float32)
+    out = np.empty(10, np.float32)
+    assert matvec(matrix, x, out) is out
+    assert np.array_equal(out, matvec(matrix, x))
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    coded = random_trits(10, 64, 0.885)
+    one = np.ones((10, 1, 1), np.float32)
+    matrix = encode_matrix(coded, one, scale_dtype="F32")
+    calls = [
+        lambda: matvec(matrix, np.ones(63, np.float32)),
+        lambda: matvec(matrix, np.ones(64)),
+        lambda: matmul(matrix, np.ones(64, np.float32)),
+        lambda: matvec(matrix, np.ones(64, np.float32), np.ones(9, np.float32)),
+        lambda: encode_matrix(coded, one),  # BF16 scales come as bits
+        lambda: encode_matrix(coded, one[:9], scale_dtype="F32"),
+        lambda: encode_matrix(coded, one, scale_dtype="F32", group_size=8),
+        lambda: encode_matrix(coded, one, np.ones(63, np.float32), scale_dtype="F32"),
+        lambda: encode_matrix(coded, one, scale_dtype="F64"),
+    ]
+    for call in calls:
+        with pytest.raises(QMoEError) as error:
+            call()
+        assert error.value.code == "argument"
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_scales_are_finite(bad: float) -> None:
+    coded = random_trits(10, 64, 0.885)
+    one = np.ones((10, 1, 1), np.float32)
+    spoiled = one.copy()
+    spoiled[3] = bad
+    for scales in ((spoiled, None), (one, np.full(64, bad, np.float32))):
+        with pytest.raises(QMoEError) as error:
+            encode_matrix(coded, *scales, scale_dtype="F32")
+        assert error.value.code == "value"

@@ -1,0 +1,33 @@
+"""QMoE's own code, kept to compare with."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from qmoe_format.codec import qmoe_scheme
+
+from .strategies import random_trits
+
+
+def test_the_dictionary_is_the_authors() -> None:
+    table = qmoe_scheme.qmoe_dictionary().decoder_table()
+    assert hashlib.sha256(table.astype("<u4").tobytes()).hexdigest() == qmoe_scheme.DECODER_SHA256
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(50, 3072), (3, 7), (1, 1), (4, 28)])
+def test_round_trip(rows: int, columns: int) -> None:
+    for zero_fraction in (0.0, 0.885, 1.0):
+        trits = random_trits(rows, columns, zero_fraction)
+        codewords, offsets = qmoe_scheme.encode(trits)
+        out = np.empty_like(trits)
+        qmoe_scheme.decode(codewords, offsets, out)
+        assert np.array_equal(out, trits)
+
+
+def test_the_rate_is_the_published_one() -> None:
+    trits = random_trits(200, 3072, 0.885)
+    codewords, _ = qmoe_scheme.encode(trits)
+    assert 16 * codewords.size / trits.size == pytest.approx(0.738, abs=0.003)

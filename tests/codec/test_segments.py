@@ -1,0 +1,159 @@
+"""Segments: what is encoded comes back, byte for byte as specified, and damage is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+
+from qmoe_format.codec import Dictionary, EncodedTrits, decode, encode, fit_dictionary
+from qmoe_format.errors import QMoEError
+
+from .strategies import dictionaries, dictionary, random_trits, trits
+
+
+@given(trits(), dictionaries)
+@settings(deadline=None)
+def test_round_trip(matrix: npt.NDArray[np.int8], chosen: Dictionary) -> None:
+    encoded = encode(matrix, chosen)
+    assert np.array_equal(decode(encoded), matrix)
+    assert encoded.nonzeros == np.count_nonzero(matrix)
+    assert int(encoded.lengths.min(initial=0)) == 0
+
+
+@pytest.mark.parametrize("columns", [32511, 32512, 32513, 32767, 65600, 100_001])
+@pytest.mark.parametrize("signs", ["plane", "codeword"])
+def test_rows_longer_than_a_chunk(columns: int, signs: str) -> None:
+    for zero_fraction in (0.1, 0.9, 1.0):
+        matrix = random_trits(3, columns, zero_fraction)
+        assert np.array_equal(decode(encode(matrix, dictionary(0.885, 12, signs))), matrix)
+
+
+@pytest.mark.parametrize("width", [8, 12, 15, 16])
+@pytest.mark.parametrize("signs", ["plane", "codeword"])
+def test_threads_do_not_change_the_bytes(width: int, signs: str) -> None:
+    matrix = random_trits(1000, 3000, 0.885)
+    chosen = fit_dictionary(0.885, width, signs)
+    one, two = encode(matrix, chosen), encode(matrix, chosen, threads=2)
+    assert one.segments.tobytes() == two.segments.tobytes()
+    assert one.block_offsets.tobytes() == two.block_offsets.tobytes()
+    assert one.lengths.tobytes() == two.lengths.tobytes()
+    assert np.array_equal(decode(one, threads=2), matrix)
+
+
+def test_a_segment_is_laid_out_as_specified() -> None:
+    """By hand, with the comb of 8 bits: codeword c > 0 is 255 - c zeros and a non-zero."""
+    bits = "1" * 255 + "0" * 256
+    comb = Dictionary.from_tree(8, "plane", int(bits[::-1], 2).to_bytes(64, "little"))
+    row = np.zeros((1, 12), np.int8)
+    row[0, [0, 3, 4]] = [1, -1, -1]
+    encoded = encode(row, comb)
+    # One codeword each for  +    0 0 -  -    0 0 0 0 0 0 0 ...    signs, the first one lowest: 0 1 1
+    #                        255  253    255  0                    from the end of the segment down
+    assert encoded.segments[:5].tolist() == [0b110, 0, 255, 253, 255]
+    assert encoded.segment_bytes == 5
+    assert encoded.segments[5:].tolist() == [0] * 8
+
+
+def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
+    """``encoded`` with one row's segment replaced by ``change`` of it."""
+    offsets = encoded.row_offsets()
+    parts = [encoded.segments[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
+    parts[row] = change(parts[row])
+    lengths = np.array([len(part) for part in parts])
+    joined = b"".join(parts)
+    return dataclasses.replace(
+        encoded,
+        length_base=0,
+        lengths=lengths.astype(np.uint32),
+        segments=np.frombuffer(joined + bytes(8), np.uint8),
+        segment_bytes=len(joined),
+    )
+
+
+def test_damage_is_named() -> None:
+    chosen = dictionary(0.885, 8, "plane")
+    encoded = encode(random_trits(40, 300, 0.885), chosen)
+    offsets = encoded.row_offsets()
+    with_gap = next(  # a row whose codewords and signs leave padding bits
+        row for row in range(40) if np.count_nonzero(decode(encoded)[row]) % 8 in range(1, 7)
+    )
+    signs = np.count_nonzero(decode(encoded)[with_gap])
+
+    def set_padding(segment: bytes) -> bytes:
+        changed = bytearray(segment)
+        changed[signs // 8] |= 0x80
+        return bytes(changed)
+
+    for row, change, code, words in (
+        (7, lambda s: s[1:], "malformed", "row 7"),
+        (7, lambda s: s[:-1], "malformed", "row 7"),
+        (39, lambda s: b"", "malformed", "ends before"),
+        (0, lambda s: b"\0" + s, "malformed", "row 0"),
+        (with_gap, set_padding, "padding", f"row {with_gap}"),
+    ):
+        with pytest.raises(QMoEError, match=words) as error:
+            decode(damaged(encoded, row, change))
+        assert error.value.code == code
+    with pytest.raises(QMoEError, match="header says"):
+        decode(dataclasses.replace(encoded, nonzeros=encoded.nonzeros + 1))
+    with pytest.raises(QMoEError, match="come to"):
+        dataclasses.replace(encoded, segment_bytes=int(offsets[-1]) - 1)
+
+
+def test_a_nonzero_beyond_the_row_is_refused() -> None:
+    chosen = dictionary(0.885, 8, "plane")
+    longer = encode(np.array([[0] * 10 + [1]], np.int8), chosen)
+    with pytest.raises(QMoEError, match="beyond"):
+        decode(dataclasses.replace(longer, columns=10))
+
+
+def test_a_codeword_that_the_dictionary_lacks_is_refused() -> None:
+    chosen = dictionary(0.885, 8, "codeword")
+    encoded = encode(np.zeros((2, 100), np.int8), chosen)
+    unused = damaged(encoded, 1, lambda segment: segment + b"\xff")
+    with pytest.raises(QMoEError, match="lacks"):
+        decode(unused)
+
+
+@given(
+    st.integers(0, 50).flatmap(lambda n: st.binary(min_size=n, max_size=n)),
+    st.integers(0, 70_000),
+    dictionaries,
+)
+@settings(deadline=None)
+def test_any_bytes_decode_or_are_refused(data: bytes, columns: int, chosen: Dictionary) -> None:
+    """No crash, no write outside: and what decodes is canonical, so it encodes to the same."""
+    encoded = EncodedTrits(
+        rows=1,
+        columns=columns,
+        dictionary=chosen,
+        nonzeros=0,
+        length_base=len(data),
+        lengths=np.zeros(1, np.uint8),
+        block_offsets=np.zeros(1, np.uint32),
+        segments=np.frombuffer(data + bytes(8), np.uint8),
+        segment_bytes=len(data),
+    )
+    try:
+        matrix = decode(encoded)
+    except QMoEError as error:
+        assert error.code in ("malformed", "padding")
+        return
+    assert encode(matrix, chosen).segments.tobytes() == encoded.segments.tobytes()
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [np.zeros((2, 2), np.int16), np.zeros(4, np.int8), np.full((2, 2), 2, np.int8)],
+)
+def test_other_things_than_trits_are_refused(matrix: npt.NDArray[Any]) -> None:
+    with pytest.raises(QMoEError) as error:
+        encode(matrix, dictionary(0.885, 8, "plane"))
+    assert error.value.code == "argument"
