@@ -54,7 +54,7 @@ def test_a_segment_is_laid_out_as_specified() -> None:
     row = np.zeros((1, 12), np.int8)
     row[0, [0, 3, 4]] = [1, -1, -1]
     encoded = encode(row, comb)
-    # One codeword each for  +    0 0 -  -    0 0 0 0 0 0 0 ...    signs, the first one lowest: 0 1 1
+    # One codeword each for  +    0 0 -  -    0 0 0 0 0 0 0 ...    signs, lowest first: 0 1 1
     #                        255  253    255  0                    from the end of the segment down
     assert encoded.segments[:5].tolist() == [0b110, 0, 255, 253, 255]
     assert encoded.segment_bytes == 5

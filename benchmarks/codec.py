@@ -1,0 +1,356 @@
+"""Size and speed of the codec beside QMoE's scheme, plain packing, zstd and dense products.
+
+    python benchmarks/codec.py [--quick]
+
+Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same trits,
+all speeds of one table of the same run, taken in turns; speeds are medians.
+
+Sizes, in bits/weight:
+
+    payload  codewords and signs (ours: with the rounding of rows to bytes), or the packed or
+             compressed trits; no metadata
+    total    ours: the tensor in a finished file, with its dictionary, lengths, offsets, two bf16
+             scales a row and alignment; QMoE: payload and 32 bits of offset, 32 bits of scales a
+             row, as its files have; packed and zstd: payload and 32 bits of scales a row
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import report
+import torch
+import zstandard
+
+import qmoe_format
+from qmoe_format import codec
+from qmoe_format.codec import qmoe_scheme
+
+Trits = npt.NDArray[np.int8]
+
+SHARES = (0.60, 0.75, 0.85, 0.885, 0.92, 0.95)
+WIDTHS = (768, 2080, 3072, 6144)
+CODEWORDS = {"ours fast (12 bit)": 12, "ours size (16 bit)": 16, "ours 8 bit": 8}
+SWITCH_MINI = Path(__file__).parents[2] / "shared" / "data" / "switch-mini"
+
+
+# Sources of trits
+
+
+def independent(rows: int, columns: int, zero_fraction: float) -> Trits:
+    """Trits drawn one by one."""
+    rng = np.random.default_rng(0)
+    signs = rng.integers(0, 2, (rows, columns), dtype=np.int8) * 2 - 1
+    return np.where(rng.random((rows, columns)) < zero_fraction, 0, signs).astype(np.int8)
+
+
+def gaussian(rows: int, columns: int) -> Trits:
+    """Rows of normal weights, cut at half of their largest and half of their smallest one."""
+    weights = np.random.default_rng(0).standard_normal((rows, columns))
+    high = weights > weights.max(axis=1, keepdims=True) / 2
+    low = weights < weights.min(axis=1, keepdims=True) / 2
+    return high.astype(np.int8) - low.astype(np.int8)
+
+
+def switch_mini() -> Iterator[tuple[str, Trits]]:
+    """The experts of a small trained Switch Transformer after rounding, if its folder is there."""
+    if not SWITCH_MINI.is_dir():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "switch-mini.qmoe"
+        qmoe_format.convert(SWITCH_MINI, path)
+        with qmoe_format.open(path) as model:
+            for kind in ("wi", "wo"):
+                matrices = [
+                    codec.decode(model.encoded(name, expert).trits)
+                    for name, entry in model.tensors.items()
+                    if entry.stack and name.endswith(kind)
+                    for expert in range(0, entry.shape[0], 4)
+                ]
+                yield f"switch-mini {kind}", np.concatenate(matrices)
+
+
+def sources(weights: int) -> Iterator[tuple[str, Trits]]:
+    """(name, trits) of everything that is measured, about ``weights`` of each."""
+    for columns in WIDTHS:
+        rows = weights // columns
+        for share in SHARES:
+            yield f"iid {share:g}", independent(rows, columns, share)
+        yield "gaussian", gaussian(rows, columns)
+    yield from switch_mini()
+
+
+# Other ways to store trits
+
+
+def symbols(trits: Trits) -> npt.NDArray[np.uint8]:
+    """uint8, flat: 0 for 0, 1 for +1, 2 for -1."""
+    return np.where(trits < 0, 2, trits).astype(np.uint8).ravel()
+
+
+def pack(trits: Trits, base: int, count: int) -> bytes:
+    """``count`` trits a byte, as digits of a number to ``base``."""
+    flat = symbols(trits)
+    flat = np.concatenate([flat, np.zeros(-flat.size % count, np.uint8)])
+    powers = np.array([base**i for i in range(count)], np.uint8)
+    return bytes((flat.reshape(-1, count) * powers).sum(axis=1, dtype=np.uint8))
+
+
+def unpacker(base: int, count: int) -> npt.NDArray[np.int8]:
+    """int8 [256, count]: the trits of a byte."""
+    digits = np.arange(256)[:, None] // [base**i for i in range(count)] % base
+    return np.array([0, 1, -1, 0], np.int8)[digits]
+
+
+PACKINGS = {"2-bit": (4, 4), "base-3": (3, 5)}
+
+
+def entropy(trits: Trits) -> float:
+    """Order-0 entropy of all trits together, bits/weight."""
+    counts = np.array([np.count_nonzero(trits == value) for value in (-1, 0, 1)])
+    shares = counts[counts > 0] / trits.size
+    return float(-(shares * np.log2(shares)).sum())
+
+
+# Sizes
+
+
+def our_size(trits: Trits, width: int) -> tuple[float, float]:
+    """(payload, total) bits/weight of one tensor in a file."""
+    scales = np.full((trits.shape[0], 1, 2), 0x3C00, np.uint16)
+    matrix = codec.encode_matrix(trits, scales, width=width)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.qmoe"
+        with qmoe_format.Writer(path) as writer:
+            stack = (1, *trits.shape)
+            with writer.add_stack("w", stack, "BF16", "ternary-dict", width=width) as experts:
+                experts.append(matrix)
+        with qmoe_format.open(path) as model:
+            stored = model.tensors["w"].stored_bytes
+            assert np.array_equal(codec.decode(model.encoded("w", 0).trits), trits)
+    stored += len(matrix.dictionary.tree)
+    return matrix.trits.payload_bits_per_weight, 8 * stored / trits.size
+
+
+def sizes(trits: Trits, quick: bool) -> dict[str, dict[str, float]]:
+    """payload and total bits/weight of every scheme."""
+    found = {}
+
+    def note(scheme: str, payload: float, total: float) -> None:
+        found[scheme] = {"payload": payload, "total": total}
+
+    columns = trits.shape[1]
+    for scheme, width in CODEWORDS.items():
+        note(scheme, *our_size(trits, width))
+    codewords, _ = qmoe_scheme.encode(trits)
+    qmoe = 16 * codewords.size / trits.size
+    note("QMoE", qmoe, qmoe + 64 / columns)
+    for packing, (base, count) in PACKINGS.items():
+        packed = pack(trits, base, count)
+        note(packing, 8 / count, 8 / count + 32 / columns)
+        for level in (3,) if quick else (3, 19):
+            bits = 8 * len(zstandard.ZstdCompressor(level).compress(packed)) / trits.size
+            note(f"zstd -{level} of {packing}", bits, bits + 32 / columns)
+    return found
+
+
+def measure_sizes(weights: int, quick: bool) -> list[dict[str, Any]]:
+    """One record a source and width."""
+    records = []
+    for name, trits in sources(weights):
+        found = sizes(trits, quick)
+        limit = entropy(trits)
+        for size in found.values():
+            size["above_entropy_percent"] = 100 * (size["payload"] / limit - 1)
+        records.append(
+            {
+                "source": name,
+                "columns": trits.shape[1],
+                "zero_fraction": 1 - np.count_nonzero(trits) / trits.size,
+                "entropy": limit,
+                "schemes": found,
+            }
+        )
+        line = "  ".join(f"{scheme} {size['payload']:.4f}" for scheme, size in found.items())
+        print(f"{name:16} {trits.shape[1]:5}  H {limit:.4f}  {line}", flush=True)
+    return records
+
+
+# Speeds
+
+
+def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
+    """Encoding and decoding to int8 on one and two threads, beside zstd and QMoE's scheme."""
+    work: dict[str, Callable[[], Any]] = {}
+    out = np.empty_like(trits)
+    for scheme, width in CODEWORDS.items():
+        encoded = codec.encode_matrix(
+            trits, np.zeros((trits.shape[0], 1, 1), np.uint16), width=width
+        ).trits
+        for threads in (1, 2):
+            work[f"{scheme}: encode, {threads} thread"] = lambda e=encoded, t=threads: codec.encode(
+                trits, e.dictionary, t
+            )
+            work[f"{scheme}: decode, {threads} thread"] = lambda e=encoded, t=threads: codec.decode(
+                e, out, t
+            )
+    codewords, offsets = qmoe_scheme.encode(trits)
+    work["QMoE: encode, 1 thread"] = lambda: qmoe_scheme.encode(trits)
+    work["QMoE: decode, 1 thread"] = lambda: qmoe_scheme.decode(codewords, offsets, out)
+    decompressor = zstandard.ZstdDecompressor()
+    for packing, (base, count) in PACKINGS.items():
+        table = unpacker(base, count)
+        frame = zstandard.ZstdCompressor(19).compress(pack(trits, base, count))
+        work[f"zstd -19 of {packing}: decompress, still packed"] = lambda f=frame: (
+            decompressor.decompress(f)
+        )
+        work[f"zstd -19 of {packing}: decompress and unpack to int8"] = lambda f=frame, t=table: (
+            np.take(t, np.frombuffer(decompressor.decompress(f), np.uint8), axis=0)
+        )
+    return work
+
+
+def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
+    """y = W x from the codewords on one and two threads, beside dense products."""
+    work: dict[str, Callable[[], Any]] = {}
+    rows, columns = trits.shape
+    x = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
+    scales = np.random.default_rng(2).random((rows, 1, 2), np.float32)
+    for scheme, width in CODEWORDS.items():
+        matrix = codec.encode_matrix(trits, scales, scale_dtype="F32", width=width)
+        for threads in (1, 2):
+            work[f"{scheme}: matvec, {threads} thread"] = lambda m=matrix, t=threads: codec.matvec(
+                m, x[0], threads=t
+            )
+        work[f"{scheme}: 16 tokens, 1 thread"] = lambda m=matrix: codec.matmul(m, x)
+    dense = codec.dequantize(matrix)
+    error = np.abs(codec.matvec(matrix, x[0]) - dense @ x[0]).max()
+    assert error < 1e-3 * np.sqrt(columns), error
+
+    def torch_matvec(weights: torch.Tensor, vector: torch.Tensor, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.mv(weights, vector)
+
+    def torch_matmul(weights: torch.Tensor, vectors: torch.Tensor) -> None:
+        torch.set_num_threads(1)
+        torch.matmul(vectors, weights.T)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        weights, vectors = torch.from_numpy(dense).to(dtype), torch.from_numpy(x).to(dtype)
+        for threads in (1, 2):
+            work[f"torch {name}: matvec, {threads} thread"] = (
+                lambda w=weights, v=vectors, t=threads: torch_matvec(w, v[0], t)
+            )
+        work[f"torch {name}: 16 tokens, 1 thread"] = lambda w=weights, v=vectors: torch_matmul(w, v)
+    return work
+
+
+def measure_speeds(quick: bool) -> list[dict[str, Any]]:
+    """One record a source: seconds, and weights/s, of each piece of work."""
+    records = []
+    # The bf16 form of the matrix for products is larger than the caches; ours is not.
+    coding_shape, product_shape = ((1024, 3072), (1024, 3072))
+    if not quick:
+        coding_shape, product_shape = ((4096, 3072), (8192, 14336))
+    for share in (0.60, 0.885, 0.95):
+        for make, shape in ((coding_work, coding_shape), (product_work, product_shape)):
+            trits = independent(*shape, share)
+            seconds = report.medians(make(trits), rounds=3 if quick else 9)
+            for name, taken in seconds.items():
+                rate = trits.size / taken["median"]
+                records.append(
+                    {"source": f"iid {share:g}", "shape": shape, "work": name, **taken,
+                     "weights_per_second": rate}
+                )  # fmt: skip
+                print(f"iid {share:g} {shape} {name:60} {rate / 1e9:8.3f} Gweights/s", flush=True)
+    return records
+
+
+def ratios(speeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The speeds that are claimed, against the alternative in the same run."""
+
+    def rate(source: str, work: str) -> float:
+        return next(
+            record["weights_per_second"]
+            for record in speeds
+            if record["source"] == source and record["work"] == work
+        )
+
+    found: dict[str, Any] = {}
+    for source in dict.fromkeys(record["source"] for record in speeds):
+        for scheme in CODEWORDS:
+            decode = rate(source, f"{scheme}: decode, 1 thread")
+            matvec = rate(source, f"{scheme}: matvec, 1 thread")
+            zstd = "zstd -19 of base-3: decompress"
+            found[f"{source}, {scheme}"] = {
+                "decode / zstd to int8": decode / rate(source, f"{zstd} and unpack to int8"),
+                "decode / zstd, still packed": decode / rate(source, f"{zstd}, still packed"),
+                "decode / QMoE": decode / rate(source, "QMoE: decode, 1 thread"),
+                "matvec / torch bf16": matvec / rate(source, "torch bfloat16: matvec, 1 thread"),
+                "matvec / torch fp32": matvec / rate(source, "torch float32: matvec, 1 thread"),
+                "matvec, 2 threads / 1": rate(source, f"{scheme}: matvec, 2 thread") / matvec,
+                "16 tokens / torch bf16": rate(source, f"{scheme}: 16 tokens, 1 thread")
+                / rate(source, "torch bfloat16: 16 tokens, 1 thread"),
+            }
+    return found
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Per cent above entropy against the share of zeros, rows of 3072."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [r for r in records if r["columns"] == 3072 and r["source"].startswith("iid")]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for scheme, style in (
+        ("QMoE", "k--"),
+        ("zstd -19 of base-3", "C2:"),
+        ("ours 8 bit", "C1-"),
+        ("ours fast (12 bit)", "C0-"),
+        ("ours size (16 bit)", "C3-"),
+    ):
+        points = [
+            (r["zero_fraction"], r["schemes"][scheme]["above_entropy_percent"])
+            for r in chosen
+            if scheme in r["schemes"]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=scheme)
+    axes.set(
+        xlabel="share of zeros",
+        ylabel="payload, % above entropy",
+        ylim=(0, 40),
+        title="Independent trits, rows of 3072",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small data, no zstd -19, no files")
+    quick = parser.parse_args().quick
+    records = measure_sizes(1 << 18 if quick else 1 << 22, quick)
+    speeds = measure_speeds(quick)
+    compared = ratios(speeds)
+    print(json.dumps(compared, indent=1))
+    if not quick:
+        report.save("codec", {"sizes": records, "speeds": speeds, "ratios": compared})
+        plot(records, report.RESULTS / "codec.png")
+
+
+if __name__ == "__main__":
+    main()
