@@ -1,0 +1,75 @@
+"""Compressed mixture-of-experts weights in one open, checked file.
+
+    import qmoe_format
+
+    with qmoe_format.open("model.qmoe") as file:
+        file.tensors                                # name -> TensorEntry
+        file.read("shared.weight")                  # a tensor
+        file.read_expert("...experts.wi", 7)        # one expert of a stack, and no other
+        file.encoded("...experts.wi", 7)            # its codewords and scales as stored
+        file.verify()
+
+    with qmoe_format.Writer("model.qmoe") as writer:
+        writer.add_tensor("shared.weight", array, "F32")
+
+The format is described in SPEC.md. Errors are ``QMoEError`` with a stable ``code``. Everything
+below is loaded when it is first used; torch, Numba and CuPy only by what needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qmoe_format._version import __version__
+
+if TYPE_CHECKING:
+    from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
+    from qmoe_format.entries import AttachmentEntry, DictionaryEntry, TensorEntry
+    from qmoe_format.errors import QMoEError
+    from qmoe_format.reader import QMoEFile
+    from qmoe_format.shards import ShardedFile, open
+    from qmoe_format.writer import StackWriter, Writer
+
+__all__ = [
+    "AttachmentEntry",
+    "Dictionary",
+    "DictionaryEntry",
+    "EncodedMatrix",
+    "EncodedTrits",
+    "QMoEError",
+    "QMoEFile",
+    "ShardedFile",
+    "StackWriter",
+    "TensorEntry",
+    "Writer",
+    "__version__",
+    "open",
+]
+
+_HOMES = {
+    "AttachmentEntry": "entries",
+    "Dictionary": "codec",
+    "DictionaryEntry": "entries",
+    "EncodedMatrix": "codec",
+    "EncodedTrits": "codec",
+    "QMoEError": "errors",
+    "QMoEFile": "reader",
+    "ShardedFile": "shards",
+    "StackWriter": "writer",
+    "TensorEntry": "entries",
+    "Writer": "writer",
+    "open": "shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,33 @@
+"""The table of limits (SPEC.md section 9), and the one way to compare a number with it."""
+
+from __future__ import annotations
+
+from qmoe_format.errors import QMoEError
+
+INTEGER = 2**53 - 1  # any integer of the index ([J-2]); length of a file; bytes of a tensor
+ARITHMETIC = 2**63 - 1  # [N-2]
+INDEX_LENGTH = (2, 2**28)
+EXTENTS = 2**24
+ENTRIES = 2**20  # tensors, attachments, dictionaries, shards: each
+NESTING = 8
+DIMENSIONS = 8
+DIMENSION = 2**40
+MATRIX_SIDE = 2**31 - 1
+SEGMENT_BYTES = 2**32 - 1
+WIDTH = (8, 16)
+ENTRY_LENGTH = (1, 255)
+ENTRY_NONZEROS = 16
+GROUP_SIZE = 2**31 - 1
+ZSTD_WINDOW = 2**27
+NAME = 512  # [J-6]; a longer name is malformed, not beyond a limit
+
+
+def zstd_content(frame: int) -> int:
+    """The most content, in bytes, of a Zstandard frame of ``frame`` bytes ([Z-2])."""
+    return 1024 * frame + 2**20
+
+
+def check(what: str, value: int, least: int, most: int) -> None:
+    """Raise ``QMoEError("limit")`` unless ``least <= value <= most``. [L-1]"""
+    if not least <= value <= most:
+        raise QMoEError("limit", f"{what} is {value}, not from {least} to {most}")
