@@ -1,6 +1,8 @@
-"""From weights to ternary weights (needs torch). Matrices only: no files, no container."""
+"""From weights to ternary weights. Matrices only: no files, no container.
+
+The recipes' names are here without torch; it is loaded when one is used.
+"""
 
 from qmoe_format.quantize.recipes import RECIPES, Recipe, recipe
-from qmoe_format.quantize.rtn import TernaryWeights, round_to_nearest
 
-__all__ = ["RECIPES", "Recipe", "TernaryWeights", "recipe", "round_to_nearest"]
+__all__ = ["RECIPES", "Recipe", "recipe"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize.rtn import TernaryWeights, round_to_nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qmoe_format.quantize.rtn import TernaryWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,19 @@ class Recipe:
         return "F16" if dtype == "F16" else "BF16"
 
 
+def _round_to_nearest(weights: Tensor, scale_dtype: str) -> TernaryWeights:
+    from qmoe_format.quantize.rtn import round_to_nearest
+
+    return round_to_nearest(weights, scale_dtype)
+
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in [
         Recipe(
             "rtn",
             "each weight to the nearest of its row's minimum, 0 and maximum; needs no text",
-            round_to_nearest,
+            _round_to_nearest,
         ),
     ]
 }

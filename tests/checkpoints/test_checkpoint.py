@@ -13,13 +13,13 @@ import pytest
 from qmoe_format.errors import QMoEError
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
 
-from qmoe_format.checkpoints import checkpoint as checkpoint_module  # noqa: E402
-from qmoe_format.checkpoints import open_checkpoint  # noqa: E402
-from qmoe_format.checkpoints.elements import TORCH_DTYPES, to_storage  # noqa: E402
-from qmoe_format.dtypes import STORAGE  # noqa: E402
+from qmoe_format.checkpoints import checkpoint as checkpoint_module
+from qmoe_format.checkpoints import open_checkpoint
+from qmoe_format.checkpoints.elements import TORCH_DTYPES, to_storage
+from qmoe_format.dtypes import STORAGE
 
 Make = Callable[..., Path]
 HEAD = "encoder.block.1.layer.1.mlp.experts."

@@ -11,8 +11,10 @@ import pytest
 from qmoe_format.errors import QMoEError
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
-import torch  # noqa: E402
-from qmoe_format.quantize import RECIPES, recipe, round_to_nearest, rtn  # noqa: E402
+import torch
+
+from qmoe_format.quantize import RECIPES, recipe, rtn
+from qmoe_format.quantize.rtn import round_to_nearest
 
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
 

@@ -1,0 +1,162 @@
+"""The ``qmoe`` command: arguments, exit codes and messages; the work is done elsewhere.
+
+Exit codes: 0; 1 for a bad file or input, with one line ``error[CODE]: …`` on stderr; 2 for wrong
+usage; 130, 143 and 141 when interrupted, terminated, or when nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from qmoe_format._version import __version__
+from qmoe_format.cli import commands
+from qmoe_format.cli.text import parse_size, positive
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import RECIPES
+
+EXAMPLES = """\
+examples:
+  qmoe demo
+      convert a small model that ships with the package, and let it write
+  qmoe convert switch-base-8/ switch.qmoe
+      compress a Hugging Face checkpoint
+  qmoe convert mixtral/ mixtral.qmoe --profile size --shard-size 5GB
+      smallest files, of at most about 5 GB each
+  qmoe inspect switch.qmoe
+      show what is inside, and how much smaller it is
+  qmoe verify switch.qmoe
+      check every byte
+  qmoe unpack switch.qmoe switch-unpacked/
+      make a checkpoint that transformers loads
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code (argparse exits by itself, with 0 or 2)."""
+    options = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except QMoEError as error:
+        return _fail(error.code, str(error))
+    except KeyboardInterrupt:
+        print("interrupted; no file was changed", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail("io", f"{where}{error.strerror or error}")
+    except MemoryError:
+        return _fail("io", "out of memory; close other programs, or use fewer --threads")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qmoe",
+        description="Compressed mixture-of-experts weights: make, look into and check .qmoe files.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qmoe {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = subparsers.add_parser(
+        "convert",
+        help="compress a Hugging Face checkpoint",
+        description="Compress the experts of a Hugging Face checkpoint (safetensors or .bin) of "
+        "the Switch Transformers or Mixtral family; everything else is kept as it is.",
+        epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
+    )
+    command.add_argument("source", metavar="SRC", type=Path, help="folder with config.json")
+    command.add_argument("destination", metavar="DST", type=Path, help="file to write")
+    command.add_argument(
+        "--recipe",
+        default="rtn",
+        choices=RECIPES,
+        help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+        + " (default: rtn)",
+    )
+    command.add_argument(
+        "--profile",
+        default="fast",
+        choices=("fast", "size"),
+        help="decoding speed (default), or a per cent or two smaller",
+    )
+    command.add_argument(
+        "--shard-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="begin another file after so much, such as 5GB (default: one file)",
+    )
+    command.add_argument(
+        "--threads", type=positive, metavar="N", help="default: all cores; the result is the same"
+    )
+    command.add_argument("--force", action="store_true", help="replace DST if it is there")
+    command.set_defaults(run=commands.convert)
+
+    command = subparsers.add_parser(
+        "inspect",
+        help="show what is in a file",
+        description="List the tensors of a .qmoe file with their sizes, and compare with bfloat16. "
+        "Reads headers only; see verify.",
+        epilog="example: qmoe inspect switch.qmoe --json | jq .totals",
+    )
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=commands.inspect)
+
+    command = subparsers.add_parser(
+        "verify",
+        help="check every byte of a file",
+        description="Check all checksums, decode everything, and check all padding.",
+        epilog="example: qmoe verify switch.qmoe && echo good",
+    )
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.set_defaults(run=commands.verify)
+
+    command = subparsers.add_parser(
+        "unpack",
+        help="make a Hugging Face checkpoint of a file",
+        description="Write sharded safetensors, configuration and tokenizer into a new folder that "
+        "transformers loads. The experts have the values of the compressed file.",
+        epilog="example: qmoe unpack switch.qmoe switch-unpacked/",
+    )
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
+    command.add_argument(
+        "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB"
+    )
+    command.set_defaults(run=commands.unpack)
+
+    command = subparsers.add_parser(
+        "demo",
+        help="compress a small model that ships with the package",
+        description="Convert, verify and inspect a small Switch Transformer that ships with the "
+        "package, and let the original and the compressed model continue a text.",
+    )
+    command.set_defaults(run=commands.demo)
+    return parser
+
+
+def _fail(code: str, message: str) -> int:
+    print(f"error[{code}]: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind, so that half-written files are removed."""
+    raise SystemExit(128 + number)

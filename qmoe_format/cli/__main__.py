@@ -1,0 +1,5 @@
+import sys
+
+from qmoe_format.cli import main
+
+sys.exit(main())

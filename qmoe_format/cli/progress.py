@@ -1,0 +1,56 @@
+"""One line about work in progress: share, rate, time left. Only for a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from qmoe_format.cli.text import count, duration
+
+INTERVAL = 0.1
+
+
+class Progress:
+    """Call it with what is done and what there is to do; use it as a context manager.
+
+    Writes to stderr, and nothing at all where that is no terminal.
+    """
+
+    def __init__(self, label: str, unit: str, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._label = label
+        self._unit = unit
+        self._started = self._shown = time.monotonic()
+        self._visible = False
+        self._enabled = self._stream.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._enabled or now - self._shown < INTERVAL:
+            return
+        self._shown = now
+        rate = done / (now - self._started)
+        left = duration((total - done) / rate) if rate else "-:--"
+        share = done / total if total else 1
+        line = (
+            f"{self._label} {share:4.0%}  {count(done)} of {count(total)} {self._unit}  "
+            f"{count(rate)} {self._unit}/s  {left} left"
+        )
+        self._stream.write(f"\r{line}\x1b[K")
+        self._stream.flush()
+        self._visible = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._visible:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()

@@ -1,0 +1,109 @@
+"""A ``.qmoe`` file back to a Hugging Face checkpoint that ``transformers`` loads.
+
+Needs numpy only, and memory for one tensor or one expert.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+import qmoe_format
+from qmoe_format.errors import QMoEError
+from qmoe_format.safetensors_writer import OutputTensor, write_new, write_sharded
+
+if TYPE_CHECKING:
+    from qmoe_format import QMoEFile, ShardedFile
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+Progress = Callable[[int, int], None]
+
+
+def unpack(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Write every tensor under its name in the checkpoint, and the attachments.
+
+    Experts are dequantised. The folder appears when it is whole.
+
+    Args:
+        source: a ``.qmoe`` file, or the index file of shards.
+        folder: where to; it must not be there, or be empty.
+        shard_bytes: the most bytes of tensors in one safetensors file.
+        progress: called with the bytes done and to do.
+
+    Raises:
+        QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` is there;
+            ``duplicate`` if two tensors or files would have one name.
+        OSError: the operating system refused.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise QMoEError("argument", f"{folder}: is there already; give a new or an empty folder")
+    if not folder.absolute().parent.is_dir():
+        raise QMoEError("not-found", f"{folder.parent}: no such folder; make it first")
+    with qmoe_format.open(source, memory_map=False) as file:
+        tensors = list(_tensors(file))
+        total = sum(tensor.nbytes for tensor in tensors)
+        done = 0
+
+        def written(tensor: OutputTensor) -> None:
+            nonlocal done
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
+
+        unfinished = folder.absolute().parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+        unfinished.mkdir()
+        try:
+            for name in file.attachments:
+                write_new(unfinished / name, file.attachment(name))
+            write_sharded(unfinished, tensors, shard_bytes, written)
+            _sync(unfinished)
+            unfinished.rename(folder)
+            _sync(folder.absolute().parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    return folder
+
+
+def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
+    """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
+
+    def whole(name: str) -> Iterator[npt.NDArray[Any]]:
+        yield file.read(name)
+
+    def experts(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
+        return (file.read_expert(name, expert) for expert in numbers)
+
+    for name, entry in file.tensors.items():
+        dtype, shape = entry.dtype, entry.shape
+        if not entry.stack:
+            yield OutputTensor(name, dtype, shape, partial(whole, name))
+        elif not entry.members:
+            yield OutputTensor(name, dtype, shape, partial(experts, name, range(shape[0])))
+        else:
+            for expert in range(shape[0]):
+                member = entry.members.replace("{}", str(expert))
+                yield OutputTensor(member, dtype, shape[1:], partial(experts, name, [expert]))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,51 @@
+"""Progress: for terminals only, never where a program reads."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from qmoe_format.cli.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("qmoe_format.cli.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_share_rate_and_time_left(clock: list[float]) -> None:
+    stream = Terminal()
+    with Progress("convert", "weights", stream) as progress:
+        clock[0] += 2
+        progress(4_000_000, 16_000_000)
+        line = "convert  25%  4.00 M of 16.0 M weights  2.00 M weights/s  0:06 left"
+        assert stream.getvalue() == f"\r{line}\x1b[K"
+        progress(5_000_000, 16_000_000)  # too soon for another
+        assert stream.getvalue().count("\r") == 1
+    assert stream.getvalue().endswith("\r\x1b[K"), "the line is gone at the end"
+
+
+def test_nothing_done_and_nothing_to_do(clock: list[float]) -> None:
+    stream = Terminal()
+    with Progress("verify", "B", stream) as progress:
+        clock[0] += 1
+        progress(0, 10)
+        clock[0] += 1
+        progress(0, 0)
+    assert "-:-- left" in stream.getvalue()
+
+
+def test_silent_where_there_is_no_terminal(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress("verify", "B", stream) as progress:
+        clock[0] += 5
+        progress(1, 2)
+    assert not stream.getvalue()
