@@ -245,7 +245,8 @@ def frame(
     result += b"" if window is None else bytes([window])
     result += b"" if dictionary is None else bytes([dictionary])
     size = len(content) if size is None else size
-    result += (size - (256 if size_bytes == 2 else 0)).to_bytes(size_bytes, "little")
+    size -= 256 if size_bytes == 2 else 0
+    result += size.to_bytes(size_bytes, "little") if size_bytes else b""
     return result + (raw_block(content) if blocks is None else blocks)
 
 
@@ -345,19 +346,17 @@ def tunstall(width: int, signs: str, zeros: float) -> Book:
 
 
 def comb(turns: Sequence[int], leaves: int) -> Node:
-    """A tree whose longest path is ``turns``, filled up to a number of leaves on short paths."""
+    """A tree whose longest path is ``turns``, with the other leaves beside its first turn."""
     root: Node = []
-    spine = [root]
+    node = root
     for turn in turns:
-        spine[-1][:] = [], []
-        spine.append(spine[-1][turn])
-    free = [node[1 - turn] for node, turn in zip(spine[:-1], turns, strict=True)]
-    missing = leaves - len(turns) - 1
-    while missing > 0:  # the shortest paths first
+        node[:] = [], []
+        node = node[turn]
+    free: list[Node] = [root[1 - turns[0]]]
+    for _ in range(leaves - len(turns) - 1):
         node = free.pop(0)
         node[:] = [], []
         free += node
-        missing -= 1
     return root
 
 
@@ -384,11 +383,13 @@ def nearest(value: Number, dtype: str) -> int:
     """The bits of the nearest number of a format, ties to even."""
     exponent_bits, fraction_bits = FORMATS[dtype]
     sign, magnitude = value
-    infinity = (2**exponent_bits - 1) << fraction_bits
+    infinity = ((1 << exponent_bits) - 1) << fraction_bits
     if magnitude is None:
         bits = infinity
+    elif magnitude == 0:
+        bits = 0
     else:
-        bias = 2 ** (exponent_bits - 1) - 1
+        bias = (1 << (exponent_bits - 1)) - 1
         exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
         exponent -= magnitude < Fraction(2) ** exponent
         exponent = max(exponent, 1 - bias)
@@ -453,7 +454,7 @@ class Matrix:
 
     def extent(
         self,
-        dictionary: int,
+        number: int,
         book: Book,
         *,
         segments: Mapping[int, bytes] | None = None,
@@ -490,7 +491,7 @@ class Matrix:
         ]
         result = struct.pack(
             "<IIB7sQQ",
-            header.get("dictionary", dictionary),
+            header.get("dictionary", number),
             base,
             width,
             header.get("zero", bytes(7)),
