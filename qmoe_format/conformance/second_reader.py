@@ -792,13 +792,20 @@ def shard_set(path: Path) -> list[Path]:
     return paths
 
 
-def contents(path: Path) -> dict[str, Any]:
-    """Open and verify a file or a set of shards; what is in it, in the form of the manifest."""
+def opened(path: Path) -> list[Path]:
+    """Open a file or a set of shards, [C-1]; its files."""
     with path.open("rb") as stream:
         is_set = stream.read(len(SHARDS)) == SHARDS  # [S-1]
-    paths = shard_set(path) if is_set else [path]
+    if is_set:
+        return shard_set(path)
+    with File(path):
+        return [path]
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Open and verify a file or a set of shards; what is in it, in the form of the manifest."""
     result: dict[str, Any] = {"attachments": [], "tensors": []}
-    for one in paths:
+    for one in opened(path):
         with File(one) as file:
             found = file.contents()
         for part, entries in result.items():
