@@ -1,15 +1,20 @@
-"""What is in a file and how small it is; only headers, scales and lengths are read."""
+"""What is in a file and how small it is, from the index and the headers of extents alone."""
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, TypedDict
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.reader import QMoEFile
 
 if TYPE_CHECKING:
     from qmoe_format.entries import TensorEntry
-    from qmoe_format.reader import QMoEFile
     from qmoe_format.shards import ShardedFile
 
 BF16_BYTES = 2
+# The end of a ternary matrix's header: non-zeros, segment bytes (SPEC.md section 7.1).
+_COUNTS = struct.Struct("<16xQQ")
 
 
 class FormatReport(TypedDict):
@@ -76,9 +81,9 @@ class Report(TypedDict):
 
 
 def describe(file: QMoEFile | ShardedFile) -> Report:
-    """Measure an open file, without decoding.
+    """Measure an open file. 32 bytes of each expert are read, and nothing is verified.
 
-    Open it with ``checksums=False``: otherwise each extent is read once to check it.
+    Open it with ``memory_map=False``: otherwise a page of each expert stays in memory.
 
     Raises:
         QMoEError: what is wrong with the file.
@@ -133,11 +138,20 @@ def _coded(file: QMoEFile | ShardedFile, name: str, entry: TensorEntry) -> tuple
     """Bytes of payload and, if the encoding tells, non-zeros of a tensor."""
     if entry.encoding != "ternary-dict":
         return entry.stored_bytes, 0
+    shard = file if isinstance(file, QMoEFile) else file._shard(name)
     payload = nonzeros = 0
-    for expert in range(entry.shape[0]) if entry.stack else [None]:
-        trits = file.encoded(name, expert).trits
-        payload += trits.segment_bytes
-        nonzeros += trits.nonzeros
+    for extent in range(entry.extent, entry.extent + entry.extent_count):
+        offset, length = shard._bounds(extent)
+        if length < _COUNTS.size:
+            raise QMoEError("malformed", f"{file.path}, tensor {name!r}: an extent has no header")
+        header = shard._source.view(offset, _COUNTS.size).tobytes()
+        more_nonzeros, segment_bytes = _COUNTS.unpack(header)
+        payload += segment_bytes
+        nonzeros += more_nonzeros
+    if payload > entry.stored_bytes or nonzeros > entry.elements:
+        raise QMoEError(
+            "malformed", f"{file.path}, tensor {name!r}: its headers cannot be right; run verify"
+        )
     return payload, nonzeros
 
 

@@ -30,7 +30,7 @@ def convert(options: argparse.Namespace) -> None:
             progress=progress,
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
-    with qmoe_format.open(path, checksums=False) as file:
+    with qmoe_format.open(path, memory_map=False) as file:
         print("\n".join(summary(describe(file))))
 
 
@@ -38,7 +38,7 @@ def inspect(options: argparse.Namespace) -> None:
     from qmoe_format.cli.tables import summary, tensor_table
     from qmoe_format.inspection import describe
 
-    with qmoe_format.open(options.file, checksums=False) as file:
+    with qmoe_format.open(options.file, memory_map=False) as file:
         description = describe(file)
     if options.json:
         print(json.dumps(description))

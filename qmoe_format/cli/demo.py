@@ -12,6 +12,7 @@ from typing import Any
 
 import qmoe_format
 from qmoe_format.cli.tables import summary, tensor_table
+from qmoe_format.cli.text import size
 from qmoe_format.conversion import convert, require
 from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
@@ -34,47 +35,49 @@ def demo(source: Path | None = None) -> None:
 
 
 def _demo(source: Path) -> None:
-    started = time.monotonic()
     if not (source / "config.json").is_file():
         raise QMoEError("not-found", f"{source}: the demo's model is not there; install again")
-    folder = Path(tempfile.mkdtemp(prefix="qmoe-demo-"))
-    target = folder / "demo.qmoe"
+    target = Path(tempfile.mkdtemp(prefix="qmoe-demo-")) / "demo.qmoe"
 
-    _step("Convert", f"a small Switch Transformer, {_bytes(source):,} bytes")
+    _begin("Convert", "round the experts' weights to three values a row, and code them")
+    started = time.perf_counter()
     convert(source, target)
-    print(f"  {target.name}: {target.stat().st_size:,} bytes")
-
+    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    _say(
+        f"{size(before)} of weights became {target.name}, {size(target.stat().st_size)}, "
+        f"in {time.perf_counter() - started:.1f} s"
+    )
     with qmoe_format.open(target) as file:
-        _step("Verify", "checksums, every codeword, every padding byte")
+        _begin("Verify", "checksums, every codeword, every byte of padding")
         file.verify()
-        print("  good")
+        _say(f"{target.name} is good")
+        _begin("Inspect", "what was compressed; everything else is kept as it was")
         description = describe(file)
-    _step("Inspect", "experts take under a bit a weight, the rest is kept exactly")
-    print(textwrap.indent("\n".join([*tensor_table(description), "", *summary(description)]), "  "))
+    _say("\n".join([*tensor_table(description, compressed_only=True), ""]))
+    _say("\n".join(summary(description)))
 
+    _begin("Generate", "what the model writes on, before and after")
     with tempfile.TemporaryDirectory(prefix="qmoe-demo-") as scratch:
-        _step("Generate", "greedy or by beams, as the model's own settings say")
-        unpacked = unpack(target, Path(scratch) / "unpacked")
-        original, compressed = _load(source), _load(unpacked)
+        original = _load(source)
+        compressed = _load(unpack(target, Path(scratch) / "unpacked"))
         for prompt in PROMPTS:
-            print(f"  prompt      {prompt}")
-            print(f"  original    {_continuation(*original, prompt)}")
-            print(f"  compressed  {_continuation(*compressed, prompt)}\n")
+            _say(f"prompt:     {prompt}")
+            _say(f"original:   {_continuation(*original, prompt)}")
+            _say(f"compressed: {_continuation(*compressed, prompt)}\n")
 
-    print(f"The file is {target}")
-    print(f"Try: qmoe inspect {target}   ({time.monotonic() - started:.0f} s)")
-
-
-def _step(name: str, what: str) -> None:
-    print(f"\n{name}: {what}", flush=True)
+    print(f"The file is {target}\nLook into it with: qmoe inspect {target}")
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors")
+def _begin(name: str, what: str) -> None:
+    print(f"\n{name}: {what}\n", flush=True)
+
+
+def _say(text: str) -> None:
+    print(textwrap.indent(text, "  "), flush=True)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    """A tokenizer and a model, in float32: bfloat16 is slow on many CPUs."""
+    """Tokenizer and model, in float32: bfloat16 is slow on many CPUs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
-from qmoe_format.cli.text import count, duration
+from qmoe_format.cli.text import count, duration, size
 
 INTERVAL = 0.1
 
@@ -15,7 +15,8 @@ INTERVAL = 0.1
 class Progress:
     """Call it with what is done and what there is to do; use it as a context manager.
 
-    Writes to stderr, and nothing at all where that is no terminal.
+    ``unit`` is ``B`` for bytes, or what is counted. Writes to stderr, and nothing at all where that
+    is no terminal.
     """
 
     def __init__(self, label: str, unit: str, stream: TextIO | None = None) -> None:
@@ -35,12 +36,15 @@ class Progress:
         left = duration((total - done) / rate) if rate else "-:--"
         share = done / total if total else 1
         line = (
-            f"{self._label} {share:4.0%}  {count(done)} of {count(total)} {self._unit}  "
-            f"{count(rate)} {self._unit}/s  {left} left"
+            f"{self._label} {share:4.0%}  {self._amount(done)} of {self._amount(total)}  "
+            f"{self._amount(rate)}/s  {left} left"
         )
         self._stream.write(f"\r{line}\x1b[K")
         self._stream.flush()
         self._visible = True
+
+    def _amount(self, number: float) -> str:
+        return size(number) if self._unit == "B" else f"{count(number)} {self._unit}"
 
     def __enter__(self) -> Self:
         return self

@@ -10,12 +10,12 @@ from qmoe_format.inspection import PartReport, Report, TensorReport
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
 
 
-def tensor_table(description: Report) -> list[str]:
-    """Lines with a row for each tensor: the compressed ones, then the others."""
-    tensors = description["tensors"]
-    compressed = [tensor for tensor in tensors if tensor["encoding"] == "ternary-dict"]
-    others = [tensor for tensor in tensors if tensor["encoding"] != "ternary-dict"]
-    return table(HEADER, [_row(tensor) for tensor in compressed + others], left=4)
+def tensor_table(description: Report, *, compressed_only: bool = False) -> list[str]:
+    """Lines with a row for each tensor: the ternary ones, then the others."""
+    tensors = sorted(description["tensors"], key=lambda each: each["encoding"] != "ternary-dict")
+    if compressed_only:
+        tensors = [tensor for tensor in tensors if tensor["encoding"] == "ternary-dict"]
+    return table(HEADER, [_row(tensor) for tensor in tensors], left=4)
 
 
 def _row(tensor: TensorReport) -> Sequence[str]:
@@ -52,4 +52,4 @@ def summary(description: Report) -> list[str]:
                 "" if bits is None else f"{bits:.3f}",
             )
         )
-    return table(("", "weights", "in bf16", "here", "smaller", "bits/weight"), rows, left=1)
+    return table(("", "weights", "in bf16", "stored", "smaller", "bits/weight"), rows, left=1)

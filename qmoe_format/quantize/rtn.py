@@ -23,7 +23,7 @@ from torch import Tensor
 from qmoe_format.errors import QMoEError
 
 SCALE_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 18  # so few stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +72,12 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeigh
     for expert in range(experts if columns else 0):
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            scale = scales[expert, part, 0]
-            _round_rows(weights[expert, part].to(wide), trits[expert, part], scale)
-            bad = ~torch.isfinite(scale).all(1)
-            if bad.any():
-                row = start + int(bad.nonzero()[0])
-                raise _unusable(weights[expert, row], expert, row, scale_dtype)
+            rows_of_block = weights[expert, part].to(wide)
+            _round_rows(rows_of_block, trits[expert, part], scales[expert, part, 0])
+        bad = ~torch.isfinite(scales[expert]).flatten(1).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise _unusable(weights[expert, row], expert, row, scale_dtype)
     return TernaryWeights(trits, scales)
 
 
@@ -91,7 +91,9 @@ def _round_rows(w: Tensor, trits: Tensor, scales: Tensor) -> None:
     # A scale that has become 0 in its type is worth no trit.
     low = torch.where(low < 0, low / 2, -torch.inf)
     high = torch.where(high > 0, high / 2, torch.inf)
-    torch.sub((w > high[:, None]).view(torch.int8), (w < low[:, None]).view(torch.int8), out=trits)
+    # With an int8 result torch's comparisons are several times faster than with a bool one.
+    torch.gt(w, high[:, None], out=trits)
+    trits -= torch.lt(w, low[:, None], out=torch.empty_like(trits))
 
 
 def _unusable(row: Tensor, expert: int, number: int, scale_dtype: str) -> QMoEError:

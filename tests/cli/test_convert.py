@@ -245,7 +245,7 @@ def test_reading_needs_no_torch(switch: Make, tmp_path: Path) -> None:
         subprocess.run(arguments, check=True, capture_output=True)
 
 
-BUSY = """
+BUSY = r"""
 import sys, time
 from qmoe_format import conversion
 from qmoe_format.cli import main

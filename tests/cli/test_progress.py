@@ -26,7 +26,7 @@ def test_share_rate_and_time_left(clock: list[float]) -> None:
     with Progress("convert", "weights", stream) as progress:
         clock[0] += 2
         progress(4_000_000, 16_000_000)
-        line = "convert  25%  4.00 M of 16.0 M weights  2.00 M weights/s  0:06 left"
+        line = "convert  25%  4.00 M weights of 16.0 M weights  2.00 M weights/s  0:06 left"
         assert stream.getvalue() == f"\r{line}\x1b[K"
         progress(5_000_000, 16_000_000)  # too soon for another
         assert stream.getvalue().count("\r") == 1
@@ -40,7 +40,7 @@ def test_nothing_done_and_nothing_to_do(clock: list[float]) -> None:
         progress(0, 10)
         clock[0] += 1
         progress(0, 0)
-    assert "-:-- left" in stream.getvalue()
+    assert "verify   0%  0 B of 10 B  0 B/s  -:-- left" in stream.getvalue()
 
 
 def test_silent_where_there_is_no_terminal(clock: list[float]) -> None:

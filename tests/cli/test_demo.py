@@ -1,0 +1,44 @@
+"""``qmoe demo``, as a user runs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmoe_format
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+
+
+def test_demo(qmoe_process: Any) -> None:
+    done = qmoe_process("demo")
+    assert done.code == 0, done.err
+    lines = [line.strip() for line in done.out.splitlines()]
+    named = next(line for line in lines if line.startswith("The file is "))
+    path = Path(named.removeprefix("The file is "))
+    with qmoe_format.open(path) as file:
+        file.verify()
+        compressed = [name for name, entry in file.tensors.items() if entry.stack]
+    path.unlink()
+    path.parent.rmdir()
+    assert compressed
+    for name in compressed:
+        assert any(line.startswith(name) for line in lines)
+    originals = [line for line in lines if line.startswith("original:")]
+    rounded = [line for line in lines if line.startswith("compressed:")]
+    assert len(originals) == len(rounded) == 2
+    assert all(len(line.split()) > 3 for line in originals + rounded)
+    assert "verify" in done.out.lower()
+    assert not done.err
+
+
+def test_demo_without_transformers(qmoe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    done = qmoe("demo")
+    assert done.code == 1
+    assert done.err.startswith("error[dependency]: ")
+    assert "pip install 'qmoe-format[convert]'" in done.err
