@@ -18,6 +18,7 @@ WIDTH = (8, 16)
 ENTRY_LENGTH = (1, 255)
 ENTRY_NONZEROS = 16
 GROUP_SIZE = 2**31 - 1
+ROWS_PER_SEGMENT = (1, 2**31 - 1)
 ZSTD_WINDOW = 2**27
 NAME = 512  # [J-6]; a longer name is malformed, not beyond a limit
 

@@ -1,4 +1,4 @@
-"""Numba kernels: encode rows of trits, decode them, multiply without decoding them.
+"""Numba kernels: encode trits, decode them, multiply without decoding them.
 
 Decoding a segment (SPEC.md section 7.2) has two stages that a superscalar core can run ahead in,
 instead of one that decides weight by weight:
@@ -13,12 +13,12 @@ instead of one that decides weight by weight:
                          next store     next store
 
 and then one short loop over the lists: a gather and a multiply-add a non-zero (vectorised), or a
-store. Zeros cost nothing. Lists hold one chunk of a row, at most ``CHUNK`` columns, so that they
-stay in the first-level cache and a position fits 15 bits.
+store. Zeros cost nothing. Lists hold one chunk of a segment, at most ``CHUNK`` weights, so that
+they stay in the first-level cache and a position fits 15 bits.
 
-Every kernel takes the rows ``first`` to ``last`` and returns ``OK`` or ``row * 8 + reason``. None
-reads or writes outside its arrays whatever the segments hold, given that ``offsets`` ascend within
-``segments`` and at least 8 bytes follow the last one.
+Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or
+``segment * 8 + reason``. None reads or writes outside its arrays whatever the segments hold, given
+that ``offsets`` ascend within ``segments`` and at least 8 bytes follow the last one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numba import njit
 from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
 
 OK = -1
-ENDS_EARLY, BEYOND_ROW, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
+ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
 
 # 2^15 less the longest entry: a position in a chunk, and an overrun of the last entry, fit 15 bits.
 CHUNK = np.uint64(32512)
@@ -70,14 +70,14 @@ def _append(found, count, positions, words, codeword, place):
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
-    """Append the positions of codewords to ``found`` until ``limit`` columns are passed.
+    """Append the positions of codewords to ``found`` until ``limit`` weights are passed.
 
     ``left``: bits of the segment not yet read, from ``begin`` up. Returns what is left then, the
-    columns passed, and the number of positions.
+    weights passed, and the number of positions.
     """
     words = np.uint64(positions.shape[1])
     mask = (ONE << width) - ONE
-    place = count = np.uint64(0)  # place: columns passed, in all four lanes
+    place = count = np.uint64(0)  # place: weights passed, in all four lanes
     # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
     three, margin = np.uint64(3) * width, np.uint64(3) * longest
     safe = limit - margin if limit > margin else np.uint64(0)
@@ -106,26 +106,18 @@ def _scan(segments, begin, left, limit, width, positions, steps, nonzeros, longe
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,
+def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs):  # fmt: skip
-    """Fill ``found`` and ``signs`` with the next chunk of a row of which ``columns`` are left.
+    """Fill ``found`` and ``signs`` with the next chunk of a segment; ``ahead``: weights to come.
 
-    ``seen``: sign bits of the row used before. Returns bits left, columns passed (0: the segment
-    ends early), number of non-zeros.
+    ``seen``: signs used before. Returns bits left, weights passed (0: the segment ends early),
+    number of non-zeros.
     """
+    limit = min(ahead, CHUNK)
     left, passed, count = _scan(
-        segments,
-        begin,
-        left,
-        min(columns, CHUNK),
-        width,
-        positions,
-        steps,
-        nonzeros,
-        longest,
-        found,
+        segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
     )
-    if passed < min(columns, CHUNK):
+    if passed < limit:
         return left, np.uint64(0), count
     if in_codeword:
         for j in range(np.int64(count)):
@@ -143,201 +135,208 @@ def _next_chunk(segments, begin, left, seen, columns, width, in_codeword,
 
 
 @njit(nogil=True, cache=True)
-def decode_rows(first, last, segments, offsets, width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, totals, out):  # fmt: skip
-    """Decode into ``out`` int8 [rows, columns]; check the rows wholly ([E-9] to [E-12]).
+def decode_segments(first, last, segments, offsets, width, in_codeword,
+                    positions, steps, nonzeros, longest, sign_bytes, span,
+                    totals, out):  # fmt: skip
+    """Decode into ``out``, int8, flat; check the segments wholly ([E-9] to [E-12]).
 
-    ``totals`` int64 [rows]: the number of non-zeros of each row.
+    ``span``: weights of a segment, but for the last one. ``totals`` int64: non-zeros of each one.
     """
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
-    columns = np.uint64(out.shape[1])
-    for row in range(first, last):
-        target = out[row]
+    for segment in range(first, last):
+        target = out[segment * span : (segment + 1) * span]
         target[:] = 0
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = seen = np.uint64(0)
-        while column < columns:
+        weights = np.uint64(target.size)
+        begin = np.uint64(offsets[segment])
+        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        place = seen = np.uint64(0)
+        while place < weights:
             left, passed, count = _next_chunk(
-                segments, begin, left, seen, columns - column, width, in_codeword,
+                segments, begin, left, seen, weights - place, width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs,
             )  # fmt: skip
             if passed == 0:
-                return row * 8 + ENDS_EARLY
-            if count > 0 and column + np.uint64(found[np.int64(count) - 1]) >= columns:
-                return row * 8 + BEYOND_ROW
-            here = target[np.int64(column) :]
+                return segment * 8 + ENDS_EARLY
+            if count > 0 and place + np.uint64(found[np.int64(count) - 1]) >= weights:
+                return segment * 8 + BEYOND_END
+            here = target[np.int64(place) :]
             for j in range(np.int64(count)):
                 here[np.uint64(found[j])] = signs[j]
-            column += passed
+            place += passed
             seen += count
-        totals[row] = seen
+        totals[segment] = seen
         used = np.uint64(0) if in_codeword else seen
         if left - used >= EIGHT:
-            return row * 8 + LEFT_OVER
+            return segment * 8 + LEFT_OVER
         gap = load16(segments, begin + (used >> np.uint64(3))) >> (used & SEVEN)
         if gap & ((ONE << (left - used)) - ONE):
-            return row * 8 + PADDING
+            return segment * 8 + PADDING
     return OK
 
 
 @njit(nogil=True, cache=True)
-def find_unused_codeword(first, last, segments, offsets, width, columns, steps):
-    """Look for a codeword that the dictionary does not have ([D-5])."""
+def find_unused_codeword(first, last, segments, offsets, width, span, weights, steps):
+    """Look for a codeword that the dictionary does not have ([D-5]); ``weights``: of the matrix."""
     mask = (ONE << width) - ONE
-    for row in range(first, last):
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = np.uint64(0)
-        while column < columns and left >= width:
+    for segment in range(first, last):
+        begin = np.uint64(offsets[segment])
+        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        ahead = min(span, weights - segment * span)
+        while ahead > 0 and left >= width:
             left -= width
             a = (load32(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)) & mask
             if steps[a] == 0:
-                return row * 8 + NO_CODEWORD
-            column += steps[a] & LANE
+                return segment * 8 + NO_CODEWORD
+            ahead -= np.int64(steps[a] & LANE)
     return OK
 
 
-@njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_rows(first, last, segments, offsets, width, in_codeword,
-             positions, steps, nonzeros, longest, sign_bytes, columns, x, out):  # fmt: skip
-    """``out`` float32 [rows, 2]: the sum of x over the row's -1 trits, and over its +1 trits.
+@njit(nogil=True, cache=True, forceinline=True)
+def _first_at(found, start, stop, place):
+    """The first of ``found[start:stop]``, which ascend, that is not below ``place``."""
+    if start == stop or found[stop - 1] < place:
+        return stop
+    while start < stop:
+        middle = (start + stop) >> 1
+        if found[middle] < place:
+            start = middle + 1
+        else:
+            stop = middle
+    return start
 
-    ``x`` float32 [columns + 255], zero where the last entry may overrun the row.
+
+@njit(nogil=True, fastmath=REORDER, cache=True)
+def dot_segments(first, last, segments, offsets, width, in_codeword,
+                 positions, steps, nonzeros, longest, sign_bytes, span,
+                 columns, group_size, x, out):  # fmt: skip
+    """Sums of ``x`` float32 [columns] over the -1 and over the +1 trits of each row and group.
+
+    ``out`` float32 [rows, groups, 2], zeroed. ``span`` is ``columns`` times the rows of a segment.
     """
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
-    for row in range(first, last):
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = seen = np.uint64(0)
+    for segment in range(first, last):
+        begin = np.uint64(offsets[segment])
+        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        row = segment * (span // columns)
+        weights = min(span, (out.shape[0] - row) * columns)
+        place = np.int64(0)  # where the chunk begins in the segment
+        row_start = np.int64(0)  # where the row does
+        group = np.int64(0)
+        seen = np.uint64(0)
         minus = plus = np.float32(0)
-        while column < columns:
+        while place < weights:
             left, passed, count = _next_chunk(
-                segments, begin, left, seen, columns - column, width, in_codeword,
+                segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs,
             )  # fmt: skip
             if passed == 0:
-                return row * 8 + ENDS_EARLY
-            here = x[np.int64(column) :]
-            for j in range(np.int64(count)):
-                # A product where a choice would do: it is the form that LLVM vectorises.
-                is_plus = np.float32((signs[j] + 1) >> 1)
-                value = at(here, np.uint64(found[j]))
-                plus += value * is_plus
-                minus += value * (np.float32(1) - is_plus)
-            column += passed
-            seen += count
-        out[row, 0] = minus
-        out[row, 1] = plus
-    return OK
-
-
-@njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_rows_by_group(first, last, segments, offsets, width, in_codeword,
-                      positions, steps, nonzeros, longest, sign_bytes, columns,
-                      group_size, x, out):  # fmt: skip
-    """``out`` float32 [rows, groups, tokens, 2]: as ``dot_rows``, sums for each group.
-
-    ``x`` float32 [tokens, columns + 255]. The general form; the others are its fast cases.
-    """
-    found = np.empty(LIST_LENGTH, np.uint16)
-    signs = np.empty(LIST_LENGTH, np.int8)
-    for row in range(first, last):
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = seen = np.uint64(0)
-        out[row] = 0
-        while column < columns:
-            left, passed, count = _next_chunk(
-                segments, begin, left, seen, columns - column, width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs,
-            )  # fmt: skip
-            if passed == 0:
-                return row * 8 + ENDS_EARLY
-            j = 0
-            while j < np.int64(count):
-                group = (np.int64(column) + found[j]) // group_size
-                end = min((group + 1) * group_size, np.int64(columns)) - np.int64(column)
-                stop = j
-                while stop < np.int64(count) and found[stop] < end:
-                    stop += 1
-                if stop == j:  # a non-zero beyond the row: only in a damaged segment
+                return segment * 8 + ENDS_EARLY
+            start = np.int64(0)
+            while row_start < weights:
+                end = row_start + min((group + 1) * group_size, columns) - place
+                stop = _first_at(found, start, np.int64(count), end)
+                column = np.uint64(place - row_start)  # of the chunk's first weight; may wrap
+                for j in range(np.uint64(start), np.uint64(stop)):
+                    # A product where a choice would do: it is the form that LLVM vectorises.
+                    is_plus = np.float32((at(signs, j) + 1) >> 1)
+                    value = at(x, column + np.uint64(at(found, j)))
+                    plus += value * is_plus
+                    minus += value * (np.float32(1) - is_plus)
+                start = stop
+                if end > np.int64(passed):
                     break
-                for token in range(x.shape[0]):
-                    here = x[token, np.int64(column) :]
-                    minus = plus = np.float32(0)
-                    for i in range(j, stop):
-                        value = at(here, np.uint64(found[i]))
-                        plus += value if signs[i] > 0 else np.float32(0)
-                        minus += np.float32(0) if signs[i] > 0 else value
-                    out[row, group, token, 0] += minus
-                    out[row, group, token, 1] += plus
-                j = stop
-            column += passed
+                out[row, group, 0] = minus
+                out[row, group, 1] = plus
+                minus = plus = np.float32(0)
+                group += 1
+                if group == out.shape[1]:
+                    group = 0
+                    row += 1
+                    row_start += columns
+            place += np.int64(passed)
             seen += count
     return OK
 
 
 @njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_rows_tile(first, last, segments, offsets, width, in_codeword,
-                  positions, steps, nonzeros, longest, sign_bytes, columns, x, out):  # fmt: skip
-    """``dot_rows`` for ``TILE`` tokens: ``x`` [columns + 255, TILE], ``out`` [rows, 2, TILE].
+def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
+                      positions, steps, nonzeros, longest, sign_bytes, span,
+                      columns, group_size, x, out):  # fmt: skip
+    """``dot_segments`` for ``TILE`` tokens: ``x`` [columns, TILE], ``out`` [rows, groups, 2, TILE].
 
     Four accumulators a sign, taken in turn: an addition need not wait for the one before it.
     """
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
-    sums = np.empty((4, 2, TILE), np.float32)
-    for row in range(first, last):
-        begin = np.uint64(offsets[row])
-        left = EIGHT * (np.uint64(offsets[row + 1]) - begin)
-        column = seen = np.uint64(0)
+    sums = np.zeros((4, 2, TILE), np.float32)
+    for segment in range(first, last):
+        begin = np.uint64(offsets[segment])
+        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        row = segment * (span // columns)
+        weights = min(span, (out.shape[0] - row) * columns)
+        place = np.int64(0)
+        row_start = np.int64(0)
+        group = np.int64(0)
+        seen = np.uint64(0)
         sums[:] = 0
-        while column < columns:
+        while place < weights:
             left, passed, count = _next_chunk(
-                segments, begin, left, seen, columns - column, width, in_codeword,
+                segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs,
             )  # fmt: skip
             if passed == 0:
-                return row * 8 + ENDS_EARLY
-            for j in range(np.int64(count)):
-                sign = np.uint64(signs[j] > 0)
-                total = (np.uint64(j & 3) * TWO + sign) * np.uint64(TILE)
-                add_tile(sums, total, x, (column + np.uint64(found[j])) * np.uint64(TILE))
-            column += passed
+                return segment * 8 + ENDS_EARLY
+            start = np.int64(0)
+            while row_start < weights:
+                end = row_start + min((group + 1) * group_size, columns) - place
+                stop = _first_at(found, start, np.int64(count), end)
+                column = np.uint64(place - row_start)
+                for j in range(np.uint64(start), np.uint64(stop)):
+                    sign = np.uint64(at(signs, j) > 0)
+                    total = ((j & np.uint64(3)) * TWO + sign) * np.uint64(TILE)
+                    source = (column + np.uint64(at(found, j))) * np.uint64(TILE)
+                    add_tile(sums, total, x, source)
+                start = stop
+                if end > np.int64(passed):
+                    break
+                for sign in range(2):
+                    for token in range(TILE):
+                        out[row, group, sign, token] = (
+                            sums[0, sign, token] + sums[1, sign, token]
+                            + sums[2, sign, token] + sums[3, sign, token]
+                        )  # fmt: skip
+                sums[:] = 0
+                group += 1
+                if group == out.shape[1]:
+                    group = 0
+                    row += 1
+                    row_start += columns
+            place += np.int64(passed)
             seen += count
-        for sign in range(2):
-            for token in range(TILE):
-                out[row, sign, token] = (
-                    sums[0, sign, token] + sums[1, sign, token]
-                    + sums[2, sign, token] + sums[3, sign, token]
-                )  # fmt: skip
     return OK
 
 
 @njit(nogil=True, cache=True)
-def encode_rows(first, last, trits, width, in_codeword, children, codewords, out, lengths, totals):
-    """Write the segments of rows one after another; return the bytes written.
+def encode_segments(first, last, trits, span, width, in_codeword,
+                    children, codewords, out, lengths, totals):  # fmt: skip
+    """Write segments one after another; return the bytes written.
 
-    ``out`` uint8, zeroed, large enough; ``lengths`` (bytes), ``totals``
-    (non-zeros) int64 [rows].
+    ``trits`` int8, flat; ``out`` uint8, zeroed, large enough; ``lengths`` (bytes) and ``totals``
+    (non-zeros) int64, of each segment.
     """
-    columns = trits.shape[1]
-    codes = np.empty(columns + 1, np.uint16)
-    tree = children.reshape(children.size)
+    codes = np.empty(span + 1, np.uint16)
     written = np.int64(0)
-    for row in range(first, last):
-        weights = trits[row]
+    for segment in range(first, last):
+        weights = trits[segment * span : (segment + 1) * span]
         count = np.int64(0)
         node = np.int64(0)
         signs = np.uint64(0)  # of the current entry, if they are part of the codeword
         in_entry = np.uint64(0)
         word = np.uint64(0)  # of sign bits, not yet written
         seen = np.uint64(0)
-        for column in range(columns):
-            trit = weights[column]
+        for trit in weights:
             if trit != 0:
                 negative = np.uint64(trit < 0)
                 signs |= negative << in_entry
@@ -347,16 +346,16 @@ def encode_rows(first, last, trits, width, in_codeword, children, codewords, out
                 if not in_codeword and seen & np.uint64(63) == 0:
                     store64(out, np.uint64(written) + (seen >> np.uint64(3)) - EIGHT, word)
                     word = np.uint64(0)
-            node = np.int64(at(tree, np.uint64(2 * node + (trit != 0))))
+            node = np.int64(at(children, np.uint64(2 * node + (trit != 0))))
             if node < 0:
                 code = codewords[~node]
                 codes[count] = code + np.uint16(signs) if in_codeword else code
                 count += 1
                 node = 0
                 signs = in_entry = np.uint64(0)
-        if node != 0:  # the row ends within an entry: finish it with zeros [E-10]
+        if node != 0:  # the segment ends within an entry: finish it with zeros [E-10]
             while node >= 0:
-                node = np.int64(tree[2 * node])
+                node = np.int64(at(children, np.uint64(2 * node)))
             code = codewords[~node]
             codes[count] = code + np.uint16(signs) if in_codeword else code
             count += 1
@@ -367,9 +366,9 @@ def encode_rows(first, last, trits, width, in_codeword, children, codewords, out
         bit = np.uint64(8 * (written + length))
         for i in range(count):
             bit -= np.uint64(width)
-            place = bit >> np.uint64(3)
-            store64(out, place, load64(out, place) | (np.uint64(codes[i]) << (bit & SEVEN)))
-        lengths[row] = length
-        totals[row] = np.int64(seen)
+            byte = bit >> np.uint64(3)
+            store64(out, byte, load64(out, byte) | (np.uint64(codes[i]) << (bit & SEVEN)))
+        lengths[segment] = length
+        totals[segment] = np.int64(seen)
         written += length
     return written

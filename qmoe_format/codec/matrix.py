@@ -99,18 +99,19 @@ def encode_matrix(
     dictionary: Dictionary | None = None,
     width: int = PROFILES["fast"],
     signs: str = "plane",
+    rows_per_segment: int | None = None,
     threads: int = 1,
 ) -> EncodedMatrix:
     """Code ``trits`` int8 [rows, columns]; scales as in ``EncodedMatrix``, already in storage form.
 
-    Without ``dictionary`` the standard one for the trits' share of zeros is taken.
+    Without ``dictionary`` the standard one for the trits' share of zeros is taken; for
+    ``rows_per_segment`` see ``encode``.
     """
     if dictionary is None:
         zero_fraction = 1.0 - np.count_nonzero(trits) / max(trits.size, 1)
         dictionary = standard_dictionary(zero_fraction, width, signs)
-    return EncodedMatrix(
-        encode(trits, dictionary, threads), row_scale, column_scale, scale_dtype, group_size
-    )
+    encoded = encode(trits, dictionary, threads, rows_per_segment)
+    return EncodedMatrix(encoded, row_scale, column_scale, scale_dtype, group_size)
 
 
 def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float32]:

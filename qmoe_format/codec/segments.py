@@ -1,36 +1,43 @@
-"""Trits of a matrix, coded row by row (SPEC.md section 7.2), and back."""
+"""Trits of a matrix, coded a segment of rows at a time (SPEC.md section 7.2), and back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import Dictionary
-from qmoe_format.codec.threads import over_rows
+from qmoe_format.codec.threads import in_parts
 from qmoe_format.errors import QMoEError
 
-if TYPE_CHECKING:
-    from qmoe_format.codec.tables import Tables
-
 GUARD = 8  # zero bytes after the segments, so that kernels may load 8 bytes anywhere
-BLOCK = 32  # rows for which one offset is stored
+BLOCK = 32  # segments for which one offset is stored
+# Narrow rows share a segment of about this many weights: its last codeword is half wasted, its
+# length takes a byte, and rounding to bytes costs 3.5 bits.
+SEGMENT_WEIGHTS = 4096
 _ENCODE_WEIGHTS = 1 << 20  # weights coded into one scratch buffer
+
+
+def default_rows_per_segment(columns: int) -> int:
+    """As many rows as come to about ``SEGMENT_WEIGHTS``."""
+    return max(1, round(SEGMENT_WEIGHTS / max(columns, 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrits:
     """The trits of a matrix [rows, columns] as stored.
 
-    ``lengths``        uint8, uint16 or uint32 [rows]: bytes of a segment above ``length_base``
-    ``block_offsets``  uint32 [ceil(rows / 32)]: where the segment of every 32nd row begins
-    ``segments``       uint8 [segment_bytes + at least 8 guard bytes]
+    ``rows_per_segment``  rows that a segment holds; the last one may hold fewer
+    ``lengths``           uint8, uint16 or uint32 [number of segments]: bytes above ``length_base``
+    ``block_offsets``     uint32 [ceil(number / 32)]: where every 32nd segment begins
+    ``segments``          uint8 [segment_bytes + at least 8 guard bytes]
     """
 
     rows: int
     columns: int
+    rows_per_segment: int
     dictionary: Dictionary
     nonzeros: int
     length_base: int
@@ -41,9 +48,9 @@ class EncodedTrits:
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on: the segments lie within their array."""
-        held = int(self.lengths.sum(dtype=np.int64)) + self.rows * self.length_base
+        held = int(self.lengths.sum(dtype=np.int64)) + self.count * self.length_base
         if (
-            self.lengths.shape != (self.rows,)
+            self.lengths.shape != (self.count,)
             or self.lengths.dtype not in (np.uint8, np.uint16, np.uint32)
             or held != self.segment_bytes
             or self.segments.dtype != np.uint8
@@ -51,9 +58,14 @@ class EncodedTrits:
         ):
             raise QMoEError(
                 "malformed",
-                f"the lengths of {self.rows} segments come to {held} bytes, "
+                f"the lengths of {self.count} segments come to {held} bytes, "
                 f"{self.segment_bytes} are stored",
             )
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return -(-self.rows // self.rows_per_segment)
 
     @property
     def zero_fraction(self) -> float:
@@ -65,59 +77,70 @@ class EncodedTrits:
         """Bits of codewords and signs, rounding to bytes included; no lengths, no scales."""
         return 8.0 * self.segment_bytes / max(self.rows * self.columns, 1)
 
-    def row_offsets(self) -> npt.NDArray[np.int64]:
-        """int64 [rows + 1]: where each segment begins, and where the last one ends."""
-        offsets = np.zeros(self.rows + 1, np.int64)
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """int64 [count + 1]: where each segment begins, and where the last one ends."""
+        offsets = np.zeros(self.count + 1, np.int64)
         np.cumsum(self.lengths, dtype=np.int64, out=offsets[1:])
-        offsets[1:] += self.length_base * np.arange(1, self.rows + 1)
+        offsets[1:] += self.length_base * np.arange(1, self.count + 1)
         return offsets
 
 
-def encode(trits: npt.NDArray[np.int8], dictionary: Dictionary, threads: int = 1) -> EncodedTrits:
+def encode(
+    trits: npt.NDArray[np.int8],
+    dictionary: Dictionary,
+    threads: int = 1,
+    rows_per_segment: int | None = None,
+) -> EncodedTrits:
     """Code ``trits`` int8 [rows, columns] of -1, 0, +1; the result is the same for any ``threads``.
 
-    Raises ``QMoEError``: ``argument`` for another dtype, shape or value.
+    ``rows_per_segment`` None: as many as come to about 4096 weights. Raises ``QMoEError``:
+    ``argument`` for another dtype, shape or value.
     """
-    from qmoe_format.codec.kernels import encode_rows
+    from qmoe_format.codec.kernels import encode_segments
     from qmoe_format.codec.tables import tables
 
     if trits.dtype != np.int8 or trits.ndim != 2:
         raise QMoEError(
             "argument", f"trits are int8 [rows, columns], not {trits.dtype} {trits.shape}"
         )
-    trits = np.ascontiguousarray(trits)
-    rows, columns = trits.shape
     if trits.size and (trits.min() < -1 or trits.max() > 1):
         raise QMoEError("argument", "a trit is -1, 0 or +1")
+    rows, columns = trits.shape
+    together = rows_per_segment or default_rows_per_segment(columns)
+    together = min(together, max(rows, 1))
+    span = together * columns
+    count = -(-rows // together)
+    flat = np.ascontiguousarray(trits).reshape(-1)
     look_up = tables(dictionary)
-    lengths = np.zeros(rows, np.int64)
-    totals = np.zeros(rows, np.int64)
-    most = (columns * (dictionary.width + 1) + 7) // 8 + 1  # bytes of one row, at the very worst
-    step = max(1, _ENCODE_WEIGHTS // max(columns, 1))
+    lengths = np.zeros(count, np.int64)
+    totals = np.zeros(count, np.int64)
+    most = (span * (dictionary.width + 1) + 7) // 8 + 1  # bytes of one segment, at the very worst
+    step = max(1, _ENCODE_WEIGHTS // max(span, 1))
 
     def work(first: int, last: int) -> list[npt.NDArray[np.uint8]]:
         parts = []
         for start in range(first, last, step):
             stop = min(start + step, last)
             out = np.zeros((stop - start) * most + 2 * GUARD, np.uint8)
-            written = encode_rows(
-                start, stop, trits, dictionary.width, dictionary.signs == "codeword",
+            written = encode_segments(
+                start, stop, flat, span, dictionary.width, dictionary.signs == "codeword",
                 look_up.children, look_up.codewords, out, lengths, totals,
             )  # fmt: skip
             parts.append(out[:written].copy())
         return parts
 
-    parts = [part for thread in over_rows(rows, threads, work) for part in thread]
+    parts = [part for thread in in_parts(count, threads, work) for part in thread]
     segments = np.concatenate([*parts, np.zeros(GUARD, np.uint8)])
     segment_bytes = segments.size - GUARD
     if segment_bytes >= 1 << 32:
         raise QMoEError("limit", "the codewords of one matrix are above 4 GiB: split it")
-    base = int(lengths.min()) if rows else 0
-    spread = int(lengths.max()) - base if rows else 0
+    base = int(lengths.min()) if count else 0
+    spread = int(lengths.max()) - base if count else 0
     narrow = np.uint8 if spread < 1 << 8 else np.uint16 if spread < 1 << 16 else np.uint32
     return EncodedTrits(
         rows=rows,
         columns=columns,
+        rows_per_segment=together,
         dictionary=dictionary,
         nonzeros=int(totals.sum()),
         length_base=base,
@@ -133,37 +156,28 @@ def decode(
 ) -> npt.NDArray[np.int8]:
     """Trits int8 [rows, columns]; every rule of SPEC.md section 7.2 is checked.
 
-    Raises ``QMoEError``: ``malformed`` or ``padding``, naming the row.
+    Raises ``QMoEError``: ``malformed`` or ``padding``, naming the segment.
     """
     from qmoe_format.codec import kernels
+    from qmoe_format.codec.tables import tables
 
     shape = (encoded.rows, encoded.columns)
     if out is None:
         out = np.empty(shape, np.int8)
     elif out.shape != shape or out.dtype != np.int8 or not out.flags.c_contiguous:
         raise QMoEError("argument", f"out has to be a contiguous int8 array of shape {shape}")
-    kernel_arguments, look_up = segment_arguments(encoded)
-    offsets = kernel_arguments[1]
-    totals = np.zeros(encoded.rows, np.int64)
-    width, steps = np.uint64(encoded.dictionary.width), look_up.steps
+    arguments = segment_arguments(encoded)
+    flat = out.reshape(-1)
+    totals = np.zeros(encoded.count, np.int64)
+    look_up = tables(encoded.dictionary)
     if look_up.used < 1 << encoded.dictionary.width:
-        columns = np.uint64(encoded.columns)
-        check(
-            over_rows(
-                encoded.rows,
-                threads,
-                lambda first, last: kernels.find_unused_codeword(
-                    first, last, encoded.segments, offsets, width, columns, steps
-                ),
-            )
-        )
-    check(
-        over_rows(
-            encoded.rows,
-            threads,
-            lambda first, last: kernels.decode_rows(first, last, *kernel_arguments, totals, out),
-        )
-    )
+        segments, offsets, width = arguments[:3]
+        span = encoded.rows_per_segment * encoded.columns
+        run(
+            kernels.find_unused_codeword, encoded, threads,
+            segments, offsets, width, span, flat.size, look_up.steps,
+        )  # fmt: skip
+    run(kernels.decode_segments, encoded, threads, *arguments, totals, flat)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
         raise QMoEError(
             "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
@@ -171,15 +185,15 @@ def decode(
     return out
 
 
-def segment_arguments(encoded: EncodedTrits) -> tuple[tuple[Any, ...], Tables]:
-    """What every decoding kernel takes after the range of rows, and the dictionary's tables."""
+def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
+    """What every decoding kernel takes after the range of segments."""
     from qmoe_format.codec.kernels import SIGN_BYTES
     from qmoe_format.codec.tables import tables
 
     look_up = tables(encoded.dictionary)
     return (
         encoded.segments,
-        encoded.row_offsets(),
+        encoded.offsets(),
         np.uint64(encoded.dictionary.width),
         encoded.dictionary.signs == "codeword",
         look_up.positions,
@@ -187,27 +201,27 @@ def segment_arguments(encoded: EncodedTrits) -> tuple[tuple[Any, ...], Tables]:
         look_up.nonzeros,
         np.uint64(encoded.dictionary.max_length),
         SIGN_BYTES,
-    ), look_up
+        encoded.rows_per_segment * encoded.columns,
+    )
 
 
-def check(statuses: list[int]) -> None:
-    """Raise for the first failure among what kernels returned."""
+def run(kernel: Any, encoded: EncodedTrits, threads: int, *arguments: Any) -> None:
+    """``kernel(first, last, *arguments)`` over all segments; raise what it found wrong."""
     from qmoe_format.codec import kernels
 
-    for status in statuses:
+    for status in in_parts(
+        encoded.count, threads, lambda first, last: int(kernel(first, last, *arguments))
+    ):
         if status != kernels.OK:
-            row, reason = divmod(status, 8)
+            segment, reason = divmod(status, 8)
             code, message = {
-                kernels.ENDS_EARLY: ("malformed", "ends before the last column"),  # [E-12]
-                kernels.BEYOND_ROW: (
-                    "malformed",
-                    "has a non-zero beyond the last column",
-                ),  # [E-10]
+                kernels.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
+                kernels.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
                 kernels.LEFT_OVER: (
                     "malformed",
                     "is longer than its codewords and signs",
                 ),  # [E-12]
                 kernels.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
                 kernels.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),
-            }[reason]
-            raise QMoEError(code, f"the segment of row {row} {message}")
+            }[reason]  # [D-5]
+            raise QMoEError(code, f"segment {segment} {message}")

@@ -1,4 +1,4 @@
-"""Split a range of rows over threads; kernels release the interpreter lock."""
+"""Split a range of segments over threads; kernels release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="qmoe")
 
 
-def over_rows(rows: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
-    """``work(first, last)`` for about equal parts of ``range(rows)``; results in order of rows."""
-    parts = max(1, min(threads, rows))
+def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
+    """``work(first, last)`` for about equal parts of ``range(count)``; results in their order."""
+    parts = max(1, min(threads, count))
     if parts == 1:
-        return [work(0, rows)]
-    cuts = [rows * part // parts for part in range(parts + 1)]
+        return [work(0, count)]
+    cuts = [count * part // parts for part in range(parts + 1)]
     others = [_pool(threads - 1).submit(work, *cuts[i : i + 2]) for i in range(1, parts)]
     mine = work(*cuts[:2])
     return [mine, *(other.result() for other in others)]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmoe_format.codec import EncodedMatrix
 
 DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
-BLOCK = 32  # rows for which one offset is stored
+BLOCK = 32  # segments for which one offset is stored
 GUARD = 8
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
@@ -63,8 +63,8 @@ class _Sections:
         for length in (
             rows * _groups(item) * values * scale,
             columns * scale if item.parameters["column_scale"] else 0,
-            4 * -(-rows // BLOCK),
-            rows * length_width,
+            4 * -(-_segments(item) // BLOCK),
+            _segments(item) * length_width,
             segment_bytes,
         ):
             at = align(at, _ALIGNMENT)
@@ -82,6 +82,7 @@ class TernaryDict(Encoding):
     defaults = {  # noqa: RUF012 -- never changed
         "column_scale": False,
         "group_size": 0,
+        "rows_per_segment": 1,
         "scale_dtype": "BF16",
         "signs": "plane",
         "symmetric": False,
@@ -99,6 +100,7 @@ class TernaryDict(Encoding):
         for side in item.shape:
             limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
         limits.check("group_size", int(p["group_size"]), 0, limits.GROUP_SIZE)
+        limits.check("rows_per_segment", int(p["rows_per_segment"]), *limits.ROWS_PER_SEGMENT)
         limits.check("width", int(p["width"]), *limits.WIDTH)
         if p["signs"] not in ("plane", "codeword"):
             raise QMoEError("malformed", f"signs are {p['signs']!r}, not plane or codeword")
@@ -132,12 +134,8 @@ class TernaryDict(Encoding):
         lengths = section(sections.lengths, _LENGTHS[length_width])
         block_offsets = section(sections.block_offsets, np.dtype("<u4"))
         _check_lengths(lengths, base, block_offsets, segment_bytes)
+        _check_room(item, lengths, base)
         width = int(item.parameters["width"])
-        least = -(-width * -(-columns // limits.ENTRY_LENGTH[1]) // 8)
-        if rows and base < least:  # [E-6]
-            raise QMoEError(
-                "malformed", f"a row of {columns} weights cannot be coded in {base} bytes"
-            )
         if number >= len(dictionaries):  # [E-1]
             raise QMoEError("malformed", f"there is no dictionary {number}")
         dictionary = dictionaries[number]
@@ -155,6 +153,7 @@ class TernaryDict(Encoding):
             trits=codec.EncodedTrits(
                 rows=rows,
                 columns=columns,
+                rows_per_segment=int(item.parameters["rows_per_segment"]),
                 dictionary=dictionary,
                 nonzeros=nonzeros,
                 length_base=base,
@@ -190,6 +189,7 @@ class TernaryDict(Encoding):
         return {
             "column_scale": value.column_scale is not None,
             "group_size": value.group_size,
+            "rows_per_segment": value.trits.rows_per_segment,
             "scale_dtype": value.scale_dtype,
             "signs": value.dictionary.signs,
             "symmetric": value.symmetric,
@@ -239,6 +239,30 @@ def _groups(item: Item) -> int:
     return -(-item.shape[1] // size) if size else 1
 
 
+def _segments(item: Item) -> int:
+    """n, the number of segments. [E-15]"""
+    return -(-item.shape[0] // int(item.parameters["rows_per_segment"]))
+
+
+def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
+    """A codeword has at most 255 weights, so a segment has so and so many bytes. [E-6]"""
+    rows, columns = item.shape
+    together = int(item.parameters["rows_per_segment"])
+    width = int(item.parameters["width"])
+
+    def least(weights: int) -> int:
+        return -(-width * -(-weights // limits.ENTRY_LENGTH[1]) // 8)
+
+    if lengths.size == 0:
+        return
+    full, last = lengths[:-1], int(lengths[-1])
+    weights = (rows - full.size * together) * columns
+    if base + last < least(weights) or (
+        full.size and base + int(full.min()) < least(together * columns)
+    ):
+        raise QMoEError("malformed", f"a segment is too short for rows of {columns} weights")
+
+
 def _check_padding(stored: Bytes, zeros: bytes, sections: _Sections) -> None:
     """The header's spare bytes, the bytes between sections, and the guard. [E-14]"""
     gaps = (
@@ -255,20 +279,20 @@ def _check_padding(stored: Bytes, zeros: bytes, sections: _Sections) -> None:
 def _check_lengths(
     lengths: npt.NDArray[Any], base: int, offsets: npt.NDArray[np.uint32], segment_bytes: int
 ) -> None:
-    rows = lengths.size
-    spread = int(lengths.max()) if rows else 0
+    count = lengths.size
+    spread = int(lengths.max()) if count else 0
     narrowest = 1 if spread < 1 << 8 else 2 if spread < 1 << 16 else 4
-    if lengths.itemsize != narrowest or (int(lengths.min()) if rows else base):  # [E-8]
+    if lengths.itemsize != narrowest or (int(lengths.min()) if count else base):  # [E-8]
         raise QMoEError("malformed", "the lengths of segments are not stored in the shortest form")
-    total = int(lengths.sum(dtype=np.uint64)) + rows * base
+    total = int(lengths.sum(dtype=np.uint64)) + count * base
     if total != segment_bytes:  # [E-5]
         raise QMoEError(
             "malformed", f"segments come to {total} bytes, the header says {segment_bytes}"
         )
-    if rows:
+    if count:
         # No sum can wrap around: all are at most the total.
-        blocks = np.add.reduceat(lengths, np.arange(0, rows, BLOCK), dtype=np.int64)[:-1]
+        blocks = np.add.reduceat(lengths, np.arange(0, count, BLOCK), dtype=np.int64)[:-1]
         expected = np.zeros(offsets.size, np.int64)
         np.cumsum(blocks + BLOCK * base, out=expected[1:])
         if not np.array_equal(expected, offsets):  # [E-5]
-            raise QMoEError("malformed", "the offset of a block of rows is not where it begins")
+            raise QMoEError("malformed", "the offset of a block of segments is not where it begins")

@@ -39,6 +39,7 @@ def matrices(draw: st.DrawFn) -> EncodedMatrix:
         scale_dtype=dtype,
         group_size=group_size,
         dictionary=draw(dictionaries),
+        rows_per_segment=draw(st.sampled_from([None, 1, 3, 1000])),
     )
 
 
@@ -108,7 +109,11 @@ def test_long_rows_and_both_sign_modes() -> None:
         scale = np.ones((5, 1, 2), np.float32)
         scale[..., 0] = -0.5
         matrix = encode_matrix(
-            coded, scale, scale_dtype="F32", dictionary=dictionary(0.885, 12, signs)
+            coded,
+            scale,
+            scale_dtype="F32",
+            dictionary=dictionary(0.885, 12, signs),
+            rows_per_segment=2,
         )
         x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
         assert within_tolerance(matrix, x, matmul(matrix, x))

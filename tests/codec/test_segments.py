@@ -18,10 +18,10 @@ from qmoe_format.errors import QMoEError
 from .strategies import dictionaries, dictionary, random_trits, trits
 
 
-@given(trits(), dictionaries)
+@given(trits(), dictionaries, st.sampled_from([None, 1, 2, 7, 1000]))
 @settings(deadline=None)
-def test_round_trip(matrix: npt.NDArray[np.int8], chosen: Dictionary) -> None:
-    encoded = encode(matrix, chosen)
+def test_round_trip(matrix: npt.NDArray[np.int8], chosen: Dictionary, together: int | None) -> None:
+    encoded = encode(matrix, chosen, rows_per_segment=together)
     assert np.array_equal(decode(encoded), matrix)
     assert encoded.nonzeros == np.count_nonzero(matrix)
     assert int(encoded.lengths.min(initial=0)) == 0
@@ -47,6 +47,18 @@ def test_threads_do_not_change_the_bytes(width: int, signs: str) -> None:
     assert np.array_equal(decode(one, threads=2), matrix)
 
 
+def test_rows_together_are_one_long_row() -> None:
+    """A segment of k rows is the segment of one row k times as long."""
+    matrix = random_trits(7, 100, 0.885)
+    chosen = dictionary(0.885, 8, "plane")
+    together = encode(matrix, chosen, rows_per_segment=7)
+    assert together.segments.tobytes() == encode(matrix.reshape(1, 700), chosen).segments.tobytes()
+    in_threes = encode(matrix, chosen, rows_per_segment=3)
+    last = encode(matrix[6:], chosen).segments.tobytes()
+    assert in_threes.count == 3
+    assert in_threes.segments[in_threes.offsets()[2] :].tobytes() == last
+
+
 def test_a_segment_is_laid_out_as_specified() -> None:
     """By hand, with the comb of 8 bits: codeword c > 0 is 255 - c zeros and a non-zero."""
     bits = "1" * 255 + "0" * 256
@@ -63,7 +75,7 @@ def test_a_segment_is_laid_out_as_specified() -> None:
 
 def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
     """``encoded`` with one row's segment replaced by ``change`` of it."""
-    offsets = encoded.row_offsets()
+    offsets = encoded.offsets()
     parts = [encoded.segments[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
     parts[row] = change(parts[row])
     lengths = np.array([len(part) for part in parts])
@@ -79,8 +91,8 @@ def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
 
 def test_damage_is_named() -> None:
     chosen = dictionary(0.885, 8, "plane")
-    encoded = encode(random_trits(40, 300, 0.885), chosen)
-    offsets = encoded.row_offsets()
+    encoded = encode(random_trits(40, 300, 0.885), chosen, rows_per_segment=1)
+    offsets = encoded.offsets()
     with_gap = next(  # a row whose codewords and signs leave padding bits
         row for row in range(40) if np.count_nonzero(decode(encoded)[row]) % 8 in range(1, 7)
     )
@@ -92,11 +104,11 @@ def test_damage_is_named() -> None:
         return bytes(changed)
 
     for row, change, code, words in (
-        (7, lambda s: s[1:], "malformed", "row 7"),
-        (7, lambda s: s[:-1], "malformed", "row 7"),
+        (7, lambda s: s[1:], "malformed", "segment 7"),
+        (7, lambda s: s[:-1], "malformed", "segment 7"),
         (39, lambda s: b"", "malformed", "ends before"),
-        (0, lambda s: b"\0" + s, "malformed", "row 0"),
-        (with_gap, set_padding, "padding", f"row {with_gap}"),
+        (0, lambda s: b"\0" + s, "malformed", "segment 0"),
+        (with_gap, set_padding, "padding", f"segment {with_gap}"),
     ):
         with pytest.raises(QMoEError, match=words) as error:
             decode(damaged(encoded, row, change))
@@ -116,7 +128,7 @@ def test_a_nonzero_beyond_the_row_is_refused() -> None:
 
 def test_a_codeword_that_the_dictionary_lacks_is_refused() -> None:
     chosen = dictionary(0.885, 8, "codeword")
-    encoded = encode(np.zeros((2, 100), np.int8), chosen)
+    encoded = encode(np.zeros((2, 100), np.int8), chosen, rows_per_segment=1)
     unused = damaged(encoded, 1, lambda segment: segment + b"\xff")
     with pytest.raises(QMoEError, match="lacks"):
         decode(unused)
@@ -133,6 +145,7 @@ def test_any_bytes_decode_or_are_refused(data: bytes, columns: int, chosen: Dict
     encoded = EncodedTrits(
         rows=1,
         columns=columns,
+        rows_per_segment=1,
         dictionary=chosen,
         nonzeros=0,
         length_base=len(data),
