@@ -413,6 +413,7 @@ COMMON = {
 TERNARY = {  # section 7
     "column_scale": bool,
     "group_size": int,
+    "rows_per_segment": int,
     "scale_dtype": str,
     "signs": str,
     "symmetric": bool,
@@ -464,6 +465,8 @@ def tensor(value: Any) -> Tensor:
     if t.encoding == "ternary-dict":
         require(8 <= t.keys["width"] <= 16, "L-1", "limit", f"width of {t.name}")
         require(t.keys["group_size"] < 2**31, "L-1", "limit", f"group_size of {t.name}")
+        right = 0 < t.keys["rows_per_segment"] < 2**31
+        require(right, "L-1", "limit", f"rows_per_segment of {t.name}")
         right = t.keys["signs"] in ("plane", "codeword")
         require(right, "J-4", "malformed", f"signs of {t.name}")
         right = t.keys["scale_dtype"] in ("BF16", "F16", "F32")
@@ -602,6 +605,8 @@ def decode_ternary(
     rows, columns = shape
     group_size = t.keys["group_size"]
     groups = -(-columns // group_size) if group_size else 1  # [E-2]
+    together = t.keys["rows_per_segment"]
+    count = -(-rows // together)  # [E-15]
     symmetric, with_columns = t.keys["symmetric"], t.keys["column_scale"]
     scale_dtype = t.keys["scale_dtype"]
     scale_size = DTYPES[scale_dtype]
@@ -616,8 +621,8 @@ def decode_ternary(
     sizes = [
         rows * groups * (1 if symmetric else 2) * scale_size,
         columns * scale_size if with_columns else 0,
-        -(-rows // 32) * 4,
-        rows * length_width,
+        -(-count // 32) * 4,
+        count * length_width,
         segment_bytes,
     ]
     ends = []
@@ -648,10 +653,10 @@ def decode_ternary(
 
     numbers = range(0, len(length_bytes), length_width)
     lengths = [int.from_bytes(length_bytes[i : i + length_width], "little") for i in numbers]
-    right = sum(lengths) + rows * length_base == segment_bytes
+    right = sum(lengths) + count * length_base == segment_bytes
     require(right, "E-5", "malformed", "the lengths do not add up")
     # [E-8] The least of the stored lengths is 0, so length_base is the least of all.
-    right = min(lengths) == 0 if rows else length_base == 0
+    right = min(lengths) == 0 if count else length_base == 0
     require(right, "E-8", "malformed", "length_base is not the least length")
     least = next(width for width in (1, 2, 4) if max(lengths, default=0) < 256**width)
     require(length_width == least, "E-8", "malformed", "length_width is not the least")
@@ -662,17 +667,19 @@ def decode_ternary(
     all_trits = hashlib.sha256()
     found_nonzeros = 0
     position = 0
-    for row in range(rows):
-        if row % 32 == 0:
-            right = offsets[row // 32] == position
-            require(right, "E-5", "malformed", f"offset of block {row // 32}")
-        length = length_base + lengths[row]
+    for number in range(count):
+        if number % 32 == 0:
+            right = offsets[number // 32] == position
+            require(right, "E-5", "malformed", f"offset of block {number // 32}")
+        length = length_base + lengths[number]
         segment = segments[position : position + length]
         position += length
-        trits = decode_segment(segment, columns, table)
+        first = number * together
+        trits = decode_segment(segment, (min(first + together, rows) - first) * columns, table)
         found_nonzeros += sum(map(abs, trits))
-        all_trits.update(struct.pack(f"{columns}b", *trits))
-        for column, trit in enumerate(trits):
+        all_trits.update(struct.pack(f"{len(trits)}b", *trits))
+        for place, trit in enumerate(trits):
+            row, column = first + place // columns, place % columns
             group = row * groups + (column // group_size if group_size else 0)
             if symmetric:
                 low, high = -row_scales[group], row_scales[group]  # [V-1]
@@ -688,16 +695,16 @@ def decode_ternary(
     return {"sha256": values.hexdigest(), "trits": all_trits.hexdigest()}
 
 
-def decode_segment(segment: bytes, columns: int, table: Dictionary) -> list[int]:
+def decode_segment(segment: bytes, weights: int, table: Dictionary) -> list[int]:
     width, plane = table.width, table.signs == "plane"
     bits = 8 * len(segment)
-    enough = len(segment) >= -(-width * -(-columns // 255) // 8)
-    require(enough, "E-6", "malformed", "a segment is too short for its columns")
+    enough = len(segment) >= -(-width * -(-weights // 255) // 8)
+    require(enough, "E-6", "malformed", "a segment is too short for its weights")
     s = int.from_bytes(segment, "little")
     trits: list[int] = []
     signs = 0  # how many bits of signs are used, from the low end
     used = 0  # how many bits of codewords, from the high end
-    while len(trits) < columns:  # [E-9]
+    while len(trits) < weights:  # [E-9]
         used += width
         require(used <= bits, "E-12", "malformed", "a segment has too few codewords")
         codeword = s >> (bits - used) & (2**width - 1)
@@ -709,8 +716,8 @@ def decode_segment(segment: bytes, columns: int, table: Dictionary) -> list[int]
             if not weight:
                 trits.append(0)
                 continue
-            inside = len(trits) < columns
-            require(inside, "E-10", "malformed", "a weight beyond the last column is not zero")
+            inside = len(trits) < weights
+            require(inside, "E-10", "malformed", "a weight beyond the last row is not zero")
             if plane:  # [E-11]
                 negative = s >> signs & 1
                 signs += 1
@@ -722,7 +729,7 @@ def decode_segment(segment: bytes, columns: int, table: Dictionary) -> list[int]
     require(left >= 0, "E-12", "malformed", "codewords and signs overlap")
     require(left < 8, "E-12", "malformed", "a segment is longer than it needs to be")
     require(s >> signs & (2**left - 1) == 0, "E-12", "padding", "between codewords and signs")
-    return trits[:columns]
+    return trits[:weights]
 
 
 # 7.3. All values are Python floats, that is binary64, which holds every binary32 number exactly.

@@ -353,6 +353,36 @@ def section_7() -> None:
         what = f"{count} rows: {-(-count // 32)} blocks"
         accept(f"rows-{count}", "E-5", what, ternary(matrix))
 
+    for together in (2, 3, 7, 8, 100):
+        matrix = Matrix(
+            rows(noise(7 * 50, 6, together), 50), [ONE + i for i in range(7)],
+            symmetric=True, rows_per_segment=together,
+        )
+        what = f"Seven rows in segments of {together}"
+        for signs, book in (("plane", PLANE8), ("codeword", CODEWORD8)):
+            content = ternary(matrix, book)
+            accept(f"rows-together-{together}-{signs}", "E-15 E-9 E-10", what, content)
+    trits = rows(noise(70 * 9, 4, 1), 9)
+    scales = [ONE + i for i in range(140)]
+    matrix = Matrix(trits, scales, group_size=5, symmetric=True, rows_per_segment=2)
+    accept("rows-together-blocks", "E-15 E-5 E-2", "35 segments of two rows, groups", ternary(matrix))
+    matrix = Matrix([[]] * 5, bf16(*range(5)), symmetric=True, rows_per_segment=2)
+    accept("rows-together-no-columns", "E-15 E-6", "Three segments of nothing", ternary(matrix))
+    matrix = Matrix(trits, scales[:70], symmetric=True)
+    for value, code, what in (
+        (0, "limit", "No rows in a segment"),
+        (2**31, "limit", "2^31 rows in a segment, one more than the most"),
+        (2, "malformed*", "Segments of two rows by the index, of one in the extent"),
+    ):
+        content = ternary(matrix)
+        content.index["tensors"][0]["rows_per_segment"] = value
+        needed = "E-15 E-4" if value == 2 else "E-15 L-1"
+        reject(f"rows-per-segment-{value}", needed, code, what, content)
+    content = ternary(Matrix(trits, scales[:70], symmetric=True, rows_per_segment=70))
+    content.index["tensors"][0]["rows_per_segment"] = 2**31 - 1
+    what = "2^31 - 1 rows in a segment, the most, where there are 70"
+    accept("rows-per-segment-most", "E-15 L-1", what, content)
+
     # Stacks
     matrices = [
         Matrix(rows(noise(3 * 20, zeros, zeros), 20), bf16(-1, zeros + 1) * 3)

@@ -199,6 +199,7 @@ class Content:
             members=members,
             column_scale=first.column_scales is not None,
             group_size=first.group_size,
+            rows_per_segment=first.rows_per_segment,
             scale_dtype=first.scale_dtype,
             signs=book.signs,
             symmetric=first.symmetric,
@@ -417,6 +418,7 @@ class Matrix:
     group_size: int = 0
     symmetric: bool = False
     columns: int = 0  # for a matrix without rows
+    rows_per_segment: int = 1
 
     def __post_init__(self) -> None:
         self.columns = len(self.trits[0]) if self.trits else self.columns
@@ -463,20 +465,21 @@ class Matrix:
         gaps: Mapping[int, Mapping[int, int]] | None = None,
         **header: Any,
     ) -> bytes:
-        """``segments``, ``lengths`` and ``offsets`` replace those of a row or block; ``gaps`` are
-        patches of the zero bytes after a section, from 0 for the row scales to 4 for the guard."""
-        rows = len(self.trits)
+        """``segments``, ``lengths`` and ``offsets`` replace those of a segment or block; ``gaps``
+        are patches of the zero bytes after a section: 0, the row scales, to 4, the guard."""
         parts = []
-        for row, trits in enumerate(self.trits):
-            codewords, signs = book.parse(trits)
-            parts.append((segments or {}).get(row, segment(codewords, book.width, signs)))
+        for first in range(0, len(self.trits), self.rows_per_segment):  # [E-15]
+            rows = self.trits[first : first + self.rows_per_segment]
+            codewords, signs = book.parse([trit for row in rows for trit in row])
+            own = segment(codewords, book.width, signs)
+            parts.append((segments or {}).get(len(parts), own))
         base = header.get("length_base", min(map(len, parts), default=0))
         above = [len(part) - base for part in parts]
         width = next(size for size in (1, 2, 4) if max(above, default=0) < 256**size)
         width = header.get("length_width", width)
-        for row, length in (lengths or {}).items():
-            above[row] = length
-        starts = [sum(map(len, parts[: 32 * block])) for block in range(-(-rows // 32))]
+        for place, length in (lengths or {}).items():
+            above[place] = length
+        starts = [sum(map(len, parts[: 32 * block])) for block in range(-(-len(parts) // 32))]
         for block, start in (offsets or {}).items():
             starts[block] = start
         nonzeros = sum(trit != 0 for row in self.trits for trit in row)
