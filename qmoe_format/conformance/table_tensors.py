@@ -123,6 +123,9 @@ def section_4_and_5() -> None:
         reject(f"zstd-{name}", "Z-1", "malformed*", what, one(data))
     two = b"".join(frame(half) for half in (b"ab", b"c"))
     reject("zstd-halves", "Z-1", "malformed*", "Two frames, together the tensor", one(two))
+    data = frame(b"", window=0, size_bytes=0)
+    what = "No content size in the header, for 0 elements"
+    reject("zstd-no-size-0", "Z-1", "malformed*", what, one(data, 0))
     reject("zstd-empty-0", "Z-1", "malformed*", "An empty extent for 0 elements", one(b"", 0))
     for name, data, what in (
         ("header-cut", good[:7], "The frame ends within its header"),
@@ -472,16 +475,20 @@ def section_7_extent(base: list[list[int]], low_high: list[int]) -> None:
     for number in (1, 2**32 - 1):
         what = f"Dictionary {number} of 1"
         bad(f"dictionary-{number}", "E-1", "malformed", what, dictionary=number)
-    for name, book in (
-        ("width", tunstall(9, "plane", 0.9)),
-        ("signs", TINY),
+    for name, book, index_keys in (
+        ("width", tunstall(9, "plane", 0.9), {"width": 8}), ("signs", TINY, {"signs": "plane"}),
     ):
         content = Content()
         content.dictionary(PLANE8)
         content.dictionary(book)
         content.ternary("w", "F32", Matrix(base, low_high), defects={"dictionary": 1})
-        what = f"The dictionary is one of other {name}"
+        what = f"The header names a dictionary of other {name} than the segments have"
         reject(f"extent-dictionary-{name}", "E-1", "malformed*", what, content)
+        content = Content()
+        content.dictionary(book)
+        content.ternary("w", "F32", Matrix(base, low_high)).update(index_keys)
+        what = f"The index entry has other {name} than the dictionary and the segments"
+        reject(f"extent-dictionary-{name}-index", "E-1", "malformed*", what, content)
 
     for dtype in ("U8", "I32", "F8_E4M3", "BOOL"):
         content = ternary(Matrix([[1]], [ONE], symmetric=True), TINY)
@@ -697,4 +704,4 @@ def section_7_segments() -> None:
     # [D-5]
     for codeword in (TINY.codewords, 255):
         what = f"Codeword {codeword} of a dictionary that ends at 2"
-        bad(f"codeword-{codeword}", "D-5", "malformed", what, [0], bytes([codeword]), TINY)
+        bad(f"codeword-{codeword}", "D-5", "malformed", what, [1], bytes([codeword]), TINY)
