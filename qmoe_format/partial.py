@@ -28,15 +28,16 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     no such folder.
     """
     target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise QMoEError("io", f"there is no folder {target.parent}: make it first")
-    if target.exists() and not target.is_file():
-        raise QMoEError("argument", f"{target} is there and is not a file: give another name")
+    with os_errors(f"cannot write {target}"):
+        if not target.parent.is_dir():
+            raise QMoEError("io", f"there is no folder {target.parent}: make it first")
+        if target.exists() and not target.is_file():
+            raise QMoEError("argument", f"{target} is there and is not a file: give another name")
     return target
 
 
 class PartialFile:
-    """A new file without its final name; the first operation that fails discards nothing by itself.
+    """A new file without its final name. After an operation that failed, ``discard`` it.
 
     All methods raise ``QMoEError("io")``.
     """
@@ -52,20 +53,21 @@ class PartialFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``, all of its bytes."""
-        rest = memoryview(data)
         with self._failure:
-            while rest:
-                written = os.write(self._fd, rest[:_PIECE])
-                self.length += written
-                rest = rest[written:]
+            self._write_all(data)
+            self.length += len(data)
 
     def overwrite(self, data: bytes) -> None:
         """Put ``data`` over the file's beginning; it is short."""
         with self._failure:
             os.lseek(self._fd, 0, os.SEEK_SET)
-            if os.write(self._fd, data) != len(data):
-                raise OSError("the disk took only a part")
+            self._write_all(data)
             os.lseek(self._fd, self.length, os.SEEK_SET)
+
+    def _write_all(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest[:_PIECE]) :]
 
     def truncate(self, length: int) -> None:
         """Go back to ``length`` bytes."""

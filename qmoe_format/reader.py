@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -284,7 +284,7 @@ class QMoEFile:
         entry = self._index.dictionaries[number]
         if stored.size > 2 << (entry.width - 3):  # 2^width leaves have fewer inner nodes [N-3]
             raise QMoEError("malformed", f"a dictionary of width {entry.width} is not so long")
-        tree = codec.Dictionary.from_tree(entry.width, entry.signs, stored.tobytes())
+        tree = _parse_dictionary(entry.width, entry.signs, stored.tobytes())
         if (tree.max_length, tree.max_nonzeros) != (entry.max_length, entry.max_nonzeros):  # [D-1]
             raise QMoEError(
                 "malformed",
@@ -319,6 +319,12 @@ class _Dictionaries(Sequence["Dictionary"]):
             return self._file._tree(number)
         with located(f"{self._file.path}, dictionary {number}"):
             return self._file._tree(number)
+
+
+@lru_cache(maxsize=64)
+def _parse_dictionary(width: int, signs: str, tree: bytes) -> Dictionary:
+    """Few dictionaries serve many files: walking a tree costs more than all else in opening one."""
+    return codec.Dictionary.from_tree(width, signs, tree)
 
 
 def _open(source: ByteSource) -> tuple[Preamble, ExtentTable, Index]:

@@ -345,7 +345,11 @@ class _File:
         self._waiting: list[Dictionary] = []
         self._index_bytes = 0
         self._closed = False
-        self.partial.write(bytes(PREAMBLE_LENGTH))
+        try:
+            self.partial.write(bytes(PREAMBLE_LENGTH))
+        except BaseException:
+            self.partial.discard()
+            raise
 
     def put(self, coder: Encoding, value: Any, item: Item) -> int:
         """Write one extent; returns its number."""

@@ -822,6 +822,7 @@ def section_8() -> None:
 
 def section_12() -> None:
     content = Content()
+    content.index["generator"] = "example"
     content.attach("config.json", b'{"experts":2}')
     content.dictionary(PLANE8)
     content.tensor("bias", "F32", [2], struct.pack("<2f", 0.5, -2))

@@ -123,6 +123,9 @@ def section_4_and_5() -> None:
         reject(f"zstd-{name}", "Z-1", "malformed*", what, one(data))
     two = b"".join(frame(half) for half in (b"ab", b"c"))
     reject("zstd-halves", "Z-1", "malformed*", "Two frames, together the tensor", one(two))
+    data = frame(b"", window=0, size_bytes=0)
+    what = "No content size in the header, for 0 elements"
+    reject("zstd-no-size-0", "Z-1", "malformed*", what, one(data, 0))
     reject("zstd-empty-0", "Z-1", "malformed*", "An empty extent for 0 elements", one(b"", 0))
     for name, data, what in (
         ("header-cut", good[:7], "The frame ends within its header"),
@@ -365,7 +368,8 @@ def section_7() -> None:
     trits = rows(noise(70 * 9, 4, 1), 9)
     scales = [ONE + i for i in range(140)]
     matrix = Matrix(trits, scales, group_size=5, symmetric=True, rows_per_segment=2)
-    accept("rows-together-blocks", "E-15 E-5 E-2", "35 segments of two rows, groups", ternary(matrix))
+    what = "35 segments of two rows, two groups a row"
+    accept("rows-together-blocks", "E-15 E-5 E-2", what, ternary(matrix))
     matrix = Matrix([[]] * 5, bf16(*range(5)), symmetric=True, rows_per_segment=2)
     accept("rows-together-no-columns", "E-15 E-6", "Three segments of nothing", ternary(matrix))
     matrix = Matrix(trits, scales[:70], symmetric=True)
@@ -382,6 +386,18 @@ def section_7() -> None:
     content.index["tensors"][0]["rows_per_segment"] = 2**31 - 1
     what = "2^31 - 1 rows in a segment, the most, where there are 70"
     accept("rows-per-segment-most", "E-15 L-1", what, content)
+
+    # [E-6] Two segments of 2 x 510 weights, which take 4 codewords each, and one of 510.
+    zeros = Matrix([[0] * 510] * 5, [ONE] * 5, symmetric=True, rows_per_segment=2)
+    for place, least in ((0, 4), (2, 2)):
+        matrix_defects = {"segments": {place: bytes(least)}}
+        content = ternary(zeros, Book(8, "plane", comb([0] * 255, 256)), **matrix_defects)
+        what = f"Segment {place} has just as many bytes as there are entries of 255 zeros"
+        accept(f"segment-room-{place}", "E-6 E-15", what, content)
+        matrix_defects = {"segments": {place: bytes(least - 1)}}
+        content = ternary(zeros, Book(8, "plane", comb([0] * 255, 256)), **matrix_defects)
+        what = f"Segment {place} has one byte less than that"
+        reject(f"segment-room-{place}-less", "E-6 E-15", "malformed*", what, content)
 
     # Stacks
     matrices = [
@@ -502,16 +518,20 @@ def section_7_extent(base: list[list[int]], low_high: list[int]) -> None:
     for number in (1, 2**32 - 1):
         what = f"Dictionary {number} of 1"
         bad(f"dictionary-{number}", "E-1", "malformed", what, dictionary=number)
-    for name, book in (
-        ("width", tunstall(9, "plane", 0.9)),
-        ("signs", TINY),
+    for name, book, index_keys in (
+        ("width", tunstall(9, "plane", 0.9), {"width": 8}), ("signs", TINY, {"signs": "plane"}),
     ):
         content = Content()
         content.dictionary(PLANE8)
         content.dictionary(book)
         content.ternary("w", "F32", Matrix(base, low_high), defects={"dictionary": 1})
-        what = f"The dictionary is one of other {name}"
+        what = f"The header names a dictionary of other {name} than the segments have"
         reject(f"extent-dictionary-{name}", "E-1", "malformed*", what, content)
+        content = Content()
+        content.dictionary(book)
+        content.ternary("w", "F32", Matrix(base, low_high)).update(index_keys)
+        what = f"The index entry has other {name} than the dictionary and the segments"
+        reject(f"extent-dictionary-{name}-index", "E-1", "malformed*", what, content)
 
     for dtype in ("U8", "I32", "F8_E4M3", "BOOL"):
         content = ternary(Matrix([[1]], [ONE], symmetric=True), TINY)
@@ -727,4 +747,4 @@ def section_7_segments() -> None:
     # [D-5]
     for codeword in (TINY.codewords, 255):
         what = f"Codeword {codeword} of a dictionary that ends at 2"
-        bad(f"codeword-{codeword}", "D-5", "malformed", what, [0], bytes([codeword]), TINY)
+        bad(f"codeword-{codeword}", "D-5", "malformed", what, [1], bytes([codeword]), TINY)

@@ -55,23 +55,34 @@ class Zstd(Encoding):
 
 
 def _check_frame(stored: Bytes, size: int) -> None:
-    """Read the frame's header: [Z-1] and [Z-2], before anything is allocated. [N-3]"""
+    """Read the frame's header: [Z-1] and [Z-2], before anything is allocated. [N-3]
+
+    RFC 8878, section 3.1.1.1, by hand: the library calls a great window an error like any other.
+    """
     head = stored[:_HEADER].tobytes()
-    if head[:4] != _MAGIC:  # a skippable frame would pass for an ordinary one below
+    if head[:4] != _MAGIC or len(head) < 6:
         raise QMoEError("malformed", "there is no Zstandard frame")
-    try:
-        frame = zstandard.get_frame_parameters(head)
-    except zstandard.ZstdError as error:
-        raise QMoEError(
-            "malformed", f"the header of the Zstandard frame is bad ({error})"
-        ) from error
-    if frame.content_size != size:  # also if it is unknown
-        raise QMoEError(
-            "malformed", f"the Zstandard frame holds {frame.content_size} bytes, {size} are needed"
-        )
-    if frame.dict_id:
+    descriptor = head[4]
+    single_segment = bool(descriptor & 0x20)
+    dictionary_bytes = (0, 1, 2, 4)[descriptor & 3]
+    content_bytes = (int(single_segment), 2, 4, 8)[descriptor >> 6]
+    dictionary_at = 5 if single_segment else 6
+    content_at = dictionary_at + dictionary_bytes
+    if descriptor & 0x08 or len(head) < content_at + content_bytes:
+        raise QMoEError("malformed", "the header of the Zstandard frame is not sound")
+    if not content_bytes:
+        raise QMoEError("malformed", "the Zstandard frame does not say how much it holds")
+    content = int.from_bytes(head[content_at : content_at + content_bytes], "little")
+    content += 256 if content_bytes == 2 else 0
+    if content != size:
+        raise QMoEError("malformed", f"the Zstandard frame holds {content} bytes, not {size}")
+    if any(head[dictionary_at:content_at]):
         raise QMoEError("malformed", "the Zstandard frame needs a dictionary")
-    limits.check("window of the Zstandard frame", frame.window_size, 0, limits.ZSTD_WINDOW)
+    window = content
+    if not single_segment:
+        base = 1 << (10 + (head[5] >> 3))
+        window = base + base // 8 * (head[5] & 7)
+    limits.check("window of the Zstandard frame", window, 0, limits.ZSTD_WINDOW)
     most = limits.zstd_content(stored.size)
     limits.check("content of the Zstandard frame", size, 0, most)
 

@@ -1,0 +1,86 @@
+"""Each check of the second reader is taken out, one at a time: some vector has to notice."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qmoe_format.conformance import second_reader
+from qmoe_format.conformance.runner import Vector, corpus
+
+SOURCE = Path(second_reader.__file__)
+TEXT = SOURCE.read_text(encoding="utf-8")
+
+# Checks without which every small file still gets the right answer, and why.
+REDUNDANT = {
+    "the file has become shorter": "only while it is read",
+    "number of {part}": "2^20 of them make a file of many MiB",
+    "number of shards": "2^20 of them make a file of many MiB",
+    "length of the text": "it is 2^28",
+    "the index begins at {index_offset}": "[F-1] says where it has to begin",
+    "no Zstandard frame": "the library refuses it too",
+    "the frame ends in its header": "the library refuses it too",
+    "the frame needs a dictionary": "the library refuses it too",
+    "the frame has no content size": "the library refuses it too",
+    "the tree is nothing but a leaf": "[D-1] has no max_length for it",
+    "length_width {length_width}": "[E-8] allows no other; here, it bounds memory",
+    "a segment is too short for its columns": "[E-12] finds it; here, it bounds memory",
+}
+
+
+CHECKS = {
+    node.lineno: node
+    for node in ast.walk(ast.parse(TEXT))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require"
+}
+
+
+def words(line: int) -> tuple[str, str]:
+    """The requirement (empty if it is computed) and the message of a check."""
+    _, rule, _, message = CHECKS[line].args
+    known = isinstance(rule, ast.Constant)
+    return ast.unparse(rule)[1:-1] if known else "", ast.unparse(message).removeprefix("f")[1:-1]
+
+
+def without(line: int) -> ModuleType:
+    class Remove(ast.NodeTransformer):
+        def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+            return ast.copy_location(ast.Pass(), node) if node.lineno == line else node
+
+    module = ModuleType("mutant")
+    sys.modules["mutant"] = module  # where dataclasses look for it
+    exec(compile(Remove().visit(ast.parse(TEXT)), str(SOURCE), "exec"), module.__dict__)
+    return module
+
+
+def said(reader: ModuleType, vector: Vector) -> tuple[str, str | None]:
+    stage: str | None = "open"
+    try:
+        reader.opened(vector.path)
+        stage = "verify"
+        reader.contents(vector.path)
+    except Exception as error:
+        return f"reject:{getattr(error, 'code', error)}", stage
+    return "accept", None
+
+
+@pytest.fixture(scope="module")
+def rejected() -> list[Vector]:
+    return [vector for vector in corpus() if vector.stage is not None]
+
+
+@pytest.mark.parametrize("line", sorted(CHECKS), ids=lambda line: "-".join(words(line)))
+def test_a_missing_check_is_noticed(line: int, rejected: list[Vector]) -> None:
+    rule, message = words(line)
+    related = [vector for vector in rejected if not rule or rule in vector.requirements]
+    mutant = without(line)
+    noticed = any(said(mutant, vector) != (vector.outcome, vector.stage) for vector in related)
+    assert noticed != (message in REDUNDANT), REDUNDANT.get(message, "no vector needs this check")
+
+
+def test_the_list_of_redundant_checks_is_current() -> None:
+    assert set(REDUNDANT) <= {words(line)[1] for line in CHECKS}

@@ -1,0 +1,129 @@
+"""What opening and reading touch, how fast they are, and what an import loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qmoe_format
+from qmoe_format import QMoEFile, Writer
+from qmoe_format.source import Bytes, BytesSource, FileSource
+from tests.container.files import matrix, sample, take_apart
+
+EXPERTS = 2048
+
+
+class Counting(FileSource):
+    """A file that notes which bytes were asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.seen: list[tuple[int, int]] = []
+
+    def view(self, offset: int, length: int) -> Bytes:
+        self.seen.append((offset, offset + length))
+        return super().view(offset, length)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stack") / "stack.qmoe"
+    value = matrix(40, 300)
+    with Writer(path) as writer:
+        writer.add_tensor("first", np.arange(5000, dtype=np.uint16), "U16")
+        with writer.add_stack("s", (EXPERTS, 40, 300), "BF16", "ternary-dict") as experts:
+            for _ in range(EXPERTS):
+                experts.append(value)
+        with writer.add_stack("raw", (EXPERTS, 64), "BF16", "raw") as experts:
+            for expert in range(EXPERTS):
+                experts.append(np.full(64, expert, np.uint16))
+    return path
+
+
+def test_opening_reads_the_preamble_and_the_index(stack: Path) -> None:
+    """[C-1]"""
+    source = Counting(stack)
+    with QMoEFile(source) as file:
+        offset = file.file_length - sum(last - first for first, last in source.seen[1:])
+        assert source.seen == [(0, 64), (offset, file.file_length)]
+        assert file.file_length - offset < 70_000
+
+
+def test_one_expert_of_many_touches_its_own_bytes(stack: Path) -> None:
+    source = Counting(stack)
+    with QMoEFile(source) as file:
+        entry = file.tensors["s"]
+        source.seen.clear()
+        file.encoded("s", 1234)
+        own = 64 + sum(
+            -(-len(each) // 64) * 64 for each in extents_before(stack, entry.extent + 1234)
+        )
+        length = entry.stored_bytes // EXPERTS
+        tree = len(file.dictionaries[0].tree)
+        touched = set(source.seen)
+        assert (own, own + length) in touched
+        others = touched - {(own, own + length)}
+        assert len(others) == 1  # the dictionary
+        ((first, last),) = others
+        assert last - first == tree
+        source.seen.clear()
+        file.encoded("s", 1234)
+        assert source.seen == [(own, own + length)]  # and the checksum is not computed again
+        file.read_expert("raw", 7)
+        assert sum(last - first for first, last in source.seen) == length + 2 * 128
+
+
+def extents_before(path: Path, number: int) -> list[bytes]:
+    return take_apart(path.read_bytes())[1][:number]
+
+
+def test_verification_looks_at_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "sample.qmoe"
+    path.write_bytes(sample())
+    source = Counting(path)
+    with QMoEFile(source) as file:
+        progress: list[tuple[int, int]] = []
+        file.verify(lambda done, total: progress.append((done, total)))
+        touched = bytearray(file.file_length)
+        for first, last in source.seen:
+            touched[first:last] = b"\1" * (last - first)
+        assert all(touched)
+        assert progress == sorted(progress)
+        assert progress[-1] == (file.file_length, file.file_length)
+
+
+def test_bytes_in_memory() -> None:
+    with QMoEFile(BytesSource(sample(), "a member of an archive")) as file:
+        assert file.path == "a member of an archive"
+        with pytest.raises(qmoe_format.QMoEError, match="a member of an archive"):
+            file.read("nothing")
+
+
+def test_importing_loads_nothing_heavy(tmp_path: Path) -> None:
+    program = """
+import sys
+import qmoe_format
+assert not {"numpy", "numba", "torch", "cupy", "transformers", "zstandard"} & set(sys.modules)
+assert set(dir(qmoe_format)) >= {"open", "Writer", "QMoEError"}
+for name in qmoe_format.__all__:
+    getattr(qmoe_format, name)
+heavy = {"numba", "torch", "cupy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+with qmoe_format.Writer(sys.argv[1]) as writer:
+    writer.add_attachment("a.txt", b"text")
+with qmoe_format.open(sys.argv[1]) as file:
+    file.verify()
+heavy = {"numba", "torch", "cupy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+try:
+    qmoe_format.nonsense
+except AttributeError:
+    pass
+else:
+    sys.exit("no AttributeError")
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.qmoe")], check=True)
