@@ -140,12 +140,6 @@ def _convert(
             stack.dtype,
             "ternary-dict",
             stack.members,
-            width=width,
-            signs="plane",
-            symmetric=False,
-            column_scale=False,
-            group_size=0,
-            scale_dtype=recipe.scale_dtype(stack.dtype),
         ) as experts:
             for matrix in _encoded(checkpoint, stack, recipe, width, threads):
                 experts.append(matrix)
