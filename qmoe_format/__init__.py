@@ -12,6 +12,9 @@
     with qmoe_format.Writer("model.qmoe") as writer:
         writer.add_tensor("shared.weight", array, "F32")
 
+    qmoe_format.convert("checkpoint", "model.qmoe")     # from a Hugging Face folder, with torch
+    qmoe_format.unpack("model.qmoe", "folder")          # and back
+
 The format is described in SPEC.md. Errors are ``QMoEError`` with a stable ``code``. Everything
 below is loaded when it is first used; torch, Numba and CuPy only by what needs them.
 """
@@ -25,10 +28,12 @@ from qmoe_format._version import __version__
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
+    from qmoe_format.conversion import convert
     from qmoe_format.entries import AttachmentEntry, DictionaryEntry, TensorEntry
     from qmoe_format.errors import QMoEError
     from qmoe_format.reader import QMoEFile
     from qmoe_format.shards import ShardedFile, open
+    from qmoe_format.unpacking import unpack
     from qmoe_format.writer import StackWriter, Writer
 
 __all__ = [
@@ -44,7 +49,9 @@ __all__ = [
     "TensorEntry",
     "Writer",
     "__version__",
+    "convert",
     "open",
+    "unpack",
 ]
 
 _HOMES = {
@@ -59,7 +66,9 @@ _HOMES = {
     "StackWriter": "writer",
     "TensorEntry": "entries",
     "Writer": "writer",
+    "convert": "conversion",
     "open": "shards",
+    "unpack": "unpacking",
 }
 
 
