@@ -97,10 +97,17 @@ class AttachmentEntry:
 
 @dataclass(frozen=True, slots=True)
 class DictionaryEntry:
-    """A dictionary: where its tree is, and what is said about it."""
+    """A dictionary: where its tree of ``size`` bytes is, and what is said about it."""
 
+    size: int
+    encoding: str
     extent: int
     width: int
     signs: str
     max_length: int
     max_nonzeros: int
+
+    @property
+    def item(self) -> Item:
+        """What the extent holds: the tree's bytes."""
+        return Item("U8", (self.size,))

@@ -28,7 +28,15 @@ from qmoe_format.source import Bytes
 
 _TOP = {"attachments": list, "dictionaries": list, "generator": str, "tensors": list}
 _ATTACHMENT = {"bytes": int, "encoding": str, "extent": int, "name": str}
-_DICTIONARY = {"extent": int, "max_length": int, "max_nonzeros": int, "signs": str, "width": int}
+_DICTIONARY = {
+    "bytes": int,
+    "encoding": str,
+    "extent": int,
+    "max_length": int,
+    "max_nonzeros": int,
+    "signs": str,
+    "width": int,
+}
 _TENSOR = {
     "dtype": str,
     "encoding": str,
@@ -64,7 +72,7 @@ def parse_index(text: Bytes, lengths: Lengths) -> Index:
     top = fields(canonical.loads(text), "the index", _TOP)
     for what in ("tensors", "attachments", "dictionaries"):
         limits.check(f"number of {what}", len(top[what]), 0, limits.ENTRIES)
-    dictionaries = [_dictionary(record, len(lengths)) for record in top["dictionaries"]]
+    dictionaries = [_dictionary(record) for record in top["dictionaries"]]
     attachments = [_attachment(record, lengths) for record in top["attachments"]]
     tensors = [parse_tensor(record, lengths) for record in top["tensors"]]
     owned = [(each.extent, 1) for each in dictionaries]
@@ -209,16 +217,17 @@ def _attachment(record: Any, lengths: Lengths) -> AttachmentEntry:
     )
 
 
-def _dictionary(record: Any, extent_count: int) -> DictionaryEntry:
+def _dictionary(record: Any) -> DictionaryEntry:
     fields(record, "a dictionary", _DICTIONARY)
-    if record["extent"] >= extent_count:  # [F-5]
-        raise QMoEError("malformed", "a dictionary has an extent that the file does not have")
+    limits.check("bytes of a dictionary", record["bytes"], *limits.TREE_BYTES)
     limits.check("width of a dictionary", record["width"], *limits.WIDTH)  # [D-1]
     limits.check("max_length of a dictionary", record["max_length"], *limits.ENTRY_LENGTH)
     limits.check("max_nonzeros of a dictionary", record["max_nonzeros"], 0, limits.ENTRY_NONZEROS)
     if record["signs"] not in ("plane", "codeword"):  # [D-1]
         raise QMoEError("malformed", f"signs of a dictionary are {record['signs'][:80]!r}")
-    return DictionaryEntry(**record)
+    return DictionaryEntry(
+        size=record["bytes"], **{key: value for key, value in record.items() if key != "bytes"}
+    )
 
 
 def _by_name(entries: list[Entry], what: str) -> Mapping[str, Entry]:

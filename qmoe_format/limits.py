@@ -8,6 +8,7 @@ INTEGER = 2**53 - 1  # any integer of the index ([J-2]); length of a file; bytes
 ARITHMETIC = 2**63 - 1  # [N-2]
 INDEX_LENGTH = (2, 2**28)
 EXTENTS = 2**24
+TREE_BYTES = (1, 2**14)  # of a dictionary: 2^17 - 1 nodes
 ENTRIES = 2**20  # tensors, attachments, dictionaries, shards: each
 NESTING = 8
 DIMENSIONS = 8

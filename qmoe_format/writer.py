@@ -381,8 +381,11 @@ class _File:
         self._index_bytes += len(canonical.dumps(record)) + 8
         for dictionary in self._waiting:
             tree = np.frombuffer(dictionary.tree, np.uint8)
+            extent, coder = self.put_smallest(ZSTD, tree, Item("U8", tree.shape))
             entry = {
-                "extent": self.put(RAW, tree, Item("U8", tree.shape)),
+                "bytes": tree.size,
+                "encoding": coder.name,
+                "extent": extent,
                 "max_length": dictionary.max_length,
                 "max_nonzeros": dictionary.max_nonzeros,
                 "signs": dictionary.signs,

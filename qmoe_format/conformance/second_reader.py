@@ -213,7 +213,10 @@ class File:
         """Verify everything, [C-3], and describe what is in the file."""
         for gap in self.gaps():
             require(zero(gap), "F-2", "padding", "after an extent")
-        tables = [dictionary(self.extent(entry.extent), entry) for entry in self.dictionaries]
+        tables = []
+        for entry in self.dictionaries:
+            tree = decode_bytes(self.extent(entry.extent), entry.encoding, entry.bytes, 1)
+            tables.append(dictionary(tree, entry))
         attachments = []
         for entry in self.attachments:
             data = decode_bytes(self.extent(entry.extent), entry.encoding, entry.bytes, 1)
@@ -372,6 +375,8 @@ def attachment(value: Any) -> Attachment:
 
 @dataclass(frozen=True, slots=True)
 class DictionaryEntry:
+    bytes: int
+    encoding: str
     extent: int
     max_length: int
     max_nonzeros: int
@@ -380,9 +385,19 @@ class DictionaryEntry:
 
 
 def dictionary_entry(value: Any) -> DictionaryEntry:
-    keys = record(value, extent=int, max_length=int, max_nonzeros=int, signs=str, width=int)
+    keys = record(
+        value,
+        bytes=int,
+        encoding=str,
+        extent=int,
+        max_length=int,
+        max_nonzeros=int,
+        signs=str,
+        width=int,
+    )
     entry = DictionaryEntry(**keys)
     # [D-1], [L-1]
+    require(1 <= entry.bytes <= 2**14, "D-1", "limit", f"a tree of {entry.bytes} bytes")
     require(8 <= entry.width <= 16, "D-1", "limit", f"width {entry.width}")
     require(entry.signs in ("plane", "codeword"), "D-1", "malformed", f"signs {entry.signs!r}")
     require(1 <= entry.max_length <= 255, "D-1", "limit", "max_length")
@@ -482,7 +497,7 @@ def tensor(value: Any) -> Tensor:
 
 
 def decode_bytes(data: bytes, encoding: str, elements: int, size: int) -> bytes:
-    """The bytes of a tensor, or with size 1 those of an attachment."""
+    """The bytes of a tensor, or with size 1 those of an attachment or a tree."""
     require(encoding in ("raw", "zstd"), "T-4", "unsupported", f"encoding {encoding!r}")
     if encoding == "raw":
         require(len(data) == elements * size, "R-1", "malformed", "length of a raw extent")

@@ -250,7 +250,7 @@ def section_6() -> None:
         content = Content()
         content.dictionary(PLANE8 if signs == "plane" else TINY)
         content.extents[0] = tree
-        content.index["dictionaries"][0] |= keys
+        content.index["dictionaries"][0] |= {"bytes": len(tree), **keys}
         reject(name, needed, f"{code}*", what, content)
 
     def of(book: Book) -> dict[str, int]:
@@ -264,6 +264,25 @@ def section_6() -> None:
     bad("entry-256", "D-3 L-1", "limit", "An entry of 256 weights", book.tree, of(book))
     book = Book(8, "plane", comb([1] * 17, 256))
     bad("entry-17", "D-3 L-1", "limit", "An entry of 17 non-zeros", book.tree, of(book))
+    content = Content()
+    content.dictionary(PLANE8, frame(PLANE8.tree), "zstd")
+    content.ternary("w", "F32", Matrix([[1, 0, -1]], [ONE], symmetric=True))
+    accept("dictionary-zstd", "D-2 Z-1", "A tree in a Zstandard frame", content)
+    for length in (63, 65):
+        content = Content()
+        content.dictionary(PLANE8)
+        content.index["dictionaries"][0]["bytes"] = length
+        what = f"A tree of 64 bytes, {length} by the index"
+        reject(f"dictionary-bytes-{length}", "D-2 R-1", "malformed*", what, content)
+    for length in (0, 2**14 + 1):
+        content = Content()
+        content.dictionary(PLANE8)
+        content.index["dictionaries"][0]["bytes"] = length
+        what = f"A tree of {length} bytes by the index"
+        reject(f"dictionary-bytes-{length}", "D-1 L-1", "limit", what, content)
+    content = Content()
+    content.dictionary(PLANE8, encoding="lz4")
+    reject("dictionary-encoding", "T-4", "unsupported*", "A tree in an unknown encoding", content)
     what = "A tree of inner nodes only, 100 bytes long"
     bad("tree-deep", "D-3 L-1 N-3", "limit", what, b"\xff" * 100, {"width": 16})
     book = Book(8, "plane", comb([0] * 20, 255))
@@ -272,7 +291,8 @@ def section_6() -> None:
     bad("tree-257", "D-4", "malformed", "257 leaves instead of 256", book.tree, of(book))
     tree = PLANE8.tree
     bad("tree-cut", "D-2", "malformed", "The last byte of the tree is missing", tree[:-1], {})
-    bad("tree-none", "D-2", "malformed", "The extent of the tree is empty", b"", {})
+    what = "The extent of the tree is empty"
+    bad("tree-none", "D-2 R-1", "malformed", what, b"", {"bytes": 64})
     bad("tree-more", "D-2", "malformed", "A zero byte after the tree", tree + b"\0", {})
     tree = patched(tree, {-1: tree[-1] | 0x80})
     bad("tree-padding", "D-2", "padding", "The bit after the tree is not zero", tree, {})

@@ -125,11 +125,11 @@ class Content:
             {"bytes": len(data), "name": name, "sha256": sha256(data)}
         )
 
-    def dictionary(self, book: Book) -> int:
+    def dictionary(self, book: Book, stored: bytes | None = None, encoding: str = "raw") -> int:
         entry = {"extent": len(self.extents), "signs": book.signs, "width": book.width}
         entry |= {"max_length": book.max_length, "max_nonzeros": book.max_nonzeros}
-        self.index["dictionaries"].append(entry)
-        self.extents.append(book.tree)
+        self.index["dictionaries"].append(entry | {"bytes": len(book.tree), "encoding": encoding})
+        self.extents.append(book.tree if stored is None else stored)
         self.books.append(book)
         return len(self.books) - 1
 

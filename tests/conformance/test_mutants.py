@@ -28,7 +28,7 @@ REDUNDANT = {
     "the frame has no content size": "the library refuses it too",
     "the tree is nothing but a leaf": "[D-1] has no max_length for it",
     "length_width {length_width}": "[E-8] allows no other; here, it bounds memory",
-    "a segment is too short for its columns": "[E-12] finds it; here, it bounds memory",
+    "a segment is too short for its weights": "[E-12] finds it; here, it bounds memory",
 }
 
 

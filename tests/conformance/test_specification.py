@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qmoe_format.conformance.runner import Vector, corpus, judge, package, second_reader
-from qmoe_format.conformance.second_reader import SHARDS, File
+from qmoe_format.conformance.second_reader import SHARDS, File, decode_bytes
 
 SPEC = (Path(__file__).parents[2] / "SPEC.md").read_text(encoding="utf-8")
 VECTORS = {vector.id: vector for vector in corpus()}
@@ -74,7 +74,10 @@ def test_there_is_something_to_decode() -> None:
 def test_the_pseudocode_decodes(vector: Vector, decoder: dict[str, Any]) -> None:
     expected = {tensor["name"]: tensor["parts"] for tensor in vector.contents["tensors"]}
     with File(vector.path) as file:
-        tables = [decoder["entries"](file.extent(d.extent), d.signs) for d in file.dictionaries]
+        tables = [
+            decoder["entries"](decode_bytes(file.extent(d.extent), d.encoding, d.bytes, 1), d.signs)
+            for d in file.dictionaries
+        ]
         for tensor in file.tensors:
             if tensor.encoding != "ternary-dict":
                 continue

@@ -382,9 +382,10 @@ def test_a_matrix_that_cannot_be_multiplied_out() -> None:
         ("D-1", None, {"width": 9}, "malformed"),
         ("D-2", lambda tree: tree[:-1], {}, "malformed"),
         ("D-2", lambda tree: tree + b"\0", {}, "malformed"),
-        ("D-2", lambda tree: tree + bytes(1 << 20), {}, "malformed"),
+        ("R-1", lambda tree: tree + b"\0", {"bytes": 64}, "malformed"),
+        ("L-1", lambda tree: tree + bytes(1 << 20), {}, "limit"),
         ("D-2", lambda tree: tree[:-1] + bytes([tree[-1] | 0x80]), {}, "padding"),
-        ("D-2", lambda tree: b"", {}, "malformed"),
+        ("L-1", lambda tree: b"", {}, "limit"),
         ("D-3", lambda tree: b"\0" + tree[1:], {}, "malformed"),
         ("D-3", lambda tree: b"\xff" * 64, {}, None),
     ],
@@ -397,9 +398,10 @@ def test_dictionaries(
 ) -> None:
     """The code of each defect of a tree is the codec's to test; here, that it is looked at."""
     index, extents, _ = ternary(3, 20)
-    record = index["dictionaries"][0] | keys
-    if change:
-        extents[1] = change(extents[1])
+    with QMoEFile(BytesSource(assemble(index, extents))) as file:
+        tree = file.dictionaries[0].tree
+    extents[1] = change(tree) if change else tree
+    record = index["dictionaries"][0] | {"bytes": len(extents[1]), "encoding": "raw"} | keys
     code = code_of(assemble({**index, "dictionaries": [record]}, extents))
     assert code == expected if expected else code is not None, requirement
 

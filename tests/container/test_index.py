@@ -20,6 +20,15 @@ from tests.container.files import (
 )
 
 EMPTY = dumps(index_of())
+DICTIONARY: dict[str, Any] = {
+    "bytes": 64,
+    "encoding": "raw",
+    "extent": 0,
+    "max_length": 8,
+    "max_nonzeros": 8,
+    "signs": "plane",
+    "width": 8,
+}
 TERNARY: dict[str, Any] = {
     "column_scale": False,
     "dtype": "BF16",
@@ -250,6 +259,10 @@ def test_an_attachment_of_an_unknown_encoding() -> None:
         ({"max_length": 256}, "limit"),
         ({"max_nonzeros": 16}, None),
         ({"max_nonzeros": 17}, "limit"),
+        ({"bytes": 0}, "limit"),
+        ({"bytes": 2**14}, None),
+        ({"bytes": 2**14 + 1}, "limit"),
+        ({"encoding": "later"}, None),
         ({"signs": "other"}, "malformed"),
         ({"extent": 1}, "malformed"),
         ({"further": 1}, "malformed"),
@@ -257,7 +270,7 @@ def test_an_attachment_of_an_unknown_encoding() -> None:
 )
 def test_dictionaries(keys: dict[str, Any], expected: str | None) -> None:
     """[D-1] [F-5]; whether the tree is so is seen when it is read."""
-    record = {"extent": 0, "max_length": 8, "max_nonzeros": 8, "signs": "plane", "width": 8} | keys
+    record = DICTIONARY | keys
     data = assemble(index_of(dictionaries=[record]), [b"ab"])
     assert code_at_opening(data) == expected
     assert code_of(data) == expected or expected is None
@@ -381,13 +394,7 @@ def test_the_number_of_entries(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     entry: dict[str, Any] = {
         "tensors": tensor(stack=True, shape=[0]),
         "attachments": {"bytes": 2, "encoding": "raw", "extent": 0, "name": "a"},
-        "dictionaries": {
-            "extent": 0,
-            "max_length": 8,
-            "max_nonzeros": 8,
-            "signs": "plane",
-            "width": 8,
-        },
+        "dictionaries": DICTIONARY,
     }[what]
     for count, expected in ((3, None), (4, "limit")):
         records = []
