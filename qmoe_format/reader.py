@@ -282,8 +282,6 @@ class QMoEFile:
 
     def _parse_tree(self, number: int, stored: Bytes) -> Dictionary:
         entry = self._index.dictionaries[number]
-        if stored.size > 2 << (entry.width - 3):  # 2^width leaves have fewer inner nodes [N-3]
-            raise QMoEError("malformed", f"a dictionary of width {entry.width} is not so long")
         tree = _parse_dictionary(entry.width, entry.signs, stored.tobytes())
         if (tree.max_length, tree.max_nonzeros) != (entry.max_length, entry.max_nonzeros):  # [D-1]
             raise QMoEError(
