@@ -24,13 +24,10 @@ _PIECE = 1 << 26  # the most that is given to one system call; Linux takes less 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Where a file of this name would be written, links followed.
 
-    Raises ``QMoEError``: ``argument`` if something that is no file stands there, ``io`` if there is
-    no such folder.
+    Raises ``QMoEError``: ``argument`` if something that is no file stands there, ``io``.
     """
     target = Path(os.path.realpath(path))
     with os_errors(f"cannot write {target}"):
-        if not target.parent.is_dir():
-            raise QMoEError("io", f"there is no folder {target.parent}: make it first")
         if target.exists() and not target.is_file():
             raise QMoEError("argument", f"{target} is there and is not a file: give another name")
     return target

@@ -315,8 +315,10 @@ def test_shapes_and_stacks(keys: dict[str, Any], expected: str | None) -> None:
 def test_a_stack_without_experts_has_extent_0() -> None:
     """[T-1]"""
     for extent, expected in ((0, None), (1, "malformed")):
-        record = tensor(stack=True, shape=[0, 2], extent=extent)
+        record = tensor(name="s", stack=True, shape=[0, 2], extent=extent)
         assert code_of(assemble(index_of(tensors=[record]), [])) == expected
+        both = index_of(tensors=[record, tensor()])
+        assert code_of(assemble(both, [b"ab"])) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from qmoe_format import QMoEError
+from qmoe_format.layout import Preamble
 from tests.container.files import SIGNATURE, assemble, code_at_opening, code_of, index_of, tensor
 
 GOOD: dict[str, Any] = {"index": index_of(tensors=[tensor(name="tt")]), "extents": [b"ab"]}
@@ -99,6 +101,21 @@ def test_padding_after_an_extent_is_found_by_verification_only() -> None:
     data = assemble(**GOOD, gap=7)
     assert code_at_opening(data) is None
     assert code_of(data) == "padding"
+
+
+def test_limits_of_the_length() -> None:
+    """No such file can be made: the numbers alone."""
+    for length, expected in ((2**53 - 1, "malformed"), (2**53, "limit")):
+        head = assemble(**GOOD, file_length=length)[:64]
+        with pytest.raises(QMoEError) as caught:
+            Preamble.parse(head, length)
+        assert caught.value.code == expected
+
+
+@pytest.mark.parametrize("length", range(8, 64))
+def test_a_preamble_that_is_cut_off(length: int) -> None:
+    """[P-2]"""
+    assert code_at_opening(assemble(**GOOD)[:length]) == "truncated"
 
 
 @pytest.mark.parametrize("length", range(8))

@@ -11,6 +11,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format import QMoEError, QMoEFile, ShardedFile, Writer
+from qmoe_format.shards import parse_shards
 from tests.container.files import assemble, code_of, dumps, index_of, matrix, tensor
 
 
@@ -178,13 +179,43 @@ def test_one_change_of_the_text_file(shards: Path, change: Any, expected: str) -
     assert code_of_shards(shards) == expected
 
 
-def test_the_text_file_is_limited(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("qmoe_format.limits.INDEX_LENGTH", (2, 100))
-        assert code_of_shards(shards) == "limit"
-    with monkeypatch.context() as patch:
-        patch.setattr("qmoe_format.limits.ENTRIES", 2)
-        assert code_of_shards(shards) == "limit"
+def empty_shards(folder: Path, names: list[str]) -> Path:
+    """A set of files that hold nothing; their indices are 66 bytes long."""
+    data = assemble(index_of(), [])
+    listed = []
+    for name in names:
+        (folder / name).write_bytes(data)
+        crc32 = int.from_bytes(data[60:64], "little")
+        listed.append({"bytes": len(data), "file": name, "preamble_crc32": crc32})
+    path = folder / "set.qmoe"
+    path.write_bytes(dumps({"format": "qmoe-shards", "shards": listed, "version": [0, 1]}))
+    return path
+
+
+def test_the_text_file_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = empty_shards(tmp_path, ["a", "b", "c"])
+    length = path.stat().st_size
+    for limit, most, expected in (
+        ("INDEX_LENGTH", (2, length), None),
+        ("INDEX_LENGTH", (2, length - 1), "limit"),
+        ("ENTRIES", 3, None),
+        ("ENTRIES", 2, "limit"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"qmoe_format.limits.{limit}", most)
+            assert code_of_shards(path) == expected
+
+
+def test_a_shard_that_is_named_twice(tmp_path: Path) -> None:
+    """[S-3] also if nothing in it could be there twice"""
+    assert code_of_shards(empty_shards(tmp_path, ["a", "a"])) == "duplicate"
+
+
+def test_the_text_of_another_format() -> None:
+    text = dumps({"format": "other", "shards": [], "version": [0, 1]})
+    with pytest.raises(QMoEError) as caught:
+        parse_shards(np.frombuffer(text, np.uint8))
+    assert caught.value.code == "malformed"
 
 
 def test_one_change_of_a_shard(shards: Path) -> None:
