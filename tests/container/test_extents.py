@@ -365,6 +365,20 @@ def test_a_segment_too_short_for_the_row_is_found_before_anything_is_decoded() -
             assert caught.value.code == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "segments"), [([2**31 - 1, 0], 1), ([0, 2**31 - 1], 0), ([0, 0], 0)]
+)
+def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], segments: int) -> None:
+    """It takes a few bytes, whatever its sides and the number of its groups."""
+    index, extents, _ = ternary(3, 20)
+    keys = {"shape": shape, "group_size": 1, "rows_per_segment": 2**31 - 1}
+    extent = struct.pack("<IIB7x16x", 0, 0, 1) + bytes(16 * 2 * segments + 16)
+    data = assemble({**index, "tensors": [index["tensors"][0] | keys]}, [extent, extents[1]])
+    found = read_all(data)["w"]
+    assert isinstance(found, np.ndarray)
+    assert found.shape == tuple(shape)
+
+
 def test_a_matrix_that_cannot_be_multiplied_out() -> None:
     """[N-2] 2^31 rows of 2^31 groups of 2 scales of 4 bytes are 2^65 bytes."""
     index, extents, _ = ternary(3, 20)
