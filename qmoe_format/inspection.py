@@ -115,7 +115,7 @@ def describe(file: QMoEFile | ShardedFile) -> Report:
                 zero_fraction=_zeros(tensor_nonzeros, entry.elements) if is_ternary else None,
             )
         )
-    dictionaries = sum(len(dictionary.tree) for dictionary in file.dictionaries)
+    dictionaries = file.dictionary_bytes
     experts = ExpertReport(
         **_part(weights["experts"], stored["experts"] + dictionaries),
         payload_bits_per_weight=_ratio(8 * payload, weights["experts"]),

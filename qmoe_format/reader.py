@@ -112,6 +112,11 @@ class QMoEFile:
         return self._index.attachments
 
     @property
+    def dictionary_bytes(self) -> int:
+        """What all dictionaries take in the file."""
+        return sum(int(self._table.lengths[each.extent]) for each in self._index.dictionaries)
+
+    @property
     def dictionaries(self) -> Sequence[Dictionary]:
         """The dictionaries, each read when first asked for."""
         return _Dictionaries(self)

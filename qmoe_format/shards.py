@@ -174,6 +174,11 @@ class ShardedFile:
         return self._attachments
 
     @property
+    def dictionary_bytes(self) -> int:
+        """What the dictionaries of all shards take."""
+        return sum(shard.dictionary_bytes for shard in self.shards)
+
+    @property
     def dictionaries(self) -> Sequence[Dictionary]:
         """The dictionaries of all shards, one after the other."""
         return [each for shard in self.shards for each in shard.dictionaries]
