@@ -150,6 +150,8 @@ def _encoded(
     checkpoint: Checkpoint, stack: ExpertStack, recipe: Recipe, width: int, threads: int
 ) -> Iterator[EncodedMatrix]:
     """The experts of a stack in order; few are in memory at a time."""
+    from qmoe_format.checkpoints.elements import to_storage
+
     within = threads if stack.rows * stack.columns >= LARGE_EXPERT else 1
     workers = 1 if within > 1 else threads
     scale_dtype = recipe.scale_dtype(stack.dtype)
@@ -164,15 +166,13 @@ def _encoded(
             threads=within,
         )
 
-    from qmoe_format.checkpoints.elements import to_storage
-
     def result(expert: int, future: Future[EncodedMatrix]) -> EncodedMatrix:
         try:
             return future.result()
         except QMoEError as error:
             raise QMoEError(error.code, f"tensor {stack.member(expert)!r}: {error}") from error
 
-    with _torch_threads(within), ThreadPoolExecutor(workers) as pool:
+    with _one_torch_thread(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[int, Future[EncodedMatrix]]] = deque()
         try:
             for expert in range(stack.experts):
@@ -188,11 +188,12 @@ def _encoded(
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def _one_torch_thread() -> Iterator[None]:
+    """Threads of torch's own wait for each other at every step, for long on a busy machine."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -199,11 +199,14 @@ def test_shard_without_a_tensor_of_the_index(switch: Make) -> None:
     assert "shared.weight" in refusal(folder)
 
 
-def test_tensor_in_two_shards(switch: Make) -> None:
+@pytest.mark.parametrize("shard", [1, 2])
+def test_tensor_in_two_shards(switch: Make, shard: int) -> None:
     folder = switch(shards=2)
-    path = folder / "model-00002-of-00002.safetensors"
-    save_file(load_file(path) | {"shared.weight": torch.zeros(3)}, path)
-    assert "shared.weight" in refusal(folder)
+    path = folder / f"model-{shard:05}-of-00002.safetensors"
+    other = load_file(folder / f"model-{3 - shard:05}-of-00002.safetensors")
+    name = next(name for name in other if ".experts." not in name)
+    save_file(load_file(path) | {name: torch.zeros(3)}, path)
+    assert name in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +308,15 @@ def test_a_count_of_experts_that_is_none(switch: Make, count: object) -> None:
 )
 def test_unequal_experts(switch: Make, name: str, tensor: Any) -> None:
     assert HEAD + name in refusal(switch(lambda state: state.update({HEAD + name: tensor})))
+
+
+def test_experts_that_are_no_matrices(switch: Make) -> None:
+    def change(state: dict[str, Any]) -> None:
+        for name in state:
+            if name.endswith("wi.weight"):
+                state[name] = state[name].flatten()
+
+    assert "expert_0.wi.weight' has shape [60]" in refusal(switch(change))
 
 
 def test_experts_that_are_quantised_already(switch: Make) -> None:

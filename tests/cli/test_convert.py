@@ -275,6 +275,8 @@ def test_interrupted(switch: Make, tmp_path: Path, qmoe: Any, number: int, code:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs, such as these tests may be, are started with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
     for _ in range(3):

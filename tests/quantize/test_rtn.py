@@ -76,10 +76,10 @@ def test_a_tie_goes_to_zero() -> None:
 
 
 def test_rows_without_one_sign_and_zero_rows() -> None:
-    weights = torch.tensor([[[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0], [0.0, -0.0, 0.0]]])
+    weights = torch.tensor([[[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0], [0.0, -0.0, 0.0], [-0.0] * 3]])
     result = round_to_nearest(weights)
-    assert result.trits.tolist() == [[[0, 1, 1], [0, -1, -1], [0, 0, 0]]]
-    assert result.scales[0, :, 0].tolist() == [[0, 3], [-3, 0], [0, 0]]
+    assert result.trits.tolist() == [[[0, 1, 1], [0, -1, -1], [0, 0, 0], [0, 0, 0]]]
+    assert result.scales[0, :, 0].tolist() == [[0, 3], [-3, 0], [0, 0], [0, 0]]
     bits = result.scales.view(torch.int16)
     assert not ((result.scales == 0) & (bits != 0)).any(), "a stored zero is +0"
 
