@@ -1,6 +1,6 @@
 """Size and speed of the codec beside QMoE's scheme, plain packing, zstd and dense products.
 
-    python benchmarks/codec.py [--quick]
+    python -m benchmarks.codec [--quick]
 
 Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same trits,
 all speeds of one table of the same run, taken in turns; speeds are medians.
@@ -20,16 +20,17 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import report
 import torch
 import zstandard
 
 import qmoe_format
+from benchmarks import report
 from qmoe_format import codec
 from qmoe_format.codec import qmoe_scheme
 
@@ -48,7 +49,8 @@ def independent(rows: int, columns: int, zero_fraction: float) -> Trits:
     """Trits drawn one by one."""
     rng = np.random.default_rng(0)
     signs = rng.integers(0, 2, (rows, columns), dtype=np.int8) * 2 - 1
-    return np.where(rng.random((rows, columns)) < zero_fraction, 0, signs).astype(np.int8)
+    trits: Trits = np.where(rng.random((rows, columns)) < zero_fraction, 0, signs)
+    return trits
 
 
 def gaussian(rows: int, columns: int) -> Trits:
@@ -106,7 +108,8 @@ def pack(trits: Trits, base: int, count: int) -> bytes:
 def unpacker(base: int, count: int) -> npt.NDArray[np.int8]:
     """int8 [256, count]: the trits of a byte."""
     digits = np.arange(256)[:, None] // [base**i for i in range(count)] % base
-    return np.array([0, 1, -1, 0], np.int8)[digits]
+    table: Trits = np.array([0, 1, -1, 0], np.int8)[digits]
+    return table
 
 
 PACKINGS = {"2-bit": (4, 4), "base-3": (3, 5)}
@@ -191,29 +194,28 @@ def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
     work: dict[str, Callable[[], Any]] = {}
     out = np.empty_like(trits)
     for scheme, width in CODEWORDS.items():
-        encoded = codec.encode_matrix(
-            trits, np.zeros((trits.shape[0], 1, 1), np.uint16), width=width
-        ).trits
+        no_scales = np.zeros((trits.shape[0], 1, 1), np.uint16)
+        encoded = codec.encode_matrix(trits, no_scales, width=width).trits
         for threads in (1, 2):
-            work[f"{scheme}: encode, {threads} thread"] = lambda e=encoded, t=threads: codec.encode(
-                trits, e.dictionary, t
+            work[f"{scheme}: encode, {threads} thread"] = partial(
+                codec.encode, trits, encoded.dictionary, threads
             )
-            work[f"{scheme}: decode, {threads} thread"] = lambda e=encoded, t=threads: codec.decode(
-                e, out, t
+            work[f"{scheme}: decode, {threads} thread"] = partial(
+                codec.decode, encoded, out, threads
             )
     codewords, offsets = qmoe_scheme.encode(trits)
-    work["QMoE: encode, 1 thread"] = lambda: qmoe_scheme.encode(trits)
-    work["QMoE: decode, 1 thread"] = lambda: qmoe_scheme.decode(codewords, offsets, out)
-    decompressor = zstandard.ZstdDecompressor()
+    work["QMoE: encode, 1 thread"] = partial(qmoe_scheme.encode, trits)
+    work["QMoE: decode, 1 thread"] = partial(qmoe_scheme.decode, codewords, offsets, out)
+    decompress = zstandard.ZstdDecompressor().decompress
+
+    def to_int8(frame: bytes, table: Trits) -> None:
+        np.take(table, np.frombuffer(decompress(frame), np.uint8), axis=0)
+
     for packing, (base, count) in PACKINGS.items():
-        table = unpacker(base, count)
         frame = zstandard.ZstdCompressor(19).compress(pack(trits, base, count))
-        work[f"zstd -19 of {packing}: decompress, still packed"] = lambda f=frame: (
-            decompressor.decompress(f)
-        )
-        work[f"zstd -19 of {packing}: decompress and unpack to int8"] = lambda f=frame, t=table: (
-            np.take(t, np.frombuffer(decompressor.decompress(f), np.uint8), axis=0)
-        )
+        zstd = f"zstd -19 of {packing}: decompress"
+        work[f"{zstd}, still packed"] = partial(decompress, frame)
+        work[f"{zstd} and unpack to int8"] = partial(to_int8, frame, unpacker(base, count))
     return work
 
 
@@ -226,19 +228,19 @@ def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
     for scheme, width in CODEWORDS.items():
         matrix = codec.encode_matrix(trits, scales, scale_dtype="F32", width=width)
         for threads in (1, 2):
-            work[f"{scheme}: matvec, {threads} thread"] = lambda m=matrix, t=threads: codec.matvec(
-                m, x[0], threads=t
+            work[f"{scheme}: matvec, {threads} thread"] = partial(
+                codec.matvec, matrix, x[0], threads=threads
             )
-        work[f"{scheme}: 16 tokens, 1 thread"] = lambda m=matrix: codec.matmul(m, x)
+        work[f"{scheme}: 16 tokens, 1 thread"] = partial(codec.matmul, matrix, x)
     dense = codec.dequantize(matrix)
     error = np.abs(codec.matvec(matrix, x[0]) - dense @ x[0]).max()
     assert error < 1e-3 * np.sqrt(columns), error
 
-    def torch_matvec(weights: torch.Tensor, vector: torch.Tensor, threads: int) -> None:
+    def matvec(weights: torch.Tensor, vector: torch.Tensor, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.mv(weights, vector)
 
-    def torch_matmul(weights: torch.Tensor, vectors: torch.Tensor) -> None:
+    def matmul(weights: torch.Tensor, vectors: torch.Tensor) -> None:
         torch.set_num_threads(1)
         torch.matmul(vectors, weights.T)
 
@@ -246,10 +248,10 @@ def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
         name = str(dtype).removeprefix("torch.")
         weights, vectors = torch.from_numpy(dense).to(dtype), torch.from_numpy(x).to(dtype)
         for threads in (1, 2):
-            work[f"torch {name}: matvec, {threads} thread"] = (
-                lambda w=weights, v=vectors, t=threads: torch_matvec(w, v[0], t)
+            work[f"torch {name}: matvec, {threads} thread"] = partial(
+                matvec, weights, vectors[0], threads
             )
-        work[f"torch {name}: 16 tokens, 1 thread"] = lambda w=weights, v=vectors: torch_matmul(w, v)
+        work[f"torch {name}: 16 tokens, 1 thread"] = partial(matmul, weights, vectors)
     return work
 
 
@@ -279,7 +281,7 @@ def ratios(speeds: list[dict[str, Any]]) -> dict[str, Any]:
 
     def rate(source: str, work: str) -> float:
         return next(
-            record["weights_per_second"]
+            float(record["weights_per_second"])
             for record in speeds
             if record["source"] == source and record["work"] == work
         )

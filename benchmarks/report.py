@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         model = next(
             (line.split(": ")[1] for line in lines if line.startswith("model name")), model
         )
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("qmoe-format", "numpy", "numba", "zstandard", "torch", "safetensors"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -214,9 +214,9 @@ class File:
         for gap in self.gaps():
             require(zero(gap), "F-2", "padding", "after an extent")
         tables = []
-        for entry in self.dictionaries:
-            tree = decode_bytes(self.extent(entry.extent), entry.encoding, entry.bytes, 1)
-            tables.append(dictionary(tree, entry))
+        for d in self.dictionaries:
+            tree = decode_bytes(self.extent(d.extent), d.encoding, d.bytes, 1)
+            tables.append(dictionary(tree, d))
         attachments = []
         for entry in self.attachments:
             data = decode_bytes(self.extent(entry.extent), entry.encoding, entry.bytes, 1)

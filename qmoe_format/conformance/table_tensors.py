@@ -408,14 +408,13 @@ def section_7() -> None:
     accept("rows-per-segment-most", "E-15 L-1", what, content)
 
     # [E-6] Two segments of 2 x 510 weights, which take 4 codewords each, and one of 510.
+    longest_zeros = Book(8, "plane", comb([0] * 255, 256))
     zeros = Matrix([[0] * 510] * 5, [ONE] * 5, symmetric=True, rows_per_segment=2)
     for place, least in ((0, 4), (2, 2)):
-        matrix_defects = {"segments": {place: bytes(least)}}
-        content = ternary(zeros, Book(8, "plane", comb([0] * 255, 256)), **matrix_defects)
+        content = ternary(zeros, longest_zeros, segments={place: bytes(least)})
         what = f"Segment {place} has just as many bytes as there are entries of 255 zeros"
         accept(f"segment-room-{place}", "E-6 E-15", what, content)
-        matrix_defects = {"segments": {place: bytes(least - 1)}}
-        content = ternary(zeros, Book(8, "plane", comb([0] * 255, 256)), **matrix_defects)
+        content = ternary(zeros, longest_zeros, segments={place: bytes(least - 1)})
         what = f"Segment {place} has one byte less than that"
         reject(f"segment-room-{place}-less", "E-6 E-15", "malformed*", what, content)
 

@@ -467,7 +467,7 @@ class Matrix:
     ) -> bytes:
         """``segments``, ``lengths`` and ``offsets`` replace those of a segment or block; ``gaps``
         are patches of the zero bytes after a section: 0, the row scales, to 4, the guard."""
-        parts = []
+        parts: list[bytes] = []
         for first in range(0, len(self.trits), self.rows_per_segment):  # [E-15]
             rows = self.trits[first : first + self.rows_per_segment]
             codewords, signs = book.parse([trit for row in rows for trit in row])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -162,9 +165,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     coded = random_trits(10, 64, 0.885)
     one = np.ones((10, 1, 1), np.float32)
     matrix = encode_matrix(coded, one, scale_dtype="F32")
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, np.ones(63, np.float32)),
-        lambda: matvec(matrix, np.ones(64)),
+        lambda: matvec(matrix, np.ones(64)),  # type: ignore[arg-type]
         lambda: matmul(matrix, np.ones(64, np.float32)),
         lambda: matvec(matrix, np.ones(64, np.float32), np.ones(9, np.float32)),
         lambda: encode_matrix(coded, one),  # BF16 scales come as bits
