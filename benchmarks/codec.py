@@ -58,7 +58,8 @@ def gaussian(rows: int, columns: int) -> Trits:
     weights = np.random.default_rng(0).standard_normal((rows, columns))
     high = weights > weights.max(axis=1, keepdims=True) / 2
     low = weights < weights.min(axis=1, keepdims=True) / 2
-    return high.astype(np.int8) - low.astype(np.int8)
+    trits: Trits = high.astype(np.int8) - low.astype(np.int8)
+    return trits
 
 
 def switch_mini() -> Iterator[tuple[str, Trits]]:
