@@ -49,7 +49,7 @@ class PartialFile:
             self._fd = os.open(self._path, _FLAGS, 0o666)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``, all of its bytes."""
+        """Append ``data``: bytes, in one dimension."""
         with self._failure:
             self._write_all(data)
             self.length += len(data)

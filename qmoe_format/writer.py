@@ -54,8 +54,8 @@ class Writer:
                     stack.append(matrix)
 
     Leaving the block finishes the file; leaving it by an exception leaves nothing. A call that is
-    refused (``argument``, ``duplicate``, ``limit``) changes nothing; after one that failed half-way
-    (``io``) only ``abort`` works.
+    refused (``argument``, ``duplicate``) changes nothing; after one that failed half-way (``io``,
+    ``limit``) the file is given up and ``finish`` raises, too.
 
     ``shard_bytes``: begin another file before a tensor that would make the present one longer. No
     tensor is cut. The length of a stack is reckoned from its first expert, so a shard may become
@@ -101,10 +101,10 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None and self._state != "aborted":
-            self.finish()
-        else:
+        if error is not None:
             self.abort()
+        elif self._state in ("open", "failed"):  # a failure that was caught inside is not forgotten
+            self.finish()
 
     @property
     def files(self) -> Sequence[Path]:
@@ -161,8 +161,10 @@ class Writer:
         with _as_argument("rename the file"):
             check_file_name(name)
         if name in self._attached:
-            raise QMoEError("duplicate", f"attachment {name!r} is there already")
-        limits.check("number of attachments", len(self._attached) + 1, 0, limits.ENTRIES)
+            raise QMoEError(
+                "duplicate", f"attachment {name!r} is in {self._target} already: rename it"
+            )
+        _check_limit(self._target, "attachments", len(self._attached) + 1, limits.ENTRIES)
         content = np.frombuffer(data, np.uint8)
         with _Step(self):
             extent, coder = self._file.put_smallest(ZSTD, content, Item("U8", content.shape))
@@ -191,6 +193,10 @@ class Writer:
             for file in (*self._full, self._file):
                 file.partial.discard()
 
+    def _fail(self) -> None:
+        self.abort()
+        self._state = "failed"
+
     def _publish(self) -> None:
         if not self._full:
             self._file.partial.publish()
@@ -206,7 +212,7 @@ class Writer:
             listing.write(dump_shards(shards))
             listing.seal()
             for shard, file in zip(shards, files, strict=True):
-                file.partial.publish(check_target(self._target.with_name(shard.file)))
+                file.partial.publish(self._target.with_name(shard.file))
             # The shards have to be there for good before the file that names them.
             sync_folder(self._target.parent)
             listing.publish()
@@ -233,8 +239,10 @@ class Writer:
             entry = parse_tensor(record)
         canonical.dumps(record)
         if entry.name in self._names:
-            raise QMoEError("duplicate", f"tensor {entry.name!r} is there already")
-        limits.check("number of tensors", len(self._names) + 1, 0, limits.ENTRIES)
+            raise QMoEError(
+                "duplicate", f"tensor {entry.name!r} is in {self._target} already: rename it"
+            )
+        _check_limit(self._target, "tensors", len(self._names) + 1, limits.ENTRIES)
         return entry.item
 
     def _put_first(
@@ -289,7 +297,7 @@ class StackWriter:
         if error is None:
             self.close()
         else:
-            self._writer.abort()
+            self._writer._fail()
 
     def append(self, value: Value) -> None:
         """Write the next expert: an array in storage form, or an ``EncodedMatrix``."""
@@ -322,7 +330,7 @@ class StackWriter:
     def close(self) -> None:
         """Raise ``QMoEError("argument")`` if experts are missing."""
         if self.count != self.experts:
-            self._writer.abort()
+            self._writer._fail()
             raise QMoEError(
                 "argument", f"stack {self.name!r} got {self.count} of {self.experts} experts"
             )
@@ -361,7 +369,7 @@ class _File:
 
     def _put(self, coder: Encoding, value: Any, item: Item, smallest: bool) -> tuple[int, Encoding]:
         number = len(self.lengths)
-        limits.check("number of extents", number + 1, 0, limits.EXTENTS)
+        _check_limit(self.partial.target, "extents", number + 1, limits.EXTENTS)
         extent = _Extent(self, align(self._end, ALIGNMENT))
         coder.encode(value, item, extent)
         if smallest and coder is ZSTD and extent.length >= item.size:
@@ -369,7 +377,7 @@ class _File:
             coder = RAW
             coder.encode(value, item, extent)
         self._end = extent.start + extent.length
-        limits.check("length of the file", self._end, 0, limits.INTEGER)
+        _check_limit(self.partial.target, "bytes", self._end, limits.INTEGER)
         self.lengths.append(extent.length)
         self.crc32.append(extent.crc32)
         return number, coder
@@ -399,8 +407,9 @@ class _File:
         key = hashlib.sha256(dictionary.tree).digest()
         key += f"{dictionary.width} {dictionary.signs}".encode()
         if key not in self._numbers:
-            limits.check("number of dictionaries", len(self._numbers) + 1, 0, limits.ENTRIES)
-            self._numbers[key] = len(self._numbers)
+            count = len(self._numbers) + 1
+            _check_limit(self.partial.target, "dictionaries", count, limits.ENTRIES)
+            self._numbers[key] = count - 1
             self._waiting.append(dictionary)
         return self._numbers[key]
 
@@ -430,7 +439,7 @@ class _File:
         if self._closed:
             return
         text = dump_index(generator, self.records, self.attachments, self._dictionaries)
-        limits.check("length of the index", len(text), *limits.INDEX_LENGTH)
+        _check_limit(self.partial.target, "bytes of index", len(text), limits.INDEX_LENGTH[1])
         table = ExtentTable.to_bytes(
             np.frombuffer(self.lengths, np.uint64), np.frombuffer(self.crc32, np.uint32)
         )
@@ -490,7 +499,7 @@ class _Step:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._writer.abort()
+            self._writer._fail()
 
 
 class _as_argument:
@@ -511,6 +520,15 @@ class _as_argument:
         if isinstance(error, QMoEError):
             code = "argument" if error.code == "malformed" else error.code
             raise QMoEError(code, f"{error}: {self._advice}") from error
+
+
+def _check_limit(target: Path, what: str, number: int, most: int) -> None:
+    if number > most:  # [L-1]
+        raise QMoEError(
+            "limit",
+            f"{number} {what} are more than the {most} a file may have, {target}: write shards, "
+            "or fewer and larger tensors",
+        )
 
 
 def _encoding(name: str) -> Encoding:

@@ -109,4 +109,4 @@ def as_array(data: Bytes, item: Item) -> npt.NDArray[Any]:
 
 def as_bytes(array: npt.NDArray[Any]) -> Bytes:
     """An array's elements as uint8 [n], without a copy if they are contiguous."""
-    return array.reshape(-1).view(np.uint8)
+    return np.asarray(array).reshape(-1).view(np.uint8)  # a subclass may reshape otherwise

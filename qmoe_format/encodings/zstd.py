@@ -46,6 +46,12 @@ class Zstd(Encoding):
             out[:, significance] = planes[significance]
         return as_array(out.reshape(-1), item)
 
+    def verify(
+        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+    ) -> None:
+        _check_frame(stored, item.size)
+        _decompress(stored, item.size)
+
     def encode(self, value: npt.NDArray[Any], item: Item, sink: Sink) -> None:
         data = as_bytes(value).reshape(-1, item.element_size)
         _compress(data, sink, _CHUNK)

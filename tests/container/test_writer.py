@@ -467,6 +467,44 @@ def test_a_writer_that_has_failed_or_finished_takes_nothing_more(target: Path) -
     assert ls(target.parent) == [target.name]
 
 
+def test_finishing_early_and_giving_up_inside_the_block(target: Path) -> None:
+    with Writer(target) as writer:
+        writer.abort()
+    assert target.read_bytes() == OLD
+    with Writer(target) as writer:
+        writer.finish()
+    assert code_of(target.read_bytes()) is None
+    assert ls(target.parent) == [target.name]
+
+
+def test_a_failure_that_is_caught_is_not_forgotten(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(QMoEError, match="failed") as caught, Writer(target) as writer:  # noqa: PT012
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", fail)
+            with pytest.raises(QMoEError):
+                writer.add_tensor("t", U8, "U8")
+        assert ls(target.parent) == [target.name]
+    assert caught.value.code == "argument"
+    assert target.read_bytes() == OLD
+
+
+def test_arrays_mapped_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.qmoe"
+    with Writer(path) as writer:
+        for encoding in ("raw", "zstd"):
+            mapped = np.memmap(tmp_path / encoding, np.uint8, "w+", shape=(3, 400))
+            mapped[:] = np.arange(400) % 7
+            writer.add_tensor(encoding, mapped, "U8", encoding)
+    with qmoe_format.open(path) as file:
+        for encoding in ("raw", "zstd"):
+            assert np.array_equal(file.read(encoding), mapped)
+
+
 def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     """Found before a conversion begins, not at its end."""
     for path, code in (
@@ -496,5 +534,6 @@ def test_limits_of_the_format(
         for number in range(5):
             writer.add_tensor(f"t{number}", np.zeros(60, np.uint8), "U8", "raw")
     assert caught.value.code == "limit"
+    assert str(target) in str(caught.value)
     assert ls(target.parent) == [target.name]
     assert target.read_bytes() == OLD
