@@ -101,9 +101,17 @@ def test_large_experts_are_coded_one_at_a_time(
     source = switch(rows=40, columns=60)
     small = convert(source, tmp_path / "small.qmoe", threads=2).read_bytes()
     monkeypatch.setattr("qmoe_format.conversion.LARGE_EXPERT", 1)
-    before = torch.get_num_threads()
     assert convert(source, tmp_path / "large.qmoe", threads=2).read_bytes() == small
-    assert torch.get_num_threads() == before
+
+
+def test_the_callers_torch_keeps_its_threads(switch: Make, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        convert(switch(), tmp_path / "m.qmoe")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def update(name: str, tensor: Any) -> Change:
@@ -204,6 +212,20 @@ def test_what_is_there_stays_unless_forced(switch: Make, tmp_path: Path, qmoe: A
     assert target.read_bytes() == b"precious"
     assert qmoe("convert", source, target, "--force").code == 0
     assert qmoe("verify", target).code == 0
+
+
+def test_shards_of_another_model_stay_unless_forced(
+    switch: Make, tmp_path: Path, qmoe: Any
+) -> None:
+    other = tmp_path / "m-00001-of-00009.qmoe"
+    other.write_bytes(b"precious")
+    arguments = ("convert", switch(), tmp_path / "m.qmoe", "--shard-size", "1kB")
+    done = qmoe(*arguments)
+    assert done.code == 1
+    assert other.name in done.err
+    assert sorted(tmp_path.glob("*.qmoe")) == [other]
+    assert qmoe(*arguments, "--force").code == 0
+    assert qmoe("verify", tmp_path / "m.qmoe").code == 0
 
 
 @pytest.mark.parametrize("place", ["nowhere/m.qmoe", "folder"])
