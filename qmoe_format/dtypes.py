@@ -48,7 +48,13 @@ def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any
         with np.errstate(over="ignore"):
             return values.astype(STORAGE[dtype])
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
     # The carry of a NaN's payload could make it infinite; keep it a (quiet) NaN.
-    quiet_nan = ((bits >> 16) | 0x40).astype(np.uint16)
-    return np.where(np.isnan(values), quiet_nan, rounded)
+    nan = np.isnan(values)
+    if nan.any():
+        rounded[nan] = bits[nan] >> 16 | 0x40
+    return rounded.astype(np.uint16)

@@ -319,6 +319,24 @@ def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
 
 
 @njit(nogil=True, cache=True)
+def scale_rows(first, last, trits, low_high, group_size, column_scale, out):
+    """``out`` float32 [rows, columns]: each trit's value times its column's scale ([V-1], [V-2]).
+
+    ``low_high`` float32 [rows, groups, 2]. No reordering here: one rounding, and +0 for zero.
+    """
+    for row in range(first, last):
+        for group in range(low_high.shape[1]):
+            low, high = low_high[row, group]
+            start = group * group_size
+            coded = trits[row, start : start + group_size]
+            scale = column_scale[start : start + group_size]
+            target = out[row, start : start + group_size]
+            for c in range(coded.size):
+                value = (high if coded[c] > 0 else low) * scale[c]
+                target[c] = value if coded[c] != 0 else np.float32(0)
+
+
+@njit(nogil=True, cache=True)
 def encode_segments(first, last, trits, span, width, in_codeword,
                     children, codewords, out, lengths, totals):  # fmt: skip
     """Write segments one after another; return the bytes written.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import PROFILES, Dictionary, standard_dictionary
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
+from qmoe_format.codec.threads import in_parts
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
 from qmoe_format.errors import QMoEError
 
@@ -119,18 +120,20 @@ def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float3
 
     Raises ``QMoEError`` as ``decode`` does.
     """
+    from qmoe_format.codec.kernels import scale_rows
+
     trits = decode(matrix.trits, threads=threads)
-    low_high = matrix.low_high()
-    # Indexed by trit: 0, high, low (-1 is the last).
-    values = np.concatenate([np.zeros_like(low_high[..., :1]), low_high[..., ::-1]], axis=2)
     weights = np.empty(trits.shape, np.float32)
-    size = matrix.group_size or max(matrix.columns, 1)
-    for group in range(matrix.groups):
-        part = slice(group * size, (group + 1) * size)
-        weights[:, part] = np.take_along_axis(values[:, group], trits[:, part].astype(np.intp), 1)
+    column_scale = np.ones(matrix.columns, np.float32)
     if matrix.column_scale is not None:
-        scale = to_float32(matrix.column_scale, matrix.scale_dtype)
-        with np.errstate(over="ignore", under="ignore"):
-            weights *= scale
-        weights[trits == 0] = 0.0  # not -0
+        column_scale = to_float32(matrix.column_scale, matrix.scale_dtype)
+    group_size = matrix.group_size or max(matrix.columns, 1)
+    low_high = matrix.low_high()
+    in_parts(
+        matrix.rows,
+        threads,
+        lambda first, last: scale_rows(
+            first, last, trits, low_high, group_size, column_scale, weights
+        ),
+    )
     return weights
