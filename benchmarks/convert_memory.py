@@ -1,6 +1,6 @@
-"""Peak memory and speed of ``qmoe convert`` on synthetic checkpoints larger than memory allows.
+"""Peak memory and speed of ``qmoe convert``, ``verify`` and ``unpack`` on synthetic checkpoints.
 
-    python benchmarks/convert_memory.py [--folder FOLDER] [--threads N]
+    python -m benchmarks.convert_memory [--folder FOLDER] [--threads N]
 
 Writes benchmarks/results/convert_memory.json and removes what it made. Three checkpoints, random
 normal weights in bfloat16, in the layout of Switch Transformers:
@@ -9,17 +9,15 @@ normal weights in bfloat16, in the layout of Switch Transformers:
     large experts    matrices of 117 MB, those of Mixtral-8x7B
     large embedding  one tensor of 2 GB that is no expert
 
-The bound is 1 GiB plus twice the largest tensor, whatever the size of the checkpoint. Peak memory
-is the kernel's ru_maxrss of the process, which counts mapped pages of the checkpoint too.
+The bound of a conversion is 1 GiB plus twice the largest tensor, whatever the size of the
+checkpoint. Peak memory is the kernel's ru_maxrss of the process, which counts mapped pages too.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,10 +31,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import report
 from qmoe_format.dtypes import from_float32
+from qmoe_format.machine import cores
 from qmoe_format.safetensors_writer import OutputTensor, write_sharded
 
-RESULT = Path(__file__).parent / "results" / "convert_memory.json"
 GIB = 1 << 30
 SHARD_BYTES = 1_000_000_000
 POOL = from_float32(np.random.default_rng(0).standard_normal(1 << 25, np.float32) * 0.02, "BF16")
@@ -102,73 +101,54 @@ def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
     count = sum(int(np.prod(part.shape)) for part in parts)
     largest = max(part.nbytes for part in parts)
 
-    command = [sys.executable, "-m", "qmoe_format.cli", "convert", str(checkpoint), str(target)]
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, "--threads", str(threads)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {process.returncode}")
-    peak = usage.ru_maxrss * 1024
     bound = GIB + 2 * largest
-    return {
+    result: dict[str, Any] = {
         "checkpoint": case.name,
-        "threads": threads,
         "weights": count,
         "checkpoint_bytes": sum(part.nbytes for part in parts),
         "largest_tensor_bytes": largest,
-        "qmoe_bytes": target.stat().st_size,
-        "seconds": round(seconds, 1),
-        "weights_per_second": round(count / seconds),
-        "peak_resident_bytes": peak,
         "bound_bytes": bound,
-        "within_bound": peak <= bound,
+        "threads": threads,
     }
+    for command in (
+        ["convert", str(checkpoint), str(target), "--threads", str(threads)],
+        ["verify", str(target)],
+        ["unpack", str(target), str(folder / "unpacked")],
+    ):
+        seconds, peak = run(command)
+        result[command[0]] = {
+            "seconds": round(seconds, 1),
+            "weights_per_second": round(count / seconds),
+            "peak_resident_bytes": peak,
+        }
+    result["qmoe_bytes"] = target.stat().st_size
+    result["within_bound"] = result["convert"]["peak_resident_bytes"] <= bound
+    return result
 
 
-def environment() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    packages = ("qmoe-format", "numpy", "numba", "torch", "safetensors", "zstandard")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        from qmoe_format._version import __version__
-
-        return __version__
+def run(arguments: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a ``qmoe`` command."""
+    command = [sys.executable, "-m", "qmoe_format.cli", *arguments]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {process.returncode}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, help="where to put 10 GB for a few minutes")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, help="where to put 14 GB for a few minutes")
+    parser.add_argument("--threads", type=int, default=cores())
     options = parser.parse_args()
     results = []
     for case in CASES:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             results.append(measure(case, Path(folder), options.threads))
         print(json.dumps(results[-1], indent=2), flush=True)
-    RESULT.parent.mkdir(exist_ok=True)
-    report = {"environment": environment(), "results": results}
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    report.save("convert_memory", {"results": results})
     if not all(result["within_bound"] for result in results):
         raise SystemExit("more memory than the bound")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from qmoe_format.codec import PROFILES, EncodedMatrix, encode_matrix
 from qmoe_format.errors import QMoEError
+from qmoe_format.located import os_errors
+from qmoe_format.machine import cores
 from qmoe_format.writer import Writer
 
 if TYPE_CHECKING:
@@ -59,9 +60,8 @@ def convert(
         the shards, which lie beside it.
 
     Raises:
-        QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, or ``value`` for
-            weights that are NaN or infinite.
-        OSError: the operating system refused, for example because the disk is full.
+        QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, ``value`` (weights
+            that are NaN or infinite), or ``io``, for example because the disk is full.
     """
     require("torch", "safetensors")
     from qmoe_format.checkpoints import open_checkpoint
@@ -71,9 +71,10 @@ def convert(
     chosen = find_recipe(recipe)
     if profile not in PROFILES:
         raise QMoEError("argument", f"profile {profile!r} is not one of {', '.join(PROFILES)}")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     check_destination(destination, overwrite, shard_bytes is not None)
     with (
+        os_errors(f"cannot read {source}"),
         open_checkpoint(source) as checkpoint,
         Writer(destination, shard_bytes=shard_bytes) as writer,
     ):

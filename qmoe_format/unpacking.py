@@ -1,6 +1,6 @@
 """A ``.qmoe`` file back to a Hugging Face checkpoint that ``transformers`` loads.
 
-Needs numpy only, and memory for one tensor or one expert.
+Needs memory for one tensor or one expert, and no optional package.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 import qmoe_format
 from qmoe_format.errors import QMoEError
+from qmoe_format.located import os_errors
+from qmoe_format.machine import cores
+from qmoe_format.partial import sync_folder
 from qmoe_format.safetensors_writer import OutputTensor, write_new, write_sharded
 
 if TYPE_CHECKING:
@@ -47,14 +50,17 @@ def unpack(
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` is there;
             ``duplicate`` if two tensors or files would have one name.
-        OSError: the operating system refused.
+            ``not-found`` if there is no folder above; ``io``.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- "folder/.." has a name, too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise QMoEError("argument", f"{folder}: is there already; give a new or an empty folder")
-    if not folder.absolute().parent.is_dir():
+    if not folder.parent.is_dir():
         raise QMoEError("not-found", f"{folder.parent}: no such folder; make it first")
-    with qmoe_format.open(source, memory_map=False) as file:
+    with (
+        os_errors(f"cannot write {folder}"),
+        qmoe_format.open(source, memory_map=False) as file,
+    ):
         tensors = list(_tensors(file))
         total = sum(tensor.nbytes for tensor in tensors)
         done = 0
@@ -65,15 +71,15 @@ def unpack(
             if progress:
                 progress(done, total)
 
-        unfinished = folder.absolute().parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+        unfinished = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.partial")
         unfinished.mkdir()
         try:
             for name in file.attachments:
                 write_new(unfinished / name, file.attachment(name))
             write_sharded(unfinished, tensors, shard_bytes, written)
-            _sync(unfinished)
+            sync_folder(unfinished)
             unfinished.rename(folder)
-            _sync(folder.absolute().parent)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -83,11 +89,13 @@ def unpack(
 def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
     """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
 
+    threads = cores()
+
     def whole(name: str) -> Iterator[npt.NDArray[Any]]:
-        yield file.read(name)
+        yield file.read(name, threads)
 
     def experts(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
-        return (file.read_expert(name, expert) for expert in numbers)
+        return (file.read_expert(name, expert, threads) for expert in numbers)
 
     for name, entry in file.tensors.items():
         dtype, shape = entry.dtype, entry.shape
@@ -99,11 +107,3 @@ def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
             for expert in range(shape[0]):
                 member = entry.members.replace("{}", str(expert))
                 yield OutputTensor(member, dtype, shape[1:], partial(experts, name, [expert]))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 
 import qmoe_format
 from qmoe_format.cli.progress import Progress
 from qmoe_format.cli.text import duration
+from qmoe_format.machine import cores
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -52,7 +52,7 @@ def verify(options: argparse.Namespace) -> None:
         qmoe_format.open(options.file, memory_map=False) as file,
         Progress("verify", "B") as progress,
     ):
-        file.verify(progress, threads=len(os.sched_getaffinity(0)))
+        file.verify(progress, threads=cores())
         tensors = len(file.tensors)
     print(f"{options.file}: good, all of {tensors} tensors checked")
 

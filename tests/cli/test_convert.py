@@ -335,6 +335,17 @@ def test_disk_full(switch: Make, tmp_path: Path) -> None:
     assert not list(target.parent.iterdir())
 
 
+def test_a_terminal_without_the_characters(switch: Make, tmp_path: Path) -> None:
+    file = convert(switch(), tmp_path / "m.qmoe")
+    done = subprocess.run(
+        [sys.executable, "-m", "qmoe_format.cli", "inspect", file],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert b"\\xd7" in done.stdout
+
+
 def test_progress_counts_every_weight(switch: Make, tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     seen: list[tuple[int, int]] = []

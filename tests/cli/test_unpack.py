@@ -66,16 +66,32 @@ def test_an_empty_folder_is_used_and_others_are_not(fused: Path, tmp_path: Path,
     assert qmoe("unpack", fused, tmp_path / "no" / "where").err.startswith("error[not-found]: ")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, QMoEError("checksum", "bad")])
-def test_interrupted(
-    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+def test_the_folder_one_is_in(
+    fused: Path, tmp_path: Path, qmoe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert qmoe("unpack", fused, ".").code == 0
+    assert (folder / "config.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written(fused: Path, tmp_path: Path, qmoe: Any) -> None:
+    folder = tmp_path / ("long" * 100)
+    done = qmoe("unpack", fused, folder)
+    assert done.code == 1
+    assert done.err.startswith("error[io]: ")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
+def test_interrupted(fused: Path, tmp_path: Path, error: type[BaseException]) -> None:
     def stop(done: int, total: int) -> None:
         if done > 20:
             raise error
 
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(error if isinstance(error, type) else QMoEError):
+    with pytest.raises(QMoEError if error is OSError else error):
         unpack(fused, tmp_path / "unpacked", shard_bytes=1, progress=stop)
     assert sorted(tmp_path.iterdir()) == before
 
