@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from qmoe_format.codec import (
     EncodedMatrix,
     dequantize,
+    encode,
     encode_matrix,
     fit_dictionary,
     matmul,
@@ -121,6 +123,24 @@ def test_long_rows_and_both_sign_modes() -> None:
         x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
         assert within_tolerance(matrix, x, matmul(matrix, x))
         assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
+
+
+def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
+    """Codewords may promise more non-zeros than the segment has bits left: no read beyond it."""
+    encoded = encode(np.ones((1, 4000), np.int8), dictionary(0.3, 8, "plane"), rows_per_segment=1)
+    codewords = encoded.segments[500 : encoded.segment_bytes]
+    cut = replace(
+        encoded,
+        length_base=codewords.size,
+        segments=np.concatenate([codewords, np.zeros(8, np.uint8)]),
+        segment_bytes=codewords.size,
+    )
+    matrix = EncodedMatrix(cut, np.ones((1, 1, 1), np.float32), None, "F32", 0)
+    x = np.ones((2, 4000), np.float32)
+    for product in (lambda: matvec(matrix, x[0]), lambda: matmul(matrix, x)):
+        with pytest.raises(QMoEError) as error:
+            product()
+        assert error.value.code == "malformed"
 
 
 def test_entries_of_many_nonzeros() -> None:
