@@ -137,7 +137,8 @@ def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
     )
     matrix = EncodedMatrix(cut, np.ones((1, 1, 1), np.float32), None, "F32", 0)
     x = np.ones((2, 4000), np.float32)
-    for product in (lambda: matvec(matrix, x[0]), lambda: matmul(matrix, x)):
+    products: list[Callable[[], Any]] = [lambda: matvec(matrix, x[0]), lambda: matmul(matrix, x)]
+    for product in products:
         with pytest.raises(QMoEError) as error:
             product()
         assert error.value.code == "malformed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -89,6 +90,14 @@ def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
     )
 
 
+def widened(segment: bytes, signs: int) -> bytes:
+    """The same codewords and signs, with eight more padding bits between them."""
+    number = int.from_bytes(segment, "little")
+    low = number & ((1 << signs) - 1)
+    high = number >> signs << (signs + 8)
+    return (high | low).to_bytes(len(segment) + 1, "little")
+
+
 def test_damage_is_named() -> None:
     chosen = dictionary(0.885, 8, "plane")
     encoded = encode(random_trits(40, 300, 0.885), chosen, rows_per_segment=1)
@@ -96,7 +105,8 @@ def test_damage_is_named() -> None:
     with_gap = next(  # a row whose codewords and signs leave padding bits
         row for row in range(40) if np.count_nonzero(decode(encoded)[row]) % 8 in range(1, 7)
     )
-    signs = np.count_nonzero(decode(encoded)[with_gap])
+    nonzeros = np.count_nonzero(decode(encoded), axis=1).tolist()
+    signs = nonzeros[with_gap]
 
     def set_padding(segment: bytes) -> bytes:
         changed = bytearray(segment)
@@ -113,6 +123,9 @@ def test_damage_is_named() -> None:
         with pytest.raises(QMoEError, match=words) as error:
             decode(damaged(encoded, row, change))
         assert error.value.code == code
+    for row in range(40):  # eight bits too many, with any number of padding bits before
+        with pytest.raises(QMoEError, match="longer than"):
+            decode(damaged(encoded, row, partial(widened, signs=nonzeros[row])))
     with pytest.raises(QMoEError, match="header says"):
         decode(dataclasses.replace(encoded, nonzeros=encoded.nonzeros + 1))
     with pytest.raises(QMoEError, match="come to"):
