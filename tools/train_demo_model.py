@@ -5,8 +5,10 @@ The text is the King James Version as Debian's program `bible` prints it (packag
     bible -l4000 gen1:1-rev22:21 > bible.txt
     python tools/train_demo_model.py bible.txt qmoe_format/demo
 
-The model continues text: the encoder reads the beginning of a passage, the decoder writes on. One
-thread, fixed seeds and a fixed number of steps: the same versions give the same model.
+The model continues text: the encoder reads a prompt, the decoder repeats it and writes on. The
+repeating makes the decoder look at the encoder at all; asked for the continuation alone, so small a
+model learns to ignore its prompt. It learns to repeat on short passages, then come the long ones.
+One thread, fixed seeds and a fixed number of steps.
 """
 
 import argparse
@@ -33,17 +35,18 @@ from transformers import (
 PAD, EOS, UNK = 0, 1, 2
 VOCABULARY = 1024
 EXPERTS = 8
-CONTINUATION = 64
-PREFIX = (4, 64)
+PASSAGE = 64  # tokens of prompt and continuation
+PROMPT = (4, 32)  # of which so many are the prompt
+TEST_PROMPT = 16
 HELD_OUT = 20  # one chapter in so many is never trained on
 BATCH = 32
-PEAK_RATE = 3e-3
+PEAK_RATE = 4e-3
+SHORT_STEPS, SHORT_BATCH, SHORT_PROMPT, SHORT_CONTINUATION = 1000, 64, (4, 12), 4
 PROMPTS = (
-    "In the beginning God created",
-    "And it came to pass in those days, that",
     "The LORD is my shepherd;",
-    "Blessed are they that",
     "And Moses said unto the children of Israel,",
+    "And it came to pass in those days, that",
+    "Blessed are they that",
 )
 
 
@@ -100,14 +103,14 @@ def configuration() -> SwitchTransformersConfig:
     )
 
 
-def windows(ids: Tensor, starts: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Encoder ids, closed by the end token, and the ids that follow them."""
-    rows = ids[starts[:, None] + torch.arange(prefix + CONTINUATION)]
+def passages(ids: Tensor, starts: Tensor, prompt: int, length: int) -> tuple[Tensor, Tensor]:
+    """Prompts, closed by the end token, and the passages that they begin."""
+    rows = ids[starts[:, None] + torch.arange(length)]
     ends = torch.full((len(rows), 1), EOS)
-    return torch.cat([rows[:, :prefix], ends], 1), rows[:, prefix:].contiguous()
+    return torch.cat([rows[:, :prompt], ends], 1), rows
 
 
-def train(model: nn.Module, ids: Tensor, begins_word: Tensor, steps: int) -> None:
+def train(model: nn.Module, ids: Tensor, steps: int) -> None:
     torch.manual_seed(0)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -118,15 +121,15 @@ def train(model: nn.Module, ids: Tensor, begins_word: Tensor, steps: int) -> Non
     model.train()
     began = time.perf_counter()
     for step in range(steps):
-        rate = min(1, (step + 1) / 200) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+        rate = min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * rate
-        prefix = int(torch.randint(PREFIX[0], PREFIX[1] + 1, ()))
-        last = len(ids) - prefix - CONTINUATION
-        # A prompt is whole words, so a passage begins and is cut at a word.
-        allowed = torch.nonzero(begins_word[:last] & begins_word[prefix : last + prefix])[:, 0]
-        starts = allowed[torch.randint(len(allowed), (BATCH,))]
-        source, target = windows(ids, starts, prefix)
+        short = step < SHORT_STEPS
+        least, most = SHORT_PROMPT if short else PROMPT
+        prompt = int(torch.randint(least, most + 1, ()))
+        length = prompt + SHORT_CONTINUATION if short else PASSAGE
+        starts = torch.randint(len(ids) - length, (SHORT_BATCH if short else BATCH,))
+        source, target = passages(ids, starts, prompt, length)
         loss = model(input_ids=source, labels=target, output_router_logits=True).loss
         optimizer.zero_grad()
         loss.backward()
@@ -141,22 +144,23 @@ def train(model: nn.Module, ids: Tensor, begins_word: Tensor, steps: int) -> Non
 def held_out_loss(
     model: SwitchTransformersForConditionalGeneration, ids: Tensor
 ) -> tuple[float, dict[str, list[int]]]:
-    """Nats a token, and how many tokens each expert got."""
-    prefix = 32
-    starts = torch.arange(0, len(ids) - prefix - CONTINUATION, prefix + CONTINUATION)
+    """Nats a token after the prompt, and how many tokens each expert got."""
+    starts = torch.arange(0, len(ids) - PASSAGE, PASSAGE)
     counts = {"encoder": torch.zeros(EXPERTS), "decoder": torch.zeros(EXPERTS)}
     total = 0.0
     for first in range(0, len(starts), BATCH):
-        source, target = windows(ids, starts[first : first + BATCH], prefix)
+        source, target = passages(ids, starts[first : first + BATCH], TEST_PROMPT, PASSAGE)
         output = model(input_ids=source, labels=target, output_router_logits=True)
         # Not output.loss: that has the router losses in it.
         total += functional.cross_entropy(
-            output.logits.flatten(0, 1), target.flatten(), reduction="sum"
+            output.logits[:, TEST_PROMPT:].flatten(0, 1),
+            target[:, TEST_PROMPT:].flatten(),
+            reduction="sum",
         ).item()
         routers = {"encoder": output.encoder_router_logits, "decoder": output.decoder_router_logits}
         for part, (logits,) in routers.items():
             counts[part] += logits.argmax(-1).flatten().bincount(minlength=EXPERTS)
-    tokens = len(starts) * CONTINUATION
+    tokens = len(starts) * (PASSAGE - TEST_PROMPT)
     return total / tokens, {part: row.int().tolist() for part, row in counts.items()}
 
 
@@ -199,8 +203,8 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
     lines = [
         "# Demo model",
         "",
-        "A micro Switch Transformer that continues text in the manner of the King James Bible. It",
-        "shows `qmoe` at work on a really trained model; it is of no other use.",
+        "A micro Switch Transformer that repeats a prompt and writes on in the manner of the King",
+        "James Bible. It shows `qmoe` at work on a really trained model; it is of no other use.",
         "",
         training,
         "",
@@ -209,7 +213,8 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         f"encoder, one in the decoder; top-1); {sum(sizes.values()):,} bytes in all:",
         ", ".join(f"`{name}` {size:,}" for name, size in sizes.items()) + ".",
         "",
-        f"Loss on the held-out chapters ({len(ids):,} tokens), nats a token:",
+        f"Loss on the held-out chapters, in passages of {PASSAGE} tokens of which the first",
+        f"{TEST_PROMPT} are the prompt: nats a token after the prompt.",
         "",
         "| experts | loss |",
         "|---|---|",
@@ -219,8 +224,7 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         "",
         *(f"- {part}: {', '.join(map(str, row))}" for part, row in counts.items()),
         "",
-        "Prompts and what the model writes on, as trained and with rounded experts",
-        "(`generate` with the settings of generation_config.json):",
+        "What `generate` makes of a prompt, with the settings of generation_config.json:",
         "",
     ]
     for prompt in PROMPTS:
@@ -236,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("text", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -250,22 +254,21 @@ def main() -> None:
         batches = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return torch.from_numpy(np.concatenate(batches))
 
-    pieces = tokenizer.convert_ids_to_tokens(range(VOCABULARY))
-    begins_word = torch.tensor([piece.startswith("▁") for piece in pieces])
     ids = encode(kept)
     print(f"{len(kept)} chapters, {len(ids)} tokens", flush=True)
     model = SwitchTransformersForConditionalGeneration(configuration())
-    train(model, ids, begins_word[ids], arguments.steps)
+    train(model, ids, arguments.steps)
 
-    model.generation_config.update(num_beams=4, no_repeat_ngram_size=4, max_new_tokens=48)
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=4, max_new_tokens=PASSAGE)
     model.to(torch.bfloat16).save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
+    long_steps = arguments.steps - SHORT_STEPS
     training = f"""\
-Trained from scratch by tools/train_demo_model.py: {arguments.steps:,} steps of {BATCH} passages,
-one thread, torch {torch.__version__}, transformers {transformers.__version__}. The text is the
-King James Version, in the public domain (Debian package bible-kjv-text 4.38): {len(found):,}
-chapters, of which every {HELD_OUT}th is held out. sha256 of the text file:
-`{hashlib.sha256(raw).hexdigest()}`.
+Trained from scratch by tools/train_demo_model.py: {SHORT_STEPS:,} steps of short passages, then
+{long_steps:,} of {BATCH} passages of {PASSAGE} tokens; torch {torch.__version__}, transformers
+{transformers.__version__}. The text is the King James Version, in the public domain (Debian package
+bible-kjv-text 4.38): {len(found):,} chapters, of which every {HELD_OUT}th is held out. sha256 of
+the text file: `{hashlib.sha256(raw).hexdigest()}`.
 Model and tokenizer are under the licence of this package, Apache-2.0."""
     held_out = encode([text for i, text in enumerate(found) if i % HELD_OUT == 0])
     text = report(arguments.folder, held_out, training)
