@@ -149,8 +149,6 @@ class Writer:
         """
         self._check_open()
         coder = _encoding(encoding)
-        if strange := parameters.keys() - coder.defaults.keys():
-            raise QMoEError("argument", f"{encoding} has no parameters {sorted(strange)}")
         record = _record(name, shape, dtype, coder, parameters, stack=True, members=members)
         self._check_tensor(record)
         return StackWriter(self, record, coder, frozenset(parameters))

@@ -169,6 +169,21 @@ def test_a_file_that_grows_or_shrinks_while_it_is_open(tmp_path: Path, memory_ma
         file.verify()
 
 
+def test_a_file_that_shrinks_in_the_moment_of_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its length was asked for; a mapped file is not safe from this, see the module."""
+    path = tmp_path / "changing.qmoe"
+    path.write_bytes(SAMPLE)
+    with qmoe_format.open(path, memory_map=False) as file:
+        before = path.stat()
+        os.truncate(path, 64)
+        monkeypatch.setattr(os, "fstat", lambda fd: before)
+        with pytest.raises(QMoEError) as caught:
+            file.verify()
+        assert caught.value.code == "truncated"
+
+
 def test_what_a_small_hostile_file_may_claim(tmp_path: Path) -> None:
     """[N-3]: terabytes in a number, 600 MiB for the whole process, an error in either case."""
     index, extents, _ = ternary(rows=3, columns=20)

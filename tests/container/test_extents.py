@@ -19,6 +19,7 @@ from tests.container.files import (
     code_of,
     index_of,
     read_all,
+    take_apart,
     tensor,
     ternary,
 )
@@ -31,7 +32,16 @@ def compressed(data: bytes, **options: Any) -> bytes:
 def code_of_zstd(frame: bytes, size: int = 100) -> str | None:
     data = assemble(index_of(tensors=[tensor(encoding="zstd", shape=[size])]), [frame])
     assert code_at_opening(data) is None
-    return code_of(data)
+    code = code_of(data)
+    # Reading finds what verification finds.
+    with QMoEFile(BytesSource(data)) as file:
+        if code is None:
+            assert file.read("t").nbytes == size
+        else:
+            with pytest.raises(QMoEError) as caught:
+                file.read("t")
+            assert caught.value.code == code
+    return code
 
 
 def raw_blocks(*blocks: tuple[int, bytes | int], size: int, header: bytes = b"\xc0\x50") -> bytes:
@@ -107,7 +117,9 @@ def test_a_frame_without_content() -> None:
         empty[:-1],
         empty + b"\0",
         empty + empty,
+        compressed(b"", write_content_size=False),
         raw_blocks((0, b"x"), size=0),
+        raw_blocks(*[(0, b"")] * 38, size=0) + b"x",  # 128 bytes, and one
         raw_blocks((0, b""), (1, 99), size=0),
         raw_blocks(*[(1, 1 << 17)] * 1000, size=0),
         raw_blocks(*[(0, b"")] * 500, size=0)[:-1],
@@ -349,6 +361,9 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
         rebuilt(0, "H", [], 0, 50),
     ):
         assert message(data).startswith("malformed: the lengths of segments are not")
+    index, extents = take_apart(rebuilt(0, "B", [], 0, 50))
+    extents[0] = extents[0][:8] + b"\3" + extents[0][9:]  # of which there are none
+    assert message(assemble(index, extents)).startswith("malformed: lengths are of 3 bytes")
     with QMoEFile(BytesSource(rebuilt(7, "H", [0, 1, 256], 3, 50))) as file:
         assert file.encoded("w").trits.lengths.dtype == np.uint16
 
@@ -379,13 +394,19 @@ def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], segm
     assert found.shape == tuple(shape)
 
 
-def test_a_matrix_that_cannot_be_multiplied_out() -> None:
-    """[N-2] 2^31 rows of 2^31 groups of 2 scales of 4 bytes are 2^65 bytes."""
+@pytest.mark.parametrize("encoding", ["raw", "zstd", "ternary-dict"])
+def test_reading_a_tensor_of_an_unknown_type(encoding: str) -> None:
+    """[T-4]"""
     index, extents, _ = ternary(3, 20)
-    side = 2**31 - 1
-    keys = {"shape": [side, side], "group_size": 1, "scale_dtype": "F32"}
-    data = assemble({**index, "tensors": [index["tensors"][0] | keys]}, extents)
-    assert code_of(data) == "limit"
+    record = index["tensors"][0] | {"dtype": "F4"}
+    if encoding != "ternary-dict":
+        record = tensor(name="w", dtype="F4", encoding=encoding)
+    data = assemble({**index, "tensors": [record]}, extents)
+    with QMoEFile(BytesSource(data)) as file:
+        for call in (lambda: file.read("w"), file.verify):
+            with pytest.raises(QMoEError, match="'F4' is unknown") as caught:
+                call()
+            assert caught.value.code == "unsupported"
 
 
 @pytest.mark.parametrize(

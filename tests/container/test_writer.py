@@ -417,8 +417,14 @@ def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
             with pytest.raises(QMoEError) as caught:
                 stack.append(wrong)
             assert caught.value.code == "argument"
-        with pytest.raises(QMoEError, match="1 of 2 experts"):
-            writer.add_tensor("t", U8, "U8")
+        calls: list[Callable[[], Any]] = [
+            lambda: writer.add_tensor("t", U8, "U8"),
+            lambda: writer.add_stack("t", (0,), "U8"),
+            lambda: writer.add_attachment("t", b""),
+        ]
+        for call in calls:
+            with pytest.raises(QMoEError, match="1 of 2 experts"):
+                call()
         stack.append(matrix(3, 40, width=8, seed=1))
         with pytest.raises(QMoEError, match="has all its 2 experts"):
             stack.append(matrix(3, 40, width=8))
@@ -443,6 +449,18 @@ def test_missing_experts(target: Path, leave_block: bool) -> None:
     assert caught.value.code == "argument"
     assert ls(target.parent) == [target.name]
     assert target.read_bytes() == OLD
+
+
+def test_closing_a_stack_that_is_not_full(target: Path) -> None:
+    writer = Writer(target)
+    stack = writer.add_stack("s", (2, 2), "U8")
+    stack.append(U8)
+    with pytest.raises(QMoEError, match="1 of 2 experts") as caught:
+        stack.close()
+    assert caught.value.code == "argument"
+    with pytest.raises(QMoEError, match="failed"):
+        stack.append(U8)
+    assert ls(target.parent) == [target.name]
 
 
 def test_a_writer_that_has_failed_or_finished_takes_nothing_more(target: Path) -> None:
@@ -515,9 +533,10 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
         with pytest.raises(QMoEError) as caught:
             Writer(path)
         assert caught.value.code == code
-    with pytest.raises(QMoEError) as caught:
-        Writer(tmp_path / "m.qmoe", generator="é")
-    assert caught.value.code == "argument"
+    for options in ({"generator": "é"}, {"shard_bytes": 0}, {"shard_bytes": -1}):
+        with pytest.raises(QMoEError) as caught:
+            Writer(tmp_path / "m.qmoe", **options)
+        assert caught.value.code == "argument"
     assert ls(tmp_path) == []
 
 
@@ -537,3 +556,32 @@ def test_limits_of_the_format(
     assert str(target) in str(caught.value)
     assert ls(target.parent) == [target.name]
     assert target.read_bytes() == OLD
+
+
+def test_the_number_of_attachments_and_dictionaries(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmoe_format.limits.ENTRIES", 2)
+    with Writer(target) as writer:
+        for name in ("a", "b"):
+            writer.add_attachment(name, b"")
+        with pytest.raises(QMoEError) as caught:
+            writer.add_attachment("c", b"")
+        assert caught.value.code == "limit"
+    assert code_of(target.read_bytes()) is None
+    writer = Writer(target)
+    stack = writer.add_stack("s", (3, 2, 9), "BF16", "ternary-dict")
+    values = [
+        encode_matrix(
+            np.zeros((2, 9), np.int8),
+            np.zeros((2, 1, 2), np.uint16),
+            dictionary=fit_dictionary(share, 8),
+        )
+        for share in (0.5, 0.7, 0.9)
+    ]
+    for value in values[:2]:
+        stack.append(value)
+    with pytest.raises(QMoEError) as caught:
+        stack.append(values[2])
+    assert caught.value.code == "limit"
+    writer.abort()
