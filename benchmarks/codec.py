@@ -38,7 +38,11 @@ Trits = npt.NDArray[np.int8]
 
 SHARES = (0.60, 0.75, 0.85, 0.885, 0.92, 0.95)
 WIDTHS = (768, 2080, 3072, 6144)
-CODEWORDS = {"ours fast (12 bit)": 12, "ours size (16 bit)": 16, "ours 8 bit": 8}
+OURS = {
+    "ours fast (12 bit)": codec.PROFILES["fast"],
+    "ours size (16 bit)": codec.PROFILES["size"],
+    "ours 8 bit": codec.Profile(8, 4096),
+}
 SWITCH_MINI = Path(__file__).parents[2] / "shared" / "data" / "switch-mini"
 
 
@@ -62,7 +66,7 @@ def gaussian(rows: int, columns: int) -> Trits:
     return trits
 
 
-def switch_mini() -> Iterator[tuple[str, Trits]]:
+def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
     """The experts of a small trained Switch Transformer after rounding, if its folder is there."""
     if not SWITCH_MINI.is_dir():
         return
@@ -77,16 +81,16 @@ def switch_mini() -> Iterator[tuple[str, Trits]]:
                     if entry.stack and name.endswith(kind)
                     for expert in range(0, entry.shape[0], 4)
                 ]
-                yield f"switch-mini {kind}", np.concatenate(matrices)
+                yield f"switch-mini {kind}", matrices
 
 
-def sources(weights: int) -> Iterator[tuple[str, Trits]]:
-    """(name, trits) of everything that is measured, about ``weights`` of each."""
+def sources(weights: int) -> Iterator[tuple[str, list[Trits]]]:
+    """(name, matrices) of everything that is measured, about ``weights`` of each."""
     for columns in WIDTHS:
         rows = weights // columns
         for share in SHARES:
-            yield f"iid {share:g}", independent(rows, columns, share)
-        yield "gaussian", gaussian(rows, columns)
+            yield f"iid {share:g}", [independent(rows, columns, share)]
+        yield "gaussian", [gaussian(rows, columns)]
     yield from switch_mini()
 
 
@@ -126,33 +130,44 @@ def entropy(trits: Trits) -> float:
 # Sizes
 
 
-def our_size(trits: Trits, width: int) -> tuple[float, float]:
-    """(payload, total) bits/weight of one tensor in a file."""
-    scales = np.full((trits.shape[0], 1, 2), 0x3C00, np.uint16)
-    matrix = codec.encode_matrix(trits, scales, width=width)
+def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, float]:
+    """(payload, total) bits/weight of a stack in a file."""
+    rows, columns = matrices[0].shape
+    scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
+    together = profile.rows_per_segment(columns)
+    segment_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.qmoe"
-        with qmoe_format.Writer(path) as writer:
-            stack = (1, *trits.shape)
-            with writer.add_stack("w", stack, "BF16", "ternary-dict", width=width) as experts:
+        shape = (len(matrices), rows, columns)
+        with (
+            qmoe_format.Writer(path) as writer,
+            writer.add_stack("w", shape, "BF16", "ternary-dict") as experts,
+        ):
+            for trits in matrices:
+                matrix = codec.encode_matrix(
+                    trits, scales, width=profile.width, rows_per_segment=together
+                )
                 experts.append(matrix)
+                segment_bytes += matrix.trits.segment_bytes
         with qmoe_format.open(path) as model:
-            stored = model.tensors["w"].stored_bytes
-            assert np.array_equal(codec.decode(model.encoded("w", 0).trits), trits)
-    stored += len(matrix.dictionary.tree)
-    return matrix.trits.payload_bits_per_weight, 8 * stored / trits.size
+            stored = model.tensors["w"].stored_bytes + model.dictionary_bytes
+            for expert, trits in enumerate(matrices):
+                assert np.array_equal(codec.decode(model.encoded("w", expert).trits), trits)
+    weights = len(matrices) * rows * columns
+    return 8 * segment_bytes / weights, 8 * stored / weights
 
 
-def sizes(trits: Trits, quick: bool) -> dict[str, dict[str, float]]:
+def sizes(matrices: list[Trits], quick: bool) -> dict[str, dict[str, float]]:
     """payload and total bits/weight of every scheme."""
     found = {}
+    trits = np.concatenate(matrices)
 
     def note(scheme: str, payload: float, total: float) -> None:
         found[scheme] = {"payload": payload, "total": total}
 
     columns = trits.shape[1]
-    for scheme, width in CODEWORDS.items():
-        note(scheme, *our_size(trits, width))
+    for scheme, profile in OURS.items():
+        note(scheme, *our_size(matrices, profile))
     codewords, _ = qmoe_scheme.encode(trits)
     qmoe = 16 * codewords.size / trits.size
     note("QMoE", qmoe, qmoe + 64 / columns)
@@ -168,8 +183,9 @@ def sizes(trits: Trits, quick: bool) -> dict[str, dict[str, float]]:
 def measure_sizes(weights: int, quick: bool) -> list[dict[str, Any]]:
     """One record a source and width."""
     records = []
-    for name, trits in sources(weights):
-        found = sizes(trits, quick)
+    for name, matrices in sources(weights):
+        found = sizes(matrices, quick)
+        trits = np.concatenate(matrices)
         limit = entropy(trits)
         for size in found.values():
             size["above_entropy_percent"] = 100 * (size["payload"] / limit - 1)
@@ -194,12 +210,15 @@ def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
     """Encoding and decoding to int8 on one and two threads, beside zstd and QMoE's scheme."""
     work: dict[str, Callable[[], Any]] = {}
     out = np.empty_like(trits)
-    for scheme, width in CODEWORDS.items():
+    for scheme, profile in OURS.items():
         no_scales = np.zeros((trits.shape[0], 1, 1), np.uint16)
-        encoded = codec.encode_matrix(trits, no_scales, width=width).trits
+        together = profile.rows_per_segment(trits.shape[1])
+        encoded = codec.encode_matrix(
+            trits, no_scales, width=profile.width, rows_per_segment=together
+        ).trits
         for threads in (1, 2):
             work[f"{scheme}: encode, {threads} thread"] = partial(
-                codec.encode, trits, encoded.dictionary, threads
+                codec.encode, trits, encoded.dictionary, threads, together
             )
             work[f"{scheme}: decode, {threads} thread"] = partial(
                 codec.decode, encoded, out, threads
@@ -226,8 +245,14 @@ def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
     rows, columns = trits.shape
     x = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
     scales = np.random.default_rng(2).random((rows, 1, 2), np.float32)
-    for scheme, width in CODEWORDS.items():
-        matrix = codec.encode_matrix(trits, scales, scale_dtype="F32", width=width)
+    for scheme, profile in OURS.items():
+        matrix = codec.encode_matrix(
+            trits,
+            scales,
+            scale_dtype="F32",
+            width=profile.width,
+            rows_per_segment=profile.rows_per_segment(columns),
+        )
         for threads in (1, 2):
             work[f"{scheme}: matvec, {threads} thread"] = partial(
                 codec.matvec, matrix, x[0], threads=threads
@@ -289,7 +314,7 @@ def ratios(speeds: list[dict[str, Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for source in dict.fromkeys(record["source"] for record in speeds):
-        for scheme in CODEWORDS:
+        for scheme in OURS:
             decode = rate(source, f"{scheme}: decode, 1 thread")
             matvec = rate(source, f"{scheme}: matvec, 1 thread")
             zstd = "zstd -19 of base-3: decompress"

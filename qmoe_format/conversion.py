@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format.codec import PROFILES, EncodedMatrix, encode_matrix
+from qmoe_format.codec import PROFILES, EncodedMatrix, Profile, encode_matrix
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
@@ -113,7 +113,7 @@ def _convert(
     checkpoint: Checkpoint,
     writer: Writer,
     recipe: Recipe,
-    width: int,
+    profile: Profile,
     threads: int,
     progress: Progress | None,
 ) -> None:
@@ -142,13 +142,13 @@ def _convert(
             "ternary-dict",
             stack.members,
         ) as experts:
-            for matrix in _encoded(checkpoint, stack, recipe, width, threads):
+            for matrix in _encoded(checkpoint, stack, recipe, profile, threads):
                 experts.append(matrix)
                 advance(stack.rows * stack.columns)
 
 
 def _encoded(
-    checkpoint: Checkpoint, stack: ExpertStack, recipe: Recipe, width: int, threads: int
+    checkpoint: Checkpoint, stack: ExpertStack, recipe: Recipe, profile: Profile, threads: int
 ) -> Iterator[EncodedMatrix]:
     """The experts of a stack in order; few are in memory at a time."""
     from qmoe_format.checkpoints.elements import to_storage
@@ -163,7 +163,8 @@ def _encoded(
             ternary.trits[0].numpy(),
             to_storage(ternary.scales[0]),
             scale_dtype=scale_dtype,
-            width=width,
+            width=profile.width,
+            rows_per_segment=profile.rows_per_segment(stack.columns),
             threads=within,
         )
 

@@ -8,14 +8,10 @@
 Numba is loaded by the first call that encodes, decodes or multiplies.
 """
 
-from qmoe_format.codec.dictionary import (
-    PROFILES,
-    Dictionary,
-    fit_dictionary,
-    standard_dictionary,
-)
+from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
 from qmoe_format.codec.matrix import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.codec.product import matmul, matvec
+from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
 
 __all__ = [
@@ -23,6 +19,7 @@ __all__ = [
     "Dictionary",
     "EncodedMatrix",
     "EncodedTrits",
+    "Profile",
     "decode",
     "dequantize",
     "encode",

@@ -12,16 +12,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from qmoe_format.codec.profiles import FAST
 from qmoe_format.errors import QMoEError
 
 MIN_WIDTH, MAX_WIDTH = 8, 16
 MAX_LENGTH = 255
 MAX_NONZEROS = 16
 SIGN_MODES = ("plane", "codeword")
-
-# Codeword widths by purpose. 12 bits decode fastest on a CPU: the tables fit the first-level cache
-# and a codeword covers half as many weights again as one of 8 bits. 16 bits are the smallest.
-PROFILES = {"fast": 12, "size": 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ def _measure(tree: bytes, signs: str) -> tuple[int, int, int]:
 
 def fit_dictionary(
     zero_fraction: float,
-    width: int = PROFILES["fast"],
+    width: int = FAST.width,
     signs: str = "plane",
     max_length: int = MAX_LENGTH,
     max_nonzeros: int | None = None,
@@ -126,7 +123,7 @@ def _on_grid(step: int, width: int, signs: str) -> Dictionary:
 
 
 def standard_dictionary(
-    zero_fraction: float, width: int = PROFILES["fast"], signs: str = "plane"
+    zero_fraction: float, width: int = FAST.width, signs: str = "plane"
 ) -> Dictionary:
     """``fit_dictionary`` for the nearest point of a grid, so that experts share dictionaries.
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_format.codec.dictionary import PROFILES, Dictionary, standard_dictionary
+from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
+from qmoe_format.codec.profiles import FAST
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
@@ -98,7 +99,7 @@ def encode_matrix(
     scale_dtype: str = "BF16",
     group_size: int = 0,
     dictionary: Dictionary | None = None,
-    width: int = PROFILES["fast"],
+    width: int = FAST.width,
     signs: str = "plane",
     rows_per_segment: int | None = None,
     threads: int = 1,

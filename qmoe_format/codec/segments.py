@@ -9,20 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import Dictionary
+from qmoe_format.codec.profiles import FAST
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.errors import QMoEError
 
 GUARD = 8  # zero bytes after the segments, so that kernels may load 8 bytes anywhere
 BLOCK = 32  # segments for which one offset is stored
-# Narrow rows share a segment of about this many weights: its last codeword is half wasted, its
-# length takes a byte, and rounding to bytes costs 3.5 bits.
-SEGMENT_WEIGHTS = 4096
 _ENCODE_WEIGHTS = 1 << 20  # weights coded into one scratch buffer
-
-
-def default_rows_per_segment(columns: int) -> int:
-    """As many rows as come to about ``SEGMENT_WEIGHTS``."""
-    return max(1, round(SEGMENT_WEIGHTS / max(columns, 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +86,8 @@ def encode(
 ) -> EncodedTrits:
     """Code ``trits`` int8 [rows, columns] of -1, 0, +1; the result is the same for any ``threads``.
 
-    ``rows_per_segment`` None: as many as come to about 4096 weights. Raises ``QMoEError``:
-    ``argument`` for another dtype, shape or value.
+    ``rows_per_segment`` None: as many as come to about 4096 weights (profile ``fast``). Raises
+    ``QMoEError``: ``argument`` for another dtype, shape or value.
     """
     from qmoe_format.codec.kernels import encode_segments
     from qmoe_format.codec.tables import tables
@@ -106,7 +99,7 @@ def encode(
     if trits.size and (trits.min() < -1 or trits.max() > 1):
         raise QMoEError("argument", "a trit is -1, 0 or +1")
     rows, columns = trits.shape
-    together = rows_per_segment or default_rows_per_segment(columns)
+    together = rows_per_segment or FAST.rows_per_segment(columns)
     together = min(together, max(rows, 1))
     span = together * columns
     count = -(-rows // together)

@@ -1,0 +1,27 @@
+"""Named choices of codeword width and segment length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """``width``: bits in a codeword. ``segment_weights``: weights in a segment, about.
+
+    A segment wastes half a codeword at its end, 3.5 bits of rounding to bytes and a byte for its
+    length; it is also the least that can be decoded by itself, and what threads share out.
+    """
+
+    width: int
+    segment_weights: int
+
+    def rows_per_segment(self, columns: int) -> int:
+        """As many rows as come to about ``segment_weights``."""
+        return max(1, round(self.segment_weights / max(columns, 1)))
+
+
+# 12 bits decode fastest on a CPU: the tables fit the first-level cache, and a codeword covers half
+# as many weights again as one of 8 bits. 16 bits are the smallest.
+PROFILES = {"fast": Profile(12, 4096), "size": Profile(16, 65536)}
+FAST = PROFILES["fast"]
