@@ -18,7 +18,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
 from qmoe_format.unpacking import unpack
 
-PROMPTS = ("In the beginning God created", "And Moses said unto the children of Israel,")
+PROMPTS = ("The LORD is my shepherd;", "And Moses said unto the children of Israel,")
 
 
 def demo(source: Path | None = None) -> None:
@@ -56,7 +56,7 @@ def _demo(source: Path) -> None:
     _say("\n".join([*tensor_table(description, compressed_only=True), ""]))
     _say("\n".join(summary(description)))
 
-    _begin("Generate", "what the model writes on, before and after")
+    _begin("Generate", "what the model makes of a prompt, before and after")
     with tempfile.TemporaryDirectory(prefix="qmoe-demo-") as scratch:
         original = _load(source)
         compressed = _load(unpack(target, Path(scratch) / "unpacked"))
