@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QMoEError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
-        print("interrupted; no file was changed", file=sys.stderr)
+        print("interrupted; nothing half-written is left", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it ends: give it somewhere to go.

@@ -191,10 +191,10 @@ def test_bad_checkpoints_change_nothing(
     assert [path.read_bytes() for path in target.parent.iterdir()] == ([old] if old else [])
 
 
-def test_missing_shard(switch: Make, tmp_path: Path, qmoe_process: Any) -> None:
+def test_missing_shard(switch: Make, tmp_path: Path, qmoe: Any) -> None:
     source = switch(shards=3)
     (source / "model-00002-of-00003.safetensors").unlink()
-    done = qmoe_process("convert", source, tmp_path / "m.qmoe")
+    done = qmoe("convert", source, tmp_path / "m.qmoe")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error[checkpoint]: ")
     assert "model-00002-of-00003.safetensors" in done.err
@@ -314,7 +314,7 @@ def test_interrupted(switch: Make, tmp_path: Path, qmoe: Any, number: int, code:
         assert qmoe("verify", target).code == 0
     else:
         assert list(target.parent.iterdir()) == [target]
-        assert errors == ("interrupted; no file was changed\n" if code == 130 else "")
+        assert errors == ("interrupted; nothing half-written is left\n" if code == 130 else "")
 
 
 def test_disk_full(switch: Make, tmp_path: Path) -> None:
