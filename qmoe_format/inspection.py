@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, TypedDict
 
-from qmoe_format.errors import QMoEError
-from qmoe_format.reader import QMoEFile
-
 if TYPE_CHECKING:
-    from qmoe_format.entries import TensorEntry
+    from qmoe_format.reader import QMoEFile
     from qmoe_format.shards import ShardedFile
 
 BF16_BYTES = 2
-# The end of a ternary matrix's header: non-zeros, segment bytes (SPEC.md section 7.1).
-_COUNTS = struct.Struct("<16xQQ")
 
 
 class FormatReport(TypedDict):
@@ -93,8 +87,10 @@ def describe(file: QMoEFile | ShardedFile) -> Report:
     stored = {"experts": 0, "others": 0}
     payload = nonzeros = ternary = 0
     for name, entry in file.tensors.items():
-        segment_bytes, tensor_nonzeros = _coded(file, name, entry)
         is_ternary = entry.encoding == "ternary-dict"
+        segment_bytes, tensor_nonzeros = entry.stored_bytes, 0
+        if is_ternary:
+            segment_bytes, tensor_nonzeros = file.ternary_counts(name)
         part = "experts" if entry.stack or is_ternary else "others"
         weights[part] += entry.elements
         stored[part] += entry.stored_bytes
@@ -132,27 +128,6 @@ def describe(file: QMoEFile | ShardedFile) -> Report:
             file=_part(sum(weights.values()), file.file_length),
         ),
     )
-
-
-def _coded(file: QMoEFile | ShardedFile, name: str, entry: TensorEntry) -> tuple[int, int]:
-    """Bytes of payload and, if the encoding tells, non-zeros of a tensor."""
-    if entry.encoding != "ternary-dict":
-        return entry.stored_bytes, 0
-    shard = file if isinstance(file, QMoEFile) else file._shard(name)
-    payload = nonzeros = 0
-    for extent in range(entry.extent, entry.extent + entry.extent_count):
-        offset, length = shard._bounds(extent)
-        if length < _COUNTS.size:
-            raise QMoEError("malformed", f"{file.path}, tensor {name!r}: an extent has no header")
-        header = shard._source.view(offset, _COUNTS.size).tobytes()
-        more_nonzeros, segment_bytes = _COUNTS.unpack(header)
-        payload += segment_bytes
-        nonzeros += more_nonzeros
-    if payload > entry.stored_bytes or nonzeros > entry.elements:
-        raise QMoEError(
-            "malformed", f"{file.path}, tensor {name!r}: its headers cannot be right; run verify"
-        )
-    return payload, nonzeros
 
 
 def _part(weights: int, stored: int) -> PartReport:

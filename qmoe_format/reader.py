@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from qmoe_format import codec
 from qmoe_format.encodings import TERNARY_DICT, Dictionaries, encoding_of
+from qmoe_format.encodings.ternary_dict import HEADER_LENGTH, counts
 from qmoe_format.entries import AttachmentEntry, Item, TensorEntry
 from qmoe_format.errors import QMoEError
 from qmoe_format.index import Index, parse_index
@@ -156,6 +157,26 @@ class QMoEFile:
         extent = entry.extent if expert is None else self._expert(entry, expert)
         with located(self._where(entry, expert)):
             return TERNARY_DICT.matrix(self._extent(extent), entry.item, self._plain())
+
+    def ternary_counts(self, name: str) -> tuple[int, int]:
+        """(segment bytes, non-zero trits) of a ternary tensor, all experts of a stack together.
+
+        Looks at the extents' headers only, so no checksum is checked.
+        """
+        entry = self._tensor(name)
+        segment_bytes = nonzeros = 0
+        for extent in range(entry.extent, entry.extent + entry.extent_count):
+            offset, length = self._bounds(extent)
+            if length < HEADER_LENGTH:
+                raise QMoEError("malformed", f"{self._where(entry)}: an extent has no header")
+            more, more_nonzeros = counts(self._source.view(offset, HEADER_LENGTH).tobytes())
+            segment_bytes += more
+            nonzeros += more_nonzeros
+        if segment_bytes > entry.stored_bytes or nonzeros > entry.elements:
+            raise QMoEError(
+                "malformed", f"{self._where(entry)}: its headers cannot be right; run verify"
+            )
+        return segment_bytes, nonzeros
 
     def attachment(self, name: str) -> bytes:
         """The contents of an attached file."""

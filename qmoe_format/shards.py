@@ -195,6 +195,10 @@ class ShardedFile:
         """As ``QMoEFile.encoded``."""
         return self._shard(name).encoded(name, expert)
 
+    def ternary_counts(self, name: str) -> tuple[int, int]:
+        """As ``QMoEFile.ternary_counts``."""
+        return self._shard(name).ternary_counts(name)
+
     def attachment(self, name: str) -> bytes:
         """As ``QMoEFile.attachment``."""
         for shard in self.shards:

@@ -30,6 +30,7 @@ GUARD = 8
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
 _HEADER = struct.Struct("<IIB7sQQ")
+HEADER_LENGTH = _HEADER.size
 _LENGTHS: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("<u2"),
@@ -239,6 +240,12 @@ def _groups(item: Item) -> int:
     """G, the number of groups of columns with scales of their own. [E-2]"""
     size = int(item.parameters["group_size"])
     return -(-item.shape[1] // size) if size else 1
+
+
+def counts(header: bytes) -> tuple[int, int]:
+    """(segment bytes, non-zero trits) that an extent's header tells."""
+    *_, nonzeros, segment_bytes = _HEADER.unpack(header)
+    return segment_bytes, nonzeros
 
 
 def _segments(item: Item) -> int:
