@@ -23,11 +23,13 @@ that ``offsets`` ascend within ``segments`` and at least 8 bytes follow the last
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
+from qmoe_format.codec.memory import TILE, add_tile, at, at_from, load16, load32, load64, store64
 
 OK = -1
 ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
@@ -37,8 +39,9 @@ CHUNK = np.uint64(32512)
 # Room for a chunk of non-zeros only, and for the words that the last entry writes beyond them.
 LIST_LENGTH = 32768 + 64
 
-ONE, TWO, SEVEN, EIGHT = np.uint64(1), np.uint64(2), np.uint64(7), np.uint64(8)
+ONE, TWO, THREE, SEVEN, EIGHT = (np.uint64(n) for n in (1, 2, 3, 7, 8))
 LANE = np.uint64(0xFFFF)
+HALF = np.float32(0.5)
 POSITION = np.uint16(0x7FFF)
 
 REORDER = {
@@ -57,52 +60,67 @@ def _sign_bytes() -> npt.NDArray[np.uint64]:
 SIGN_BYTES = _sign_bytes()
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _append(found, count, positions, words, codeword, place):
-    """Write the positions of ``codeword``'s non-zeros, and what follows them in its last word."""
-    first = codeword * words
-    store64(found, TWO * count, at(positions, first) + place)
-    if words > ONE:
-        store64(found, TWO * count + EIGHT, at(positions, first + ONE) + place)
-        for word in range(TWO, words):
-            store64(found, TWO * count + EIGHT * word, at(positions, first + word) + place)
+@njit(nogil=True, forceinline=True)
+def _take_1(found, count, place, positions, codeword):
+    """Append the positions of ``codeword``'s non-zeros, at most four of them."""
+    store64(found, TWO * count, at(positions, codeword) + place)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
-    """Append the positions of codewords to ``found`` until ``limit`` weights are passed.
+@njit(nogil=True, forceinline=True)
+def _take_2(found, count, place, positions, codeword):
+    """The same for entries of up to eight non-zeros."""
+    store64(found, TWO * count, at(positions, TWO * codeword) + place)
+    store64(found, TWO * count + EIGHT, at(positions, TWO * codeword + ONE) + place)
 
-    ``left``: bits of the segment not yet read, from ``begin`` up. Returns what is left then, the
-    weights passed, and the number of positions.
-    """
-    words = np.uint64(positions.shape[1])
-    mask = (ONE << width) - ONE
-    place = count = np.uint64(0)  # place: weights passed, in all four lanes
-    # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
-    three, margin = np.uint64(3) * width, np.uint64(3) * longest
-    safe = limit - margin if limit > margin else np.uint64(0)
-    while place & LANE < safe and left >= three:
-        left -= three
-        bits = load64(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)
-        a = (bits >> (TWO * width)) & mask
-        _append(found, count, positions, words, a, place)
-        count += np.uint64(at(nonzeros, a))
-        place += at(steps, a)
-        a = (bits >> width) & mask
-        _append(found, count, positions, words, a, place)
-        count += np.uint64(at(nonzeros, a))
-        place += at(steps, a)
-        a = bits & mask
-        _append(found, count, positions, words, a, place)
-        count += np.uint64(at(nonzeros, a))
-        place += at(steps, a)
-    while place & LANE < limit and left >= width:
-        left -= width
-        a = (load32(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)) & mask
-        _append(found, count, positions, words, a, place)
-        count += np.uint64(at(nonzeros, a))
-        place += at(steps, a)
-    return left, place & LANE, count
+
+@njit(nogil=True, forceinline=True)
+def _take_4(found, count, place, positions, codeword):
+    """The same for entries of up to sixteen."""
+    _take_2(found, count, place, positions, TWO * codeword)
+    _take_2(found, count + EIGHT, place, positions, TWO * codeword + ONE)
+
+
+def _make_scan(take: Any) -> Any:
+    # One function for each number of words: a choice within the loop, even one that always falls
+    # the same way, makes Numba count references there, at ten times the cost of all the rest.
+
+    @njit(nogil=True, forceinline=True)
+    def scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
+        """Append the positions of codewords to ``found`` until ``limit`` weights are passed.
+
+        ``left``: bits of the segment not yet read, from ``begin`` up. Returns what is left then,
+        the weights passed, and the number of positions.
+        """
+        mask = (ONE << width) - ONE
+        place = count = np.uint64(0)  # place: weights passed, in all four lanes
+        # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
+        three, two = THREE * width, TWO * width
+        safe = limit - THREE * longest if limit > THREE * longest else np.uint64(0)
+        while place & LANE < safe and left >= three:
+            left -= three
+            bits = load64(segments, begin + (left >> THREE)) >> (left & SEVEN)
+            a, b, c = (bits >> two) & mask, (bits >> width) & mask, bits & mask
+            take(found, count, place, positions, a)
+            count += np.uint64(at(nonzeros, a))
+            place += at(steps, a)
+            take(found, count, place, positions, b)
+            count += np.uint64(at(nonzeros, b))
+            place += at(steps, b)
+            take(found, count, place, positions, c)
+            count += np.uint64(at(nonzeros, c))
+            place += at(steps, c)
+        while place & LANE < limit and left >= width:
+            left -= width
+            a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & mask
+            take(found, count, place, positions, a)
+            count += np.uint64(at(nonzeros, a))
+            place += at(steps, a)
+        return left, place & LANE, count
+
+    return scan
+
+
+_scan_1, _scan_2, _scan_4 = _make_scan(_take_1), _make_scan(_take_2), _make_scan(_take_4)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -114,9 +132,19 @@ def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
     number of non-zeros.
     """
     limit = min(ahead, CHUNK)
-    left, passed, count = _scan(
-        segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-    )
+    words = positions.shape[1]
+    if words == 1:
+        left, passed, count = _scan_1(
+            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+        )
+    elif words == 2:
+        left, passed, count = _scan_2(
+            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+        )
+    else:
+        left, passed, count = _scan_4(
+            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+        )
     if passed < limit:
         return left, np.uint64(0), count
     if in_codeword:
@@ -128,7 +156,7 @@ def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
         return left, np.uint64(0), count
     j = np.uint64(0)
     while j < count:
-        bits = load16(segments, begin + ((seen + j) >> np.uint64(3))) >> (seen & SEVEN)
+        bits = load16(segments, begin + ((seen + j) >> THREE)) >> (seen & SEVEN)
         store64(signs, j, at(sign_bytes, bits & np.uint64(255)))
         j += EIGHT
     return left, passed, count
@@ -169,7 +197,7 @@ def decode_segments(first, last, segments, offsets, width, in_codeword,
         used = np.uint64(0) if in_codeword else seen
         if left - used >= EIGHT:
             return segment * 8 + LEFT_OVER
-        gap = load16(segments, begin + (used >> np.uint64(3))) >> (used & SEVEN)
+        gap = load16(segments, begin + (used >> THREE)) >> (used & SEVEN)
         if gap & ((ONE << (left - used)) - ONE):
             return segment * 8 + PADDING
     return OK
@@ -185,7 +213,7 @@ def find_unused_codeword(first, last, segments, offsets, width, span, weights, s
         ahead = min(span, weights - segment * span)
         while ahead > 0 and left >= width:
             left -= width
-            a = (load32(segments, begin + (left >> np.uint64(3))) >> (left & SEVEN)) & mask
+            a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & mask
             if steps[a] == 0:
                 return segment * 8 + NO_CODEWORD
             ahead -= np.int64(steps[a] & LANE)
@@ -240,8 +268,8 @@ def dot_segments(first, last, segments, offsets, width, in_codeword,
                 column = np.uint64(place - row_start)  # of the chunk's first weight; may wrap
                 for j in range(np.uint64(start), np.uint64(stop)):
                     # A product where a choice would do: it is the form that LLVM vectorises.
-                    is_plus = np.float32((at(signs, j) + 1) >> 1)
-                    value = at(x, column + np.uint64(at(found, j)))
+                    is_plus = HALF + HALF * np.float32(at(signs, j))
+                    value = at_from(x, column, at(found, j))
                     plus += value * is_plus
                     minus += value * (np.float32(1) - is_plus)
                 start = stop
@@ -295,7 +323,7 @@ def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
                 column = np.uint64(place - row_start)
                 for j in range(np.uint64(start), np.uint64(stop)):
                     sign = np.uint64(at(signs, j) > 0)
-                    total = ((j & np.uint64(3)) * TWO + sign) * np.uint64(TILE)
+                    total = ((j & THREE) * TWO + sign) * np.uint64(TILE)
                     source = (column + np.uint64(at(found, j))) * np.uint64(TILE)
                     add_tile(sums, total, x, source)
                 start = stop
@@ -362,7 +390,7 @@ def encode_segments(first, last, trits, span, width, in_codeword,
                 word |= negative << (seen & np.uint64(63))
                 seen += ONE
                 if not in_codeword and seen & np.uint64(63) == 0:
-                    store64(out, np.uint64(written) + (seen >> np.uint64(3)) - EIGHT, word)
+                    store64(out, np.uint64(written) + (seen >> THREE) - EIGHT, word)
                     word = np.uint64(0)
             node = np.int64(at(children, np.uint64(2 * node + (trit != 0))))
             if node < 0:

@@ -64,6 +64,22 @@ def at(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def at_from(typing_context: Any, array: Any, base: Any, index: Any) -> Any:
+    """``array[base + index]`` for uint16 ``index``; ``base`` may be before the array.
+
+    Two steps of addressing: so LLVM sees indices of 16 bits and gathers 16 elements at a time,
+    where the sum of 64 bits would make it 8.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        start = builder.gep(data, [args[1]])
+        return builder.load(builder.gep(start, [builder.zext(args[2], ir.IntType(64))]))
+
+    return array.dtype(array, types.uint64, types.uint16), generate
+
+
+@intrinsic
 def add_tile(typing_context: Any, sums: Any, to: Any, values: Any, start: Any) -> Any:
     """``sums[to : to + TILE] += values[start : start + TILE]``, flat float32, one vector each."""
 

@@ -34,8 +34,8 @@ def matvec(
     out = _output(out, (matrix.rows,))
     sums = np.zeros((matrix.rows, matrix.groups, 2), np.float32)
     run(dot_segments, matrix.trits, threads, *_arguments(matrix), scaled, sums)
-    sums *= matrix.low_high()
-    return np.sum(sums, axis=(1, 2), out=out)
+    np.einsum("rgs,rgs->r", sums, matrix.low_high(), out=out)
+    return out
 
 
 def matmul(
@@ -54,7 +54,7 @@ def matmul(
     tokens = x.shape[0] if x.ndim == 2 else -1
     scaled = _scaled(matrix, _checked(x, (tokens, matrix.columns), "x"))
     out = _output(out, (tokens, matrix.rows))
-    low_high = matrix.low_high()[..., None]
+    low_high = matrix.low_high()
     tile = np.zeros((matrix.columns, TILE), np.float32)
     sums = np.zeros((matrix.rows, matrix.groups, 2, TILE), np.float32)
     for first in range(0, tokens, TILE):
@@ -62,7 +62,7 @@ def matmul(
         count = part.stop - first
         tile[:, :count] = scaled[part].T
         run(dot_segments_tile, matrix.trits, threads, *_arguments(matrix), tile, sums)
-        out[part] = (sums[..., :count] * low_high).sum(axis=(1, 2)).T
+        np.einsum("rgst,rgs->tr", sums[..., :count], low_high, out=out[part])
     return out
 
 

@@ -41,7 +41,7 @@ def tables(dictionary: Dictionary) -> Tables:
     """The tables of ``dictionary``."""
     bits = np.unpackbits(np.frombuffer(dictionary.tree, np.uint8), bitorder="little")
     size = 1 << dictionary.width
-    words = -(-max(dictionary.max_nonzeros, 1) // 4)
+    words = next(words for words in (1, 2, 4) if dictionary.max_nonzeros <= 4 * words)
     positions = np.zeros((size, words), np.uint64)
     steps = np.zeros(size, np.uint64)
     nonzeros = np.zeros(size, np.uint8)
