@@ -1,0 +1,126 @@
+"""Write the figures of benchmarks/results into README.md, between its two marks.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
+FAST, SIZE, QMOE = "ours fast (12 bit)", "ours size (16 bit)", "QMoE"
+SOURCES = {
+    ("iid 0.6", 3072): "60 % zeros, 3072 wide",
+    ("iid 0.885", 768): "88.5 % zeros, 768 wide",
+    ("iid 0.885", 3072): "88.5 % zeros, 3072 wide",
+    ("iid 0.95", 3072): "95 % zeros, 3072 wide",
+    ("gaussian", 3072): "normal weights, 3072 wide",
+    ("switch-mini wi", 256): "trained experts, 256 wide",
+    ("switch-mini wo", 1024): "trained experts, 1024 wide",
+}
+RATIOS = (
+    "decode / zstd to int8",
+    "decode / QMoE",
+    "matvec / torch bf16",
+    "matvec, 2 threads / 1",
+    "16 tokens / torch bf16",
+)
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    columns = head.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sizes(records: list[dict[str, Any]]) -> str:
+    """Bits a weight."""
+    rows = []
+    for record in records:
+        label = SOURCES.get((record["source"], record["columns"]))
+        if label is None:
+            continue
+        schemes = record["schemes"]
+        zstd = min(schemes[f"zstd -19 of {packing}"]["payload"] for packing in ("2-bit", "base-3"))
+        figures = [record["entropy"], schemes[FAST]["payload"], schemes[SIZE]["payload"], zstd]
+        figures += [schemes[QMOE]["payload"]]
+        figures += [schemes[scheme]["total"] for scheme in (FAST, SIZE, QMOE)]
+        rows.append((list(SOURCES.values()).index(label), [label, *(f"{f:.3f}" for f in figures)]))
+    head = "trits | entropy | fast | size | zstd | QMoE | fast, total | size, total | QMoE, total"
+    return table(head, [row for _, row in sorted(rows)])
+
+
+def speeds(records: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
+    """10^9 weights a second, and ratios."""
+    rate = {(r["source"], r["work"]): r["weights_per_second"] / 1e9 for r in records}
+    rows = []
+    for source in dict.fromkeys(record["source"] for record in records):
+        encode, decode, product = (
+            rate[source, f"{FAST}: {work}, 1 thread"] for work in ("encode", "decode", "matvec")
+        )
+        beside = [f"{ratios[f'{source}, {FAST}'][name]:.2f} ×" for name in RATIOS]
+        zeros = f"{100 * float(source.split()[1]):g} %"
+        own = [f"{encode:.2f}", f"{decode:.1f}"]
+        rows.append([zeros, *own, *beside[:2], f"{product:.1f}", *beside[2:]])
+    return table(
+        "zeros | encode | decode | to zstd | to QMoE | product | to bf16 | 2 threads | "
+        "16 tokens to bf16",
+        rows,
+    )
+
+
+def figures() -> str:
+    """The text between the marks."""
+    codec, opening, memory = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("codec", "opening", "convert_memory")
+    )
+    packed = [
+        1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
+        for share in ("0.6", "0.885", "0.95")
+    ]
+    least, most = f"{min(packed):.1f}", f"{max(packed):.1f}"
+    opened = opening["milliseconds"]["open and take an expert"]["median"]
+    converted = memory["results"][0]
+    size = f"{converted['checkpoint_bytes'] / 1e9:.1f} GB"
+    peak = f"{converted['convert']['peak_resident_bytes'] / 1e9:.2f} GB"
+    return f"""\
+Measured by the scripts in `benchmarks/` on a shared machine with {codec["machine"]["cores"]} cores;
+processor and versions stand in `benchmarks/results/*.json`. Speeds vary by a third from run to run.
+
+Bits a weight (`python -m benchmarks.codec`). *Payload* is codewords and signs; *total* adds
+lengths, offsets, two bf16 scales a row, the dictionary and alignment. zstd is level 19 over the
+better of 2-bit and base-3 packing; QMoE is its published dictionary and greedy parse.
+
+{sizes(codec["sizes"])}
+
+![Payload above entropy against the share of zeros](benchmarks/results/codec.png)
+
+Speed of the profile `fast` on one thread, in 10⁹ weights/s and as ratios within the run. Decoding
+is to int8, beside zstd's decompression unpacked to int8 (leaving the trits packed, zstd is
+{least} to {most} times as fast as ours to int8) and a decoder of QMoE's codewords; the product is
+y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense bf16.
+
+{speeds(codec["speeds"], codec["ratios"])}
+
+Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at the preamble, the
+index, that expert and its dictionary (`python -m benchmarks.opening`). Converting a checkpoint of
+{size} peaks at {peak} of memory (`python -m benchmarks.convert_memory`).
+"""
+
+
+def with_figures(text: str) -> str:
+    """``text`` of README.md with what stands between the marks made anew."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return before + MARKS[0] + "\n" + figures() + "\n" + MARKS[1] + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_figures(README.read_text()))
