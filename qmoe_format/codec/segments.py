@@ -41,6 +41,10 @@ class EncodedTrits:
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on: the segments lie within their array."""
+        if self.rows_per_segment < 1:
+            raise QMoEError(
+                "argument", f"a segment has at least one row, not {self.rows_per_segment}"
+            )
         held = int(self.lengths.sum(dtype=np.int64)) + self.count * self.length_base
         if (
             self.lengths.shape != (self.count,)
@@ -99,8 +103,11 @@ def encode(
     if trits.size and (trits.min() < -1 or trits.max() > 1):
         raise QMoEError("argument", "a trit is -1, 0 or +1")
     rows, columns = trits.shape
-    together = rows_per_segment or FAST.rows_per_segment(columns)
-    together = min(together, max(rows, 1))
+    if rows_per_segment is None:
+        rows_per_segment = FAST.rows_per_segment(columns)
+    if rows_per_segment < 1:
+        raise QMoEError("argument", f"a segment has at least one row, not {rows_per_segment}")
+    together = min(rows_per_segment, max(rows, 1))
     span = together * columns
     count = -(-rows // together)
     flat = np.ascontiguousarray(trits).reshape(-1)

@@ -183,3 +183,15 @@ def test_other_things_than_trits_are_refused(matrix: npt.NDArray[Any]) -> None:
     with pytest.raises(QMoEError) as error:
         encode(matrix, dictionary(0.885, 8, "plane"))
     assert error.value.code == "argument"
+
+
+@pytest.mark.parametrize("together", [0, -1])
+def test_a_segment_has_a_row(together: int) -> None:
+    matrix = np.zeros((2, 2), np.int8)
+    chosen = dictionary(0.885, 8, "plane")
+    with pytest.raises(QMoEError) as error:
+        encode(matrix, chosen, rows_per_segment=together)
+    assert error.value.code == "argument"
+    with pytest.raises(QMoEError) as error:
+        dataclasses.replace(encode(matrix, chosen), rows_per_segment=together)
+    assert error.value.code == "argument"
