@@ -7,7 +7,7 @@ all speeds of one table of the same run, taken in turns; speeds are medians.
 
 Sizes, in bits/weight:
 
-    payload  codewords and signs (ours: with the rounding of rows to bytes), or the packed or
+    payload  codewords and signs (ours: with the rounding of segments to bytes), or the packed or
              compressed trits; no metadata
     total    ours: the tensor in a finished file, with its dictionary, lengths, offsets, two bf16
              scales a row and alignment; QMoE: payload and 32 bits of offset, 32 bits of scales a

@@ -20,10 +20,10 @@ class FormatReport(TypedDict):
 class TensorReport(TypedDict):
     """One tensor or stack of experts.
 
-    ``bytes``: its extents, without alignment. Payload is codewords, signs and the rounding of rows
-    to bytes; total is all of ``bytes``, with scales and row lengths, but without the dictionary,
-    which tensors share. ``zero_fraction`` is None where the encoding does not tell, the bits are
-    None where there are no weights.
+    ``bytes``: its extents, without alignment. Payload is codewords, signs and the rounding of
+    segments to bytes; total is all of ``bytes``, with scales and lengths, but without the
+    dictionary, which tensors share. ``zero_fraction`` is None where the encoding does not tell, the
+    bits are None where there are no weights.
     """
 
     name: str

@@ -44,11 +44,8 @@ LANE = np.uint64(0xFFFF)
 HALF = np.float32(0.5)
 POSITION = np.uint16(0x7FFF)
 
-REORDER = {
-    "reassoc",
-    "contract",
-    "nsz",
-}  # sums may be taken in vectors; NaN and infinity still hold
+# Sums may be taken in vectors, in any order [M-1].
+REORDER = {"reassoc", "contract", "nsz"}
 
 
 def _sign_bytes() -> npt.NDArray[np.uint64]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec, limits
+from qmoe_format.codec.segments import BLOCK, GUARD
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, from_float32
 from qmoe_format.encodings.base import Dictionaries, Encoding, Sink
 from qmoe_format.entries import Item
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from qmoe_format.codec import EncodedMatrix
 
 DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
-BLOCK = 32  # segments for which one offset is stored
-GUARD = 8
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
 _HEADER = struct.Struct("<IIB7sQQ")

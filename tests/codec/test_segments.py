@@ -75,7 +75,7 @@ def test_a_segment_is_laid_out_as_specified() -> None:
 
 
 def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
-    """``encoded`` with one row's segment replaced by ``change`` of it."""
+    """``encoded``, of one row a segment, with one segment replaced by ``change`` of it."""
     offsets = encoded.offsets()
     parts = [encoded.segments[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
     parts[row] = change(parts[row])
