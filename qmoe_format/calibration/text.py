@@ -1,0 +1,167 @@
+"""Calibration text: documents from a ``.jsonl``, ``.txt`` or ``.parquet`` file, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.located import os_errors
+
+
+def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
+    """The documents of a file, in order; the file's name says which kind it is.
+
+    ``.jsonl``: a JSON object a line, the text under the key ``column``. ``.parquet``: a row each,
+    in the column ``column``. ``.txt``: UTF-8, documents separated by blank lines. Blank documents
+    are left out.
+
+    Raises:
+        QMoEError: ``not-found`` if there is no such file; ``argument`` for another kind of file,
+            and, while the documents are read, for a line or row that is damaged or has no such
+            column, or if there is no text at all; ``dependency`` if pyarrow is needed and not
+            there; ``io``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
+    if not path.exists():
+        raise QMoEError("not-found", f"{path}: no such file; give one of {', '.join(_READERS)}")
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise QMoEError(
+            "argument",
+            f"{path}: calibration text is read from {', '.join(_READERS)} only; "
+            "convert or rename it",
+        )
+    if read is _read_parquet:
+        _parquet()
+    return _with_text(read(path, column), path)
+
+
+def text_sha256(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    with os_errors(f"cannot read {path}"), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_text(texts: Iterator[str], path: Path) -> Iterator[str]:
+    empty = True
+    with os_errors(f"cannot read {path}"):
+        for text in texts:
+            if text and not text.isspace():
+                empty = False
+                yield text
+    if empty:
+        raise QMoEError("argument", f"{path}: has no text; give a file with some")
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+    for where, line in _lines(path):
+        if line.isspace():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise QMoEError(
+                "argument", f"{where}: not JSON ({error}); correct or remove the line"
+            ) from error
+        if not isinstance(document, dict):
+            raise QMoEError(
+                "argument",
+                f'{where}: not a JSON object; each line has to be one, like {{"{column}": "…"}}',
+            )
+        if column not in document:
+            raise _no_column(where, column, list(document))
+        yield _checked(document[column], column, where)
+
+
+def _read_txt(path: Path, column: str) -> Iterator[str]:
+    paragraph: list[str] = []
+    for _, line in _lines(path):
+        if line.isspace():
+            yield "".join(paragraph).rstrip("\n")
+            paragraph.clear()
+        else:
+            paragraph.append(line)
+    yield "".join(paragraph).rstrip("\n")
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    parquet = _parquet()
+    try:
+        with parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise _no_column(str(path), column, file.schema_arrow.names)
+            row = 0
+            for batch in file.iter_batches(columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _checked(value, column, f"{path}, row {row}")
+    except QMoEError:
+        raise
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise QMoEError(
+            "argument", f"{path}: not a parquet file of text ({error}); get it again"
+        ) from error
+
+
+def _parquet() -> Any:
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise QMoEError(
+            "dependency",
+            f"a .parquet file needs the package pyarrow, which cannot be imported ({error}); "
+            "run: pip install pyarrow, or convert the file to .jsonl",
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".jsonl": _read_jsonl,
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line is, for messages, and the line, ending in a line feed."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                # Some editors on Windows begin a file with a byte order mark.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise QMoEError(
+                    "argument", f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from error
+            yield where, text.rstrip("\r\n") + "\n"
+
+
+def _checked(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise QMoEError(
+            "argument",
+            f"{where}: {column!r} is {type(value).__name__}, not text; correct or remove it",
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise QMoEError(
+            "argument",
+            f"{where}: character {error.start} is half of a surrogate pair; correct or remove it",
+        ) from error
+    return value
+
+
+def _no_column(where: str, column: str, there: list[str]) -> QMoEError:
+    return QMoEError(
+        "argument",
+        f"{where}: no column {column!r}; name the text's column, there is "
+        f"{', '.join(map(repr, there)) or 'none'}",
+    )
