@@ -140,7 +140,7 @@ def make_batches(
             targets.append(np.concatenate([[start], labels[:-1]]))
 
     largest = max(int(sequence.max()) for sequence in [*inputs, *targets])
-    if largest >= config.get("vocab_size", largest + 1):
+    if largest >= (config.get("vocab_size") or largest + 1):
         raise QMoEError(
             "checkpoint",
             f"the tokenizer gives token {largest}, the model's vocabulary has "

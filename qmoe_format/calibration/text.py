@@ -26,11 +26,7 @@ def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
             column, or if there is no text at all; ``dependency`` if pyarrow is needed and not
             there; ``io``.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
-    if not path.exists():
-        raise QMoEError("not-found", f"{path}: no such file; give one of {', '.join(_READERS)}")
+    path = _file(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise QMoEError(
@@ -44,9 +40,19 @@ def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
 
 
 def text_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
-    with os_errors(f"cannot read {path}"), Path(path).open("rb") as file:
+    """SHA-256 of the file's bytes, in hexadecimal; ``not-found``, ``argument`` or ``io``."""
+    path = _file(path)
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
+    if not path.exists():
+        raise QMoEError("not-found", f"{path}: no such file; give a file of text")
+    return path
 
 
 def _with_text(texts: Iterator[str], path: Path) -> Iterator[str]:

@@ -1,0 +1,366 @@
+"""Batches of tokens: nothing of the text is lost, and spans are T5's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmoe_format.errors import QMoEError
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from qmoe_format.calibration.sequences import (
+    Batch,
+    Tokens,
+    corrupt,
+    default_sequence_length,
+    make_batches,
+    window_length,
+)
+from qmoe_format.calibration.text import read_texts
+
+PAD, END, UNKNOWN, WORDS = 0, 1, 2, 3  # the word "7" is token WORDS + 7
+CAUSAL = {"model_type": "mixtral", "vocab_size": 1103, "max_position_embeddings": 512}
+START = END  # not the padding, as in T5: the two may not be confused
+ENCODER_DECODER = {
+    "is_encoder_decoder": True,
+    "decoder_start_token_id": START,
+    "vocab_size": 1103,
+}
+
+
+def make_tokenizer(sentinels: int = 100, **changes: str | None) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", *map(str, range(1000))]
+    names = [f"<extra_id_{i}>" for i in range(sentinels)]
+    vocabulary = {word: number for number, word in enumerate([*words, *reversed(names)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()  # splits </s> into three
+    special: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=names, **special | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def text(*numbers: int) -> str:
+    return " ".join(map(str, numbers))
+
+
+def rows(tokens: Tokens) -> list[list[int]]:
+    """Without the padding, which has to be at the end."""
+    lengths = tokens.attended.sum(1).tolist()
+    for row, length in enumerate(lengths):
+        assert tokens.attended[row, :length].all()
+        assert (tokens.ids[row, length:] == PAD).all()
+    assert max(lengths) == tokens.ids.shape[1]
+    return [ids[:length] for ids, length in zip(tokens.ids.tolist(), lengths, strict=True)]
+
+
+def inputs(batches: Sequence[Batch]) -> list[list[int]]:
+    return [row for batch in batches for row in rows(batch.inputs)]
+
+
+def originals(batches: Sequence[Batch], special: Sequence[int]) -> list[list[int]]:
+    """The windows, put together from the inputs of the encoder and the decoder."""
+    windows = []
+    for batch in batches:
+        assert batch.targets is not None
+        for encoder, decoder in zip(rows(batch.inputs), rows(batch.targets), strict=True):
+            assert decoder[0] == START
+            assert encoder[-1] == END
+            spans: dict[int, list[int]] = {}
+            for token in decoder[1:]:
+                if token in special:
+                    assert token not in spans
+                    spans[token] = []
+                    last = token
+                else:
+                    spans[last].append(token)
+            sentinels = [token for token in encoder if token in special]
+            assert sentinels == list(spans) == list(special[: len(spans)])
+            pieces = [spans.get(token, [token]) for token in encoder[:-1]]
+            windows.append(list(chain.from_iterable(pieces)))
+    return windows
+
+
+def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
+    def ids(batches: Sequence[Batch]) -> list[torch.Tensor]:
+        return [t.ids for b in batches for t in (b.inputs, b.targets) if t is not None]
+
+    pairs = zip(ids(left), ids(right), strict=True)
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def refusal(code: str, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(QMoEError) as caught:
+        make_batches(*arguments, **options)
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+# --- causal -------------------------------------------------------------------------------------
+
+
+def test_causal_windows(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [text(1, 2, 3), "", text(4), text(5, 6, 7, 8)]
+    batches = make_batches(tokenizer, CAUSAL, texts, sequence_length=4, batch_size=2)
+    joined = [w + WORDS for w in (1, 2, 3)] + [END, WORDS + 4, END]
+    joined += [w + WORDS for w in (5, 6, 7, 8)]
+    assert inputs(batches) == [joined[:4], joined[4:8], joined[8:]]
+    assert [batch.inputs.ids.shape for batch in batches] == [(2, 4), (1, 2)]
+    assert all(batch.targets is None for batch in batches)
+    first = batches[0].inputs
+    assert first.ids.dtype == torch.int64
+    assert first.attended.dtype == first.counted.dtype == torch.bool
+    assert first.counted.tolist() == [[True, True, True, False], [True, False, True, True]]
+
+
+def test_padding_is_neither_attended_nor_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    (batch,) = make_batches(tokenizer, CAUSAL, [text(1, 2, 3, 4)], sequence_length=3)
+    assert batch.inputs.ids.tolist() == [[4, 5, 6], [7, PAD, PAD]]
+    assert batch.inputs.attended.tolist() == [[True] * 3, [True, False, False]]
+    assert batch.inputs.counted.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_special_tokens_are_not_counted_and_cannot_be_written(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    (batch,) = make_batches(tokenizer, CAUSAL, ["5 </s> <extra_id_0> nonsense 6"])
+    # Whatever the words are as text, here unknown, they are not the special tokens.
+    assert UNKNOWN in batch.inputs.ids
+    assert END not in batch.inputs.ids
+    counted = batch.inputs.ids[batch.inputs.counted]
+    assert {WORDS + 5, WORDS + 6} <= set(counted.tolist())
+    assert not set(counted.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_without_a_padding_token() -> None:
+    tokenizer = make_tokenizer(pad_token=None)
+    (batch,) = make_batches(tokenizer, CAUSAL, [text(1, 2, 3)], sequence_length=2)
+    assert batch.inputs.ids.tolist() == [[4, 5], [6, END]]
+    assert batch.inputs.attended.tolist() == [[True, True], [True, False]]
+
+
+def test_default_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert default_sequence_length(ENCODER_DECODER | {"max_position_embeddings": 100}) == 256
+    assert default_sequence_length(CAUSAL) == 512
+    assert default_sequence_length({"max_position_embeddings": 32768}) == 2048
+    assert default_sequence_length({}) == 2048
+    words = [text(*range(1000))]
+    assert make_batches(tokenizer, CAUSAL, words)[0].inputs.ids.shape == (2, 512)
+    assert make_batches(tokenizer, ENCODER_DECODER, words)[0].inputs.ids.shape == (4, 256)
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CAUSAL, ENCODER_DECODER])
+def test_samples_are_some_of_the_windows_in_order(
+    tokenizer: PreTrainedTokenizerFast, config: dict[str, Any]
+) -> None:
+    texts = [text(*range(i, i + 40)) for i in range(0, 900, 40)]
+
+    def make(samples: int | None, seed: int = 0) -> list[Batch]:
+        return make_batches(
+            tokenizer, config, texts, sequence_length=20, samples=samples, seed=seed, batch_size=4
+        )
+
+    everything = inputs(make(None))
+    chosen = inputs(make(10))
+    places = [everything.index(row) for row in chosen]  # the same spans, whichever are chosen
+    assert len(set(places)) == 10
+    assert places == sorted(places)
+    assert places != list(range(10))
+    assert [len(batch.inputs.ids) for batch in make(10)] == [4, 4, 2]
+    assert same(make(10), make(10))
+    assert not same(make(10), make(10, seed=1))
+    assert same(make(len(everything)), make(None))
+    assert same(make(10**6), make(None))
+
+
+# --- span corruption ----------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 700), seed=st.integers(0, 2**32))
+def test_spans_are_disjoint_and_nothing_is_lost(length: int, seed: int) -> None:
+    window = np.arange(length, dtype=np.int64) + 1000
+    sentinels = [999 - i for i in range(200)]
+    encoder, labels = corrupt(window, sentinels, END, np.random.default_rng(seed))
+    noise = max(1, round(0.15 * length))
+    spans = max(1, round(noise / 3))
+    assert len(encoder) == length - noise + spans + 1
+    assert len(labels) == noise + spans + 1
+    assert encoder.dtype == labels.dtype == np.int64
+    assert encoder[-1] == labels[-1] == END
+    for sequence in (encoder, labels):
+        assert sequence[(sequence < 1000) & (sequence != END)].tolist() == sentinels[:spans]
+        kept = sequence[sequence >= 1000]
+        assert (np.diff(kept) > 0).all()
+    # No span is empty and none touches the next: no two sentinels are side by side.
+    for sequence in (encoder, labels):
+        at = np.flatnonzero((sequence < 1000) & (sequence != END))
+        assert (np.diff(at) > 1).all()
+    assert labels[0] == sentinels[0]
+    assert labels[-2] >= 1000
+    assert length == 1 or encoder[0] >= 1000
+    both = np.concatenate([encoder, labels])
+    assert sorted(both[both >= 1000].tolist()) == window.tolist()
+
+
+def test_every_token_can_be_taken_out() -> None:
+    """But the first, which T5 always keeps; the last it always takes."""
+    window = np.arange(40, dtype=np.int64) + 1000
+    taken = np.zeros(40, np.int64)
+    for seed in range(500):
+        _, labels = corrupt(window, [999, 998], END, np.random.default_rng(seed))
+        taken[labels[labels >= 1000] - 1000] += 1
+    assert taken.sum() == 500 * 6
+    assert taken[0] == 0
+    assert taken[-1] == 500
+    assert ((taken[1:-1] > 0) & (taken[1:-1] < 500)).all()
+
+
+@given(length=st.integers(2, 1200))
+def test_window_length_fills_the_encoder(length: int) -> None:
+    sizes = [
+        len(corrupt(np.zeros(n, np.int64), range(400), END, np.random.default_rng(0))[0])
+        for n in (window_length(length), window_length(length) - 1)
+        if n
+    ]
+    assert sizes[0] == length
+    assert sizes[1:] in ([], [length - 1])
+
+
+def test_window_lengths_of_the_literature() -> None:
+    assert window_length(256) == 283
+    assert window_length(512) == 568
+
+
+@given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any))
+def test_the_text_is_recovered(tokenizer: PreTrainedTokenizerFast, counts: list[int]) -> None:
+    texts = [text(*range(i, i + n)) for i, n in enumerate(counts)]
+    batches = make_batches(tokenizer, ENCODER_DECODER, texts, sequence_length=30, batch_size=3)
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+    documents = [[WORDS + i + j for j in range(n)] for i, n in enumerate(counts) if n]
+    joined = list(chain.from_iterable([*d, END] for d in documents))[:-1]
+    size = window_length(30)
+    windows = [joined[i : i + size] for i in range(0, len(joined), size)]
+    assert originals(batches, sentinels) == windows
+    special = set(tokenizer.all_special_ids)
+    for tokens in [t for b in batches for t in (b.inputs, b.targets) if t is not None]:
+        expected = [[i not in special for i in row] for row in tokens.ids.tolist()]
+        assert tokens.counted.tolist() == expected
+
+
+def test_a_single_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    (batch,) = make_batches(tokenizer, ENCODER_DECODER, [text(7)])
+    first = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    assert batch.inputs.ids.tolist() == [[first, END]]
+    assert batch.targets is not None
+    assert batch.targets.ids.tolist() == [[START, first, WORDS + 7]]
+    assert batch.targets.counted.tolist() == [[False, False, True]]
+
+
+def test_the_start_token_is_never_counted() -> None:
+    tokenizer = make_tokenizer()
+    config = ENCODER_DECODER | {"decoder_start_token_id": WORDS}  # special to the model only
+    (batch,) = make_batches(tokenizer, config, [text(5, 6, 7)])
+    assert batch.targets is not None
+    assert batch.targets.ids[0, 0] == WORDS
+    assert not batch.targets.counted[0, 0]
+    assert batch.targets.counted.any()
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CAUSAL, ENCODER_DECODER])
+@pytest.mark.parametrize("texts", [[], [""], ["", " "]])
+def test_no_text(
+    tokenizer: PreTrainedTokenizerFast, config: dict[str, Any], texts: list[str]
+) -> None:
+    assert "has no tokens" in refusal("argument", tokenizer, config, texts)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sequence_length", 1), ("samples", 0), ("batch_size", 0), ("seed", -1)],
+)
+def test_numbers_out_of_range(tokenizer: PreTrainedTokenizerFast, option: str, value: int) -> None:
+    message = refusal("argument", tokenizer, CAUSAL, ["1"], **{option: value})
+    assert message.startswith(f"{option} is {value}; ")
+
+
+def test_longer_than_the_model_reads(tokenizer: PreTrainedTokenizerFast) -> None:
+    message = refusal("argument", tokenizer, CAUSAL, ["1"], sequence_length=513)
+    assert "reads up to 512" in message
+
+
+def test_no_sentinels() -> None:
+    message = refusal("checkpoint", make_tokenizer(sentinels=0), ENCODER_DECODER, ["1 2 3"])
+    assert "<extra_id_0>" in message
+
+
+def test_too_few_sentinels() -> None:
+    tokenizer = make_tokenizer(sentinels=3)
+    message = refusal("argument", tokenizer, ENCODER_DECODER, [text(*range(300))])
+    assert "need 14 sentinels, the tokenizer has 3" in message
+    assert make_batches(tokenizer, ENCODER_DECODER, [text(*range(60))])  # short: 9 in 3 spans
+
+
+def test_no_end_of_sequence() -> None:
+    tokenizer = make_tokenizer(eos_token=None)
+    assert "no end-of-sequence token" in refusal("checkpoint", tokenizer, CAUSAL, ["1"])
+
+
+def test_no_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = {"is_encoder_decoder": True}
+    assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
+
+
+def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    message = refusal("checkpoint", tokenizer, CAUSAL | {"vocab_size": 600}, ["596", "597"])
+    assert "gives token 600, the model's vocabulary has 600" in message
+
+
+# --- the models of the project ------------------------------------------------------------------
+
+
+def test_the_same_windows_as_the_evaluation(shared_data: Path) -> None:
+    script = importlib.util.spec_from_file_location("eval_span", shared_data / "eval_span.py")
+    assert script is not None
+    assert script.loader is not None
+    evaluation = importlib.util.module_from_spec(script)
+    script.loader.exec_module(evaluation)
+    folder = shared_data / "switch-mini"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    path = shared_data / "text" / "eval.jsonl"
+    expected = list(evaluation.windows(tokenizer, path, seed=1234))
+    batches = make_batches(
+        tokenizer, json.loads((folder / "config.json").read_text()), read_texts(path), seed=1234
+    )
+    assert all(batch.targets for batch in batches)
+    targets = [row for b in batches if b.targets is not None for row in rows(b.targets)]
+    encoders = inputs(batches)
+    assert len(encoders) == len(expected) + 1  # the short window at the end
+    assert encoders[:-1] == [encoder.tolist() for encoder, _ in expected]
+    assert targets[:-1] == [[0, *labels.tolist()[:-1]] for _, labels in expected]
