@@ -1,0 +1,184 @@
+"""How transformers builds each model family: where its blocks and experts are, and how it routes.
+
+One record a family; ``walk`` runs any model that one describes. The names of a family's tensors on
+disk are ``qmoe_format.checkpoints``'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from qmoe_format.errors import QMoEError
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How a token goes through an expert: ``output(hidden([m(token) for m in inputs]))``.
+
+    Attributes:
+        inputs: the matrices that the token is multiplied with.
+        output: the matrix whose product is the expert's output.
+        hidden: from the ``inputs``' products, each [tokens, rows], to ``output``'s factor.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    hidden: Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stack of blocks. Names are those of transformers' modules.
+
+    Attributes:
+        stack: the module whose forward runs the blocks.
+        blocks: the list of blocks in it.
+        experts: the experts of a block that has some.
+        embedding: the checkpoint's name of its token embedding.
+        kept: parameters of ``stack`` that its forward needs whatever the block.
+        rotary: the child of ``stack`` that makes rotary embeddings, which has no weights.
+    """
+
+    stack: str
+    blocks: str
+    experts: str
+    embedding: str
+    kept: tuple[str, ...] = ()
+    rotary: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        stages: the one stack, or the encoder's and the decoder's.
+        top_k: key in the configuration of how many experts a token goes to; None: one.
+        routing: from the arguments of the experts' forward after the hidden states to what
+            ``Routed`` calls ``experts`` and ``weights``.
+        skip: what a block returns that lets hidden states through unchanged, from the block, the
+            hidden states and the remaining positional arguments of its forward.
+        renamed: parts of module names and what they are in the checkpoint.
+        settings: what to change in the configuration.
+        inputs, output, gated: as in ``Wiring``; gated: activation(first) × second.
+        activation: key in the configuration and its default.
+    """
+
+    stages: tuple[Stage, ...]
+    top_k: str | None
+    routing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    inputs: tuple[str, ...]
+    output: str
+    gated: bool
+    activation: tuple[str, str]
+    skip: Callable[..., Any] = lambda block, hidden, *arguments: hidden
+    renamed: tuple[tuple[str, str], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def on_disk(self, name: str) -> str:
+        """The checkpoint's name of a module or parameter."""
+        for part, renamed in self.renamed:
+            name = name.replace(part, renamed)
+        return name
+
+
+def _switch_routing(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``selected`` is one-hot [tokens, 1, experts], or zero beyond an expert's capacity."""
+    return torch.where(selected.any(-1), selected.argmax(-1), -1), weights
+
+
+def _switch_skip(block: nn.Module, hidden: Tensor, *arguments: Any) -> Any:
+    """The first block makes the bias of the positions, which every block hands to the next."""
+    bias = arguments[1]
+    if bias is None:
+        length = hidden.shape[1]
+        attention: Any = block.get_submodule("layer.0.SelfAttention")
+        bias = attention.compute_bias(length, length, device=hidden.device)
+    return hidden, bias, None
+
+
+def _switch_stage(stack: str, feed_forward: int) -> Stage:
+    return Stage(
+        stack,
+        blocks="block",
+        experts=f"layer.{feed_forward}.mlp.experts",
+        embedding="shared.weight",
+        kept=(
+            "final_layer_norm.weight",
+            "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+    )
+
+
+SWITCH = Family(
+    stages=(_switch_stage("encoder", 1), _switch_stage("decoder", 2)),
+    top_k=None,
+    routing=_switch_routing,
+    skip=_switch_skip,
+    settings={"expert_capacity": 2**31 - 1},  # no token of the calibration is to be dropped
+    inputs=("wi",),
+    output="wo",
+    gated=False,
+    activation=("dense_act_fn", "relu"),
+)
+
+MIXTRAL = Family(
+    stages=(
+        Stage(
+            "model",
+            blocks="layers",
+            experts="mlp.experts",
+            embedding="model.embed_tokens.weight",
+            rotary="rotary_emb",
+        ),
+    ),
+    top_k="num_experts_per_tok",
+    routing=lambda index, weights: (index, weights),
+    renamed=((".mlp.", ".block_sparse_moe."),),
+    inputs=("w1", "w3"),
+    output="w2",
+    gated=True,
+    activation=("hidden_act", "silu"),
+)
+
+FAMILIES: Mapping[str, Family] = {"switch_transformers": SWITCH, "mixtral": MIXTRAL}
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``; ``checkpoint`` if it cannot be run for calibration."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise QMoEError(
+        "checkpoint",
+        f"config.json: model_type {model_type!r} is not a family that can be calibrated; those are "
+        f"{', '.join(sorted(FAMILIES))}; convert it without calibration",
+    )
+
+
+def wiring(config: Mapping[str, Any]) -> Wiring:
+    """How the experts of the model with this ``config.json`` are wired; ``checkpoint``."""
+    family = family_for(config)
+    key, default = family.activation
+    name = config.get(key, default)
+    if name not in ACT2FN:
+        raise QMoEError(
+            "checkpoint", f"config.json: {key!r} is {name!r}, no activation that transformers knows"
+        )
+    activation: Callable[[Tensor], Tensor] = ACT2FN[name]
+
+    def gated(products: Sequence[Tensor]) -> Tensor:
+        gate, up = products
+        return activation(gate) * up
+
+    def plain(products: Sequence[Tensor]) -> Tensor:
+        (product,) = products
+        return activation(product)
+
+    return Wiring(family.inputs, family.output, gated if family.gated else plain)
