@@ -40,7 +40,7 @@ class Stage:
         stack: the module whose forward runs the blocks.
         blocks: the list of blocks in it.
         experts: the experts of a block that has some.
-        embedding: the checkpoint's name of its token embedding.
+        embedding: the checkpoint's names of its token embedding; the first that is there counts.
         kept: parameters of ``stack`` that its forward needs whatever the block.
         rotary: the child of ``stack`` that makes rotary embeddings, which has no weights.
     """
@@ -48,7 +48,7 @@ class Stage:
     stack: str
     blocks: str
     experts: str
-    embedding: str
+    embedding: tuple[str, ...]
     kept: tuple[str, ...] = ()
     rotary: str | None = None
 
@@ -108,7 +108,7 @@ def _switch_stage(stack: str, feed_forward: int) -> Stage:
         stack,
         blocks="block",
         experts=f"layer.{feed_forward}.mlp.experts",
-        embedding="shared.weight",
+        embedding=(f"{stack}.embed_tokens.weight", "shared.weight"),
         kept=(
             "final_layer_norm.weight",
             "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -134,7 +134,7 @@ MIXTRAL = Family(
             "model",
             blocks="layers",
             experts="mlp.experts",
-            embedding="model.embed_tokens.weight",
+            embedding=("model.embed_tokens.weight",),
             rotary="rotary_emb",
         ),
     ),

@@ -206,7 +206,7 @@ class Walk:
         with stack.embedding(), self._hidden(part, 0).writing() as append:
             for tokens in stack.tokens:
                 rows = stack.forward(0, tokens)[tokens.attended]
-                _check_finite(rows, stack.stage.embedding)
+                _check_finite(rows, stack.embedding_name)
                 append(rows)
 
     def _run(
@@ -259,6 +259,7 @@ class _Stack:
         counts: how many of each batch's are not padding; ``count`` of all.
         counted: bool [count], of those that are not padding.
         width: of the hidden states.
+        embedding_name: the checkpoint's name of the token embedding.
         blocks: the model's blocks, without experts and, unless ``loaded``, without weights.
     """
 
@@ -296,6 +297,8 @@ class _Stack:
             if sparse:
                 block.set_submodule(stage.experts, self._experts[number])
             block.forward = partial(self._step, number, block.forward)
+        there = [name for name in stage.embedding if name in checkpoint.tensors]
+        self.embedding_name = (there or stage.embedding)[0]
         self._check()
         self._kept = {name: self._read(f"{stage.stack}.{name}") for name in stage.kept}
         self._keep()
@@ -324,7 +327,7 @@ class _Stack:
     def embedding(self) -> Iterator[None]:
         """Have the token embedding in memory."""
         module = self._module.get_input_embeddings()
-        module.load_state_dict({"weight": self._read(self.stage.embedding)}, assign=True)
+        module.load_state_dict({"weight": self._read(self.embedding_name)}, assign=True)
         try:
             yield
         finally:
@@ -386,7 +389,7 @@ class _Stack:
     def _check(self) -> None:
         """That what will be read is there, and as large as the model's."""
         embedding = self._module.get_input_embeddings().weight
-        expected = {self.stage.embedding: embedding.shape}
+        expected = {self.embedding_name: embedding.shape}
         parameters = self._module.state_dict()
         for name, tensor in parameters.items():
             if name in self.stage.kept or name.startswith(f"{self.stage.blocks}."):

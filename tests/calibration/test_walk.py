@@ -1,0 +1,599 @@
+"""Walking a model: what its blocks see is what they see in transformers' own forward."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.partial import PartialFile
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    MixtralConfig,
+    SwitchTransformersConfig,
+)
+
+from qmoe_format.calibration.buffer import Routed, Rows
+from qmoe_format.calibration.families import wiring
+from qmoe_format.calibration.sequences import Batch, Tokens
+from qmoe_format.calibration.walk import Walk
+from qmoe_format.checkpoints import Checkpoint, open_checkpoint
+
+VOCABULARY = 50
+SWITCH: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_heads": 2,
+    "num_layers": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_decoder_layers": 3,
+    "num_sparse_decoder_layers": 3,
+    "num_experts": 4,
+    "expert_capacity": 1,
+    "router_bias": True,
+    "tie_word_embeddings": False,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "decoder_start_token_id": 0,
+}
+MIXTRAL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "sliding_window": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def make(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(1)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    tied = SWITCH | {"tie_word_embeddings": True, "router_bias": False}
+    return {
+        "switch": make(folder / "switch", SwitchTransformersConfig(**SWITCH)),
+        "switch-tied": make(folder / "tied", SwitchTransformersConfig(**tied), torch.bfloat16),
+        "mixtral": make(folder / "mixtral", MixtralConfig(**MIXTRAL)),
+    }
+
+
+@pytest.fixture(params=["switch", "switch-tied", "mixtral"])
+def checkpoint(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Checkpoint]:
+    with open_checkpoint(models[request.param]) as opened:
+        yield opened
+
+
+@pytest.fixture
+def switch(models: dict[str, Path]) -> Iterator[Checkpoint]:
+    with open_checkpoint(models["switch"]) as opened:
+        yield opened
+
+
+def random_tokens(sequences: int, length: int, seed: int) -> Tokens:
+    """Sequences of different lengths, padded with token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(length // 2, length + 1, (sequences,), generator=generator)
+    attended = torch.arange(length) < lengths[:, None]
+    ids = torch.randint(1, VOCABULARY, (sequences, length), generator=generator) * attended
+    return Tokens(ids, attended, attended & (ids > 5))
+
+
+def random_batches(checkpoint: Checkpoint, length: int = 14) -> list[Batch]:
+    targets = checkpoint.config.get("is_encoder_decoder", False)
+    return [
+        Batch(
+            random_tokens(size, length - seed, seed),
+            random_tokens(size, length // 2 + seed, seed + 10) if targets else None,
+        )
+        for seed, size in enumerate((3, 1, 4))
+    ]
+
+
+def experts_outputs(checkpoint: Checkpoint, head: str | None, routed: Routed | None) -> Any:
+    """What the conversion will do, with the experts as they are."""
+    if routed is None:
+        return None
+    outputs = routed.outputs()
+    wired = wiring(checkpoint.config)
+    stacks = {
+        stack.name.rpartition(".")[2]: stack
+        for stack in checkpoint.stacks
+        if stack.name.rpartition(".")[0] == head
+    }
+    for expert in range(stacks[wired.output].experts):
+        positions, weights = routed.tokens_of(expert)
+        token = routed.inputs[positions]
+
+        def product(matrix: str, factor: Tensor, expert: int = expert) -> Tensor:
+            return factor @ checkpoint.read_expert(stacks[matrix], expert).float().T
+
+        hidden = wired.hidden([product(matrix, token) for matrix in wired.inputs])
+        outputs[positions] += product(wired.output, hidden) * weights[:, None]
+    return outputs
+
+
+def step(walk: Walk, checkpoint: Checkpoint) -> Routed | None:
+    """One block, with its original experts."""
+    block = walk.blocks[walk.position]
+    routed = walk.collect()
+    walk.advance(experts_outputs(checkpoint, block.head, routed))
+    return routed
+
+
+class Reference:
+    """Transformers' own forward over batches; padding is left out of what it has seen.
+
+    Attributes:
+        blocks: the hidden states [tokens, d] after each block.
+        experts: what each block's experts were given [tokens, d], by their head.
+        encoded: what the decoder was given [tokens, d].
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batches: list[Batch]) -> None:
+        self.blocks: dict[str, Tensor] = {}
+        self.experts: dict[str, Tensor] = {}
+        self.encoded = torch.empty(0)
+        if checkpoint.config["model_type"] == "mixtral":
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        else:
+            model = AutoModelForSeq2SeqLM.from_pretrained(
+                checkpoint.folder, dtype=torch.float32, expert_capacity=10**6
+            )
+        for name, module in model.named_modules():
+            if type(module).__name__ in ("SwitchTransformersBlock", "MixtralDecoderLayer"):
+                module.register_forward_hook(partial(self._after_block, name))
+            elif name.endswith(".mlp.experts"):
+                if name.startswith("model."):
+                    name = name.replace(".mlp.", ".block_sparse_moe.")
+                module.register_forward_pre_hook(partial(self._before_experts, name))
+        with torch.no_grad():
+            for self.batch in batches:
+                inputs, targets = self.batch.inputs, self.batch.targets
+                arguments = {"input_ids": inputs.ids, "attention_mask": inputs.attended.long()}
+                if targets:
+                    arguments["decoder_input_ids"] = targets.ids
+                    arguments["decoder_attention_mask"] = targets.attended.long()
+                result = model.eval()(**arguments)
+                if targets:
+                    encoded = result.encoder_last_hidden_state[inputs.attended]
+                    self.encoded = torch.cat([self.encoded.view(-1, encoded.shape[1]), encoded])
+
+    def _saw(self, found: dict[str, Tensor], name: str, states: Tensor) -> None:
+        tokens = self.batch.targets if name.startswith("decoder.") else self.batch.inputs
+        assert tokens is not None
+        rows = states.view(*tokens.ids.shape, -1)[tokens.attended]
+        found[name] = torch.cat([found[name], rows]) if name in found else rows
+
+    def _after_block(self, name: str, module: Any, arguments: Any, result: Any) -> None:
+        self._saw(self.blocks, name, result[0] if isinstance(result, tuple) else result)
+
+    def _before_experts(self, name: str, module: Any, arguments: Any) -> None:
+        self._saw(self.experts, name, arguments[0])
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def assert_like_the_model(
+    checkpoint: Checkpoint, batches: list[Batch], folder: Path, tolerance: float
+) -> None:
+    reference = Reference(checkpoint, batches)
+    walk = Walk(checkpoint, batches, folder)
+    walk.start()
+    assert [block.name for block in walk.blocks] == list(reference.blocks)
+    assert {block.head for block in walk.blocks} - {None} == set(reference.experts)
+    for block in walk.blocks:
+        routed = step(walk, checkpoint)
+        assert (routed is None) == (block.head is None)
+        if routed and block.head:
+            assert_near(routed.inputs, reference.experts[block.head], tolerance)
+        following = walk.blocks[walk.position :]
+        if following and following[0].name == "decoder.block.0":
+            encoded = Rows(folder / "encoded.rows", *reference.encoded.shape)
+            assert_near(encoded.mapped(), reference.encoded, tolerance)
+        else:
+            assert_near(walk.hidden(), reference.blocks[block.name], tolerance)
+
+
+def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert_like_the_model(checkpoint, random_batches(checkpoint), tmp_path, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])
+def test_real_models(name: str, shared_data: Path, tmp_path: Path) -> None:
+    with open_checkpoint(shared_data / name) as checkpoint:
+        assert_like_the_model(checkpoint, random_batches(checkpoint, 40), tmp_path, 1e-5)
+
+
+def test_what_is_routed_has_the_tokens_in_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    batches = random_batches(checkpoint)
+    walk = Walk(checkpoint, batches, tmp_path)
+    walk.start()
+    for block in walk.blocks:
+        tokens = [b.targets if block.name.startswith("decoder.") else b.inputs for b in batches]
+        counted = torch.cat([part.counted[part.attended] for part in tokens if part])
+        if routed := step(walk, checkpoint):
+            assert routed.counted.equal(counted)
+            assert routed.inputs.shape == (len(counted), 16)
+            assert routed.experts.shape == routed.weights.shape
+            assert (routed.experts >= 0).all()  # expert_capacity is 1, and is not to count here
+            if block.name.startswith("model."):
+                torch.testing.assert_close(routed.weights.sum(1), torch.ones(len(counted)))
+
+
+def alone(tokens: Tokens | None, number: int) -> Any:
+    """One sequence of a batch, without padding."""
+    if tokens is None:
+        return None
+    real = tokens.attended[number]
+    parts = (tokens.ids, tokens.attended, tokens.counted)
+    return Tokens(*(part[number, real][None] for part in parts))
+
+
+def test_neither_padding_nor_other_sequences_matter(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    batches = random_batches(checkpoint)
+    single = [
+        Batch(alone(batch.inputs, number), alone(batch.targets, number))
+        for batch in batches
+        for number in range(len(batch.inputs.ids))
+    ]
+    ends = []
+    for folder, some in ((tmp_path / "together", batches), (tmp_path / "alone", single)):
+        folder.mkdir()
+        walk = Walk(checkpoint, some, folder)
+        walk.start()
+        for _ in walk.blocks:
+            step(walk, checkpoint)
+        ends.append(walk.hidden())
+    assert_near(ends[0], ends[1], 1e-5)
+
+
+def test_a_walk_goes_on_where_another_stopped(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Also where it was killed after a block was done, but before that had been noted."""
+    batches = random_batches(checkpoint)
+    first = Walk(checkpoint, batches, tmp_path)
+    first.start()
+    for position in range(len(first.blocks)):
+        before = first.hidden().clone()
+        routed = step(first, checkpoint)
+        after = first.hidden().clone()
+        inputs = routed.inputs.clone() if routed else None
+
+        second = Walk(checkpoint, batches, tmp_path)
+        second.start(position)
+        assert second.hidden().equal(before)
+        routed = step(second, checkpoint)
+        assert second.hidden().equal(after)
+        assert inputs is None or (routed and routed.inputs.equal(inputs))
+
+        first = Walk(checkpoint, batches, tmp_path)
+        first.start(position + 1)
+        assert first.position == position + 1
+        assert first.hidden().equal(after)
+
+
+def test_a_walk_that_is_killed_loses_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with a file written, but not yet renamed, at each rename there is."""
+    batches = random_batches(checkpoint)
+    walk = Walk(checkpoint, batches, tmp_path)
+    walk.start()
+    publish = PartialFile.publish
+    for position, block in enumerate(walk.blocks):
+        outputs = experts_outputs(checkpoint, block.head, walk.collect())
+        outputs = None if outputs is None else outputs.clone()
+        before = walk.hidden().clone()
+        renames = (
+            2
+            if walk.blocks[position + 1 : position + 2]
+            and (walk.blocks[position + 1].name == "decoder.block.0")
+            else 1
+        )
+        for allowed in range(renames):
+            with monkeypatch.context() as patch:
+                left = iter(range(allowed))
+
+                def killed(self: PartialFile, left: Iterator[int] = left) -> None:
+                    if next(left, None) is None:
+                        raise KeyboardInterrupt
+                    publish(self)
+
+                patch.setattr(PartialFile, "publish", killed)
+                patch.setattr(PartialFile, "discard", PartialFile.seal)
+                patch.setattr(PartialFile, "seal", lambda self: None)
+                with pytest.raises(KeyboardInterrupt):
+                    walk.advance(outputs)
+            assert list(tmp_path.glob(".*.partial"))
+            walk = Walk(checkpoint, batches, tmp_path)
+            walk.start(position)
+            assert not list(tmp_path.glob(".*.partial"))
+            assert walk.hidden().equal(before)
+        walk.advance(outputs)
+
+
+def test_files_that_no_later_block_needs_are_deleted(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "old.rows").write_text("of another walk")
+    walk = Walk(checkpoint, random_batches(checkpoint), tmp_path)
+    walk.start()
+    for block in walk.blocks:
+        encoded = 1 if block.name.startswith("decoder.") else 0
+        walk.collect()
+        routed = 0 if block.head is None else 3
+        assert len(list(tmp_path.iterdir())) == 1 + 1 + encoded + routed
+        step(walk, checkpoint)
+        assert len(list(tmp_path.iterdir())) <= 1 + 2 + 1
+    walk.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_only_the_current_block_is_in_memory(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = checkpoint.read
+
+    def noted(name: str) -> Tensor:
+        read.append(name)
+        return original(name)
+
+    monkeypatch.setattr(checkpoint, "read", noted)
+    walk = Walk(checkpoint, random_batches(checkpoint), tmp_path)
+
+    def in_memory() -> set[str]:
+        return {
+            f"{stack.stage.stack}.{name}"
+            for stack in walk._stacks
+            for name, parameter in stack._module.named_parameters()
+            if not parameter.is_meta
+        }
+
+    always = in_memory()
+    assert always == set(read)
+    assert all(name.endswith(("layer_norm.weight", "attention_bias.weight")) for name in always)
+    walk.start()
+    for block in walk.blocks:
+        assert in_memory() == always
+        read.clear()
+        routed = walk.collect()
+        assert all(name.startswith(f"{block.name}.") and ".experts." not in name for name in read)
+        outputs = experts_outputs(checkpoint, block.head, routed)
+        read.clear()
+        walk.advance(outputs)
+        assert read
+        embeddings = ("shared.weight", "decoder.embed_tokens.weight")
+        assert all(name.startswith(f"{block.name}.") or name in embeddings for name in read)
+        assert not any(".experts." in name for name in read)
+    assert in_memory() == always
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_tokens_of_an_expert(data: st.DataObject) -> None:
+    number = data.draw(st.integers(1, 6))
+    k = data.draw(st.integers(1, min(number, 3)))
+    token = st.permutations(range(number)).map(lambda order: order[:k])
+    dropped = st.lists(st.booleans(), min_size=k, max_size=k)
+    drawn = data.draw(st.lists(st.tuples(token, dropped), min_size=1, max_size=20))
+    experts = torch.tensor(
+        [[-1 if gone else e for e, gone in zip(*pair, strict=True)] for pair in drawn]
+    )
+    weights = torch.arange(experts.numel(), dtype=torch.float32).view(experts.shape)
+    counted = torch.ones(len(drawn), dtype=torch.bool)
+    with tempfile.TemporaryDirectory() as name:
+
+        def written(part: str, tensor: Tensor) -> Rows:
+            rows = Rows(Path(name) / f"{part}.rows", len(drawn), k, tensor.dtype)
+            with rows.writing() as append:
+                append(tensor[:1])
+                append(tensor[1:])
+            return rows
+
+        inputs, factors = written("inputs", weights), written("weights", weights)
+        routed = Routed(inputs, written("experts", experts), factors, counted, number)
+        for expert in range(number):
+            wanted = [
+                (position, weights[position, slot].item())
+                for position, row in enumerate(experts.tolist())
+                for slot, chosen in enumerate(row)
+                if chosen == expert
+            ]
+            positions, found = routed.tokens_of(expert)
+            assert list(zip(positions.tolist(), found.tolist(), strict=True)) == wanted
+        outputs = routed.outputs()
+        outputs[0] = 1
+        assert routed.outputs().count_nonzero() == 0
+        assert routed.experts.equal(experts)
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A checkpoint with other tensors."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def refusal(call: Callable[[], object], code: str) -> str:
+    with pytest.raises(QMoEError) as caught:
+        call()
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def test_a_block_with_nan_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "walk").mkdir()
+    name = "encoder.block.1.layer.0.layer_norm.weight"
+    folder = changed(models["switch"], tmp_path / "nan", lambda s: s[name].fill_(float("nan")))
+    with open_checkpoint(folder) as checkpoint:
+        walk = Walk(checkpoint, random_batches(checkpoint), tmp_path / "walk")
+        walk.start()
+        step(walk, checkpoint)
+        before = walk.hidden().clone()
+        assert "encoder.block.1:" in refusal(walk.collect, "value")
+        assert walk.hidden().equal(before)
+        assert not list((tmp_path / "walk").glob("*inputs.rows*"))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(switch: Checkpoint, tmp_path: Path, wrong: float) -> None:
+    walk = Walk(switch, random_batches(switch), tmp_path)
+    walk.start()
+    step(walk, switch)
+    routed = walk.collect()
+    assert routed
+    outputs = routed.outputs()
+    assert "(0, 0)" in refusal(lambda: walk.advance(outputs[:0, :0]), "argument")
+    assert "encoder.block.1" in refusal(lambda: walk.advance(None), "argument")
+    outputs[3, 4] = wrong
+    assert "encoder.block.1:" in refusal(lambda: walk.advance(outputs), "value")
+    outputs[3, 4] = 0
+    walk.advance(outputs)
+    assert walk.position == 2
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    norm = "model.layers.1.block_sparse_moe.gate.weight"
+    table = "model.embed_tokens.weight"
+    for number, (name, change) in enumerate(
+        [
+            (norm, lambda state: state.pop(norm)),
+            (table, lambda state: state.pop(table)),
+            (table, lambda state: state.update({table: state[table][1:].clone()})),
+        ]
+    ):
+        folder = changed(models["mixtral"], tmp_path / str(number), change)
+        with open_checkpoint(folder) as checkpoint:
+            batches = random_batches(checkpoint)
+            message = refusal(partial(Walk, checkpoint, batches, tmp_path), "checkpoint")
+        assert repr(name) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 3}, "encoder.block.3.layer.1.mlp.experts"),
+        ({"decoder_sparse_step": 3}, "decoder.block.0.layer.2.mlp.wi.weight"),
+        ({"num_layers": 5}, "encoder.block.4"),
+        ({"num_heads": "two"}, "num_heads"),
+    ],
+)
+def test_a_config_of_another_model(
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = changed(models["switch"], tmp_path / "model", lambda state: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with open_checkpoint(folder) as checkpoint:
+        batches = random_batches(checkpoint)
+        assert said in refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
+
+
+def test_batches_that_do_not_fit(switch: Checkpoint, tmp_path: Path) -> None:
+    batches = random_batches(switch)
+    one = batches[0]
+    nothing = Tokens(one.inputs.ids, one.inputs.attended & False, one.inputs.counted & False)
+    other = Tokens(one.inputs.ids + VOCABULARY, one.inputs.attended, one.inputs.counted)
+    for wrong in (
+        [],
+        [Batch(one.inputs, None)],
+        [*batches, Batch(one.inputs, None)],
+        [Batch(nothing, one.targets)],
+        [Batch(other, one.targets)],
+    ):
+        refusal(partial(Walk, switch, wrong, tmp_path), "argument")
+
+
+def test_a_start_without_its_files(switch: Checkpoint, tmp_path: Path) -> None:
+    batches = random_batches(switch)
+    walk = Walk(switch, batches, tmp_path)
+    assert "hidden-0-00002.rows" in refusal(lambda: walk.start(2), "not-found")
+    refusal(lambda: walk.start(len(walk.blocks) + 1), "argument")
+    walk.start()
+    for _ in range(5):
+        step(walk, switch)
+    fewer = Walk(switch, batches[:2], tmp_path)
+    refusal(lambda: fewer.start(5), "not-found")
+    (tmp_path / "encoded.rows").unlink()
+    assert "encoded.rows" in refusal(lambda: walk.start(5), "not-found")
+
+
+def test_a_full_disk(switch: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = Walk(switch, random_batches(switch), tmp_path)
+    walk.start()
+    before = walk.hidden().clone()
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert "free some space" in refusal(lambda: walk.advance(None), "io")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert walk.position == 0
+    assert walk.hidden().equal(before)
+    walk.advance(None)
+
+
+def test_wiring() -> None:
+    gate, up = torch.randn(2, 3, 5)
+    relu = wiring({"model_type": "switch_transformers", "dense_act_fn": "relu"})
+    assert (relu.inputs, relu.output) == (("wi",), "wo")
+    assert relu.hidden([gate]).equal(gate.clamp(min=0))
+    silu = wiring({"model_type": "mixtral"})
+    assert (silu.inputs, silu.output) == (("w1", "w3"), "w2")
+    torch.testing.assert_close(silu.hidden([gate, up]), gate * gate.sigmoid() * up)
+    gelu = wiring({"model_type": "mixtral", "hidden_act": "gelu"})
+    torch.testing.assert_close(gelu.hidden([gate, up]), torch.nn.functional.gelu(gate) * up)
+    said = refusal(lambda: wiring({"model_type": "mixtral", "hidden_act": "mish?"}), "checkpoint")
+    assert "mish?" in said
+    assert "'bert'" in refusal(lambda: wiring({"model_type": "bert"}), "checkpoint")
