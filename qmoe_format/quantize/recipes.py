@@ -1,8 +1,8 @@
-"""Quantizers by name."""
+"""Quantisers by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,9 @@ from qmoe_format.errors import QMoEError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qmoe_format.quantize.rtn import TernaryWeights
+    from qmoe_format.quantize.hessian import Calibration
+    from qmoe_format.quantize.rd import Rate
+    from qmoe_format.quantize.ternary import Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +23,43 @@ class Recipe:
     Attributes:
         name: what a user types.
         summary: one line for people.
-        quantize: weights ``[experts, rows, columns]`` and the scales' type to ternary weights.
+        calibrated: whether it needs ``Calibration``, so text.
+        rated: whether it takes a ``Rate``; its calibration weighs tokens and rows by importance.
     """
 
     name: str
     summary: str
-    quantize: Callable[[Tensor, str], TernaryWeights]
+    calibrated: bool = False
+    rated: bool = False
 
     def scale_dtype(self, dtype: str) -> str:
         """The scales' type for a checkpoint's: float16 keeps its own, which is exact."""
         return "F16" if dtype == "F16" else "BF16"
 
+    def quantize(
+        self,
+        weights: Tensor,
+        scale_dtype: str,
+        calibration: Calibration | None = None,
+        rate: Rate | None = None,
+    ) -> Quantized:
+        """Quantise a batch of experts' matrices ``[experts, rows, columns]``.
 
-def _round_to_nearest(weights: Tensor, scale_dtype: str) -> TernaryWeights:
-    from qmoe_format.quantize.rtn import round_to_nearest
+        Raises:
+            QMoEError: ``argument`` for other shapes and types; ``value`` for weights that are NaN,
+                infinite, or beyond the scale's type.
+        """
+        if self.rated and calibration is not None and rate is not None:
+            from qmoe_format.quantize.rd import quantize_rd
 
-    return round_to_nearest(weights, scale_dtype)
+            return quantize_rd(weights, scale_dtype, calibration, rate)
+        if self.calibrated and calibration is not None:
+            from qmoe_format.quantize.qmoe import quantize_qmoe
+
+            return quantize_qmoe(weights, scale_dtype, calibration)
+        from qmoe_format.quantize.rtn import quantize_rtn
+
+        return quantize_rtn(weights, scale_dtype)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -45,7 +68,13 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe(
             "rtn",
             "each weight to the nearest of its row's minimum, 0 and maximum; needs no text",
-            _round_to_nearest,
+        ),
+        Recipe("qmoe", "GPTQ on the same three values, as in the QMoE paper", calibrated=True),
+        Recipe(
+            "rd",
+            "the least error for the bits, with scales of rows and columns",
+            calibrated=True,
+            rated=True,
         ),
     ]
 }

@@ -15,28 +15,20 @@ number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from qmoe_format.errors import QMoEError
+from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
 
-SCALE_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 BLOCK_ELEMENTS = 1 << 18  # so few stay in the cache
 
 
-@dataclass(frozen=True, slots=True)
-class TernaryWeights:
-    """A batch of quantised matrices; trit 0 is 0, +1 is the row's high, -1 its low.
-
-    Attributes:
-        trits: int8 ``[experts, rows, columns]`` of -1, 0 and 1; 0 wherever the value is 0.
-        scales: the scales' type, ``[experts, rows, groups, 2]`` of low <= 0 and high >= 0.
-    """
-
-    trits: Tensor
-    scales: Tensor
+def quantize_rtn(weights: Tensor, scale_dtype: str) -> Quantized:
+    """``round_to_nearest`` as a recipe."""
+    ternary = round_to_nearest(weights, scale_dtype)
+    none = [None] * len(weights)
+    return Quantized(ternary, list(none), list(none))
 
 
 def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeights:
@@ -53,40 +45,49 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeigh
         QMoEError: ``argument`` for another shape or type; ``value`` if a weight is NaN or
             infinite, or beyond the scale's type.
     """
-    if weights.ndim != 3 or not weights.dtype.is_floating_point or weights.itemsize < 2:
-        raise QMoEError(
-            "argument",
-            f"weights are {weights.dtype} {list(weights.shape)}; round_to_nearest needs floats of "
-            "16 to 64 bits in [experts, rows, columns]",
-        )
-    if scale_dtype not in SCALE_TYPES:
-        raise QMoEError(
-            "argument", f"scale_dtype {scale_dtype!r} is not one of {', '.join(SCALE_TYPES)}"
-        )
+    check_weights(weights)
+    scales = min_max(weights, scale_dtype)
     experts, rows, columns = weights.shape
+    trits = weights.new_empty((experts, rows, columns), dtype=torch.int8)
     # float32 holds every bfloat16 and float16 number and its half.
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    trits = weights.new_empty((experts, rows, columns), dtype=torch.int8)
-    scales = weights.new_zeros((experts, rows, 1, 2), dtype=SCALE_TYPES[scale_dtype])
     block = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for expert in range(experts if columns else 0):
+    for expert in range(experts):
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            rows_of_block = weights[expert, part].to(wide)
-            _round_rows(rows_of_block, trits[expert, part], scales[expert, part, 0])
-        bad = ~torch.isfinite(scales[expert]).flatten(1).all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise _unusable(weights[expert, row], expert, row, scale_dtype)
-    return TernaryWeights(trits, scales)
+            _round(weights[expert, part].to(wide), scales[expert, part], trits[expert, part])
+    return TernaryWeights(trits, scales[:, :, None])
 
 
-def _round_rows(w: Tensor, trits: Tensor, scales: Tensor) -> None:
-    """Fill int8 ``trits`` [rows, columns] and ``scales`` [rows, 2] from ``w`` [rows, columns]."""
-    # NaN and infinity pass through the extremes. Adding 0 makes -0 a +0: which zero a minimum
-    # returns depends on the order of evaluation, and the file's bytes must not.
-    scales[:, 0] = w.amin(1).clamp(max=0) + 0.0
-    scales[:, 1] = w.amax(1).clamp(min=0) + 0.0
+def min_max(weights: Tensor, scale_dtype: str) -> Tensor:
+    """Low and high of each row, ``[experts, rows, 2]`` of the scale's type.
+
+    Raises:
+        QMoEError: ``argument``; ``value`` if one is beyond the scale's type.
+    """
+    dtype = scale_type(scale_dtype)
+    experts, rows, columns = weights.shape
+    # Adding 0 makes -0 a +0: which zero a minimum returns depends on the order of evaluation, and
+    # the file's bytes must not.
+    if columns:
+        low, high = weights.amin(2).clamp(max=0) + 0.0, weights.amax(2).clamp(min=0) + 0.0
+    else:
+        low = high = weights.new_zeros((experts, rows))
+    scales = torch.stack([low, high], 2).to(dtype)
+    bad = ~torch.isfinite(scales).all(2)
+    if bad.any():
+        expert, row = bad.nonzero()[0].tolist()
+        raise QMoEError(
+            "value",
+            f"expert {expert}, row {row}: the weights, up to "
+            f"{float(weights[expert, row].abs().max()):g}, are beyond {scale_dtype}; rescale the "
+            "model",
+        )
+    return scales
+
+
+def _round(w: Tensor, scales: Tensor, trits: Tensor) -> None:
+    """Fill int8 ``trits`` [rows, columns] from ``w`` [rows, columns] and ``scales`` [rows, 2]."""
     low, high = scales.to(w.dtype).unbind(1)
     # A scale that has become 0 in its type is worth no trit.
     low = torch.where(low < 0, low / 2, -torch.inf)
@@ -94,19 +95,3 @@ def _round_rows(w: Tensor, trits: Tensor, scales: Tensor) -> None:
     # With an int8 result torch's comparisons are several times faster than with a bool one.
     torch.gt(w, high[:, None], out=trits)
     trits -= torch.lt(w, low[:, None], out=torch.empty_like(trits))
-
-
-def _unusable(row: Tensor, expert: int, number: int, scale_dtype: str) -> QMoEError:
-    bad = ~torch.isfinite(row)
-    if bad.any():
-        column = int(bad.nonzero()[0])
-        return QMoEError(
-            "value",
-            f"expert {expert}, row {number}, column {column}: the weight is {float(row[column])}; "
-            "repair the model",
-        )
-    return QMoEError(
-        "value",
-        f"expert {expert}, row {number}: the weights, up to {float(row.abs().max()):g}, are beyond "
-        f"{scale_dtype}; rescale the model",
-    )

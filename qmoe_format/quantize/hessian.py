@@ -1,0 +1,154 @@
+"""Sums over calibration tokens, and what GPTQ needs of them.
+
+The error that a quantised matrix Q makes in place of W on inputs x_t is
+
+    sum_t g_t^2 |(W - Q) x_t|^2  =  tr((W - Q) S (W - Q)^T),     S = sum_t g_t^2 x_t x_t^T,
+
+with weights g_t of the tokens, or 1. S is the Hessian of that error for each row of W (GPTQ,
+arXiv 2210.17323, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_DAMPING = 100.0
+
+
+@dataclass(slots=True)
+class Calibration:
+    """What the calibration tokens say about one matrix of each of some experts.
+
+    Attributes:
+        sums: S, float32 or float64 ``[experts, columns, columns]``.
+        tokens: int64 ``[experts]``, how many each has seen.
+        row_weights: float64 ``[experts, rows]``, how much an error of each row matters (see
+            ``importance``), or None where all are alike.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+    row_weights: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls,
+        experts: int,
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Calibration:
+        """Of no tokens yet."""
+        return cls(
+            torch.zeros(experts, columns, columns, dtype=dtype, device=device),
+            torch.zeros(experts, dtype=torch.int64),
+        )
+
+    def add(self, expert: int, inputs: Tensor, gates: Tensor | None = None) -> None:
+        """Add tokens ``[tokens, columns]`` of one expert, with weights ``[tokens]``."""
+        weighted = inputs.to(self.sums.dtype)
+        if gates is not None:
+            weighted = weighted * gates.to(self.sums.dtype)[:, None]
+        self.sums[expert].addmm_(weighted.T, weighted)
+        self.tokens[expert] += len(inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """Damped Hessians and their factors.
+
+    Attributes:
+        hessian: ``[experts, columns, columns]``, scaled to a mean diagonal of S of 1.
+        factor: the same shape, ``inverse_factor`` of each.
+        unit: float64 ``[experts]``, the mean diagonal of S; 1 for a fallback.
+        damping: of each expert; None for a fallback.
+        fallback: why an expert has the identity for a Hessian, or None.
+    """
+
+    hessian: Tensor
+    factor: Tensor
+    unit: Tensor
+    damping: list[float | None]
+    fallback: list[str | None]
+
+
+def factored(calibration: Calibration, damping: Tensor) -> Factored:
+    """H = S / unit + d I for each expert, and its factor, in float32.
+
+    Where H is not positive definite, d grows tenfold until it is. An expert without tokens, or
+    whose sums are of no use, gets the identity.
+
+    Args:
+        damping: ``[experts]``, d as a fraction of the mean diagonal.
+    """
+    hessian = calibration.sums.new_empty(calibration.sums.shape, dtype=torch.float32)
+    factor = torch.empty_like(hessian)
+    unit = torch.ones(len(hessian), dtype=torch.float64)
+    used: list[float | None] = []
+    why: list[str | None] = []
+    for expert, sums in enumerate(calibration.sums):
+        mean = float(sums.diagonal().double().mean())
+        d = float(damping[expert])
+        reason = None
+        if not torch.isfinite(sums).all():
+            reason = "Hessian is not finite"
+        elif not mean > 0:
+            reason = "inputs are all zero" if calibration.tokens[expert] else "no tokens"
+        while reason is None:
+            hessian[expert] = damped(sums, d)
+            try:
+                factor[expert] = inverse_factor(hessian[expert])
+                break
+            except torch.linalg.LinAlgError:
+                d *= 10
+                reason = "singular Hessian" if d > MOST_DAMPING else None
+        if reason is None:
+            unit[expert] = mean
+        else:
+            hessian[expert] = torch.eye(len(sums))
+            factor[expert] = torch.eye(len(sums))
+        used.append(None if reason else d)
+        why.append(reason)
+    return Factored(hessian, factor, unit, used, why)
+
+
+def damped(sums: Tensor, damping: float) -> Tensor:
+    """S / m + d I in float32, m the mean diagonal of S ``[columns, columns]``.
+
+    The scale changes no decision of a quantiser, and keeps float32 in range.
+    """
+    result = (sums.double() / sums.diagonal().double().mean()).float()
+    result.diagonal().add_(damping)
+    return result
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U, upper triangular, with H^-1 = U^T U, for one positive definite H ``[columns, columns]``.
+
+    With the order of rows and columns reversed, H = L L^T becomes H = V V^T with V upper, so
+    U = V^-1: no inverse of H is ever formed. Computed in float64, returned in H's type.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
+    """
+    upper = torch.linalg.cholesky(hessian.double().flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(hessian), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True).to(hessian.dtype)
+
+
+def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:
+    """tr((W-Q) S (W-Q)^T) / tr(W S W^T), float64 ``[experts]``; NaN where the latter is 0.
+
+    Args:
+        weights, quantized: ``[experts, rows, columns]``.
+        sums: ``[experts, columns, columns]``.
+    """
+    pairs = zip(weights.float(), quantized.float(), sums.float(), strict=True)
+    return torch.stack([_energy(w - q, s) / _energy(w, s) for w, q, s in pairs])
+
+
+def _energy(weights: Tensor, sums: Tensor) -> Tensor:
+    return ((weights @ sums) * weights).sum(dtype=torch.float64)

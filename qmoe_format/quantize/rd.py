@@ -1,0 +1,196 @@
+"""The recipe ``rd``: as little error as the bits allow.
+
+The file codes a trit with about -log2 of its frequency, so a matrix costs error + price x bits, and
+every decision weighs the two. Weights are row scale x trit x column scale.
+
+1. Three GPTQ passes with a small share of the price find a start.
+2. Rounds of descent at the full price, the columns in a new order each time.
+After each, the price of a code is brought up to date and scales are refitted by least squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmoe_format.quantize.descent import descend
+from qmoe_format.quantize.gptq import gptq
+from qmoe_format.quantize.hessian import Calibration, Factored, factored
+from qmoe_format.quantize.refit import refit_columns, refit_rows
+from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
+
+PASSES = 3
+START_SHARE = 0.3
+ROUNDS = 8
+FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a bit is worth.
+
+    Row j of an expert, with energy E_j = w_j S w_j a weight and importance rho_j, pays
+
+        lam sqrt(reference E_j / rho_j)
+
+    of its error for a bit: half-way (in the logarithm) between the same share of each row's own
+    output, and the same amount of what matters to the model, wherever it is. The second would be
+    best if importance was known exactly and errors were small.
+
+    Attributes:
+        lam: bits fall as it rises; about 0.01 (1.4 bits) to 0.5 (0.3 bits).
+        reference: a typical E_j rho_j of the model, which makes lam a number without a unit.
+    """
+
+    lam: float
+    reference: float
+
+
+def quantize_rd(
+    weights: Tensor, scale_dtype: str, calibration: Calibration, rate: Rate
+) -> Quantized:
+    """Quantise a batch of experts' matrices.
+
+    Args:
+        weights: ``[experts, rows, columns]``.
+        scale_dtype: ``BF16``, ``F16`` or ``F32``.
+
+    Raises:
+        QMoEError: ``argument``, ``value`` as ``round_to_nearest``.
+    """
+    check_weights(weights)
+    experts, _, columns = weights.shape
+    share = columns / calibration.tokens.clamp(min=1).double()
+    start = factored(calibration, (0.05 * share).clamp(min=0.1))
+    fit = factored(calibration, (0.05 * share).clamp(min=0.03))
+    state = _State(weights, fit.hessian)
+    price = _prices(state, calibration, fit, rate)
+    state.scale *= _first_threshold(price / state.energy.mean(1, keepdim=True))
+    bits = torch.full((experts, 1), FIRST_BITS)
+    for step in range(PASSES):
+        first_price = START_SHARE * price * bits
+        state.trits = gptq(
+            state.weights, start.factor, -state.scale, state.scale, state.column_scale, first_price
+        )
+        bits = _code_bits(state.trits)
+        state.refit(columns=step > 0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(ROUNDS):
+        state.reorder(torch.randperm(columns, generator=generator))
+        descend(
+            state.trits, state.gradient, state.hessian, state.scale, state.column_scale,
+            price * bits,
+        )  # fmt: skip
+        bits = _code_bits(state.trits)
+        state.refit(columns=step % 2 == 1)
+    return Quantized(state.finish(scale_type(scale_dtype)), fit.damping, fit.fallback)
+
+
+class _State:
+    """The matrices of some experts while they are worked on; everything transposed.
+
+    Attributes:
+        weights: W^T over its largest magnitude, float32 ``[experts, columns, rows]``.
+        hessian: ``[experts, columns, columns]``.
+        target: H W^T.
+        gradient: H (W - Q)^T.
+        trits: float32, as ``weights``.
+        scale: ``[experts, rows]``.
+        column_scale: ``[experts, columns]``, of mean 1 in the logarithm.
+        energy: E_j, ``[experts, rows]``.
+    """
+
+    def __init__(self, weights: Tensor, hessian: Tensor) -> None:
+        largest = weights.abs().amax((1, 2)).double()
+        self.largest = torch.where(largest > 0, largest, 1.0)
+        scaled = weights.double() / self.largest[:, None, None]
+        self.weights = scaled.float().transpose(1, 2).contiguous()
+        self.hessian = hessian
+        self.target = _products(hessian, self.weights)
+        self.energy = (self.weights * self.target).mean(1)
+        rms = self.weights.square().mean(2).sqrt()
+        rms += 1e-3 * rms.amax(1, keepdim=True) + 1e-30
+        self.column_scale = rms / rms.log().mean(1, keepdim=True).exp()
+        self.scale = (self.weights / self.column_scale[:, :, None]).square().mean(1).sqrt()
+        self.trits = torch.zeros_like(self.weights)
+        self.gradient = self.target
+        self.order = torch.arange(self.weights.shape[1])
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the columns into another order."""
+        for name in ("weights", "target", "gradient", "trits", "column_scale"):
+            setattr(self, name, getattr(self, name)[:, order])
+        self.hessian = self.hessian[:, order[:, None], order]
+        self.order = self.order[order]
+
+    def refit(self, columns: bool) -> None:
+        """Least-squares scales of rows, and of columns if asked; brings the gradient up to date."""
+        if columns:
+            self._refit_rows()
+            self.column_scale = torch.stack(
+                [
+                    refit_columns(*each)
+                    for each in zip(
+                        self.trits, self.hessian, self.target, self.scale, self.column_scale,
+                        strict=True,
+                    )
+                ]
+            )  # fmt: skip
+        self._refit_rows()
+
+    def _refit_rows(self) -> None:
+        quantized = self.trits * self.scale[:, None] * self.column_scale[:, :, None]
+        self.gradient = _products(self.hessian, self.weights - quantized)
+        self.scale = refit_rows(quantized, self.gradient, self.target, self.scale)
+
+    def finish(self, dtype: torch.dtype) -> TernaryWeights:
+        """Round the column scales, refit the rows to them, round those."""
+        self.reorder(self.order.argsort())
+        self.column_scale = self.column_scale.to(dtype).float()
+        self._refit_rows()
+        scale = (self.scale.double() * self.largest[:, None]).to(dtype)
+        alive = (scale > 0)[:, None] & (self.column_scale > 0)[:, :, None]
+        trits = torch.where(alive, self.trits, 0.0).transpose(1, 2).to(torch.int8)
+        return TernaryWeights(
+            trits.contiguous(), scale[:, :, None, None], self.column_scale.to(dtype)
+        )
+
+
+def _prices(state: _State, calibration: Calibration, fit: Factored, rate: Rate) -> Tensor:
+    """What a bit costs each row, in units of ``fit.hessian`` and ``state.weights``."""
+    energy = state.energy.double()
+    if calibration.row_weights is None:
+        importance = torch.ones_like(energy)
+    else:
+        importance = calibration.row_weights
+        importance = importance / importance.mean(1, keepdim=True).clamp(min=1e-300)
+    importance = importance.clamp(min=1e-3)
+    # E_j of Rate, in its own units; without a Hessian there are none, and lam is relative to E_j.
+    unit = fit.unit * state.largest.square()
+    own = energy * unit[:, None]
+    relative = rate.lam * torch.sqrt(rate.reference / (own * importance).clamp(min=1e-300))
+    blind = torch.tensor([why is not None for why in fit.fallback])
+    relative = torch.where(blind[:, None], rate.lam, relative.clamp(rate.lam / 30, rate.lam * 30))
+    return (relative * energy).float()
+
+
+def _first_threshold(relative: Tensor) -> Tensor:
+    """Scale over root mean square to begin with: a smaller one leaves fewer zeros."""
+    return (2.2 + 0.8 * torch.log10(relative.clamp(min=1e-9) / 0.05)).clamp(1.4, 2.2)
+
+
+def _code_bits(trits: Tensor) -> Tensor:
+    """Bits that a non-zero costs more than a zero: log2(p0 / p1) + 1 for its sign.
+
+    ``[experts, 1]``, from trits ``[experts, columns, rows]``.
+    """
+    size = trits[0].numel()
+    nonzero = torch.stack([each.count_nonzero() for each in trits]).double()
+    return (torch.log2((size - nonzero + 0.5) / (nonzero + 0.5)) + 1).clamp(min=0).float()[:, None]
+
+
+def _products(hessian: Tensor, matrices: Tensor) -> Tensor:
+    """Each expert's product by itself: batched ones may depend on the batch."""
+    return torch.stack([h @ m for h, m in zip(hessian, matrices, strict=True)])
