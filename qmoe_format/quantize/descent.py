@@ -41,7 +41,7 @@ def descend(
         column_scale: ``[experts, columns]``.
         price: ``[experts, rows]``, what a non-zero costs more than a zero, in units of the error.
     """
-    experts, columns, rows = trits.shape
+    experts, columns, _ = trits.shape
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         local = gradient[:, start:end].clone()
@@ -66,15 +66,18 @@ def descend(
 
 
 def _best_moves(
-    trits: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, column_scale: Tensor, price: Tensor
+    trits: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    column_scale: Tensor,
+    price: Tensor,
 ) -> Tensor:
     """Set the trits of one block, ``[experts, group, rows]``; returns how far its values moved."""
     value = scale[:, None] * column_scale[:, :, None]
     now = trits * value
     factor = torch.stack([inverse_factor(each) for each in hessian])
-    best = now + torch.stack(
-        [u.T @ (u @ g) for u, g in zip(factor, gradient, strict=True)]
-    )
+    best = now + torch.stack([u.T @ (u @ g) for u, g in zip(factor, gradient, strict=True)])
     new = gptq(best, factor, -scale, scale, column_scale, price)
     move = new * value - now
     curved = torch.stack([h @ m for h, m in zip(hessian, move, strict=True)])

@@ -17,7 +17,9 @@ from torch import Tensor
 BLOCK = 64
 
 
-def choose(x: Tensor, low: Tensor, high: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
+def choose(
+    x: Tensor, low: Tensor, high: Tensor, minus: Tensor, plus: Tensor
+) -> tuple[Tensor, Tensor]:
     """The best of low, 0 and high for each x, by squared distance and the price of its code.
 
         cost(0) = x^2      cost(-) = (x - low)^2 + minus      cost(+) = (x - high)^2 + plus

@@ -22,6 +22,7 @@ from qmoe_format.quantize.refit import refit_columns, refit_rows
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
 
 PASSES = 3
+TRUST = 30.0
 START_SHARE = 0.3
 ROUNDS = 8
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
@@ -31,13 +32,14 @@ FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
 class Rate:
     """What a bit is worth.
 
-    Row j of an expert, with energy E_j = w_j S w_j a weight and importance rho_j, pays
+    For a bit, row j of an expert pays at most
 
-        lam sqrt(reference E_j / rho_j)
+        lam sqrt(reference E_j / rho_j),    E_j = w_j S w_j / columns,
 
-    of its error for a bit: half-way (in the logarithm) between the same share of each row's own
-    output, and the same amount of what matters to the model, wherever it is. The second would be
-    best if importance was known exactly and errors were small.
+    of its error, rho_j = ``row_importance`` / ``token_weight`` being its importance. That is half-way, in the
+    logarithm, between two aims: that each row gets the same share of its own output wrong
+    (lam E_j), and that a bit is spent wherever it matters most (lam reference / rho_j), which would
+    be best if importance was known exactly and errors were small.
 
     Attributes:
         lam: bits fall as it rises; about 0.01 (1.4 bits) to 0.5 (0.3 bits).
@@ -160,20 +162,34 @@ class _State:
 
 def _prices(state: _State, calibration: Calibration, fit: Factored, rate: Rate) -> Tensor:
     """What a bit costs each row, in units of ``fit.hessian`` and ``state.weights``."""
-    energy = state.energy.double()
-    if calibration.row_weights is None:
-        importance = torch.ones_like(energy)
-    else:
-        importance = calibration.row_weights
-        importance = importance / importance.mean(1, keepdim=True).clamp(min=1e-300)
-    importance = importance.clamp(min=1e-3)
-    # E_j of Rate, in its own units; without a Hessian there are none, and lam is relative to E_j.
-    unit = fit.unit * state.largest.square()
-    own = energy * unit[:, None]
-    relative = rate.lam * torch.sqrt(rate.reference / (own * importance).clamp(min=1e-300))
+    # E_j of Rate, in its own units.
+    own = state.energy.double() * (fit.unit * state.largest.square())[:, None]
+    relative = torch.sqrt(rate.reference / (own * _importance(calibration, own)).clamp(min=1e-300))
+    # Without a Hessian there is no E_j; and a share that is far off the others' is not believed.
     blind = torch.tensor([why is not None for why in fit.fallback])
-    relative = torch.where(blind[:, None], rate.lam, relative.clamp(rate.lam / 30, rate.lam * 30))
-    return (relative * energy).float()
+    relative = torch.where(blind[:, None], 1.0, relative.clamp(1 / TRUST, TRUST))
+    return (rate.lam * relative).float() * state.energy
+
+
+def _importance(calibration: Calibration, like: Tensor) -> Tensor:
+    """rho_j, like ``[experts, rows]``; none less than a thousandth of the expert's mean."""
+    rho = calibration.row_importance / calibration.token_weight.clamp(min=1e-300)[:, None]
+    return torch.maximum(rho, 1e-3 * rho.mean(1, keepdim=True)).expand_as(like)
+
+
+def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
+    """The mean of E_j rho_j over an expert's rows, float64 ``[experts]``; for ``Rate.reference``.
+
+    Args:
+        weights: ``[experts, rows, columns]``.
+    """
+    products = torch.stack(
+        [
+            (w @ s * w).mean(1)
+            for w, s in zip(weights.float(), calibration.sums.float(), strict=True)
+        ]
+    ).double()
+    return (products * _importance(calibration, products)).mean(1)
 
 
 def _first_threshold(relative: Tensor) -> Tensor:

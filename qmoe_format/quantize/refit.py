@@ -14,9 +14,7 @@ ROW_RIDGE = 1e-4
 COLUMN_RIDGE = 1e-3
 
 
-def refit_rows(
-    quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tensor
-) -> Tensor:
+def refit_rows(quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """Row scales that minimise the error; a product with H is not needed.
 
     For row j, q = r_j a:  r_j <- r_j (q.WH + e) / (q.QH + e),  QH = WH - G.

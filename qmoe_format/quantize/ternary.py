@@ -34,7 +34,9 @@ class TernaryWeights:
         if low_high.shape[-1] == 2:
             low = low_high[..., :1]
         weights = torch.where(self.trits > 0, high, 0.0) + torch.where(self.trits < 0, low, 0.0)
-        return weights if self.column_scale is None else weights * self.column_scale[:, None].float()
+        return (
+            weights if self.column_scale is None else weights * self.column_scale[:, None].float()
+        )
 
 
 @dataclass(frozen=True, slots=True)
