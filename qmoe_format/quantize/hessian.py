@@ -121,7 +121,7 @@ def factored(calibration: Calibration, damping: Tensor) -> Factored:
             try:
                 factor[expert] = inverse_factor(hessian[expert])
                 break
-            except torch.linalg.LinAlgError:
+            except RuntimeError:  # torch's LinAlgError is one
                 d *= 10
                 reason = "singular Hessian" if d > MOST_DAMPING else None
         if reason is None:
@@ -151,11 +151,12 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     U = V^-1: no inverse of H is ever formed. Computed in float64, returned in H's type.
 
     Raises:
-        torch.linalg.LinAlgError: H is not positive definite.
+        RuntimeError: H is not positive definite.
     """
     upper = torch.linalg.cholesky(hessian.double().flip(0, 1)).flip(0, 1)
     eye = torch.eye(len(hessian), dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True).to(hessian.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return factor.to(hessian.dtype)
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:

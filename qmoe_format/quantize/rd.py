@@ -36,8 +36,8 @@ class Rate:
 
         lam sqrt(reference E_j / rho_j),    E_j = w_j S w_j / columns,
 
-    of its error, rho_j = ``row_importance`` / ``token_weight`` being its importance. That is half-way, in the
-    logarithm, between two aims: that each row gets the same share of its own output wrong
+    of its error; rho_j, its importance, is ``row_importance`` / ``token_weight``. That is half-way,
+    in the logarithm, between two aims: that each row gets the same share of its own output wrong
     (lam E_j), and that a bit is spent wherever it matters most (lam reference / rho_j), which would
     be best if importance was known exactly and errors were small.
 
