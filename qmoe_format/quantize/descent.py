@@ -1,14 +1,14 @@
 """Block coordinate descent on error plus rate.
 
 GPTQ decides each column once, knowing nothing of the columns to come. Descent goes over the columns
-again, a few at a time, while all others stay as they are. With G = H (W - Q)^T a block B of columns
-has its least error at the real values
+again, a group at a time, while all others stay as they are. With G = H (W - Q)^T a group B of
+columns has its least error at the real values
 
     x = q_B + H_BB^-1 G_B,
 
-which are rounded one after the other as in GPTQ, with the block's own Hessian. A row takes the new
+which are rounded one after the other as in GPTQ, with the group's own Hessian. A row takes the new
 trits only if they lower error + price x non-zeros, so the sum never rises, and what moved is taken
-off G. Blocks of one column would be ordinary coordinate descent; those of some columns also find
+off G. Groups of one column would be ordinary coordinate descent; those of some columns also find
 moves that pay only together.
 """
 
@@ -17,10 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmoe_format.quantize.gptq import BLOCK, gptq
+from qmoe_format.quantize.gptq import GROUP, gptq
 from qmoe_format.quantize.hessian import inverse_factor
-
-GROUP = 16
 
 
 def descend(
@@ -41,48 +39,77 @@ def descend(
         column_scale: ``[experts, columns]``.
         price: ``[experts, rows]``, what a non-zero costs more than a zero, in units of the error.
     """
+    moves = torch.empty_like(trits)
     experts, columns, _ = trits.shape
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        local = gradient[:, start:end].clone()
-        moves = torch.empty_like(local)
-        for first in range(start, end, GROUP):
-            group = slice(first, min(first + GROUP, end))
-            inner = slice(group.start - start, group.stop - start)
-            moves[:, inner] = _best_moves(
+    factors = _group_factors(hessian)
+
+    def carry(target: slice, source: slice) -> None:
+        """Take off G at some columns what moved at others."""
+        for expert in range(experts):
+            gradient[expert, target].addmm_(
+                hessian[expert, target, source], moves[expert, source], alpha=-1
+            )
+
+    def sweep(first: int, last: int) -> None:
+        """Over groups ``first`` to ``last``, by halves as in gptq.py."""
+        if last - first == 1:
+            group = slice(first * GROUP, min(last * GROUP, columns))
+            moves[:, group] = _move(
                 trits[:, group],
-                local[:, inner],
+                gradient[:, group],
                 hessian[:, group, group],
+                factors[first],
                 scale,
                 column_scale[:, group],
                 price,
             )
-            for expert in range(experts):
-                local[expert, inner.stop :].addmm_(
-                    hessian[expert, group.stop : end, group], moves[expert, inner], alpha=-1
-                )
-        for expert in range(experts):
-            gradient[expert].addmm_(hessian[expert, :, start:end], moves[expert], alpha=-1)
+            carry(group, group)
+            return
+        middle = (first + last) // 2
+        left = slice(first * GROUP, middle * GROUP)
+        right = slice(middle * GROUP, min(last * GROUP, columns))
+        sweep(first, middle)
+        carry(right, left)
+        sweep(middle, last)
+        carry(left, right)
+
+    sweep(0, len(factors))
 
 
-def _best_moves(
+def _group_factors(hessian: Tensor) -> list[Tensor]:
+    """``inverse_factor`` of each group's Hessian, ``[experts, group, group]`` each."""
+    experts, columns, _ = hessian.shape
+    whole = columns // GROUP
+    square = hessian[:, : whole * GROUP, : whole * GROUP]
+    blocks = square.unflatten(2, (whole, GROUP)).unflatten(1, (whole, GROUP)) if whole else square
+    factors = []
+    if whole:
+        diagonal = blocks.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
+        factors = list(inverse_factor(diagonal.reshape(-1, GROUP, GROUP)).split(experts))
+    if columns > whole * GROUP:
+        factors.append(inverse_factor(hessian[:, whole * GROUP :, whole * GROUP :]))
+    return factors
+
+
+def _move(
     trits: Tensor,
     gradient: Tensor,
     hessian: Tensor,
+    factor: Tensor,
     scale: Tensor,
     column_scale: Tensor,
     price: Tensor,
 ) -> Tensor:
-    """Set the trits of one block, ``[experts, group, rows]``; returns how far its values moved."""
+    """Set the trits of one group, ``[experts, group, rows]``; returns how far its values moved."""
     value = scale[:, None] * column_scale[:, :, None]
     now = trits * value
-    factor = torch.stack([inverse_factor(each) for each in hessian])
-    best = now + torch.stack([u.T @ (u @ g) for u, g in zip(factor, gradient, strict=True)])
-    new = gptq(best, factor, -scale, scale, column_scale, price)
+    pairs = zip(factor, gradient, strict=True)
+    best = now + torch.stack([u.T @ (u @ g) for u, g in pairs])
+    new = gptq(best, factor, None, scale, column_scale, price)
     move = new * value - now
     curved = torch.stack([h @ m for h, m in zip(hessian, move, strict=True)])
     error = (move * (curved - 2 * gradient)).sum(1)
     nonzeros = (new.abs() - trits.abs()).sum(1)
-    better = error + price * nonzeros < 0
-    trits.copy_(torch.where(better[:, None], new, trits))
-    return move * better[:, None]
+    better = (error + price * nonzeros < 0)[:, None]
+    trits.copy_(torch.where(better, new, trits))
+    return torch.where(better, move, 0.0)

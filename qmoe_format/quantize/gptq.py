@@ -5,6 +5,9 @@ made good by the columns to come (GPTQ, arXiv 2210.17323, algorithm 1; QMoE, arX
 section 3.2, for the batching). Weights are held transposed, ``[experts, columns, rows]``, so that a
 column is contiguous.
 
+The columns are halved again and again: what the left half got wrong reaches the right half by one
+matrix product, so nearly all work is done by large products whatever the shape.
+
 Every elementwise operation rounds once and each expert has its matrix products for itself, so an
 expert's result does not depend on which others are in the batch.
 """
@@ -14,44 +17,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 64
-
-
-def choose(
-    x: Tensor, low: Tensor, high: Tensor, minus: Tensor, plus: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The best of low, 0 and high for each x, by squared distance and the price of its code.
-
-        cost(0) = x^2      cost(-) = (x - low)^2 + minus      cost(+) = (x - high)^2 + plus
-
-    The price of a zero is taken off those of the others; a tie goes to 0. With prices of 0 the
-    thresholds are low / 2 and high / 2. All of ``x``'s shape or broadcast to it.
-
-    Returns:
-        The trits as ``x``'s type, and their values.
-    """
-    up = high * (high - 2 * x) + plus
-    down = low * (low - 2 * x) + minus
-    is_up = (up < 0) & (up <= down)
-    is_down = (down < 0) & ~is_up
-    value = torch.where(is_up, high, torch.where(is_down, low, 0.0))
-    return is_up.to(x.dtype) - is_down.to(x.dtype), value
+GROUP = 16  # so many columns are not halved any more
 
 
 def gptq(
     weights: Tensor,
     factor: Tensor,
-    low: Tensor,
+    low: Tensor | None,
     high: Tensor,
     column_scale: Tensor | None = None,
     price: Tensor | None = None,
 ) -> Tensor:
     """Trits of a batch of matrices on a given grid, by one pass over the columns.
 
+    With x the weight and what it has to make good, v = high and h = 1 / U_ii^2, a trit of +1 costs
+    h (x - v)^2 + price and one of 0 costs h x^2. So it is +1 where
+
+        x > v / 2 + price / (2 h v),
+
+    and -1 where x is as far below 0, with low in place of high; a tie goes to 0.
+
     Args:
         weights: float ``[experts, columns, rows]``; left as they are.
-        factor: the same type, ``[experts, columns, columns]``: ``inverse_factor`` of each Hessian.
-        low, high: ``[experts, rows]``, the values of trits -1 and +1, low <= 0 <= high.
+        factor: U, the same type, ``[experts, columns, columns]``: ``inverse_factor`` of each
+            Hessian.
+        low, high: ``[experts, rows]``, the values of trits -1 and +1, low <= 0 <= high; low None
+            means -high.
         column_scale: ``[experts, columns]`` that multiplies them, or None.
         price: ``[experts, rows]``, what a non-zero costs more than a zero, in units of the error
             tr((W-Q) H (W-Q)^T); or None.
@@ -61,23 +52,44 @@ def gptq(
     """
     rest = weights.clone()
     trits = torch.empty_like(weights)
-    experts, columns, rows = weights.shape
-    errors = weights.new_empty((experts, min(BLOCK, columns), rows))
+    errors = torch.empty_like(weights)
     spread = factor.diagonal(dim1=1, dim2=2)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        block = rest[:, start:end]
-        for i in range(end - start):
-            column = start + i
-            scale = 1.0 if column_scale is None else column_scale[:, column, None]
-            d = spread[:, column, None]
-            extra = torch.zeros_like(d) if price is None else price * (d * d)
-            x = block[:, i]
-            trits[:, column], value = choose(x, low * scale, high * scale, extra, extra)
-            errors[:, i] = (x - value) / d
-            block[:, i + 1 :] -= factor[:, column, column + 1 : end, None] * errors[:, i, None]
-        for expert in range(experts if end < columns else 0):
-            rest[expert, end:].addmm_(
-                factor[expert, start:end, end:].T, errors[expert, : end - start], alpha=-1
+
+    def threshold(value: Tensor, d: Tensor) -> Tensor:
+        if price is None:
+            return torch.where(value == 0, torch.inf, value / 2)
+        # Where the value is 0 this is infinite, or NaN, which nothing is greater than.
+        return value / 2 + (price * (d * d / 2)) / value
+
+    def one_by_one(start: int, end: int) -> None:
+        for i in range(start, end):
+            x, d = rest[:, i], spread[:, i, None]
+            value = high if column_scale is None else high * column_scale[:, i, None]
+            top = threshold(value, d)
+            trit = trits[:, i]
+            torch.gt(x, top, out=trit)
+            if low is None:
+                trit -= torch.lt(x, -top, out=torch.empty_like(trit))
+                rounded = trit * value
+            else:
+                below = low if column_scale is None else low * column_scale[:, i, None]
+                is_low = torch.lt(x, -threshold(-below, d), out=torch.empty_like(trit))
+                rounded = trit * value + is_low * below
+                trit -= is_low
+            torch.div(x - rounded, d, out=errors[:, i])
+            rest[:, i + 1 : end] -= factor[:, i, i + 1 : end, None] * errors[:, i, None]
+
+    def halves(start: int, end: int) -> None:
+        if end - start <= GROUP:
+            one_by_one(start, end)
+            return
+        middle = (start + end) // 2
+        halves(start, middle)
+        for expert, u in enumerate(factor):
+            rest[expert, middle:end].addmm_(
+                u[start:middle, middle:end].T, errors[expert, start:middle], alpha=-1
             )
+        halves(middle, end)
+
+    halves(0, weights.shape[1])
     return trits

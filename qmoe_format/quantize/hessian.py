@@ -145,16 +145,16 @@ def damped(sums: Tensor, damping: float) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """U, upper triangular, with H^-1 = U^T U, for one positive definite H ``[columns, columns]``.
+    """U, upper triangular, with H^-1 = U^T U, for positive definite H ``[..., columns, columns]``.
 
     With the order of rows and columns reversed, H = L L^T becomes H = V V^T with V upper, so
     U = V^-1: no inverse of H is ever formed. Computed in float64, returned in H's type.
 
     Raises:
-        RuntimeError: H is not positive definite.
+        RuntimeError: an H is not positive definite.
     """
-    upper = torch.linalg.cholesky(hessian.double().flip(0, 1)).flip(0, 1)
-    eye = torch.eye(len(hessian), dtype=upper.dtype, device=upper.device)
+    upper = torch.linalg.cholesky(hessian.double().flip(-2, -1)).flip(-2, -1)
+    eye = torch.eye(hessian.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
     factor: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
     return factor.to(hessian.dtype)
 

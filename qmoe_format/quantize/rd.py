@@ -74,7 +74,7 @@ def quantize_rd(
     for step in range(PASSES):
         first_price = START_SHARE * price * bits
         state.trits = gptq(
-            state.weights, start.factor, -state.scale, state.scale, state.column_scale, first_price
+            state.weights, start.factor, None, state.scale, state.column_scale, first_price
         )
         bits = _code_bits(state.trits)
         state.refit(columns=step > 0)
@@ -124,7 +124,7 @@ class _State:
         """Put the columns into another order."""
         for name in ("weights", "target", "gradient", "trits", "column_scale"):
             setattr(self, name, getattr(self, name)[:, order])
-        self.hessian = self.hessian[:, order[:, None], order]
+        self.hessian = self.hessian[:, order][:, :, order]
         self.order = self.order[order]
 
     def refit(self, columns: bool) -> None:
@@ -203,7 +203,7 @@ def _code_bits(trits: Tensor) -> Tensor:
     ``[experts, 1]``, from trits ``[experts, columns, rows]``.
     """
     size = trits[0].numel()
-    nonzero = torch.stack([each.count_nonzero() for each in trits]).double()
+    nonzero = trits.count_nonzero(dim=(1, 2)).double()
     return (torch.log2((size - nonzero + 0.5) / (nonzero + 0.5)) + 1).clamp(min=0).float()[:, None]
 
 
