@@ -44,8 +44,7 @@ class Tokens:
     Attributes:
         ids: int64 ``[sequences, length]``.
         attended: bool, the same shape; False: padding.
-        counted: bool, the same shape; True: enters the Hessians, being attended and no special
-            token.
+        counted: bool, the same shape; True: enters the Hessians.
     """
 
     ids: Tensor
@@ -82,6 +81,7 @@ def make_batches(
     samples: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    mask_special_tokens: bool = False,
 ) -> list[Batch]:
     """Make calibration batches of all the text, or of a random part of it.
 
@@ -95,6 +95,8 @@ def make_batches(
         seed: of the choice and, with a window's number, of its spans: a window's spans do not
             depend on which others are chosen.
         batch_size: sequences in a batch; the last may have fewer.
+        mask_special_tokens: leave sentinels, the end of a sequence and all other special tokens out
+            of the Hessians, as QMoE does (arXiv 2310.16795).
 
     Raises:
         QMoEError: ``argument`` for numbers out of range or text without a token; ``checkpoint`` if
@@ -146,13 +148,14 @@ def make_batches(
             f"the tokenizer gives token {largest}, the model's vocabulary has "
             f"{config['vocab_size']}; give the tokenizer that belongs to the model",
         )
+    left_out = special if mask_special_tokens else set()
     batches = []
     for first in range(0, len(inputs), batch_size):
         part = slice(first, first + batch_size)
         batches.append(
             Batch(
-                _pad(inputs[part], padding, special),
-                _pad(targets[part], padding, special) if corrupted else None,
+                _pad(inputs[part], padding, left_out),
+                _pad(targets[part], padding, left_out) if corrupted else None,
             )
         )
     return batches
@@ -241,13 +244,13 @@ def _sentinels(tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
     return found
 
 
-def _pad(sequences: Sequence[Ids], padding: int, special: Iterable[int]) -> Tokens:
+def _pad(sequences: Sequence[Ids], padding: int, left_out: Iterable[int]) -> Tokens:
     ids = np.full((len(sequences), max(map(len, sequences))), padding, dtype=np.int64)
     attended = np.zeros(ids.shape, dtype=np.bool_)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
         attended[row, : len(sequence)] = True
-    counted = attended & ~np.isin(ids, list(special))
+    counted = attended & ~np.isin(ids, list(left_out))
     return Tokens(torch.from_numpy(ids), torch.from_numpy(attended), torch.from_numpy(counted))
 
 

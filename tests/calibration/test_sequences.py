@@ -122,7 +122,9 @@ def refusal(code: str, *arguments: Any, **options: Any) -> str:
 
 def test_causal_windows(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [text(1, 2, 3), "", text(4), text(5, 6, 7, 8)]
-    batches = make_batches(tokenizer, CAUSAL, texts, sequence_length=4, batch_size=2)
+    batches = make_batches(
+        tokenizer, CAUSAL, texts, sequence_length=4, batch_size=2, mask_special_tokens=True
+    )
     joined = [w + WORDS for w in (1, 2, 3)] + [END, WORDS + 4, END]
     joined += [w + WORDS for w in (5, 6, 7, 8)]
     assert inputs(batches) == [joined[:4], joined[4:8], joined[8:]]
@@ -132,6 +134,13 @@ def test_causal_windows(tokenizer: PreTrainedTokenizerFast) -> None:
     assert first.ids.dtype == torch.int64
     assert first.attended.dtype == first.counted.dtype == torch.bool
     assert first.counted.tolist() == [[True, True, True, False], [True, False, True, True]]
+
+
+def test_special_tokens_count_unless_masked(tokenizer: PreTrainedTokenizerFast) -> None:
+    (batch,) = make_batches(tokenizer, ENCODER_DECODER, [text(*range(1, 9))])
+    assert batch.targets is not None
+    for tokens in (batch.inputs, batch.targets):
+        assert torch.equal(tokens.counted, tokens.attended)
 
 
 def test_padding_is_neither_attended_nor_counted(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -144,7 +153,8 @@ def test_padding_is_neither_attended_nor_counted(tokenizer: PreTrainedTokenizerF
 def test_special_tokens_are_not_counted_and_cannot_be_written(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    (batch,) = make_batches(tokenizer, CAUSAL, ["5 </s> <extra_id_0> nonsense 6"])
+    texts = ["5 </s> <extra_id_0> nonsense 6"]
+    (batch,) = make_batches(tokenizer, CAUSAL, texts, mask_special_tokens=True)
     # Whatever the words are as text, here unknown, they are not the special tokens.
     assert UNKNOWN in batch.inputs.ids
     assert END not in batch.inputs.ids
@@ -261,7 +271,14 @@ def test_window_lengths_of_the_literature() -> None:
 @given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any))
 def test_the_text_is_recovered(tokenizer: PreTrainedTokenizerFast, counts: list[int]) -> None:
     texts = [text(*range(i, i + n)) for i, n in enumerate(counts)]
-    batches = make_batches(tokenizer, ENCODER_DECODER, texts, sequence_length=30, batch_size=3)
+    batches = make_batches(
+        tokenizer,
+        ENCODER_DECODER,
+        texts,
+        sequence_length=30,
+        batch_size=3,
+        mask_special_tokens=True,
+    )
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
     documents = [[WORDS + i + j for j in range(n)] for i, n in enumerate(counts) if n]
     joined = list(chain.from_iterable([*d, END] for d in documents))[:-1]
@@ -275,7 +292,7 @@ def test_the_text_is_recovered(tokenizer: PreTrainedTokenizerFast, counts: list[
 
 
 def test_a_single_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    (batch,) = make_batches(tokenizer, ENCODER_DECODER, [text(7)])
+    (batch,) = make_batches(tokenizer, ENCODER_DECODER, [text(7)], mask_special_tokens=True)
     first = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     assert batch.inputs.ids.tolist() == [[first, END]]
     assert batch.targets is not None
@@ -283,10 +300,10 @@ def test_a_single_token(tokenizer: PreTrainedTokenizerFast) -> None:
     assert batch.targets.counted.tolist() == [[False, False, True]]
 
 
-def test_the_start_token_is_never_counted() -> None:
+def test_the_start_token_is_masked() -> None:
     tokenizer = make_tokenizer()
     config = ENCODER_DECODER | {"decoder_start_token_id": WORDS}  # special to the model only
-    (batch,) = make_batches(tokenizer, config, [text(5, 6, 7)])
+    (batch,) = make_batches(tokenizer, config, [text(5, 6, 7)], mask_special_tokens=True)
     assert batch.targets is not None
     assert batch.targets.ids[0, 0] == WORDS
     assert not batch.targets.counted[0, 0]
