@@ -1,13 +1,18 @@
-"""Small checkpoints to convert, made on the spot, and the folder of larger ones."""
+"""Small checkpoints to convert, the folder of larger ones, and running ``qmoe``."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qmoe_format.cli import main
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -126,3 +131,38 @@ def switch(tmp_path: Path) -> Callable[..., Path]:
 def mixtral(tmp_path: Path) -> Path:
     config = {"model_type": "mixtral", "num_local_experts": 3}
     return write_checkpoint(tmp_path / "mixtral", mixtral_state(), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def qmoe(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``qmoe("verify", path)`` in this process."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return Outcome(code, output.out, output.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def qmoe_process() -> Run:
+    """``qmoe("verify", path)`` in a process of its own."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        command = [sys.executable, "-m", "qmoe_format.cli", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run

@@ -60,6 +60,11 @@ class Checkpoint:
         experts = {stack.member(e) for stack in self.stacks for e in range(stack.experts)}
         return [name for name in self.tensors if name not in experts]
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of weights."""
+        return [shard.path for shard in self._shards]
+
     def read(self, name: str) -> Tensor:
         """A tensor by name, on the CPU; often a view on a memory map: use it and let it go."""
         if self._mapped_bytes > RELEASE_AFTER_BYTES:

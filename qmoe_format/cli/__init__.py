@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from qmoe_format._version import __version__
 from qmoe_format.cli import commands
-from qmoe_format.cli.text import parse_size, positive
+from qmoe_format.cli.text import natural, parse_size, positive, positive_real
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import RECIPES
 
@@ -29,6 +29,8 @@ examples:
       convert a small model that ships with the package, and let it write
   qmoe convert switch-base-8/ switch.qmoe
       compress a Hugging Face checkpoint
+  qmoe convert switch-base-8/ switch.qmoe --calibration text.jsonl --bits-per-weight 0.8
+      the same, but see on some text what each expert may lose
   qmoe convert mixtral/ mixtral.qmoe --profile size --shard-size 5GB
       smallest files, of at most about 5 GB each
   qmoe inspect switch.qmoe
@@ -52,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except QMoEError as error:
         return _fail(error.code, str(error))
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted; nothing half-written is left", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it ends: give it somewhere to go.
@@ -88,10 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", metavar="DST", type=Path, help="file to write")
     command.add_argument(
         "--recipe",
-        default="rtn",
         choices=RECIPES,
         help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
-        + " (default: rtn)",
+        + " (default: rd with --calibration, otherwise rtn)",
     )
     command.add_argument(
         "--profile",
@@ -108,7 +109,61 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--threads", type=positive, metavar="N", help="default: all cores; the result is the same"
     )
-    command.add_argument("--force", action="store_true", help="replace DST if it is there")
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="replace DST if it is there, and without --resume drop what was begun",
+    )
+    group = command.add_argument_group(
+        "calibration", "run the model on some text, and quantise each expert for what it is given"
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text: a .jsonl, .txt or .parquet file",
+    )
+    group.add_argument(
+        "--text-column", metavar="NAME", help="key or column of the text (default: text)"
+    )
+    group.add_argument(
+        "--sequence-length",
+        type=positive,
+        metavar="N",
+        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at most)",
+    )
+    group.add_argument(
+        "--samples", type=positive, metavar="N", help="sequences to choose (default: all)"
+    )
+    group.add_argument(
+        "--seed", type=natural, metavar="N", help="of what is left to chance (default: 0)"
+    )
+    group.add_argument(
+        "--token-cap",
+        type=positive_real,
+        metavar="X",
+        help="of an expert's tokens use at most X times the experts' mean (default: 4)",
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--bits-per-weight",
+        type=positive_real,
+        metavar="BITS",
+        help="how large the experts are to be, such as 0.8, scales and dictionaries included",
+    )
+    size.add_argument(
+        "--lambda",
+        dest="rate_lambda",
+        type=positive_real,
+        metavar="X",
+        help="what a bit must save, as a share of a mean expert's output, instead",
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="where torch computes, such as cuda (default: cpu)"
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="go on with a conversion that was stopped"
+    )
     command.set_defaults(run=commands.convert)
 
     command = subparsers.add_parser(
@@ -119,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: qmoe inspect switch.qmoe --json | jq .totals",
     )
     command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument(
+        "--quality", action="store_true", help="show what calibration found each expert to lose"
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=commands.inspect)
 

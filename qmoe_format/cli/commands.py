@@ -5,11 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import TYPE_CHECKING
 
 import qmoe_format
 from qmoe_format.cli.progress import Progress
 from qmoe_format.cli.text import duration
+from qmoe_format.errors import QMoEError
 from qmoe_format.machine import cores
+
+if TYPE_CHECKING:
+    from qmoe_format.conversion import Calibration
+
+# Fields of Calibration, and the options that set them.
+CALIBRATION = {
+    "column": "text_column",
+    "sequence_length": "sequence_length",
+    "samples": "samples",
+    "seed": "seed",
+    "token_cap": "token_cap",
+    "device": "device",
+}
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -17,6 +32,7 @@ def convert(options: argparse.Namespace) -> None:
     from qmoe_format.conversion import convert
     from qmoe_format.inspection import describe
 
+    calibration = _calibration(options)
     started = time.monotonic()
     with Progress("convert", "weights") as progress:
         path = convert(
@@ -28,16 +44,42 @@ def convert(options: argparse.Namespace) -> None:
             threads=options.threads,
             overwrite=options.force,
             progress=progress,
+            calibration=calibration,
+            bits_per_weight=options.bits_per_weight,
+            rate_lambda=options.rate_lambda,
+            resume=options.resume,
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
     with qmoe_format.open(path, memory_map=False) as file:
         print("\n".join(summary(describe(file))))
 
 
+def _calibration(options: argparse.Namespace) -> Calibration | None:
+    from qmoe_format.conversion import Calibration
+
+    given = {
+        name: getattr(options, option)
+        for name, option in CALIBRATION.items()
+        if getattr(options, option) is not None
+    }
+    if options.calibration is not None:
+        return Calibration(options.calibration, **given)
+    if given:
+        option = CALIBRATION[next(iter(given))].replace("_", "-")
+        raise QMoEError("argument", f"--{option} is about calibration text: give --calibration")
+    return None
+
+
 def inspect(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.tables import summary, tensor_table
+    from qmoe_format.cli.tables import quality_tables, summary, tensor_table
+    from qmoe_format.conversion.report import read_report
     from qmoe_format.inspection import describe
 
+    if options.quality:
+        with qmoe_format.open(options.file, memory_map=False) as file:
+            quality = read_report(file)
+        print(json.dumps(quality) if options.json else "\n".join(quality_tables(quality)))
+        return
     with qmoe_format.open(options.file, memory_map=False) as file:
         description = describe(file)
     if options.json:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qmoe_format.cli.text import count, size, table
+from qmoe_format.conversion.report import Quality, StackQuality
 from qmoe_format.inspection import PartReport, Report, TensorReport
 
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
@@ -29,6 +30,41 @@ def _row(tensor: TensorReport) -> Sequence[str]:
         "" if bits is None else f"{bits:.3f}",
         "" if zeros is None else f"{zeros:.1%}",
     )
+
+
+def quality_tables(quality: Quality) -> list[str]:
+    """Lines with a row for each stack, then one for each expert that had a fallback."""
+    header = ("stack", "experts", "fallbacks", "tokens", "relative error", "bits/weight")
+    lines = table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
+    fallen = [
+        (stack["name"], str(number), count(expert["tokens"]), expert["fallback"])
+        for stack in quality["stacks"]
+        for number, expert in enumerate(stack["experts"])
+        if expert["fallback"] is not None
+    ]
+    if fallen:
+        lines += ["", *table(("stack", "expert", "tokens", "fallback"), fallen, left=1)]
+    return lines
+
+
+def _quality_row(stack: StackQuality) -> Sequence[str]:
+    experts = stack["experts"]
+    errors = [each["relative_error"] for each in experts]
+    return (
+        stack["name"],
+        str(len(experts)),
+        str(sum(each["fallback"] is not None for each in experts)),
+        _spread([float(each["tokens"]) for each in experts], count),
+        _spread([error for error in errors if error is not None], lambda error: f"{error:.4f}"),
+        _spread([each["bits"] for each in experts], lambda bits: f"{bits:.3f}"),
+    )
+
+
+def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """Least / mean / most."""
+    if not values:
+        return ""
+    return " / ".join(map(text, (min(values), sum(values) / len(values), max(values))))
 
 
 def summary(description: Report) -> list[str]:

@@ -130,9 +130,13 @@ def standard_dictionary(
     The grid has steps of 1/8 in ln(p / (1 - p)); being off by half a step costs less than 0.05 %
     of the bits. ``zero_fraction`` may be 0 or 1 (the grid ends at 0.018 and 0.9991).
     """
+    return _on_grid(round(on_grid(zero_fraction)), width, signs)
+
+
+def on_grid(zero_fraction: float) -> float:
+    """Where on that grid a share of zeros is, in steps; the nearest whole number is the point."""
     clamped = min(max(zero_fraction, 1e-9), 1 - 1e-9)
-    step = round(8 * math.log(clamped / (1 - clamped)))
-    return _on_grid(min(max(step, -32), 56), width, signs)
+    return min(max(8 * math.log(clamped / (1 - clamped)), -32.0), 56.0)
 
 
 def _grow(

@@ -247,6 +247,11 @@ def counts(header: bytes) -> tuple[int, int]:
     return segment_bytes, nonzeros
 
 
+def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
+    """Bytes of a matrix's extent, guard and all, as its header's numbers make it."""
+    return _Sections.of(item, length_width, segment_bytes).end
+
+
 def _segments(item: Item) -> int:
     """n, the number of segments. [E-15]"""
     return -(-item.shape[0] // int(item.parameters["rows_per_segment"]))

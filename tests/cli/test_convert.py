@@ -100,7 +100,7 @@ def test_large_experts_are_coded_one_at_a_time(
 ) -> None:
     source = switch(rows=40, columns=60)
     small = convert(source, tmp_path / "small.qmoe", threads=2).read_bytes()
-    monkeypatch.setattr("qmoe_format.conversion.LARGE_EXPERT", 1)
+    monkeypatch.setattr("qmoe_format.conversion.parallel.LARGE_EXPERT", 1)
     assert convert(source, tmp_path / "large.qmoe", threads=2).read_bytes() == small
 
 
@@ -269,15 +269,15 @@ def test_reading_needs_no_torch(switch: Make, tmp_path: Path) -> None:
 
 BUSY = r"""
 import sys, time
-from qmoe_format import conversion
+from qmoe_format.conversion import encoding
 from qmoe_format.cli import main
-encode_matrix = conversion.encode_matrix
+encode_matrix = encoding.encode_matrix
 def slow(*arguments, **options):
     sys.stdout.write("busy\n")
     sys.stdout.flush()
     time.sleep(0.3)
     return encode_matrix(*arguments, **options)
-conversion.encode_matrix = slow
+encoding.encode_matrix = slow
 sys.exit(main(sys.argv[1:]))
 """
 

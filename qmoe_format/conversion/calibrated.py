@@ -1,0 +1,458 @@
+"""Conversion with calibration text: layer by layer, each sees what the compressed ones before it
+make of the text.
+
+Memory holds one block without its experts, and one group of experts with their Hessians, whatever
+the size of the model and the text. Every finished block is on disk, see ``state``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+import qmoe_format
+from qmoe_format._version import __version__
+from qmoe_format.calibration.buffer import Routed, Rows
+from qmoe_format.calibration.families import wiring
+from qmoe_format.calibration.sequences import Batch, default_sequence_length, make_batches
+from qmoe_format.calibration.text import read_texts, text_sha256
+from qmoe_format.calibration.walk import Block, Walk
+from qmoe_format.checkpoints import Checkpoint, ExpertStack
+from qmoe_format.codec import PROFILES, EncodedMatrix
+from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
+from qmoe_format.conversion.layer import Layer, experts_part
+from qmoe_format.conversion.parallel import batches, side_by_side, threads_within, torch_threads
+from qmoe_format.conversion.plan import RateControl, StackPlan, plan_layer
+from qmoe_format.conversion.progress import Counter, Progress
+from qmoe_format.conversion.report import (
+    REPORT_NAME,
+    ExpertQuality,
+    Quality,
+    StackQuality,
+    dump_report,
+    report_path,
+    rounded,
+    write_report,
+)
+from qmoe_format.conversion.rest import write_rest
+from qmoe_format.conversion.settings import Calibration, Target
+from qmoe_format.conversion.state import Work, describe_checkpoint
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import Recipe
+from qmoe_format.quantize.hessian import Calibration as Statistics
+from qmoe_format.quantize.hessian import relative_error
+from qmoe_format.quantize.rd import Rate
+from qmoe_format.writer import Writer
+
+ATTEMPTS = 5  # at the last block, until the file has the size asked for
+
+
+class BlockRecord(TypedDict):
+    """What is known of a finished block: reports and bytes by stack, dictionaries by number."""
+
+    value: float | None
+    stacks: dict[str, StackQuality]
+    stored: dict[str, int]
+    dictionaries: dict[str, int]
+
+
+class CalibratedConversion:
+    """One conversion; ``run`` does it, or goes on with it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        destination: Path,
+        recipe: Recipe,
+        profile: str,
+        calibration: Calibration,
+        target: Target,
+        *,
+        shard_bytes: int | None,
+        threads: int,
+        progress: Progress | None,
+    ) -> None:
+        """The arguments are those of ``convert``.
+
+        Raises:
+            QMoEError: what is wrong with text, tokenizer or device.
+        """
+        _check_device(calibration.device)
+        self._checkpoint = checkpoint
+        self._destination = destination
+        self._recipe = recipe
+        self._profile_name = profile
+        self._profile = PROFILES[profile]
+        self._calibration = calibration
+        self._target = target
+        self._shard_bytes = shard_bytes
+        self._threads = threads
+        self._progress = progress
+        self._wiring = wiring(checkpoint.config)
+        self._text_sha256 = text_sha256(calibration.text)
+        self._batches = _batches(checkpoint, calibration)
+
+    def run(self, *, resume: bool, overwrite: bool) -> None:
+        with (
+            Work(
+                self._destination, self._fingerprint(), resume=resume, overwrite=overwrite
+            ) as work,
+            torch_threads(self._threads),
+        ):
+            walk = Walk(self._checkpoint, self._batches, work.folder, self._calibration.device)
+            # After the last block with experts there is nothing to be learnt.
+            last = max(number for number, block in enumerate(walk.blocks) if block.head)
+            blocks = walk.blocks[: last + 1]
+            control = None
+            if self._recipe.rated:
+                control = RateControl(
+                    self._target, self._checkpoint.stacks, self._plan(work, walk, blocks)
+                )
+            records = self._quantize(work, walk, blocks, control)
+            if control:
+                control.check()
+            self._assemble(work, records)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        calibration = self._calibration
+        return {
+            "recipe": self._recipe.name,
+            "profile": self._profile_name,
+            "text": self._text_sha256,
+            "text column": calibration.column,
+            "sequence length": calibration.sequence_length,
+            "samples": calibration.samples,
+            "seed": calibration.seed,
+            "token cap": calibration.token_cap,
+            "device": calibration.device,
+            "bits per weight": self._target.bits,
+            "lambda": self._target.lam,
+            "shard size": self._shard_bytes,
+            "threads": self._threads,
+            "version of qmoe-format": __version__,
+            "version of torch": torch.__version__,
+            "version of transformers": version("transformers"),
+            **{
+                f"file {name}": digest
+                for name, digest in describe_checkpoint(self._checkpoint).items()
+            },
+        }
+
+    def _plan(self, work: Work, walk: Walk, blocks: Sequence[Block]) -> dict[str, StackPlan]:
+        """Let the text go through the original model, and measure each stack."""
+        records: list[dict[str, StackPlan]] = work.records("plan")
+        counter = self._counter(blocks[len(records) :])
+        if len(records) < len(blocks):
+            walk.start(len(records))
+        for number in range(len(records), len(blocks)):
+            block = blocks[number]
+            counter.stage = f"plan {block.name}"
+            record: dict[str, StackPlan] = {}
+            outputs: Tensor | None = None
+            if routed := walk.collect():
+                layer = self._layer(block, routed)
+                outputs = routed.outputs()
+                for group in layer.groups():
+                    layer.add_outputs(layer.weights(group), group, outputs)
+                norms = _norms(work, number, len(outputs))
+                _write_norms(norms, walk.hidden(), outputs)
+                layer = self._layer(block, routed, norms)
+                measure = self._target.bits is not None
+                record = plan_layer(layer, self._recipe, self._profile, measure=measure)
+                counter.add(_weights(layer.stacks.values()))
+            if number + 1 < len(blocks):
+                walk.advance(outputs)
+            work.record("plan", number, record)
+            records.append(record)
+        return {name: plan for record in records for name, plan in record.items()}
+
+    def _quantize(
+        self, work: Work, walk: Walk, blocks: Sequence[Block], control: RateControl | None
+    ) -> list[BlockRecord]:
+        records: list[BlockRecord] = work.records("block")
+        for record in records:
+            _finish(control, record)
+        counter = self._counter(blocks[len(records) :])
+        if len(records) < len(blocks):
+            walk.start(len(records))
+        for number in range(len(records), len(blocks)):
+            block, is_last = blocks[number], number + 1 == len(blocks)
+            outputs: Tensor | None = None
+            record = BlockRecord(value=None, stacks={}, stored={}, dictionaries={})
+            if routed := walk.collect():
+                norms = _norms(work, number, len(routed.inputs)) if control else None
+                layer = self._layer(block, routed, norms)
+                outputs = None if is_last else routed.outputs()
+                value = control.choose() if control else None
+                for _ in range(ATTEMPTS if is_last else 1):
+                    counter.stage = block.name
+                    rate = Rate(value, control.reference) if control and value else None
+                    staged = partial(_staged, work, number)
+                    record = self._block(layer, rate, staged, outputs, counter)
+                    value = _again(control, record) if is_last else None
+                    if value is None:
+                        break
+            if not is_last:
+                walk.advance(outputs)
+            work.record("block", number, record)
+            records.append(record)
+            _finish(control, record)
+        return records
+
+    def _layer(self, block: Block, routed: Routed, norms: Rows | None = None) -> Layer:
+        return Layer(
+            self._checkpoint,
+            str(block.head),
+            self._wiring,
+            routed,
+            token_cap=self._calibration.token_cap,
+            norms=norms.mapped() if norms else None,
+            device=self._calibration.device,
+            threads=self._threads,
+        )
+
+    def _block(
+        self,
+        layer: Layer,
+        rate: Rate | None,
+        staged: Callable[[str], Path],
+        outputs: Tensor | None,
+        counter: Counter,
+    ) -> BlockRecord:
+        """Quantise a block's experts into files of their own, one a stack."""
+        value = rate.lam if rate else None
+        record = BlockRecord(value=value, stacks={}, stored={}, dictionaries={})
+        with ExitStack() as opened:
+            writers = {}
+            for matrix, stack in layer.stacks.items():
+                writer = opened.enter_context(Writer(staged(matrix)))
+                shape = (stack.experts, stack.rows, stack.columns)
+                writers[matrix] = writer.add_stack(
+                    stack.name, shape, stack.dtype, "ternary-dict", stack.members
+                )
+                quality = StackQuality(
+                    {"name": stack.name, "lambda": rounded(value), "experts": []}
+                )
+                record["stacks"][stack.name] = quality
+                record["stored"][stack.name] = 0
+            stage = counter.stage
+            for group in layer.groups():
+                counter.stage = f"{stage}, expert {group.start + 1} of {layer.experts}"
+                weights = layer.weights(group)
+                statistics = layer.calibration(weights, group)
+                for matrix, stack in layer.stacks.items():
+                    for coded, report in self._stack(
+                        layer, stack, group, weights[matrix], statistics[matrix], rate
+                    ):
+                        writers[matrix].append(coded)
+                        record["stacks"][stack.name]["experts"].append(report)
+                        record["stored"][stack.name] += stored_bytes(coded)
+                        record["dictionaries"][str(grid_step(coded))] = dictionary_bytes(
+                            coded.dictionary
+                        )
+                        counter.add(stack.rows * stack.columns)
+                if outputs is not None:
+                    layer.add_outputs(weights, group, outputs)
+        return record
+
+    def _stack(
+        self,
+        layer: Layer,
+        stack: ExpertStack,
+        group: range,
+        weights: Tensor,
+        statistics: Statistics,
+        rate: Rate | None,
+    ) -> Iterator[tuple[EncodedMatrix, ExpertQuality]]:
+        """Quantise some experts of a stack; ``weights`` become what a reader will get."""
+        scale_dtype = self._recipe.scale_dtype(stack.dtype)
+        within = threads_within(layer.elements, self._threads)
+
+        def work(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
+            part = slice(batch.start, batch.stop)
+            own = experts_part(statistics, part)
+            numbers = group[part]
+            try:
+                quantized = self._recipe.quantize(weights[part], scale_dtype, own, rate)
+            except QMoEError as error:
+                where = f"{stack.name!r}, with experts counted from {numbers.start}"
+                raise QMoEError(error.code, f"{where}: {error}") from error
+            values = quantized.weights.dequantize()
+            errors = relative_error(weights[part], values, own.sums).tolist()
+            weights[part] = values
+            # Where nothing reached an expert, there is nothing that could have gone wrong.
+            reached = (own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0).tolist()
+            done = []
+            for place, expert in enumerate(numbers):
+                if reached[place] and not math.isfinite(errors[place]):
+                    raise QMoEError(
+                        "value",
+                        f"tensor {stack.member(expert)!r}: its error on the calibration text is "
+                        f"{errors[place]}; look for huge weights in the checkpoint, or take the "
+                        "recipe rtn",
+                    )
+                coded = encode(quantized.weights, place, scale_dtype, self._profile, within)
+                report = ExpertQuality(
+                    tokens=int(own.tokens[place]),
+                    damping=rounded(quantized.damping[place]),
+                    fallback=quantized.fallback[place],
+                    relative_error=rounded(errors[place]) if reached[place] else None,
+                    bits=8 * stored_bytes(coded) / (stack.rows * stack.columns),
+                )
+                done.append((coded, report))
+            return done
+
+        elements = stack.rows * stack.columns + stack.columns**2
+        parts = batches(range(len(group)), elements, self._threads)
+        for done in side_by_side(work, parts, layer.elements, self._threads):
+            yield from done
+
+    def _assemble(self, work: Work, records: Sequence[BlockRecord]) -> None:
+        """Write report and file."""
+        found = {name: each for record in records for name, each in record["stacks"].items()}
+        staged = {
+            name: _staged(work, number, name.rpartition(".")[2])
+            for number, record in enumerate(records)
+            for name in record["stacks"]
+        }
+        stacks = self._checkpoint.stacks
+        for stack in stacks:
+            if stack.name not in found or len(found[stack.name]["experts"]) != stack.experts:
+                raise AssertionError(f"{stack.name}: not all experts are quantised")
+        report = dump_report(self._quality([found[stack.name] for stack in stacks], records))
+        counter = Counter(self._progress, self._total())
+        counter.stage = "write"
+        with Writer(self._destination, shard_bytes=self._shard_bytes) as writer:
+            writer.add_attachment(REPORT_NAME, report)
+            write_rest(self._checkpoint, writer, counter)
+            for stack in stacks:
+                shape = (stack.experts, stack.rows, stack.columns)
+                with (
+                    qmoe_format.open(staged[stack.name], memory_map=False) as file,
+                    writer.add_stack(
+                        stack.name, shape, stack.dtype, "ternary-dict", stack.members
+                    ) as experts,
+                ):
+                    for expert in range(stack.experts):
+                        experts.append(file.encoded(stack.name, expert))
+                        counter.add(stack.rows * stack.columns)
+        write_report(report, report_path(self._destination))
+
+    def _quality(self, stacks: Sequence[StackQuality], records: Iterable[BlockRecord]) -> Quality:
+        calibration, config = self._calibration, self._checkpoint.config
+        stored = sum(size for record in records for size in record["stored"].values())
+        dictionaries: dict[str, int] = {}
+        for record in records:
+            dictionaries |= record["dictionaries"]
+        bits = 8 * (stored + sum(dictionaries.values())) / _weights(self._checkpoint.stacks)
+        parts = [
+            tokens
+            for batch in self._batches
+            for tokens in (batch.inputs, batch.targets)
+            if tokens is not None
+        ]
+        return Quality(
+            settings={
+                "recipe": self._recipe.name,
+                "profile": self._profile_name,
+                "text_sha256": self._text_sha256,
+                "text_column": calibration.column,
+                "sequence_length": calibration.sequence_length or default_sequence_length(config),
+                "samples": calibration.samples,
+                "seed": calibration.seed,
+                "token_cap": calibration.token_cap,
+                "bits_per_weight": self._target.bits,
+                "lambda": self._target.lam,
+            },
+            totals={
+                "sequences": sum(len(batch.inputs.ids) for batch in self._batches),
+                "tokens": sum(int(part.attended.sum()) for part in parts),
+                "counted_tokens": sum(int(part.counted.sum()) for part in parts),
+                "bits_per_weight": rounded(bits),
+            },
+            stacks=list(stacks),
+        )
+
+    def _counter(self, blocks: Sequence[Block]) -> Counter:
+        """Of the experts in some blocks."""
+        heads = {block.head for block in blocks}
+        stacks = [
+            stack for stack in self._checkpoint.stacks if stack.name.rpartition(".")[0] in heads
+        ]
+        return Counter(self._progress, _weights(stacks))
+
+    def _total(self) -> int:
+        return sum(info.elements for info in self._checkpoint.tensors.values())
+
+
+def _weights(stacks: Iterable[ExpertStack]) -> int:
+    return sum(stack.experts * stack.rows * stack.columns for stack in stacks)
+
+
+def _staged(work: Work, number: int, matrix: str) -> Path:
+    return work.path(f"block-{number:04}-{matrix}.qmoe")
+
+
+def _norms(work: Work, number: int, tokens: int) -> Rows:
+    """How long the hidden states after a block of the original model are."""
+    return Rows(work.path(f"block-{number:04}.norms"), tokens, 1)
+
+
+def _write_norms(norms: Rows, hidden: Tensor, outputs: Tensor) -> None:
+    """Of what went past the experts and what they return, as if at right angles."""
+    with norms.writing() as append:
+        for first in range(0, len(hidden), 1 << 16):
+            parts = [each[first : first + (1 << 16)] for each in (hidden, outputs)]
+            squares = [part.square().sum(1, keepdim=True) for part in parts]
+            append((squares[0] + squares[1]).sqrt())
+
+
+def _finish(control: RateControl | None, record: BlockRecord) -> None:
+    if control and record["value"] is not None:
+        control.finish(record["value"], record["stored"], record["dictionaries"])
+
+
+def _again(control: RateControl | None, record: BlockRecord) -> float | None:
+    if control is None or record["value"] is None:
+        return None
+    return control.again(record["value"], record["stored"], record["dictionaries"])
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise QMoEError(
+            "argument", f"device {device!r} cannot be used ({reason}); try cpu or cuda"
+        ) from error
+
+
+def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
+    from transformers import AutoTokenizer
+
+    texts = read_texts(calibration.text, calibration.column)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # whatever wrong files make of transformers
+        raise QMoEError(
+            "checkpoint",
+            f"{checkpoint.folder}: transformers cannot load its tokenizer ({error}); fetch the "
+            "tokenizer's files again",
+        ) from error
+    return make_batches(
+        tokenizer,
+        checkpoint.config,
+        texts,
+        sequence_length=calibration.sequence_length,
+        samples=calibration.samples,
+        seed=calibration.seed,
+    )

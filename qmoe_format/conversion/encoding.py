@@ -1,0 +1,79 @@
+"""Ternary weights to what a file holds, and how many bytes that takes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qmoe_format.codec import Dictionary, EncodedMatrix, Profile, encode_matrix
+from qmoe_format.codec.dictionary import on_grid
+from qmoe_format.encodings import TERNARY_DICT, ZSTD
+from qmoe_format.encodings.ternary_dict import extent_length
+from qmoe_format.entries import Item
+
+if TYPE_CHECKING:
+    from qmoe_format.quantize.ternary import TernaryWeights
+
+
+def encode(
+    ternary: TernaryWeights, place: int, scale_dtype: str, profile: Profile, threads: int
+) -> EncodedMatrix:
+    """Code one matrix of a batch."""
+    from qmoe_format.checkpoints.elements import to_storage
+
+    column_scale = ternary.column_scale
+    return encode_matrix(
+        ternary.trits[place].cpu().numpy(),
+        to_storage(ternary.row_scale[place].cpu()),
+        None if column_scale is None else to_storage(column_scale[place].cpu()),
+        scale_dtype=scale_dtype,
+        width=profile.width,
+        rows_per_segment=profile.rows_per_segment(ternary.trits.shape[2]),
+        threads=threads,
+    )
+
+
+def stored_bytes(matrix: EncodedMatrix) -> int:
+    """Those of a matrix's extent."""
+    item = Item("F32", (matrix.rows, matrix.columns), TERNARY_DICT.parameters_of(matrix))
+    return extent_length(item, matrix.trits.lengths.itemsize, matrix.trits.segment_bytes)
+
+
+def expected_bytes(sample: EncodedMatrix, rows: int, profile: Profile) -> int:
+    """Those of a matrix's extent, ``rows`` high, of which ``sample`` are some of the rows."""
+    parameters = TERNARY_DICT.parameters_of(sample)
+    parameters["rows_per_segment"] = min(profile.rows_per_segment(sample.columns), rows)
+    segment_bytes = sample.trits.segment_bytes * rows // max(sample.rows, 1)
+    item = Item("F32", (rows, sample.columns), parameters)
+    return extent_length(item, sample.trits.lengths.itemsize, segment_bytes)
+
+
+def grid_step(matrix: EncodedMatrix) -> int:
+    """The number of a matrix's dictionary: those of equal numbers are equal."""
+    return round(on_grid(matrix.trits.zero_fraction))
+
+
+@cache
+def dictionary_bytes(dictionary: Dictionary) -> int:
+    """What it takes in a file."""
+    tree = np.frombuffer(dictionary.tree, np.uint8)
+    sink = _Length()
+    ZSTD.encode(tree, Item("U8", tree.shape), sink)
+    return min(sink.length, tree.size)
+
+
+class _Length:
+    """A ``Sink`` that only counts."""
+
+    length = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.length += len(data)
+
+    def restart(self) -> None:
+        self.length = 0
+
+    def dictionary_number(self, dictionary: Dictionary) -> int:
+        raise NotImplementedError

@@ -1,0 +1,197 @@
+"""The experts of one block, a group at a time: weights, Hessians, outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qmoe_format.calibration.buffer import Routed
+from qmoe_format.calibration.families import Wiring
+from qmoe_format.checkpoints import Checkpoint, ExpertStack
+from qmoe_format.conversion.parallel import side_by_side
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.importance import derivatives, importance
+
+# Weights and Hessians of a group; a quantizer needs a few times as much again.
+GROUP_BYTES = 1 << 28
+CHUNK_ELEMENTS = 1 << 24  # of the widest activation that is in memory at once
+
+Weights = dict[str, Tensor]
+
+
+class Layer:
+    """A block's experts and the tokens that go to them.
+
+    Matrices are named as in the family's ``Wiring``: ``wi``, ``wo``.
+
+    Attributes:
+        stacks: by matrix, in the checkpoint's order.
+        experts: how many there are.
+        elements: of the largest matrix.
+        device, threads: what to compute with.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        head: str,
+        wiring: Wiring,
+        routed: Routed,
+        *,
+        token_cap: float,
+        norms: Tensor | None,
+        device: str,
+        threads: int,
+    ) -> None:
+        """
+        Args:
+            checkpoint: has to stay open.
+            head: what the names of the stacks begin with.
+            wiring: of the family.
+            routed: the tokens.
+            token_cap: use at most so many times the mean number of tokens for an expert's Hessian.
+            norms: float32 ``[tokens, 1]``, how long the hidden states after the block are: tokens
+                and rows are weighed by what they matter to those. None: all count alike.
+            device: where to compute.
+            threads: how many to use.
+        """
+        self._checkpoint = checkpoint
+        self._wiring = wiring
+        self._routed = routed
+        self._norms = norms
+        self.device = device
+        self.threads = threads
+        self.stacks: Mapping[str, ExpertStack] = {
+            stack.name.removeprefix(f"{head}."): stack
+            for stack in checkpoint.stacks
+            if stack.name.rpartition(".")[0] == head
+        }
+        self.experts = self.stacks[wiring.output].experts
+        self.elements = max(stack.rows * stack.columns for stack in self.stacks.values())
+        counted = int((routed.experts >= 0)[routed.counted].sum())
+        self._most = max(1, math.ceil(token_cap * counted / self.experts))
+        self._widest = max(stack.columns for stack in self.stacks.values())
+
+    def groups(self) -> Iterator[range]:
+        """All experts, so many at a time that they fit into memory."""
+        elements = sum(stack.rows * stack.columns for stack in self.stacks.values())
+        elements += sum(stack.columns**2 for stack in self.stacks.values())
+        size = max(1, GROUP_BYTES // (4 * elements))
+        for first in range(0, self.experts, size):
+            yield range(first, min(first + size, self.experts))
+
+    def weights(self, group: range) -> Weights:
+        """The original matrices of some experts, float32 ``[experts, rows, columns]``.
+
+        Raises:
+            QMoEError: ``value`` for a weight that is NaN or infinite.
+        """
+        return {matrix: self._read(stack, group) for matrix, stack in self.stacks.items()}
+
+    def _read(self, stack: ExpertStack, group: range) -> Tensor:
+        weights = torch.empty(len(group), stack.rows, stack.columns)
+        for place, expert in enumerate(group):
+            weights[place] = self._checkpoint.read_expert(stack, expert)
+            if not torch.isfinite(weights[place]).all():
+                raise QMoEError(
+                    "value",
+                    f"tensor {stack.member(expert)!r}: a weight is NaN or infinite, or too large "
+                    "for float32; repair the model",
+                )
+        return weights.to(self.device)
+
+    def tokens(self, expert: int) -> tuple[Tensor, Tensor]:
+        """An expert's tokens for its Hessians: positions int64 ``[m]``, router weights float32.
+
+        Of those that count, the most that the cap allows, evenly spaced.
+        """
+        positions, gates = self._routed.tokens_of(expert)
+        chosen = self._routed.counted[positions].nonzero().flatten()
+        if len(chosen) > self._most:
+            chosen = chosen[torch.arange(self._most) * len(chosen) // self._most]
+        return positions[chosen], gates[chosen]
+
+    def calibration(self, weights: Weights, group: range) -> dict[str, Calibration]:
+        """What a group's tokens say about each matrix; ``weights`` are the original ones."""
+        wiring, norms = self._wiring, self._norms
+        first, output = wiring.inputs[0], wiring.output
+        found = {
+            matrix: Calibration.zeros(
+                len(group),
+                stack.columns,
+                1 if norms is None or matrix == output else stack.rows,
+                device=self.device,
+            )
+            for matrix, stack in self.stacks.items()
+            if norms is not None or matrix in (first, output)
+        }
+
+        def add(place: int) -> None:
+            for inputs, gates, positions in self._chunks(*self.tokens(group[place])):
+                before = [inputs @ weights[m][place].T for m in wiring.inputs]
+                hidden = wiring.hidden(before)
+                if norms is None:
+                    found[first].add(place, inputs)
+                    found[output].add(place, hidden)
+                    continue
+                gates = gates / norms[positions, 0].to(self.device).clamp(min=1e-12)
+                found[output].add(place, hidden, gates.square()[:, None])
+                slopes = derivatives(wiring.hidden, before)
+                for matrix, slope in zip(wiring.inputs, slopes, strict=True):
+                    found[matrix].add(
+                        place, inputs, importance(slope, weights[output][place], gates)
+                    )
+
+        for _ in side_by_side(add, range(len(group)), self.elements, self.threads):
+            pass
+        # Where all tokens count alike, so do the matrices that they are multiplied with.
+        return {matrix: found.get(matrix, found[first]) for matrix in self.stacks}
+
+    def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
+        """Add what some experts return for all their tokens, each times the router's weight.
+
+        Args:
+            weights: of the group, original or quantised.
+            group: the experts.
+            outputs: float32 ``[tokens, d]``; changed.
+        """
+
+        def result(item: tuple[int, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            place, inputs, gates, positions = item
+            hidden = self._hidden(weights, place, inputs)
+            returned = hidden @ weights[self._wiring.output][place].T
+            return positions, (returned * gates[:, None]).cpu()
+
+        items = (
+            (place, *chunk)
+            for place, expert in enumerate(group)
+            for chunk in self._chunks(*self._routed.tokens_of(expert))
+        )
+        # A token may go to several of the experts: their outputs are added in one order.
+        for positions, returned in side_by_side(result, items, self.elements, self.threads):
+            outputs[positions] += returned
+
+    def _hidden(self, weights: Weights, place: int, inputs: Tensor) -> Tensor:
+        return self._wiring.hidden([inputs @ weights[m][place].T for m in self._wiring.inputs])
+
+    def _chunks(self, positions: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(inputs, gates, positions) of some of the tokens at a time."""
+        size = max(1, CHUNK_ELEMENTS // self._widest)
+        for first in range(0, len(positions), size):
+            some = positions[first : first + size]
+            inputs = self._routed.inputs[some].to(self.device)
+            yield inputs, gates[first : first + size].to(self.device), some
+
+
+def experts_part(calibration: Calibration, part: slice) -> Calibration:
+    """That of some of the experts; a view."""
+    return Calibration(
+        calibration.sums[part],
+        calibration.tokens[part],
+        calibration.row_importance[part],
+        calibration.token_weight[part],
+    )

@@ -1,0 +1,72 @@
+"""Experts side by side, or one at a time if they are large."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Experts at least this large are handled one at a time, by all threads; smaller ones side by side.
+LARGE_EXPERT = 1 << 24
+BATCH_ELEMENTS = 1 << 23
+
+
+def threads_within(elements: int, threads: int) -> int:
+    """How many threads one expert of so many elements gets."""
+    return threads if elements >= LARGE_EXPERT else 1
+
+
+def batches(items: range, elements: int, threads: int) -> list[range]:
+    """Divide items, which are about so many elements each, among threads.
+
+    In batches, because a quantizer takes many small steps, and large enough ones cost no overhead.
+    """
+    shared = -(-len(items) // threads)
+    size = max(1, min(shared, BATCH_ELEMENTS // max(elements, 1)))
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def side_by_side(
+    call: Callable[[Item], Result], items: Iterable[Item], elements: int, threads: int
+) -> Iterator[Result]:
+    """``call(item)`` for each, in order; few items and results are in memory at a time.
+
+    Args:
+        call: what to do, in another thread.
+        items: experts, or some of them.
+        elements: of the largest matrix that an item is about.
+        threads: how many to use in all; torch gets ``threads_within`` for each item. Threads of
+            torch's own wait for each other at every step, for long on a busy machine.
+    """
+    within = threads_within(elements, threads)
+    workers = max(1, threads // within)
+    with torch_threads(within), ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                del item
+                if len(waiting) > (workers if workers > 1 else 0):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,297 @@
+"""Which lambda makes the experts as large as asked for.
+
+One lambda holds for the whole model; see ``quantize.rd.Rate`` for what it means. A walk over the
+original model finds the reference that it is relative to, and how large experts get: a few of each
+stack, some of their rows, are quantised at a few prices of a bit, each relative to the expert's own
+energy, so that the sizes of the others follow from their energies. What the finished blocks have
+really become corrects that, and lambda is chosen again for those that remain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_format.checkpoints import ExpertStack
+from qmoe_format.codec import EncodedMatrix, Profile
+from qmoe_format.codec.dictionary import on_grid
+from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
+from qmoe_format.conversion.layer import Layer, experts_part
+from qmoe_format.conversion.parallel import side_by_side
+from qmoe_format.conversion.settings import Target
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import Recipe
+from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.rd import Rate, typical_energy
+
+DEFAULT_LAMBDA = 0.05
+LEAST_LAMBDA, MOST_LAMBDA = 0.001, 1.0  # what can be asked for is in between
+SLACK = 10.0  # so many times beyond may be needed to get it
+PRICES = tuple(0.002 * 4**step for step in range(6))
+SAMPLE_EXPERTS = 2
+SAMPLE_ROWS = 128
+CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
+
+
+class StackPlan(TypedDict):
+    """What was measured of a stack.
+
+    ``energies``: of each expert, 0 without tokens. ``bytes`` and ``places``: of an expert, and of
+    its dictionary on their grid, where lambda is each of ``PRICES`` and the reference the expert's
+    own energy. ``dictionary``: bytes of one. The last three are empty if no number of bits was
+    asked for.
+    """
+
+    energies: list[float]
+    bytes: list[float]
+    places: list[float]
+    dictionary: float
+
+
+class RateControl:
+    """Chooses lambda for each block, in order.
+
+    Attributes:
+        reference: the typical energy that lambda is relative to.
+    """
+
+    def __init__(
+        self, target: Target, stacks: Iterable[ExpertStack], plans: Mapping[str, StackPlan]
+    ):
+        """
+        Args:
+            target: what was asked for.
+            stacks: all of them.
+            plans: one for each stack, by name.
+
+        Raises:
+            QMoEError: ``argument`` if so many bits are out of reach.
+        """
+        logs = [math.log(each) for plan in plans.values() for each in plan["energies"] if each > 0]
+        self.reference = math.exp(sum(logs) / len(logs)) if logs else 1.0
+        self._plans = plans
+        self._asked = target.bits
+        self._fixed = target.lam or DEFAULT_LAMBDA
+        self._weights = sum(stack.experts * stack.rows * stack.columns for stack in stacks)
+        self._stored: dict[str, int] = {}
+        self._dictionaries: dict[str, int] = {}
+        self._measured = 0.0
+        self._attempts: list[tuple[float, float]] = []  # log lambda, relative excess of bits
+        if self._asked is not None:
+            most, least = (self._bits(value, 1.0) for value in (LEAST_LAMBDA, MOST_LAMBDA))
+            if not least <= self._asked <= most:
+                raise QMoEError(
+                    "argument",
+                    f"{self._asked:g} bits a weight cannot be reached: for this model, recipe and "
+                    f"profile ask for {least:.3f} to {most:.3f}",
+                )
+
+    @property
+    def bits(self) -> float:
+        """Of the finished stacks and their dictionaries, for a weight of the whole model."""
+        return 8 * self._total() / self._weights
+
+    def choose(self) -> float:
+        """Lambda for the stacks that remain."""
+        return self._solve(self._total() / self._measured if self._measured else 1.0)
+
+    def again(
+        self, value: float, stored: Mapping[str, int], dictionaries: Mapping[str, int]
+    ) -> float | None:
+        """Lambda for another attempt at the last block; None if it was good enough.
+
+        Args:
+            value: lambda that was taken.
+            stored: bytes of each stack of the block.
+            dictionaries: bytes of its dictionaries by number.
+        """
+        if self._asked is None:
+            return None
+        new = sum({**self._dictionaries, **dictionaries}.values()) + sum(stored.values())
+        new -= sum(self._dictionaries.values())
+        over = 8 * (self._total() + new) / self._weights / self._asked - 1
+        if abs(over) <= CLOSE:
+            return None
+        self._attempts.append((math.log(value), over))
+        low = max((each for each in self._attempts if each[1] > 0), default=None)
+        high = min((each for each in self._attempts if each[1] < 0), default=None)
+        if low and high:
+            part = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
+            return math.exp(low[0] + part * (high[0] - low[0]))
+        better = self._solve(new / self._expected(value, stored))
+        return None if better == value else better
+
+    def finish(
+        self, value: float, stored: Mapping[str, int], dictionaries: Mapping[str, int]
+    ) -> None:
+        """A block is done, see ``again``."""
+        if self._asked is not None:
+            self._measured += self._expected(value, stored)
+        self._stored |= stored
+        self._dictionaries |= dictionaries
+
+    def check(self) -> None:
+        """Raise ``QMoEError("value")`` if the whole has not become as large as asked for."""
+        if self._asked is not None and abs(self.bits / self._asked - 1) > TOLERANCE:
+            raise QMoEError(
+                "value",
+                f"the experts have {self.bits:.4f} bits a weight, {self._asked:g} were asked for; "
+                "ask for another number, or give a lambda",
+            )
+
+    def _solve(self, ratio: float) -> float:
+        """Lambda that makes the whole as large as asked for, if the rest is so much larger than
+        was measured; within the measured range."""
+        if self._asked is None:
+            return self._fixed
+        low, high = math.log(LEAST_LAMBDA / SLACK), math.log(MOST_LAMBDA * SLACK)
+        for _ in range(40):
+            middle = (low + high) / 2
+            if self._bits(math.exp(middle), ratio) > self._asked:
+                low = middle
+            else:
+                high = middle
+        return math.exp(high)
+
+    def _total(self) -> int:
+        """Bytes of the finished stacks and their dictionaries."""
+        return sum(self._stored.values()) + sum(self._dictionaries.values())
+
+    def _bits(self, value: float, ratio: float) -> float:
+        """A weight of the whole model at this lambda."""
+        rest = [name for name in self._plans if name not in self._stored]
+        return 8 * (self._total() + ratio * self._expected(value, rest)) / self._weights
+
+    def _expected(self, value: float, names: Iterable[str]) -> float:
+        """Bytes of some stacks and their new dictionaries by what was measured, between the prices
+        a straight line in their logarithm."""
+        total = 0.0
+        there = {int(number) for number in self._dictionaries}
+        for plan in (self._plans[name] for name in names):
+            prices = self._own_prices(plan, value)
+            total += float(np.interp(prices, np.log(PRICES), plan["bytes"]).sum())
+            new = set(np.rint(np.interp(prices, np.log(PRICES), plan["places"])).tolist()) - there
+            total += len(new) * plan["dictionary"]
+            there |= new
+        return total
+
+    def _own_prices(self, plan: StackPlan, value: float) -> NDArray[np.float64]:
+        """The lambda, in logarithms, that would be the same with each expert's own reference."""
+        energies = np.array([each if each > 0 else self.reference for each in plan["energies"]])
+        logs: NDArray[np.float64] = np.log(value) + 0.5 * np.log(self.reference / energies)
+        return logs
+
+
+def plan_layer(
+    layer: Layer, recipe: Recipe, profile: Profile, *, measure: bool
+) -> dict[str, StackPlan]:
+    """Energies of a layer's experts and, if asked to ``measure``, sizes at each of ``PRICES``.
+
+    Returns:
+        A plan by name of stack.
+    """
+    energies: dict[str, list[float]] = {matrix: [] for matrix in layer.stacks}
+    wanted = sorted(_sample(layer)) if measure else []
+    samples: dict[str, list[_Sample]] = {matrix: [] for matrix in layer.stacks}
+    for group in layer.groups():
+        weights = layer.weights(group)
+        calibration = layer.calibration(weights, group)
+        for matrix, tensor in weights.items():
+            own = typical_energy(tensor, calibration[matrix]).tolist()
+            if not all(map(math.isfinite, own)):
+                raise QMoEError(
+                    "value",
+                    f"tensor {layer.stacks[matrix].member(group.start)!r} or one of the next: its "
+                    "outputs on the calibration text are NaN or infinite; repair the model",
+                )
+            energies[matrix] += own
+            for expert in wanted:
+                if expert in group:
+                    place = expert - group.start
+                    sample = _Sample(tensor, calibration[matrix], place, own[place])
+                    samples[matrix].append(sample)
+    plans = {}
+    for matrix, stack in layer.stacks.items():
+        plan = StackPlan(energies=energies[matrix], bytes=[], places=[], dictionary=0.0)
+        if measure:
+            matrices = _encoded(layer, stack, samples[matrix], recipe, profile)
+            for step in range(len(PRICES)):
+                part = matrices[step * len(wanted) : (step + 1) * len(wanted)]
+                size = _mean([expected_bytes(each, stack.rows, profile) for each in part])
+                # Less for a greater price, whatever the sample says.
+                plan["bytes"].append(min([size, *plan["bytes"]]))
+                plan["places"].append(_mean([on_grid(each.trits.zero_fraction) for each in part]))
+            plan["dictionary"] = _mean([dictionary_bytes(each.dictionary) for each in matrices])
+        plans[stack.name] = plan
+    return plans
+
+
+class _Sample:
+    """Some rows of an expert, and what the tokens say about them.
+
+    Attributes:
+        weights: ``[rows, columns]``.
+        calibration: of a batch of one; the sums are over the expert's energy, so that a reference
+            of 1 is the expert's own.
+    """
+
+    def __init__(
+        self, weights: Tensor, calibration: Calibration, place: int, energy: float
+    ) -> None:
+        number = min(SAMPLE_ROWS, weights.shape[1])
+        rows = torch.arange(number, device=weights.device) * weights.shape[1] // number
+        self.weights = weights[place, rows]
+        own = experts_part(calibration, slice(place, place + 1))
+        own.sums = own.sums / (energy or 1.0)
+        own.tokens = own.tokens.clone()
+        if own.row_importance.shape[1] > 1:
+            own.row_importance = own.row_importance[:, rows.cpu()]
+        self.calibration = own
+
+
+def _sample(layer: Layer) -> list[int]:
+    """Experts with few and with many tokens, if there are some with tokens."""
+    tokens = [len(layer.tokens(expert)[0]) for expert in range(layer.experts)]
+    order = sorted(range(layer.experts), key=lambda expert: (tokens[expert], expert))
+    order = [expert for expert in order if tokens[expert]] or order
+    number = min(SAMPLE_EXPERTS, len(order), len(next(layer.groups())))
+    return [order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _encoded(
+    layer: Layer,
+    stack: ExpertStack,
+    samples: Sequence[_Sample],
+    recipe: Recipe,
+    profile: Profile,
+) -> list[EncodedMatrix]:
+    """The samples at the first of ``PRICES``, then at the next, and so on."""
+    scale_dtype = recipe.scale_dtype(stack.dtype)
+
+    def work(item: tuple[float, Sequence[_Sample]]) -> list[EncodedMatrix]:
+        price, batch = item
+        weights = torch.stack([each.weights for each in batch])
+        parts = [each.calibration for each in batch]
+        calibration = Calibration(
+            torch.cat([part.sums for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.row_importance for part in parts]),
+            torch.cat([part.token_weight for part in parts]),
+        )
+        ternary = recipe.quantize(weights, scale_dtype, calibration, Rate(price, 1.0)).weights
+        return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
+
+    elements = samples[0].weights.numel() + stack.columns**2
+    items = [(price, samples) for price in PRICES]
+    done = side_by_side(work, items, elements, layer.threads)
+    return [each for batch in done for each in batch]

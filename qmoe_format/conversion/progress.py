@@ -1,0 +1,30 @@
+"""How far a conversion is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called with the weights done and to do; ``stage`` says where in the model that is.
+
+    A calibrated conversion may count twice: first while it plans, then again from zero.
+    """
+
+    def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
+
+
+class Counter:
+    """Adds up what is done."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self.stage = ""
+
+    def add(self, weights: int) -> None:
+        """So many more are done; no more than all."""
+        self._done = min(self._done + weights, self._total)
+        if self._progress:
+            self._progress(self._done, self._total, *([self.stage] if self.stage else []))

@@ -1,0 +1,25 @@
+"""What a conversion keeps as it is: configuration, tokenizer, and the tensors of no expert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmoe_format.conversion.progress import Counter
+from qmoe_format.conversion.report import REPORT_NAME
+from qmoe_format.writer import Writer
+
+if TYPE_CHECKING:
+    from qmoe_format.checkpoints import Checkpoint
+
+
+def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
+    """Attachments, without the report of an earlier conversion, and all other tensors."""
+    from qmoe_format.checkpoints.elements import to_storage
+
+    for path in checkpoint.attachments:
+        if path.name != REPORT_NAME:
+            writer.add_attachment(path.name, path.read_bytes())
+    for name in checkpoint.others:
+        tensor = checkpoint.read(name)
+        writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
+        counter.add(tensor.numel())

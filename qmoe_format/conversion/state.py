@@ -1,0 +1,217 @@
+"""The work folder of a calibrated conversion: what is done stays done.
+
+    .NAME.work/state.json        the fingerprint: of what conversion this is the work
+    .NAME.work/plan-0003.json    a block of the plan is done
+    .NAME.work/block-0003.norms  of the block's hidden states in the original model
+    .NAME.work/block-0003.json   a block is done; its stacks are block-0003-MATRIX.qmoe
+    .NAME.work/*.rows            hidden states, see calibration.buffer
+
+A record appears when everything that it stands for is durable, so the number of records tells how
+far the work is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.located import os_errors
+from qmoe_format.partial import PartialFile, sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody is kept from starting the same work twice
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from qmoe_format.checkpoints import Checkpoint
+
+WHOLE = 1 << 24  # bytes up to which a file is read whole for its fingerprint
+PIECES = 256
+
+
+class Work:
+    """The folder, while it is worked in; a context manager.
+
+    An exception leaves it as it is, to be resumed, unless nothing in it was done yet, or the same
+    would happen again.
+    """
+
+    def __init__(
+        self, destination: Path, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> None:
+        """
+        Args:
+            destination: the file that is to be.
+            fingerprint: whatever the result depends on, values of JSON by name.
+            resume: go on in the folder that is there; otherwise there must be none.
+            overwrite: then that is removed.
+
+        Raises:
+            QMoEError: ``argument`` if there is a folder, or if it is another conversion's;
+                ``not-found`` if there is none to go on in; ``io``.
+        """
+        self.folder = folder = work_folder(destination)
+        self._lock = -1
+        with os_errors(f"cannot use {folder}"):
+            if resume:
+                if not folder.is_dir():
+                    raise QMoEError(
+                        "not-found", f"{folder}: there is no work to resume; leave out --resume"
+                    )
+            else:
+                if folder.exists() and not overwrite:
+                    raise QMoEError(
+                        "argument",
+                        f"{folder}: is there, of a conversion that was stopped; continue it with "
+                        "--resume, or begin anew with --force",
+                    )
+                if folder.exists():
+                    self._take()
+                    self._release()
+                    shutil.rmtree(folder)
+                folder.mkdir()
+            self._take()
+            for path in folder.glob(".*.partial"):
+                path.unlink()
+        try:
+            self._check(fingerprint)
+        except BaseException:
+            self._release()
+            raise
+
+    def _check(self, fingerprint: Mapping[str, Any]) -> None:
+        before = self.load("state")
+        if before is None:
+            self.save("state", fingerprint)
+            return
+        different = [
+            f"{key} ({_short(before.get(key))} then, {_short(fingerprint.get(key))} now)"
+            for key in sorted({*before, *fingerprint})
+            if before.get(key) != fingerprint.get(key)
+        ]
+        if different:
+            raise QMoEError(
+                "argument",
+                f"{self.folder} is of another conversion, different in {', '.join(different)}; "
+                "resume with what it was begun with, or begin anew with --force",
+            )
+
+    def _take(self) -> None:
+        """Be the only process in the folder."""
+        if fcntl is None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._release()
+            raise QMoEError(
+                "argument", f"{self.folder}: another process is at work in it; wait for its end"
+            ) from error
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+        hopeless = isinstance(error, QMoEError) and error.code != "io"
+        begun = self.records("plan") or self.records("block")
+        if error is None or hopeless or not begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        advice = "what is done is kept: continue with --resume"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {advice}") from error
+        if isinstance(error, QMoEError) and error.code == "io":
+            raise QMoEError("io", f"{error}; {advice}") from error
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def load(self, name: str) -> Any:
+        """What was saved under that name, or None."""
+        path = self.path(f"{name}.json")
+        with os_errors(f"cannot read {path}"):
+            if not path.exists():
+                return None
+            try:
+                return json.loads(path.read_bytes())
+            except ValueError as error:
+                raise QMoEError(
+                    "argument", f"{path}: is damaged ({error}); begin anew with --force"
+                ) from error
+
+    def save(self, name: str, value: object) -> None:
+        """Write a value of JSON, durable and at one stroke."""
+        file = PartialFile(self.path(f"{name}.json"))
+        try:
+            file.write(json.dumps(value, allow_nan=False).encode())
+            file.seal()
+            file.publish()
+        except BaseException:
+            file.discard()
+            raise
+        sync_folder(self.folder)
+
+    def records(self, kind: str) -> list[Any]:
+        """Those of the blocks that are done."""
+        found: list[Any] = []
+        for number in count():
+            record = self.load(f"{kind}-{number:04}")
+            if record is None:
+                return found
+            found.append(record)
+        raise AssertionError
+
+    def record(self, kind: str, number: int, value: object) -> None:
+        """A block is done."""
+        self.save(f"{kind}-{number:04}", value)
+
+
+def work_folder(destination: Path) -> Path:
+    """Where the work for a file is done: beside it."""
+    return destination.with_name(f".{destination.name[:200]}.work")
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
+    """A hash of each file by name: of all of a small one, of pieces of a large one."""
+    paths = [*checkpoint.attachments, *checkpoint.weight_files]
+    return {path.name: _file_hash(path) for path in paths}
+
+
+def _file_hash(path: Path) -> str:
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
+        size = path.stat().st_size
+        hashed = hashlib.sha256(str(size).encode())
+        if size <= WHOLE:
+            hashed.update(file.read())
+        else:
+            length = WHOLE // PIECES
+            for piece in range(PIECES):
+                file.seek((size - length) * piece // (PIECES - 1))
+                hashed.update(file.read(length))
+    return hashed.hexdigest()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 20 else f"{text[:17]}…"

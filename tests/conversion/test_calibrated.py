@@ -1,0 +1,364 @@
+"""Conversions with calibration text, from tiny models to files that transformers can run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmoe_format
+from qmoe_format.conversion.report import read_report, report_path
+from qmoe_format.errors import QMoEError
+from qmoe_format.inspection import describe
+from qmoe_format.unpacking import unpack
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from qmoe_format.calibration.sequences import make_batches
+from qmoe_format.calibration.text import read_texts
+from qmoe_format.checkpoints import open_checkpoint
+from qmoe_format.conversion import layer as layers
+from qmoe_format.conversion import parallel
+
+Convert = Callable[..., Path]
+
+
+def load(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text())
+    if not config.get("is_encoder_decoder"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForSeq2SeqLM.from_pretrained(
+        folder, dtype=torch.float32, expert_capacity=10**6
+    ).eval()
+
+
+def batches_of(folder: Path, text: Path) -> list[Any]:
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return make_batches(tokenizer, config, read_texts(text), sequence_length=32)
+
+
+def outputs(folder: Path, batches: list[Any]) -> Tensor:
+    """Logits at all places that are not padding."""
+    model = load(folder)
+    return torch.cat(
+        [run(model, batch)[(batch.targets or batch.inputs).attended] for batch in batches]
+    )
+
+
+@torch.no_grad()
+def run(model: Any, batch: Any) -> Tensor:
+    """Logits."""
+    arguments = {"input_ids": batch.inputs.ids, "attention_mask": batch.inputs.attended.long()}
+    if batch.targets:
+        arguments["decoder_input_ids"] = batch.targets.ids
+    found: Tensor = model(**arguments).logits
+    return found
+
+
+def far(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def report_of(file: Path) -> Any:
+    with qmoe_format.open(file) as opened:
+        return read_report(opened)
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def refusal(call: Callable[[], object], code: str) -> str:
+    with pytest.raises(QMoEError) as caught:
+        call()
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["qmoe", "rd"])
+def test_a_file_that_transformers_runs(
+    model: Path, text: Path, converted: Convert, tmp_path: Path, recipe: str
+) -> None:
+    options: dict[str, Any] = {"rate_lambda": 0.002} if recipe == "rd" else {}
+    file = converted(model, recipe=recipe, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.qmoe", "m.quality.json"]
+    with qmoe_format.open(file) as opened:
+        opened.verify()
+        total = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
+        assert (tmp_path / "m.quality.json").read_bytes() == opened.attachment("quality.json")
+    report = report_of(file)
+    assert report["totals"]["bits_per_weight"] == pytest.approx(total, rel=1e-5)
+    with open_checkpoint(model) as checkpoint:
+        expected = {stack.name: stack.experts for stack in checkpoint.stacks}
+    assert {each["name"]: len(each["experts"]) for each in report["stacks"]} == expected
+    unpack(file, tmp_path / "unpacked")
+    batches = batches_of(model, text)
+    wanted = outputs(model, batches)
+    rounded = converted(model, "r.qmoe", recipe="rtn", calibration=None)
+    unpack(rounded, tmp_path / "rounded")
+    distance = far(outputs(tmp_path / "unpacked", batches), wanted)
+    assert distance < far(outputs(tmp_path / "rounded", batches), wanted)
+
+
+def test_the_report_tells_the_truth(
+    model: Path, text: Path, converted: Convert, tmp_path: Path
+) -> None:
+    """Of the first experts, whose inputs are those of the original model."""
+    file = converted(model, recipe="qmoe")
+    unpack(file, tmp_path / "unpacked")
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "unpacked" / "model-00001-of-00001.safetensors")
+    head, matrix, member, router, k = first_experts(model)
+    batches = batches_of(model, text)
+    counted = torch.cat([batch.inputs.counted[batch.inputs.attended] for batch in batches])
+    inputs = experts_inputs(model, head, batches)[counted].double()
+    chosen = (inputs @ before[router].double().T).topk(k).indices
+    report = {each["name"]: each for each in report_of(file)["stacks"]}[f"{head}.{matrix}"]
+    assert report["lambda"] is None
+    assert sum(each["tokens"] for each in report["experts"]) == chosen.numel()
+    for number, each in enumerate(report["experts"]):
+        token = (chosen == number).any(1)
+        w = before[f"{head}.{member.format(number)}"].double()
+        q = after[f"{head}.{member.format(number)}"].double()
+        error = far(inputs[token] @ q.T, inputs[token] @ w.T)
+        assert each["tokens"] == int(token.sum())
+        assert each["relative_error"] == pytest.approx(error, rel=0.02)
+        with qmoe_format.open(file) as opened:
+            assert isinstance(opened, qmoe_format.QMoEFile)
+            extent = opened.tensors[f"{head}.{matrix}"].extent + number
+            assert each["bits"] == 8 * int(opened._table.lengths[extent]) / w.numel()
+
+
+def first_experts(model: Path) -> tuple[str, str, str, str, int]:
+    """Of the first sparse block: experts, a matrix, its member, router, experts for a token."""
+    if (model / "config.json").read_text().count("switch"):
+        layer = "encoder.block.1.layer.1.mlp"
+        router = f"{layer}.router.classifier.weight"
+        return f"{layer}.experts", "wi", "expert_{}.wi.weight", router, 1
+    layer = "model.layers.0.block_sparse_moe"
+    return f"{layer}.experts", "w3", "{}.w3.weight", f"{layer}.gate.weight", 2
+
+
+def experts_inputs(folder: Path, head: str, batches: list[Any]) -> Tensor:
+    """What the experts of a block are given in transformers' own forward, without padding."""
+    model = load(folder)
+    seen: list[Tensor] = []
+    module = model.get_submodule(head.replace("block_sparse_moe", "mlp"))
+    module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for batch in batches:
+        run(model, batch)
+    kept = [
+        (batch.targets if head.startswith("decoder") else batch.inputs).attended.flatten()
+        for batch in batches
+    ]
+    return torch.cat([x.flatten(0, -2)[own] for x, own in zip(seen, kept, strict=True)])
+
+
+def test_later_blocks_see_what_earlier_ones_have_become(
+    switch_folder: Path,
+    text: Path,
+    converted: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from qmoe_format.calibration.walk import Walk
+
+    collect = Walk.collect
+    seen: list[Tensor] = []
+
+    def noted(walk: Walk) -> Any:
+        if routed := collect(walk):
+            seen.append(routed.inputs.clone())
+        return routed
+
+    monkeypatch.setattr(Walk, "collect", noted)
+    file = converted(switch_folder, recipe="rd", rate_lambda=0.1)
+    unpack(file, tmp_path / "unpacked")
+    head = "decoder.block.1.layer.2.mlp.experts"
+    batches = batches_of(switch_folder, text)
+    original = experts_inputs(switch_folder, head, batches)
+    compressed = experts_inputs(tmp_path / "unpacked", head, batches)
+    (_, planned), (_, given) = seen[:2], seen[2:]
+    assert far(planned, original) < 1e-9
+    assert far(given, compressed) < 1e-4 < 100 * far(given, compressed) < far(given, original)
+
+
+def test_the_same_bytes_again_and_whatever_the_threads(
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
+    options = {"bits_per_weight": 1.5, "samples": 10}
+    first = converted(model, "a.qmoe", **options)
+    for name, threads in (("b.qmoe", 1), ("c.qmoe", 3)):
+        again = converted(model, name, threads=threads, **options)
+        assert again.read_bytes() == first.read_bytes()
+        assert report_path(again).read_bytes() == report_path(first).read_bytes()
+
+
+def test_the_same_bytes_in_groups_of_any_size(
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = converted(model, samples=10, rate_lambda=0.05).read_bytes()
+    for size in (1, 3):
+
+        def groups(layer: Any, size: int = size) -> Any:
+            yield from (
+                range(at, min(at + size, layer.experts)) for at in range(0, layer.experts, size)
+            )
+
+        monkeypatch.setattr(layers.Layer, "groups", groups)
+        file = converted(model, f"{size}.qmoe", samples=10, rate_lambda=0.05)
+        assert file.read_bytes() == first
+
+
+def test_large_experts_one_at_a_time(
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = converted(model, samples=4, rate_lambda=0.05).read_bytes()
+    monkeypatch.setattr(parallel, "LARGE_EXPERT", 1)
+    monkeypatch.setattr(parallel, "BATCH_ELEMENTS", 1)
+    assert converted(model, "large.qmoe", samples=4, rate_lambda=0.05).read_bytes() == first
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float) -> None:
+    said = refusal(lambda: converted(model, bits_per_weight=100.0), "argument")
+    least, most = map(float, said.rpartition("ask for ")[2].split(" to "))
+    asked = least + share * (most - least)
+    file = converted(model, bits_per_weight=asked)
+    with qmoe_format.open(file) as opened:
+        got = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
+    assert got == pytest.approx(asked, rel=0.02)
+
+
+def test_bits_out_of_reach_leave_nothing(
+    switch_folder: Path, converted: Convert, tmp_path: Path
+) -> None:
+    said = refusal(lambda: converted(switch_folder, bits_per_weight=0.01), "argument")
+    assert "0.01 bits a weight cannot be reached" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_without_tokens_are_named(
+    switch_folder: Path, converted: Convert, tmp_path: Path, qmoe: Any
+) -> None:
+    """The router of the encoder prefers experts 0 and 1."""
+    name = "encoder.block.1.layer.1.mlp.router.classifier.weight"
+
+    def change(state: dict[str, Tensor]) -> None:
+        state[name][2:] = state[name][0] * 0.5  # never above both of the others
+
+    source = changed(switch_folder, tmp_path / "model", change)
+    for recipe in ("qmoe", "rd"):
+        file = converted(source, f"{recipe}.qmoe", recipe=recipe)
+        stack = next(s for s in report_of(file)["stacks"] if s["name"].startswith("encoder"))
+        empty = [each for each in stack["experts"] if each["tokens"] == 0]
+        assert empty
+        assert all(each["fallback"] and each["relative_error"] is None for each in empty)
+        with qmoe_format.open(file) as opened:
+            opened.verify()
+        shown = qmoe("inspect", file, "--quality").out
+        assert shown.count(empty[0]["fallback"]) >= len(empty)
+        assert json.loads(qmoe("inspect", file, "--quality", "--json").out) == report_of(file)
+
+
+def test_token_cap(switch_folder: Path, converted: Convert) -> None:
+    def tokens(**options: Any) -> list[int]:
+        file = converted(switch_folder, recipe="qmoe", overwrite=True, **options)
+        stacks = {stack["name"]: stack["experts"] for stack in report_of(file)["stacks"]}
+        return [each["tokens"] for each in stacks["encoder.block.1.layer.1.mlp.experts.wi"]]
+
+    free = tokens(token_cap=1000.0)
+    most = -(-sum(free) // len(free))
+    assert max(free) > most > 0
+    assert tokens(token_cap=1.0) == [min(number, most) for number in free]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(
+    switch_folder: Path, converted: Convert, tmp_path: Path, wrong: float
+) -> None:
+    name = "decoder.block.1.layer.2.mlp.experts.expert_2.wo.weight"
+    source = changed(
+        switch_folder, tmp_path / "model", lambda s: s[name].view(-1)[5:6].fill_(wrong)
+    )
+    target = tmp_path / "m.qmoe"
+    target.write_bytes(b"precious")
+    said = refusal(lambda: converted(source, recipe="qmoe", overwrite=True), "value")
+    assert name in said
+    assert target.read_bytes() == b"precious"
+    assert not report_path(target).exists()
+
+
+def test_a_full_disk_and_then_some_space(
+    switch_folder: Path, converted: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = converted(switch_folder, "wanted.qmoe", recipe="qmoe").read_bytes()
+    calls = 0
+    write = os.write
+
+    def full(*arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        said = refusal(lambda: converted(switch_folder, recipe="qmoe"), "io")
+    assert "free some space" in said
+    assert "continue with --resume" in said
+    assert not (tmp_path / "m.qmoe").exists()
+    assert converted(switch_folder, recipe="qmoe", resume=True).read_bytes() == wanted
+
+
+def test_a_report_of_an_earlier_conversion_is_not_kept(
+    switch_folder: Path, converted: Convert, tmp_path: Path
+) -> None:
+    file = converted(switch_folder, recipe="qmoe")
+    folder = unpack(file, tmp_path / "unpacked")
+    assert (folder / "quality.json").is_file()
+    again = converted(folder, "again.qmoe", recipe="qmoe", samples=3)
+    assert report_of(again)["settings"]["samples"] == 3
+    rounded = converted(folder, "rounded.qmoe", calibration=None)
+    refusal(lambda: report_of(rounded), "not-found")
+
+
+def test_shards(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:
+    file = converted(switch_folder, recipe="qmoe", shard_bytes=20_000)
+    assert len(list(tmp_path.glob("m-*-of-*.qmoe"))) > 1
+    assert len(report_of(file)["stacks"]) == 4
+
+
+def test_progress(switch_folder: Path, converted: Convert) -> None:
+    seen: list[tuple[Any, ...]] = []
+    converted(switch_folder, rate_lambda=0.1, progress=lambda *at: seen.append(at))
+    stages = [at[2].partition(",")[0] for at in seen]
+    assert list(dict.fromkeys(stages)) == [
+        "plan encoder.block.1",
+        "plan decoder.block.1",
+        "encoder.block.1",
+        "decoder.block.1",
+        "write",
+    ]
+    for kind in ("plan decoder.block.1", "decoder.block.1", "write"):
+        done, total, *_ = [at for at in seen if at[2].partition(",")[0] == kind][-1]
+        assert done == total
+    assert all(0 < done <= total for done, total, *_ in seen)

@@ -1,0 +1,119 @@
+"""Options of ``qmoe convert`` and arguments of ``convert`` that are about calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmoe_format.conversion import Calibration, convert
+from qmoe_format.errors import QMoEError
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--samples", "3"], "--samples is about calibration text"),
+        (["--text-column", "body"], "--text-column is about"),
+        (["--device", "cpu"], "--device is about"),
+        (["--recipe", "rd"], "'rd' needs calibration text"),
+        (["--recipe", "qmoe"], "'qmoe' needs calibration text"),
+        (["--bits-per-weight", "0.8"], "'rtn' has one size only"),
+        (["--lambda", "0.8"], "'rtn' has one size only"),
+        (["--resume"], "can be resumed"),
+        (["--calibration", "TEXT", "--recipe", "rtn"], "'rtn' does not use calibration text"),
+        (["--calibration", "TEXT", "--recipe", "qmoe", "--lambda", "1"], "one size only"),
+        (["--calibration", "TEXT", "--device", "abacus"], "'abacus' cannot be used"),
+        (["--calibration", "TEXT", "--text-column", "body"], "no column 'body'"),
+        (["--calibration", "TEXT", "--sequence-length", "1"], "2 or more"),
+    ],
+)
+def test_what_makes_no_sense(
+    switch_folder: Path, text: Path, tmp_path: Path, qmoe: Any, options: list[str], said: str
+) -> None:
+    options = [str(text) if option == "TEXT" else option for option in options]
+    done = qmoe("convert", switch_folder, tmp_path / "m.qmoe", *options)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error[argument]: ")
+    assert said in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits-per-weight", "1", "--lambda", "1"],
+        ["--bits-per-weight", "0"],
+        ["--lambda", "nan"],
+        ["--token-cap", "many"],
+        ["--samples", "0"],
+        ["--seed", "-1"],
+    ],
+)
+def test_wrong_usage(qmoe: Any, options: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        qmoe("convert", "a", "b", "--calibration", "c", *options)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Calibration("text.txt", token_cap=0), "token_cap"),
+        (lambda: convert("a", "b", calibration="c", bits_per_weight=-1.0), "bits_per_weight"),
+        (lambda: convert("a", "b", calibration="c", rate_lambda=float("inf")), "rate_lambda"),
+        (lambda: convert("a", "b", calibration="c", rate_lambda=1.0, bits_per_weight=1.0), "one"),
+    ],
+)
+def test_wrong_arguments(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(QMoEError, match=said) as caught:
+        make()
+    assert caught.value.code == "argument"
+
+
+def test_everything_on_the_command_line(
+    switch_folder: Path, text: Path, tmp_path: Path, qmoe: Any
+) -> None:
+    options = (
+        f"--calibration {text} --text-column text --sequence-length 24 --samples 9 --seed 3 "
+        "--token-cap 2.5 --device cpu --lambda 0.1 --recipe rd --profile size --threads 1"
+    ).split()
+    file = tmp_path / "m.qmoe"
+    done = qmoe("convert", switch_folder, file, *options)
+    assert (done.code, done.err) == (0, "")
+    direct = convert(
+        switch_folder,
+        tmp_path / "direct.qmoe",
+        calibration=Calibration(text, "text", 24, 9, 3, 2.5, "cpu"),
+        rate_lambda=0.1,
+        profile="size",
+        threads=1,
+    )
+    assert file.read_bytes() == direct.read_bytes()
+    shown = qmoe("inspect", file, "--quality").out.splitlines()
+    assert len(shown) >= 2 + 4
+    assert shown[2].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
+
+
+def test_a_file_without_a_report(switch_folder: Path, tmp_path: Path, qmoe: Any) -> None:
+    file = convert(switch_folder, tmp_path / "m.qmoe")
+    done = qmoe("inspect", file, "--quality")
+    assert done.code == 1
+    assert done.err.startswith("error[not-found]: ")
+
+
+def test_a_report_that_is_there_stays(
+    switch_folder: Path, text: Path, tmp_path: Path, qmoe: Any
+) -> None:
+    report = tmp_path / "m.quality.json"
+    report.write_text("precious")
+    arguments = ("convert", switch_folder, tmp_path / "m.qmoe", "--calibration", text)
+    done = qmoe(*arguments, "--samples", "2")
+    assert done.code == 1
+    assert "m.quality.json: is there already" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.quality.json"]

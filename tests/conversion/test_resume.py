@@ -1,0 +1,236 @@
+"""A conversion that is stopped, at whatever moment, goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmoe_format.conversion.report import report_path
+from qmoe_format.conversion.state import Work
+from qmoe_format.errors import QMoEError
+from qmoe_format.partial import PartialFile
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+
+Convert = Callable[..., Path]
+OPTIONS: dict[str, Any] = {"samples": 8, "bits_per_weight": 1.6}
+
+
+def refusal(call: Callable[[], object], code: str) -> str:
+    with pytest.raises(QMoEError) as caught:
+        call()
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def tolerant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In so small a model one dictionary more may be too much."""
+    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[Path, tuple[bytes, bytes]]:
+    """File and report of an undisturbed conversion, by model."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    wanted: dict[Path, tuple[bytes, bytes]], model: Path, converted: Convert
+) -> tuple[bytes, bytes]:
+    if model not in wanted:
+        file = converted(model, "undisturbed.qmoe", **OPTIONS)
+        wanted[model] = file.read_bytes(), report_path(file).read_bytes()
+    return wanted[model]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stopped_at_each_record(
+    model: Path,
+    converted: Convert,
+    undisturbed: tuple[bytes, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    when: str,
+) -> None:
+    """Each attempt does one block, and perhaps the next but for its record."""
+    record = Work.record
+    left = 0
+
+    def stopping(self: Work, kind: str, number: int, value: object) -> None:
+        nonlocal left
+        if when == "before" and not left:
+            raise Stopped
+        record(self, kind, number, value)
+        left -= 1
+        if when == "after" and not left:
+            raise Stopped
+
+    monkeypatch.setattr(Work, "record", stopping)
+    attempts = 0
+    while not (tmp_path / "m.qmoe").exists():
+        left = 1
+        try:
+            converted(model, resume=attempts > 0, **OPTIONS)
+        except Stopped:
+            attempts += 1
+    assert attempts >= 3
+    file = tmp_path / "m.qmoe"
+    assert (file.read_bytes(), report_path(file).read_bytes()) == undisturbed
+    assert not (tmp_path / ".m.qmoe.work").exists()
+
+
+def test_stopped_before_anything_is_done(
+    switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopping(self: Work, kind: str, number: int, value: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Work, "record", stopping)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        converted(switch_folder, recipe="qmoe", samples=3)
+    assert "--resume" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def killed(call: Callable[[], object], publications: int) -> bool:
+    """Run ``call`` in a child that kills itself instead of so many plus one renames; whether it
+    did."""
+    child = os.fork()
+    if not child:
+        publish = PartialFile.publish
+        left = publications
+
+        def counted(self: PartialFile, target: Path | None = None) -> None:
+            nonlocal left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            publish(self, target)
+
+        PartialFile.publish = counted  # type: ignore[method-assign]
+        try:
+            call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_killed_again_and_again(
+    model: Path, converted: Convert, undisturbed: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """Each time some renames later; those of a block that is begun again are for nothing."""
+    target = tmp_path / "m.qmoe"
+    steps = [0, 1, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 60]
+    for attempt, step in enumerate(steps):
+        resume = attempt > 0
+        assert not target.exists()
+        if not killed(lambda: converted(model, resume=resume, **OPTIONS), step):  # noqa: B023
+            break
+        assert (tmp_path / ".m.qmoe.work").is_dir()
+    assert target.exists()
+    assert attempt >= 5
+    assert (target.read_bytes(), report_path(target).read_bytes()) == undisturbed
+    # A file that was being put together when the process was killed may be left [W-2].
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".partial"}
+    assert {name for name in left if "undisturbed" not in name} == {"m.qmoe", "m.quality.json"}
+
+
+@pytest.fixture
+def stopped(model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A conversion with one block done; returns the model."""
+    record = Work.record
+
+    def stopping(self: Work, kind: str, number: int, value: object) -> None:
+        record(self, kind, number, value)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "record", stopping)
+        with pytest.raises(KeyboardInterrupt, match="continue with --resume"):
+            converted(model, recipe="qmoe", samples=8)
+    return model
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_another_conversion_is_refused(
+    stopped: Path, converted: Convert, tmp_path: Path, text: Path
+) -> None:
+    work = tmp_path / ".m.qmoe.work"
+    before = sorted(work.iterdir())
+    options: dict[str, Any] = {"recipe": "qmoe", "samples": 8, "resume": True}
+
+    def different(source: Path = stopped, **changes: Any) -> str:
+        return refusal(lambda: converted(source, **(options | changes)), "argument")
+
+    other_text = tmp_path / "other.jsonl"
+    other_text.write_text(text.read_text() + '\n{"text": "w1 w2"}\n')
+    assert "samples (8 then, 9 now)" in different(samples=9)
+    assert "seed (0 then, 1 now)" in different(seed=1)
+    assert "profile" in different(profile="size")
+    assert "threads" in different(threads=2)
+    assert "different in recipe" in different(recipe="rd")
+    assert "text (" in different(text=other_text)
+    other = tmp_path / "model"
+    other.mkdir()
+    for path in stopped.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    weights = other / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "file model.safetensors" in different(other)
+    refused = refusal(lambda: converted(stopped, recipe="qmoe", samples=8), "argument")
+    assert "--resume" in refused
+    assert "--force" in refused
+    assert sorted(work.iterdir()) == before
+    converted(stopped, recipe="qmoe", samples=8, resume=True)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_begun_anew(stopped: Path, converted: Convert, tmp_path: Path) -> None:
+    file = converted(stopped, recipe="qmoe", samples=5, overwrite=True)
+    assert json.loads(report_path(file).read_text())["settings"]["samples"] == 5
+    assert not (tmp_path / ".m.qmoe.work").exists()
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_two_at_once(stopped: Path, converted: Convert, tmp_path: Path) -> None:
+    state = json.loads((tmp_path / ".m.qmoe.work" / "state.json").read_text())
+    with Work(tmp_path / "m.qmoe", state, resume=True, overwrite=False) as work:
+        for options in ({"resume": True}, {"overwrite": True}):
+            said = refusal(
+                lambda: converted(stopped, recipe="qmoe", samples=8, **options),  # noqa: B023
+                "argument",
+            )
+            assert "another process" in said
+        assert work.records("block")
+
+
+def test_nothing_to_resume(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:
+    said = refusal(lambda: converted(switch_folder, recipe="qmoe", resume=True), "not-found")
+    assert "leave out --resume" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_a_damaged_state(stopped: Path, converted: Convert, tmp_path: Path) -> None:
+    (tmp_path / ".m.qmoe.work" / "state.json").write_text("{")
+    options: dict[str, Any] = {"recipe": "qmoe", "samples": 8}
+    assert "--force" in refusal(lambda: converted(stopped, resume=True, **options), "argument")
