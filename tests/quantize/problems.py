@@ -1,0 +1,226 @@
+"""Matrices, inputs, and a plain GPTQ to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qmoe_format.quantize.hessian import Calibration, inverse_factor
+
+Array = npt.NDArray[np.float64]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    result: Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return result.to(dtype)
+
+
+def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
+    """Inputs as a model has them: correlated columns, of very different size."""
+    mixed = random(tokens, columns, seed=seed) @ random(columns, columns, seed=seed + 1)
+    spread = random(columns, seed=seed + 2).mul(0.7).exp()
+    return (mixed / columns**0.5 + 0.3 * random(tokens, 1, seed=seed + 3)) * spread
+
+
+def calibrated(inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Calibration:
+    """One expert for each."""
+    result = Calibration.zeros(len(inputs), inputs[0].shape[1], dtype=dtype)
+    for expert, each in enumerate(inputs):
+        result.add(expert, each)
+    return result
+
+
+def array(tensor: Tensor) -> Array:
+    return tensor.double().numpy()
+
+
+def energy(weights: Array, sums: Array) -> Array:
+    """w S w of each row."""
+    result: Array = ((weights @ sums) * weights).sum(-1)
+    return result
+
+
+def entropy(trits: Tensor) -> float:
+    """Bits a trit, if they are coded by their own frequencies."""
+    share = np.array([float((trits == t).float().mean()) for t in (-1, 0, 1)])
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A batch for ``descend`` and ``refit``: transposed, float32, with trits by rounding."""
+
+    weights: Tensor
+    hessian: Tensor
+    trits: Tensor
+    scale: Tensor
+    column_scale: Tensor
+
+    @classmethod
+    def of(cls, experts: int, rows: int, columns: int, seed: int) -> Problem:
+        inputs = [correlated(3 * columns + 5, columns, seed + e) for e in range(experts)]
+        sums = torch.stack([x.T @ x / x.square().mean(1).sum() for x in inputs])
+        hessian = sums + 0.05 * torch.eye(columns)
+        weights = random(experts, columns, rows, seed=seed + 50)
+        column_scale = random(experts, columns, seed=seed + 51).mul(0.3).exp()
+        scale = 1.2 * random(experts, rows, seed=seed + 52).mul(0.2).exp()
+        value = scale[:, None] * column_scale[:, :, None]
+        trits = (weights / value).round().clamp(-1, 1)
+        return cls(weights, hessian, trits, scale, column_scale)
+
+    @property
+    def quantized(self) -> Tensor:
+        return self.trits * self.scale[:, None] * self.column_scale[:, :, None]
+
+    @property
+    def target(self) -> Tensor:
+        return self.hessian @ self.weights
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.hessian @ (self.weights - self.quantized)
+
+    def errors(self, trits: Tensor, scale: Tensor, column_scale: Tensor) -> Array:
+        """``[experts, rows]`` in float64."""
+        value = array(scale)[:, None] * array(column_scale)[:, :, None]
+        off = array(self.weights) - array(trits) * value
+        result: Array = (off * (array(self.hessian) @ off)).sum(1)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """What a plain GPTQ made of one matrix.
+
+    Attributes:
+        trits: ``[rows, columns]``.
+        margin: how far each decision was from another one: the distance to the nearest threshold
+            over high - low.
+    """
+
+    trits: npt.NDArray[np.int8]
+    margin: Array
+
+
+def plain_gptq(
+    weights: Array,
+    hessian: Array,
+    low: Array,
+    high: Array,
+    column_scale: Array | None = None,
+    price: Array | None = None,
+) -> Plain:
+    """Column after column in float64, without a factor of H and without blocks.
+
+    After each column it is eliminated from H^-1 (Optimal Brain Surgeon), as in the derivation of
+    GPTQ; a quantiser that uses a triangular factor has to come to the same.
+    """
+    rows, columns = weights.shape
+    rest = weights.copy()
+    inverse = np.linalg.inv(hessian)
+    trits = np.zeros((rows, columns), np.int8)
+    margin = np.full((rows, columns), np.inf)
+    for column in range(columns):
+        d = inverse[0, 0]
+        c = 1.0 if column_scale is None else column_scale[column]
+        values = np.stack([low * c, 0 * low, high * c], 1)
+        extra = np.zeros(rows) if price is None else price * d
+        costs = (rest[:, column, None] - values) ** 2 + extra[:, None] * np.array([1, 0, 1])
+        for row in range(rows):
+            choices = sorted([1, 0, 2], key=lambda k, row=row: costs[row, k])  # type: ignore[misc]
+            best = choices[0]
+            trits[row, column] = best - 1
+            # The costs of two values are equal at a threshold and differ by twice their distance
+            # for each step away from it.
+            for other in choices[1:]:
+                apart = abs(values[row, best] - values[row, other])
+                if apart > 0:
+                    step = (costs[row, other] - costs[row, best]) / (2 * apart)
+                    span = values[row, 2] - values[row, 0]
+                    margin[row, column] = min(margin[row, column], step / span)
+        wrong = rest[:, column] - np.take_along_axis(values, trits[:, column, None] + 1, 1)[:, 0]
+        rest[:, column + 1 :] -= wrong[:, None] * (inverse[0, 1:] / d)
+        inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:] / d)
+    return Plain(trits, margin)
+
+
+def check_agrees(trits: Tensor, plain: Plain, tolerance: float = 1e-4) -> None:
+    """The same trits; a row may go its own way from a near-tie on, and few do."""
+    assert trits.shape == plain.trits.shape
+    differ = trits.numpy() != plain.trits
+    apart = differ.any(1)
+    for row in np.flatnonzero(apart):
+        column = int(differ[row].argmax())
+        margin = plain.margin[row, column]
+        assert margin < tolerance, f"row {row}, column {column}: margin {margin:g}"
+    assert apart.mean() <= 0.1 or apart.sum() <= 1
+
+
+def factor_of(hessian: Tensor) -> Tensor:
+    return torch.stack([inverse_factor(each) for each in hessian])
+
+
+REAL = ["switch wi", "switch wo", "mixtral w1", "mixtral w2"]
+
+
+def real(
+    folder: Path, which: str, rows: int, columns: int, tokens: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The upper left of a matrix of two experts, and inputs for each.
+
+    The inputs are made of token embeddings as a model's first layer would: normalised, those of
+    frequent tokens more often, each expert its own; for the second matrix, through the first.
+    """
+    model, matrix = which.split()
+    data = _Tensors(folder / f"{model}-mini")
+    if model == "switch":
+        embedding = data.read("shared.weight")
+        head = "encoder.block.1.layer.1."
+        norm = data.read(f"{head}layer_norm.weight")
+        experts = [f"{head}mlp.experts.expert_{e}." for e in (0, 9)]
+    else:
+        embedding = data.read("model.embed_tokens.weight")
+        head = "model.layers.0."
+        norm = data.read(f"{head}post_attention_layernorm.weight")
+        experts = [f"{head}block_sparse_moe.experts.{e}." for e in (0, 5)]
+    weights, inputs = [], []
+    for seed, expert in enumerate(experts):
+        generator = np.random.default_rng(seed)
+        # A token's place is a geometric mean of the first and the last.
+        ids = np.exp(generator.uniform(0, np.log(len(embedding)), tokens)).astype(int)
+        neighbours = np.roll(ids, 1)
+        x = embedding[ids] + 0.5 * embedding[neighbours]
+        x = x / x.square().mean(1, keepdim=True).sqrt() * norm
+        if matrix == "wo":
+            x = torch.relu(x @ data.read(f"{expert}wi.weight").T)
+        elif matrix == "w2":
+            gate, up = (data.read(f"{expert}{name}.weight") for name in ("w1", "w3"))
+            x = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        weights.append(data.read(f"{expert}{matrix}.weight")[:rows, :columns])
+        inputs.append(x[:, :columns])
+    return torch.stack(weights), inputs
+
+
+class _Tensors:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        self._files: dict[str, Any] = index["weight_map"]
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._folder / self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.float()

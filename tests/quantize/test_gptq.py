@@ -1,0 +1,243 @@
+"""GPTQ against one without blocks, batches or factors, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import gptq as module
+from qmoe_format.quantize.gptq import GROUP, gptq
+from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.qmoe import quantize_qmoe
+from qmoe_format.quantize.rtn import min_max, round_to_nearest
+from tests.quantize.problems import (
+    REAL,
+    Plain,
+    Problem,
+    array,
+    calibrated,
+    check_agrees,
+    correlated,
+    factor_of,
+    plain_gptq,
+    random,
+    real,
+)
+
+
+def paper(weights: torch.Tensor, inputs: torch.Tensor, scale_dtype: str = "BF16") -> Plain:
+    """The paper's recipe for one matrix."""
+    w = array(weights)
+    x = array(inputs)
+    hessian = x.T @ x
+    hessian += 0.1 * hessian.diagonal().mean() * np.eye(len(hessian))
+    low, high = array(min_max(weights[None], scale_dtype)[0]).T
+    return plain_gptq(w, hessian, low, high)
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 140),
+    experts=st.integers(1, 3),
+    tokens=st.integers(1, 200),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=25)
+def test_qmoe_agrees_with_the_plain_one(
+    rows: int, columns: int, experts: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    weights = random(experts, rows, columns, seed=seed, dtype=dtype)
+    inputs = [correlated(tokens, columns, seed + e) for e in range(experts)]
+    result = quantize_qmoe(weights, "BF16", calibrated(inputs, torch.float64))
+    assert result.damping == pytest.approx([0.1] * experts)
+    assert result.fallback == [None] * experts
+    for expert in range(experts):
+        check_agrees(result.weights.trits[expert], paper(weights[expert], inputs[expert]))
+
+
+@pytest.mark.parametrize("which", REAL)
+def test_qmoe_agrees_on_real_matrices(shared_data: Path, which: str) -> None:
+    weights, inputs = real(shared_data, which, rows=24, columns=300, tokens=1200)
+    result = quantize_qmoe(weights, "BF16", calibrated(inputs))
+    assert torch.equal(result.weights.row_scale, round_to_nearest(weights).row_scale)
+    assert not torch.equal(result.weights.trits, round_to_nearest(weights).trits)
+    for expert in range(len(weights)):
+        # The sums are of float32 here.
+        plain = paper(weights[expert], inputs[expert])
+        check_agrees(result.weights.trits[expert], plain, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 2, GROUP, GROUP + 1, 5 * GROUP + 3])
+def test_with_column_scales_and_prices(columns: int) -> None:
+    problem = Problem.of(2, 11, columns, seed=columns)
+    low, high = -0.8 * problem.scale, 1.1 * problem.scale
+    price = 0.2 * problem.scale
+    before = problem.weights.clone()
+    trits = gptq(
+        problem.weights, factor_of(problem.hessian), low, high, problem.column_scale, price
+    )
+    assert torch.equal(problem.weights, before), "the weights are left as they are"
+    for expert in range(2):
+        plain = plain_gptq(
+            array(problem.weights[expert]).T,
+            array(problem.hessian[expert]),
+            array(low[expert]),
+            array(high[expert]),
+            array(problem.column_scale[expert]),
+            array(price[expert]),
+        )
+        check_agrees(trits[expert].T.to(torch.int8), plain)
+        assert plain.trits.any()
+
+
+def test_a_huge_price_leaves_nothing() -> None:
+    problem = Problem.of(1, 5, 70, seed=3)
+    price = torch.full_like(problem.scale, 1e9)
+    factor = factor_of(problem.hessian)
+    trits = gptq(problem.weights, factor, -problem.scale, problem.scale, None, price)
+    assert not trits.any()
+
+
+@pytest.mark.parametrize("group", [1, 7, 150, 1000])
+def test_halves_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.of(2, 40, 150, seed=4)
+    factor = factor_of(problem.hessian).double()
+    arguments = (problem.weights.double(), factor, -problem.scale.double(), problem.scale.double())
+    whole = gptq(*arguments)
+    monkeypatch.setattr(module, "GROUP", group)
+    assert torch.equal(gptq(*arguments), whole)
+
+
+def test_low_is_minus_high_if_not_given() -> None:
+    problem = Problem.of(2, 20, 50, seed=5)
+    factor = factor_of(problem.hessian)
+    for price in (None, 0.1 * problem.scale):
+        both = [
+            gptq(problem.weights, factor, low, problem.scale, problem.column_scale, price)
+            for low in (None, -problem.scale)
+        ]
+        assert torch.equal(*both)
+
+
+def one(x: float, low: float | None, high: float, price: float | None) -> int:
+    """The trit of a matrix of one number, with a Hessian of 1."""
+    trits = gptq(
+        torch.tensor([[[x]]]),
+        torch.ones(1, 1, 1),
+        None if low is None else torch.tensor([[low]]),
+        torch.tensor([[high]]),
+        None,
+        None if price is None else torch.tensor([[price]]),
+    )
+    return int(trits)
+
+
+@given(
+    x=st.floats(-4, 4, width=32),
+    low=st.none() | st.floats(0, 4, width=32),
+    high=st.floats(0, 4, width=32),
+    price=st.none() | st.floats(0, 4, width=32),
+)
+@settings(deadline=None, max_examples=200)
+def test_the_choice_is_the_cheapest(
+    x: float, low: float | None, high: float, price: float | None
+) -> None:
+    values = [-high if low is None else -low, 0, high]
+    costs = [(x - value) ** 2 for value in values]
+    costs[0] += price or 0
+    costs[2] += price or 0
+    trit = one(x, None if low is None else -low, high, price)
+    assert costs[trit + 1] <= min(costs) + 1e-5
+    assert trit == 0 or values[trit + 1] != 0, "0 is trit 0"
+
+
+def test_ties_of_the_choice_go_to_zero() -> None:
+    for low in (-2.0, None):
+        for x in (1.0, -1.0):
+            assert one(x, low, 2.0, None) == one(x, low, 2.0, 0.0) == 0
+            assert one(1.001 * x, low, 2.0, None) == x
+            assert one(1.5 * x, low, 2.0, 2.0) == 0
+            assert one(1.501 * x, low, 2.0, 2.0) == x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_tokens_it_is_rounding(dtype: torch.dtype) -> None:
+    weights = random(3, 20, 70, seed=8, dtype=dtype)
+    calibration = Calibration.zeros(3, 70)
+    calibration.add(1, correlated(100, 70))
+    result = quantize_qmoe(weights, "BF16", calibration)
+    rounded = round_to_nearest(weights)
+    assert result.fallback == ["no tokens", None, "no tokens"]
+    assert result.damping[0] is None
+    assert result.damping[2] is None
+    assert torch.equal(result.weights.trits[::2], rounded.trits[::2])
+    assert not torch.equal(result.weights.trits[1], rounded.trits[1])
+    assert torch.equal(result.weights.row_scale, rounded.row_scale)
+
+
+def test_it_is_better_than_rounding() -> None:
+    weights, inputs = random(1, 32, 96, seed=9), correlated(500, 96)
+    result = quantize_qmoe(weights, "BF16", calibrated([inputs])).weights.dequantize()
+    rounded = round_to_nearest(weights).dequantize()
+    off = ((weights - result)[0] @ inputs.T).square().sum()
+    assert off < 0.6 * ((weights - rounded)[0] @ inputs.T).square().sum()
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_units_change_no_trit(factor: float) -> None:
+    weights, inputs = random(2, 9, 30, seed=10), [correlated(90, 30), correlated(5, 30, 7)]
+    usual = quantize_qmoe(weights, "BF16", calibrated(inputs, torch.float64))
+    scaled = quantize_qmoe(weights * factor, "BF16", calibrated(inputs, torch.float64))
+    assert torch.equal(scaled.weights.trits, usual.weights.trits)
+    assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale * factor)
+    large = calibrated([each.double() * factor for each in inputs], torch.float64)
+    assert torch.equal(quantize_qmoe(weights, "BF16", large).weights.trits, usual.weights.trits)
+
+
+def test_zero_matrices_rows_and_columns() -> None:
+    weights = random(2, 6, 20, seed=11)
+    weights[0] = 0
+    weights[1, 2] = 0
+    weights[1, :, 3] = 0
+    trits = quantize_qmoe(weights, "BF16", calibrated([correlated(50, 20)] * 2)).weights.trits
+    assert not trits[0].any()
+    assert not trits[1, 2].any()
+    assert trits[1].any()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_the_other_experts_do_not_matter(rows: int) -> None:
+    weights = random(5, rows, 67, seed=12)
+    inputs = [correlated(1 + 40 * e, 67, e) for e in range(5)]
+    together = quantize_qmoe(weights, "BF16", calibrated(inputs)).weights
+    for some in ([0], [3], [4, 2], [1, 0, 4]):
+        calibration = calibrated([inputs[e] for e in some])
+        part = quantize_qmoe(weights[some], "BF16", calibration).weights
+        assert torch.equal(part.trits, together.trits[some])
+        assert torch.equal(part.row_scale, together.row_scale[some])
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale_dtype", "code"),
+    [
+        (torch.zeros(3, 4), "BF16", "argument"),
+        (torch.zeros(1, 3, 4, dtype=torch.int32), "BF16", "argument"),
+        (torch.zeros(1, 3, 4), "I8", "argument"),
+        (torch.full((1, 3, 4), torch.nan), "BF16", "value"),
+        (torch.full((1, 3, 4), torch.inf), "BF16", "value"),
+        (torch.full((1, 3, 4), 1e6), "F16", "value"),
+    ],
+)
+def test_refusals(weights: torch.Tensor, scale_dtype: str, code: str) -> None:
+    with pytest.raises(QMoEError) as caught:
+        quantize_qmoe(weights, scale_dtype, calibrated([correlated(9, 4)]))
+    assert caught.value.code == code

@@ -1,0 +1,231 @@
+"""Sums over tokens, damping, factors and fallbacks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+from torch import Tensor
+
+from qmoe_format.quantize.hessian import (
+    Calibration,
+    damped,
+    factored,
+    inverse_factor,
+    relative_error,
+)
+from tests.quantize.problems import array, calibrated, correlated, energy, random
+
+
+def test_of_no_tokens() -> None:
+    calibration = Calibration.zeros(3, 5)
+    calibration.add(1, torch.zeros(0, 5))
+    assert not calibration.sums.any()
+    assert calibration.tokens.tolist() == [0, 0, 0]
+    assert calibration.sums.shape == (3, 5, 5)
+    assert calibration.sums.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 2, 37, 100_000])
+def test_sums_of_tokens(tokens: int, dtype: torch.dtype) -> None:
+    inputs = correlated(tokens, 6)
+    calibration = Calibration.zeros(2, 6, dtype=dtype)
+    calibration.add(1, inputs)
+    assert calibration.sums.dtype == dtype
+    assert calibration.tokens.tolist() == [0, tokens]
+    assert not calibration.sums[0].any()
+    x = array(inputs)
+    expected = sum((np.outer(each, each) for each in x[:50]), x[50:].T @ x[50:])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    np.testing.assert_allclose(
+        array(calibration.sums[1]), expected, atol=tolerance * np.abs(expected).max()
+    )
+
+
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    rows=st.sampled_from([0, 1, 4]),
+)
+@settings(deadline=None, max_examples=30)
+def test_chunks_add_up(cuts: list[int], dtype: torch.dtype, rows: int) -> None:
+    inputs = correlated(60, 7).to(dtype)
+    importance = random(60, rows, seed=9).square() if rows else None
+    calibration = Calibration.zeros(2, 7, max(rows, 1), dtype=torch.float64)
+    edges = [0, *sorted(cuts), 60]
+    for start, end in itertools.pairwise(edges):
+        part = slice(start, end)
+        calibration.add(1, inputs[part], None if importance is None else importance[part])
+    x = array(inputs)
+    counts = np.ones((60, 1)) if importance is None else array(importance)
+    squares = np.sqrt(counts.mean(1))  # g_t^2
+    expected = (x * squares[:, None]).T @ x
+    np.testing.assert_allclose(array(calibration.sums[1]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(calibration.row_importance[1].numpy(), counts.sum(0), rtol=1e-5)
+    assert float(calibration.token_weight[1]) == pytest.approx(squares.sum(), rel=1e-5)
+    assert calibration.tokens.tolist() == [0, 60]
+    assert not calibration.sums[0].any()
+    assert not calibration.row_importance[0].any()
+    assert not calibration.token_weight[0]
+
+
+@given(
+    columns=st.integers(1, 40),
+    tokens=st.integers(1, 80),
+    damping=st.sampled_from([0.01, 0.1, 1.0]),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=40)
+def test_the_factor_of_the_inverse(columns: int, tokens: int, damping: float, seed: int) -> None:
+    x = array(correlated(tokens, columns, seed))
+    hessian = x.T @ x
+    hessian += damping * hessian.diagonal().mean() * np.eye(columns)
+    factor = array(inverse_factor(torch.from_numpy(hessian)))
+    assert np.array_equal(factor, np.triu(factor))
+    assert (factor.diagonal() > 0).all()
+    np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(columns), atol=1e-8)
+
+
+def test_the_factor_has_the_type_of_the_hessian() -> None:
+    assert inverse_factor(2 * torch.eye(3)).dtype == torch.float32
+    with pytest.raises(RuntimeError):
+        inverse_factor(-torch.eye(3))
+
+
+def calibration_of(sums: Tensor, tokens: list[int]) -> Calibration:
+    result = Calibration.zeros(len(sums), sums.shape[1])
+    result.sums.copy_(sums)
+    result.tokens.copy_(torch.tensor(tokens))
+    return result
+
+
+def check(sums: Tensor, hessian: Tensor, factor: Tensor, damping: float) -> None:
+    s = array(sums)
+    expected = s / s.diagonal().mean() + damping * np.eye(len(s))
+    np.testing.assert_allclose(array(hessian), expected, rtol=1e-6, atol=1e-6)
+    u = array(factor)
+    inverse = np.linalg.inv(expected)
+    np.testing.assert_allclose(u.T @ u, inverse, atol=1e-4 * np.abs(inverse).max())
+
+
+def test_damping_is_a_share_of_the_mean_diagonal() -> None:
+    calibration = calibrated([correlated(50, 9, e) * 10**e for e in range(3)])
+    result = factored(calibration, torch.tensor([0.1, 0.5, 0.02]))
+    assert result.damping == pytest.approx([0.1, 0.5, 0.02])
+    assert result.fallback == [None] * 3
+    diagonals = calibration.sums.diagonal(dim1=1, dim2=2)
+    np.testing.assert_allclose(result.unit.numpy(), array(diagonals).mean(1), rtol=1e-6)
+    assert result.unit.dtype == torch.float64
+    for expert, damping in enumerate([0.1, 0.5, 0.02]):
+        check(calibration.sums[expert], result.hessian[expert], result.factor[expert], damping)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_fewer_tokens_than_columns(tokens: int) -> None:
+    calibration = calibrated([correlated(tokens, 30)])
+    result = factored(calibration, torch.tensor([0.1]))
+    assert result.fallback == [None]
+    assert result.damping == pytest.approx([0.1])
+    check(calibration.sums[0], result.hessian[0], result.factor[0], 0.1)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_huge_and_tiny_inputs_in_float64(scale: float) -> None:
+    inputs = correlated(40, 8).double()
+    usual = factored(calibrated([inputs], torch.float64), torch.tensor([0.1]))
+    scaled = factored(calibrated([inputs * scale], torch.float64), torch.tensor([0.1]))
+    assert scaled.fallback == [None]
+    torch.testing.assert_close(scaled.hessian, usual.hessian)
+    torch.testing.assert_close(scaled.factor, usual.factor)
+    np.testing.assert_allclose(scaled.unit.numpy(), usual.unit.numpy() * scale**2)
+
+
+def test_damping_grows_tenfold_until_it_is_enough() -> None:
+    # Not a sum of squares, as rounding may leave it: of mean 0.5, so H = diag(2, 2, 2, -2) + d.
+    sums = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))[None].repeat(2, 1, 1)
+    result = factored(calibration_of(sums, [4, 4]), torch.tensor([0.1, 3.0]))
+    assert result.damping == pytest.approx([10, 3])
+    assert result.fallback == [None, None]
+    check(sums[0], result.hessian[0], result.factor[0], 10)
+    check(sums[1], result.hessian[1], result.factor[1], 3)
+
+
+UNUSABLE = {
+    "no tokens": (torch.zeros(3, 3), 0),
+    "inputs are all zero": (torch.zeros(3, 3), 7),
+    "singular Hessian": (torch.diag(torch.tensor([1000.0, 1.0, -998.0])), 7),
+    "Hessian is not finite": (torch.full((3, 3), math.nan), 7),
+}
+
+
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_fallbacks_are_named_and_leave_the_others_alone(why: str) -> None:
+    sums, tokens = UNUSABLE[why]
+    good = calibrated([correlated(20, 3), correlated(20, 3, 5)])
+    both = calibration_of(torch.stack([good.sums[0], sums, good.sums[1]]), [20, tokens, 20])
+    damping = torch.tensor([0.1, 0.1, 0.1])
+    result = factored(both, damping)
+    assert result.fallback == [None, why, None]
+    assert result.damping == [pytest.approx(0.1), None, pytest.approx(0.1)]
+    assert result.unit[1] == 1
+    assert torch.equal(result.hessian[1], torch.eye(3))
+    assert torch.equal(result.factor[1], torch.eye(3))
+    alone = factored(good, damping[:2])
+    assert torch.equal(result.hessian[::2], alone.hessian)
+    assert torch.equal(result.factor[::2], alone.factor)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (2, 1)])
+def test_one_number_that_is_not_finite(bad: float, place: tuple[int, int]) -> None:
+    calibration = calibrated([correlated(20, 3)])
+    calibration.sums[0][place] = bad
+    result = factored(calibration, torch.tensor([0.1]))
+    assert result.fallback == ["Hessian is not finite"]
+    assert torch.isfinite(result.hessian).all()
+
+
+def test_inputs_whose_squares_overflow() -> None:
+    calibration = calibrated([correlated(20, 3) * 1e30])
+    assert factored(calibration, torch.tensor([0.1])).fallback == ["Hessian is not finite"]
+
+
+def test_damped_does_not_know_the_unit() -> None:
+    sums = calibrated([correlated(20, 5)], torch.float64).sums[0]
+    assert torch.equal(damped(sums * 2.0**200, 0.1), damped(sums, 0.1))
+    assert torch.equal(damped(sums * 2.0**-200, 0.1), damped(sums, 0.1))
+    assert damped(sums, 0.25).diagonal().mean() == pytest.approx(1.25)
+
+
+def test_relative_error() -> None:
+    weights = random(3, 4, 6)
+    quantized = weights + 0.1 * random(3, 4, 6, seed=1)
+    weights[2] = 0
+    quantized[2] = 0
+    sums = calibrated([correlated(30, 6, e) for e in range(3)]).sums
+    result = relative_error(weights, quantized, sums)
+    assert result.dtype == torch.float64
+    w, s = array(weights), array(sums)
+    expected = energy(w - array(quantized), s).sum(1)[:2] / energy(w, s).sum(1)[:2]
+    np.testing.assert_allclose(result[:2].numpy(), expected, rtol=1e-4)
+    assert math.isnan(result[2])
+
+
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
+def test_relative_error_of_huge_and_tiny_numbers(scale: float) -> None:
+    weights, quantized = random(1, 4, 6), random(1, 4, 6).bfloat16().float()
+    inputs = correlated(30, 6).double()
+    usual = relative_error(weights, quantized, calibrated([inputs], torch.float64).sums)
+    sums = calibrated([inputs * scale], torch.float64).sums
+    assert relative_error(weights, quantized, sums).item() == pytest.approx(usual.item(), rel=1e-4)
+    sums = calibrated([inputs], torch.float64).sums
+    scaled = relative_error(weights * scale, quantized * scale, sums)
+    assert scaled.item() == pytest.approx(usual.item(), rel=1e-4)

@@ -1,0 +1,455 @@
+"""The recipe ``rd``: rate against error, odd inputs, and independence of the grouping."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+from torch import Tensor
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.qmoe import quantize_qmoe
+from qmoe_format.quantize.rd import Rate, quantize_rd, typical_energy
+from qmoe_format.quantize.ternary import Quantized
+from tests.quantize.problems import (
+    REAL,
+    array,
+    calibrated,
+    correlated,
+    energy,
+    entropy,
+    random,
+    real,
+)
+
+LARGEST = {torch.bfloat16: 3e38, torch.float16: 65504, torch.float32: 3e38}
+
+
+def check(result: Quantized, weights: Tensor) -> Tensor:
+    """What holds for any input; returns the values."""
+    ternary = result.weights
+    experts, rows, columns = weights.shape
+    assert ternary.trits.dtype == torch.int8
+    assert ternary.trits.shape == weights.shape
+    assert ternary.row_scale.shape == (experts, rows, 1, 1)
+    assert ternary.column_scale is not None
+    assert ternary.column_scale.shape == (experts, columns)
+    assert torch.isin(ternary.trits, torch.tensor([-1, 0, 1])).all()
+    for scale in (ternary.row_scale, ternary.column_scale):
+        assert torch.isfinite(scale).all()
+        assert not torch.signbit(scale).any()
+    assert (ternary.column_scale > 0).all()
+    # A scale of 0 is for rows that are worth nothing.
+    assert (ternary.row_scale[:, :, 0, 0] > 0)[(ternary.trits != 0).any(2)].all()
+    values = ternary.dequantize()
+    assert torch.isfinite(values).all()
+    assert torch.equal(values != 0, ternary.trits != 0)
+    assert len(result.damping) == len(result.fallback) == experts
+    for damping, why in zip(result.damping, result.fallback, strict=True):
+        assert (damping is None) == (why is not None)
+    return values
+
+
+def rate_of(weights: Tensor, calibration: Calibration, lam: float) -> Rate:
+    """As of a model that is these experts."""
+    return Rate(lam, float(typical_energy(weights, calibration).mean()))
+
+
+def error(weights: Tensor, values: Tensor, calibration: Calibration) -> float:
+    w, sums = array(weights), array(calibration.sums)
+    return float(energy(w - array(values), sums).sum() / energy(w, sums).sum())
+
+
+def example(
+    experts: int = 2, rows: int = 48, columns: int = 64, tokens: int = 400, seed: int = 0
+) -> tuple[Tensor, Calibration]:
+    inputs = [correlated(tokens, columns, seed + 10 * e) for e in range(experts)]
+    return random(experts, rows, columns, seed=seed), calibrated(inputs)
+
+
+def test_bits_fall_as_lambda_rises() -> None:
+    weights, calibration = example()
+    bits, errors = [], []
+    for lam in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
+        result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, lam))
+        errors.append(error(weights, check(result, weights), calibration))
+        bits.append(entropy(result.weights.trits))
+    for k in range(1, len(bits)):
+        assert bits[k] < 1.01 * bits[k - 1]
+        assert errors[k] > 0.99 * errors[k - 1]
+    assert bits[0] > 1.3
+    assert bits[-1] < 0.4
+
+
+def test_an_enormous_lambda_leaves_nothing() -> None:
+    weights, calibration = example()
+    result = quantize_rd(weights, "BF16", calibration, Rate(1e9, 1.0))
+    check(result, weights)
+    assert not result.weights.trits.any()
+
+
+def error_at(bits: float, weights: Tensor, calibration: Calibration) -> float:
+    """The error with no more than these bits a trit, by bisection."""
+    low, high = 1e-3, 1.0
+    best = 1.0
+    for _ in range(6):
+        lam = math.sqrt(low * high)
+        result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, lam))
+        if entropy(result.weights.trits) <= bits:
+            high = lam
+            best = min(best, error(weights, result.weights.dequantize(), calibration))
+        else:
+            low = lam
+    return best
+
+
+def baseline(weights: Tensor, calibration: Calibration) -> tuple[float, float]:
+    """Bits a trit and error of the paper's recipe."""
+    paper = quantize_qmoe(weights, "BF16", calibration).weights
+    return entropy(paper.trits), error(weights, paper.dequantize(), calibration)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
+def test_it_beats_the_paper_at_equal_entropy(shape: tuple[int, int]) -> None:
+    weights, calibration = example(1, *shape, seed=3)
+    bits, worse = baseline(weights, calibration)
+    assert error_at(bits, weights, calibration) < 0.75 * worse
+
+
+@pytest.mark.parametrize("which", REAL)
+def test_it_beats_the_paper_on_real_matrices(shared_data: Path, which: str) -> None:
+    matrices, inputs = real(shared_data, which, rows=48, columns=80, tokens=600)
+    weights, calibration = matrices[:1], calibrated(inputs[:1])
+    bits, worse = baseline(weights, calibration)
+    assert error_at(bits, weights, calibration) < 0.8 * worse
+
+
+def test_more_important_rows_get_more_bits() -> None:
+    weights, inputs = random(1, 40, 48, seed=5), correlated(300, 48)
+    importance = torch.ones(300, 40)
+    importance[:, :20] = 100
+    calibration = Calibration.zeros(1, 48, 40)
+    calibration.add(0, inputs, importance)
+    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.2))
+    check(result, weights)
+    share = (result.weights.trits[0] != 0).float().mean(1)
+    assert share[:20].mean() > 1.5 * share[20:].mean()
+
+
+def test_experts_with_more_energy_get_more_bits() -> None:
+    weights = random(1, 40, 48, seed=5).repeat(2, 1, 1)
+    inputs = correlated(300, 48)
+    calibration = calibrated([inputs, 10 * inputs])
+    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.1))
+    share = (result.weights.trits != 0).float().mean((1, 2))
+    assert share[1] > 1.2 * share[0]
+
+
+@given(
+    experts=st.integers(1, 2),
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 50),
+    tokens=st.sampled_from([0, 1, 2, 50]),
+    kind=st.sampled_from(["normal", "sparse", "rank one", "constant", "outlier", "steps"]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    scale_dtype=st.sampled_from(["BF16", "F16", "F32"]),
+    lam=st.sampled_from([0.0, 0.003, 0.1, 3.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=30)
+def test_any_matrix(
+    experts: int,
+    rows: int,
+    columns: int,
+    tokens: int,
+    kind: str,
+    dtype: torch.dtype,
+    scale_dtype: str,
+    lam: float,
+    seed: int,
+) -> None:
+    weights = random(experts, rows, columns, seed=seed)
+    if kind == "sparse":
+        weights *= random(experts, rows, columns, seed=seed + 1) > 1
+    elif kind == "rank one":
+        weights = weights[:, :, :1] * weights[:, :1]
+    elif kind == "constant":
+        weights = weights[:, :1, :1].expand_as(weights)
+    elif kind == "outlier":
+        weights[:, :, 0] *= 1000
+    elif kind == "steps":
+        weights = weights.round()
+    weights = weights.to(dtype)
+    inputs = [correlated(tokens, columns, seed + e) for e in range(experts)]
+    result = quantize_rd(weights, scale_dtype, calibrated(inputs), Rate(lam, 1.0))
+    check(result, weights)
+    assert [why == "no tokens" for why in result.fallback] == [tokens == 0] * experts
+
+
+SHAPES = [(1, 1), (1, 9), (9, 1), (1, 200), (200, 1), (33, 65), (65, 33), (7, 129)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_odd_shapes(shape: tuple[int, int]) -> None:
+    weights, calibration = random(2, *shape), calibrated([correlated(100, shape[1])] * 2)
+    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.01))
+    values = check(result, weights)
+    assert error(weights, values, calibration) < 0.2
+
+
+def test_an_all_zero_matrix() -> None:
+    weights, calibration = example(3, 8, 12)
+    weights[1] = 0
+    result = quantize_rd(weights, "BF16", calibration, Rate(0.1, 1.0))
+    check(result, weights)
+    assert not result.weights.trits[1].any()
+    assert result.weights.trits[0].any()
+    zeros, calibration = torch.zeros(1, 8, 12), calibrated([correlated(9, 12)])
+    result = quantize_rd(zeros, "BF16", calibration, Rate(0.0, 0.0))
+    check(result, zeros)
+    assert not result.weights.trits.any()
+
+
+def test_an_all_zero_matrix_without_tokens() -> None:
+    weights = torch.zeros(1, 4, 6)
+    result = quantize_rd(weights, "BF16", Calibration.zeros(1, 6), Rate(0.1, 1.0))
+    check(result, weights)
+    assert not result.weights.trits.any()
+
+
+def test_all_zero_rows_and_columns() -> None:
+    weights, calibration = example(1, 8, 12)
+    weights[0, 2] = 0
+    weights[0, :, 5] = 0
+    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.03))
+    check(result, weights)
+    assert not result.weights.trits[0, 2].any()
+    rest = [row for row in range(8) if row != 2]
+    assert result.weights.trits[0, rest].any()
+
+
+@pytest.mark.parametrize("value", [1.5, -0.25])
+def test_a_constant_matrix_is_exact(value: float) -> None:
+    weights = torch.full((1, 6, 10), value)
+    calibration = calibrated([correlated(90, 10)])
+    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.01))
+    torch.testing.assert_close(check(result, weights), weights, rtol=1e-2, atol=0)
+
+
+def test_a_matrix_of_rank_one_is_almost_exact() -> None:
+    signs = random(1, 20, 30).sign()
+    weights = signs * random(1, 20, 1, seed=1).exp() * random(1, 1, 30, seed=2).mul(0.5).exp()
+    calibration = calibrated([correlated(200, 30)])
+    result = quantize_rd(weights, "F32", calibration, rate_of(weights, calibration, 1e-4))
+    assert error(weights, check(result, weights), calibration) < 1e-3
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_units_change_no_trit(factor: float) -> None:
+    """About 1e30 and 1e-30; ``Rate.reference`` is in the same units."""
+    weights, inputs = random(2, 9, 30, seed=1), [correlated(90, 30).double()] * 2
+    calibration = calibrated(inputs, torch.float64)
+    usual = quantize_rd(weights, "BF16", calibration, Rate(0.05, 100.0))
+    check(usual, weights)
+    rate = Rate(0.05, 100.0 * factor**2)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        if dtype == torch.bfloat16:
+            weights = weights.bfloat16().float()
+            usual = quantize_rd(weights, "BF16", calibration, Rate(0.05, 100.0))
+        large = (weights.double() * factor).to(dtype)
+        scaled = quantize_rd(large, "BF16", calibration, rate)
+        check(scaled, large)
+        assert torch.equal(scaled.weights.trits, usual.weights.trits)
+        assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale * factor)
+    other = calibrated([each * factor for each in inputs], torch.float64)
+    scaled = quantize_rd(weights, "BF16", other, rate)
+    assert torch.equal(scaled.weights.trits, usual.weights.trits)
+    assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale)
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_huge_and_tiny_inputs_in_float32(factor: float) -> None:
+    weights = random(1, 9, 30)
+    calibration = calibrated([correlated(90, 30) * factor])
+    result = quantize_rd(weights, "BF16", calibration, Rate(0.05, 1.0))
+    check(result, weights)
+    assert result.fallback == ["Hessian is not finite" if factor > 1 else "inputs are all zero"]
+    assert result.weights.trits.any()
+
+
+def test_typical_energy() -> None:
+    weights, inputs = random(2, 6, 10), [correlated(50, 10, e) for e in range(2)]
+    calibration = Calibration.zeros(2, 10, 6)
+    for expert, each in enumerate(inputs):
+        calibration.add(expert, each, 1 + random(50, 6, seed=expert).abs())
+    sums = array(calibration.sums)
+    rho = calibration.row_importance.numpy() / calibration.token_weight.numpy()[:, None]
+    expected = (energy(array(weights), sums) / 10 * rho).mean(1)
+    result = typical_energy(weights, calibration)
+    assert result.dtype == torch.float64
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_typical_energy_of_huge_and_tiny_numbers(factor: float) -> None:
+    weights, inputs = random(1, 6, 10), correlated(50, 10).double()
+    calibration = calibrated([inputs], torch.float64)
+    usual = float(typical_energy(weights, calibration))
+    scaled = float(typical_energy(weights * factor, calibration))
+    assert scaled == pytest.approx(usual * factor**2, rel=1e-4)
+    scaled = float(typical_energy(weights, calibrated([inputs * factor], torch.float64)))
+    assert scaled == pytest.approx(usual * factor**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 1000, 100_000])
+def test_tokens_from_none_to_many(tokens: int) -> None:
+    weights, calibration = random(1, 12, 20), calibrated([correlated(tokens, 20)])
+    result = quantize_rd(weights, "BF16", calibration, Rate(0.03, 100.0 * max(tokens, 1)))
+    check(result, weights)
+    assert result.weights.trits.any()
+    if tokens:
+        assert result.fallback == [None]
+        assert result.damping == [pytest.approx(max(0.03, 0.05 * 20 / tokens))]
+    else:
+        assert result.fallback == ["no tokens"]
+
+
+def test_without_tokens_bits_fall_too() -> None:
+    weights = random(1, 48, 64)
+    bits = []
+    for lam in (0.01, 0.3, 1.0):
+        result = quantize_rd(weights, "BF16", Calibration.zeros(1, 64), Rate(lam, 1.0))
+        check(result, weights)
+        bits.append(entropy(result.weights.trits))
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] > 1.5 * bits[-1]
+
+
+def test_the_type_of_a_checkpoint_does_not_matter() -> None:
+    weights, calibration = example(1, 10, 30)
+    rate = rate_of(weights, calibration, 0.03)
+    for narrow in (torch.bfloat16, torch.float16):
+        small = weights.to(narrow)
+        usual = quantize_rd(small, "BF16", calibration, rate)
+        check(usual, small)
+        for dtype in (torch.float32, torch.float64):
+            wide = quantize_rd(small.to(dtype), "BF16", calibration, rate)
+            assert torch.equal(wide.weights.trits, usual.weights.trits)
+            assert torch.equal(wide.weights.row_scale, usual.weights.row_scale)
+
+
+@pytest.mark.parametrize("lam", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_weights_at_the_end_of_the_range(dtype: torch.dtype, name: str, lam: float) -> None:
+    """Scales are finite or refused; a row without a trit needs none."""
+    weights = (random(1, 8, 12).clamp(-1, 1) * LARGEST[dtype]).to(dtype)
+    calibration = calibrated([correlated(60, 12)])
+    try:
+        result = quantize_rd(weights, name, calibration, Rate(lam, LARGEST[dtype] ** 2))
+    except QMoEError as error:
+        assert error.code == "value"
+        assert lam < 100
+    else:
+        check(result, weights)
+
+
+@pytest.mark.parametrize("value", [1e-38, 1e-40, 1e-44, 1e-200])
+def test_weights_that_vanish_in_the_scales_type(value: float) -> None:
+    weights = random(1, 8, 12).double() * value
+    weights[0, 0, 0] = value * 300
+    weights[0, :, 1] /= 100
+    calibration = calibrated([correlated(60, 12)])
+    check(quantize_rd(weights, "BF16", calibration, Rate(0.0, 0.0)), weights)
+
+
+def test_rows_and_columns_of_very_different_size() -> None:
+    weights, calibration = example(1, 10, 20)
+    weights *= torch.logspace(-30, 0, 10)[:, None]
+    check(quantize_rd(weights, "BF16", calibration, Rate(0.01, 1.0)), weights)
+    weights, calibration = example(1, 10, 20)
+    weights *= torch.logspace(-30, 0, 20)
+    for name in ("BF16", "F16"):
+        check(quantize_rd(weights, name, calibration, Rate(0.01, 1.0)), weights)
+
+
+def test_inputs_of_very_different_size() -> None:
+    weights = random(1, 10, 20)
+    calibration = calibrated([correlated(200, 20) * torch.logspace(-12, 6, 20)])
+    check(quantize_rd(weights, "BF16", calibration, Rate(0.01, 1.0)), weights)
+
+
+def grouping_example(rows: int, columns: int) -> tuple[Tensor, list[Tensor | None]]:
+    """Experts of all kinds: many tokens, few, none; one with other weights."""
+    weights = random(5, rows, columns, seed=rows)
+    weights[3] = weights[3].round()
+    counts = [300, 1, 0, 40, 77]
+    return weights, [correlated(n, columns, 9 * e) if n else None for e, n in enumerate(counts)]
+
+
+def part(weights: Tensor, inputs: list[Tensor | None], some: list[int], rows: int) -> Quantized:
+    calibration = Calibration.zeros(len(some), weights.shape[2], rows)
+    for place, expert in enumerate(some):
+        each = inputs[expert]
+        if each is not None:
+            calibration.add(place, each, 1 + random(len(each), rows, seed=expert).abs())
+    return quantize_rd(weights[some], "BF16", calibration, Rate(0.03, 300.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 33), (33, 67), (51, 130)])
+def test_the_other_experts_do_not_matter(shape: tuple[int, int]) -> None:
+    weights, inputs = grouping_example(*shape)
+    together = part(weights, inputs, [0, 1, 2, 3, 4], shape[0])
+    again = part(weights, inputs, [0, 1, 2, 3, 4], shape[0])
+    values = check(together, weights)
+    assert torch.equal(again.weights.dequantize(), values)
+    for some in ([0], [1], [2], [3], [4], [3, 1], [4, 0, 2]):
+        result = part(weights, inputs, some, shape[0])
+        ours, all_of_them = result.weights, together.weights
+        assert ours.column_scale is not None
+        assert all_of_them.column_scale is not None
+        assert torch.equal(ours.trits, all_of_them.trits[some])
+        assert torch.equal(ours.row_scale, all_of_them.row_scale[some])
+        assert torch.equal(ours.column_scale, all_of_them.column_scale[some])
+        assert result.damping == [together.damping[e] for e in some]
+        assert result.fallback == [together.fallback[e] for e in some]
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    weights, calibration = example()
+    before = weights.clone(), calibration.sums.clone(), calibration.row_importance.clone()
+    torch.manual_seed(1)
+    first = quantize_rd(weights, "BF16", calibration, Rate(0.03, 100.0))
+    assert torch.equal(weights, before[0])
+    assert torch.equal(calibration.sums, before[1])
+    assert torch.equal(calibration.row_importance, before[2])
+    # Nor does the generator of the process matter, nor a view that is not contiguous.
+    torch.manual_seed(2)
+    view = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    second = quantize_rd(view, "BF16", calibration, Rate(0.03, 100.0))
+    assert torch.equal(first.weights.dequantize(), second.weights.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale_dtype", "code"),
+    [
+        (torch.zeros(3, 4), "BF16", "argument"),
+        (torch.zeros(1, 3, 4, dtype=torch.int32), "BF16", "argument"),
+        (torch.ones(1, 3, 4), "I8", "argument"),
+        (torch.full((1, 3, 4), torch.nan), "BF16", "value"),
+        (torch.full((1, 3, 4), torch.inf), "BF16", "value"),
+        (torch.full((1, 3, 4), 1e6), "F16", "value"),
+        (torch.full((1, 3, 4), 1e300, dtype=torch.float64), "BF16", "value"),
+    ],
+)
+def test_refusals(weights: Tensor, scale_dtype: str, code: str) -> None:
+    with pytest.raises(QMoEError) as caught:
+        quantize_rd(weights, scale_dtype, calibrated([correlated(9, 4)]), Rate(0.1, 1.0))
+    assert caught.value.code == code

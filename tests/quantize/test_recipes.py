@@ -1,0 +1,142 @@
+"""Recipes by name, what each does, and what a reader makes of its result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import RECIPES, recipe
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+
+from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.qmoe import quantize_qmoe
+from qmoe_format.quantize.rd import Rate, quantize_rd
+from qmoe_format.quantize.rtn import quantize_rtn, round_to_nearest
+from qmoe_format.quantize.ternary import Quantized, TernaryWeights
+from tests.quantize.problems import calibrated, correlated, random
+
+RATE = Rate(0.1, 1.0)
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    a, b = one.weights, other.weights
+    if a.column_scale is None or b.column_scale is None:
+        columns = a.column_scale is b.column_scale
+    else:
+        columns = torch.equal(a.column_scale, b.column_scale)
+    return columns and torch.equal(a.trits, b.trits) and torch.equal(a.row_scale, b.row_scale)
+
+
+def test_names() -> None:
+    assert list(RECIPES) == ["rtn", "qmoe", "rd"]
+    for name, one in RECIPES.items():
+        assert recipe(name) is one
+        assert one.name == name
+        assert one.summary
+    assert [one.calibrated for one in RECIPES.values()] == [False, True, True]
+    assert [one.rated for one in RECIPES.values()] == [False, False, True]
+    with pytest.raises(QMoEError, match=r"'gptq9'.*qmoe, rd, rtn") as caught:
+        recipe("gptq9")
+    assert caught.value.code == "argument"
+
+
+def test_each_does_what_it_is_called() -> None:
+    weights = random(2, 12, 30)
+    calibration = calibrated([correlated(90, 30), correlated(90, 30, 9)])
+    rounded = quantize_rtn(weights, "BF16")
+    paper = quantize_qmoe(weights, "BF16", calibration)
+    ours = quantize_rd(weights, "BF16", calibration, RATE)
+    assert not same(rounded, paper)
+    assert not same(paper, ours)
+    for rate in (None, RATE):
+        assert same(recipe("rtn").quantize(weights, "BF16", calibration, rate), rounded)
+        assert same(recipe("qmoe").quantize(weights, "BF16", calibration, rate), paper)
+    assert same(recipe("rd").quantize(weights, "BF16", calibration, RATE), ours)
+
+
+def test_without_text_or_rate_they_fall_back() -> None:
+    weights = random(2, 12, 30)
+    calibration = calibrated([correlated(90, 30), correlated(90, 30, 9)])
+    rounded = quantize_rtn(weights, "BF16")
+    for one in RECIPES.values():
+        assert same(one.quantize(weights, "BF16"), rounded)
+    paper = quantize_qmoe(weights, "BF16", calibration)
+    assert same(recipe("rd").quantize(weights, "BF16", calibration), paper)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("scale_dtype", ["BF16", "F16", "F32"])
+def test_shapes_and_types(name: str, scale_dtype: str) -> None:
+    calibration = calibrated([correlated(40, 7)] * 3)
+    result = recipe(name).quantize(random(3, 5, 7), scale_dtype, calibration, RATE)
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[scale_dtype]
+    weights = result.weights
+    assert weights.trits.dtype == torch.int8
+    assert weights.trits.shape == (3, 5, 7)
+    assert weights.trits.is_contiguous()
+    assert weights.row_scale.dtype == dtype
+    assert weights.row_scale.shape == (3, 5, 1, 1 if name == "rd" else 2)
+    if name == "rd":
+        assert weights.column_scale is not None
+        assert weights.column_scale.dtype == dtype
+        assert weights.column_scale.shape == (3, 7)
+    else:
+        assert weights.column_scale is None
+    assert len(result.damping) == len(result.fallback) == 3
+    assert result.fallback == [None] * 3
+    dampings = {"rtn": None, "qmoe": pytest.approx(0.1), "rd": pytest.approx(0.03)}
+    assert result.damping == [dampings[name]] * 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_quantise(name: str, shape: tuple[int, int, int]) -> None:
+    experts, _, columns = shape
+    calibration = Calibration.zeros(experts, columns)
+    result = recipe(name).quantize(torch.zeros(shape), "BF16", calibration, RATE)
+    assert result.weights.trits.shape == shape
+    assert len(result.fallback) == shape[0]
+
+
+def test_rtn_as_a_recipe() -> None:
+    weights = random(2, 5, 7)
+    result = quantize_rtn(weights, "F16")
+    assert torch.equal(result.weights.trits, round_to_nearest(weights, "F16").trits)
+    assert result.damping == [None, None]
+    assert result.fallback == [None, None]
+
+
+def test_scale_types() -> None:
+    for one in RECIPES.values():
+        assert one.scale_dtype("F16") == "F16"
+        assert one.scale_dtype("F32") == one.scale_dtype("BF16") == "BF16"
+
+
+def test_dequantize_low_and_high() -> None:
+    trits = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
+    scales = torch.tensor([[[[-0.5, 2.0]], [[-3.0, 0.25]]]], dtype=torch.bfloat16)
+    values = TernaryWeights(trits, scales).dequantize()
+    assert values.dtype == torch.float32
+    assert values.tolist() == [[[2, 0, -0.5], [-3, 0.25, 0.25]]]
+
+
+def test_dequantize_rows_and_columns() -> None:
+    trits = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
+    rows = torch.tensor([[[[2.0]], [[0.5]]]], dtype=torch.float16)
+    assert TernaryWeights(trits, rows).dequantize().tolist() == [[[2, 0, -2], [-0.5, 0.5, 0.5]]]
+    columns = torch.tensor([[1.0, 4.0, 0.5]], dtype=torch.float16)
+    values = TernaryWeights(trits, rows, columns).dequantize()
+    assert values.tolist() == [[[2, 0, -1], [-0.5, 2, 0.25]]]
+
+
+def test_names_do_not_need_torch() -> None:
+    code = (
+        "import sys; from qmoe_format.quantize import RECIPES; "
+        "sys.exit('torch' in sys.modules or len(RECIPES) != 3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
