@@ -1,0 +1,288 @@
+"""What a ``.qmoe`` file of one of the small trained models has lost.
+
+Everything is computed in float32 on the evaluation text, the original being the bf16 checkpoint:
+
+    KL            of the original's and the file's distributions, per target token
+    loss gap      difference of their cross-entropies, per target token, in nats
+    output error  tr((W-Q) S (W-Q)^T) / tr(W S W^T) of each expert's matrix, S the sum of x x^T over
+                  the inputs x that the original model gives it; special tokens do not count
+
+An encoder-decoder is asked as ``eval_span.py`` asks it, a causal model for the next of 257 tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import qmoe_format
+from qmoe_format.calibration.families import Wiring, family_for, wiring
+from qmoe_format.dtypes import to_float32
+from qmoe_format.quantize.hessian import Calibration, relative_error
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+EVALUATION_TEXT = DATA / "text" / "eval.jsonl"
+CAUSAL_WINDOW = 257
+BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Windows of the evaluation text.
+
+    Attributes:
+        inputs: the model's arguments.
+        targets: int64 ``[windows, tokens]``.
+        counted: by stack of blocks (``encoder``), bool ``[windows * tokens]``: no special token.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    counted: dict[str, Tensor]
+
+
+class Loss(TypedDict):
+    """Means per target token with their standard errors, from the windows' means."""
+
+    cross_entropy: float
+    cross_entropy_error: float
+    loss_gap: float
+    loss_gap_error: float
+    kl: float
+    kl_error: float
+
+
+class OutputError(TypedDict):
+    """Over the matrices whose held-out tokens are at least as many as their columns."""
+
+    matrices: int
+    geometric_mean: float | None
+    mean: dict[str, float | None]
+
+
+class Evaluation:
+    """A model, its evaluation text, and what the original makes of it."""
+
+    def __init__(self, name: str, windows: int | None = None) -> None:
+        """Run the original.
+
+        Args:
+            name: the model's folder in ``DATA``.
+            windows: how many to take, evenly spaced; by default all.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        folder = DATA / name
+        config = json.loads((folder / "config.json").read_text())
+        seq2seq = bool(config.get("is_encoder_decoder"))
+        kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        self._batches = list(_batches(tokenizer, config, windows))
+        self._matrices = _matrices(self._model, config)
+        self._original = {name: torch.stack(w) for name, w in self._matrices.items()}
+        self._sums = {
+            name: Calibration.zeros(len(weights), weights.shape[2])
+            for name, weights in self._original.items()
+        }
+        self._run_original(config)
+
+    @property
+    def windows(self) -> int:
+        return sum(len(batch.targets) for batch in self._batches)
+
+    @torch.no_grad()
+    def _run_original(self, config: dict[str, Any]) -> None:
+        """Note what the head is given, which is smaller than what it makes of it, and the sums."""
+        wired = wiring(config)
+        family = family_for(config)
+        counted: dict[str, Tensor] = {}
+
+        def note_inputs(stack: str, head: str) -> Any:
+            def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                hidden, *routing = arguments
+                index, _ = family.routing(*routing)
+                for expert in range(len(self._matrices[f"{head}.{wired.output}"])):
+                    chosen = (index == expert).any(-1) & counted[stack]
+                    self._add(head, wired, expert, hidden[chosen])
+
+            return note
+
+        hooks = [
+            module.register_forward_pre_hook(note_inputs(stack, head))
+            for stack, head, module in _experts(self._model, config)
+        ]
+        self._before_head: list[Tensor] = []
+        hooks.append(
+            self._model.get_output_embeddings().register_forward_pre_hook(
+                lambda module, arguments: self._before_head.append(arguments[0].clone())
+            )
+        )
+        losses = []
+        for batch in self._batches:
+            counted.update(batch.counted)
+            losses.append(_cross_entropy(self._log_probabilities(batch), batch.targets))
+        for hook in hooks:
+            hook.remove()
+        self._losses = torch.cat(losses)
+        self.cross_entropy, self.cross_entropy_error = _mean(self._losses)
+
+    def _add(self, head: str, wired: Wiring, expert: int, inputs: Tensor) -> None:
+        products = []
+        for matrix in wired.inputs:
+            self._sums[f"{head}.{matrix}"].add(expert, inputs)
+            products.append(inputs @ self._original[f"{head}.{matrix}"][expert].T)
+        self._sums[f"{head}.{wired.output}"].add(expert, wired.hidden(products))
+
+    def _log_probabilities(self, batch: Batch) -> Tensor:
+        logits: Tensor = self._model(**batch.inputs, use_cache=False).logits
+        return logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def measure(self, path: Path) -> tuple[Loss, OutputError]:
+        """Of a file; the model is left with its weights."""
+        errors = {}
+        with qmoe_format.open(path, memory_map=False) as file:
+            for name, places in self._matrices.items():
+                dtype = file.tensors[name].dtype
+                for expert, place in enumerate(places):
+                    stored = to_float32(file.read_expert(name, expert), dtype)
+                    place.copy_(torch.from_numpy(stored))
+                sums = self._sums[name]
+                error = relative_error(self._original[name], torch.stack(places), sums.sums)
+                errors[name] = error[sums.tokens >= sums.sums.shape[2]]
+        return self._loss(), _summary(errors)
+
+    def _loss(self) -> Loss:
+        head = self._model.get_output_embeddings()
+        losses, divergences = [], []
+        for batch, hidden in zip(self._batches, self._before_head, strict=True):
+            found = self._log_probabilities(batch)
+            original = head(hidden).log_softmax(-1)
+            losses.append(_cross_entropy(found, batch.targets))
+            pointwise = nn.functional.kl_div(found, original, reduction="none", log_target=True)
+            divergences.append(pointwise.sum(-1).double().mean(1))
+        loss = torch.cat(losses)
+        cross_entropy, gap, kl = map(_mean, (loss, loss - self._losses, torch.cat(divergences)))
+        return Loss(
+            cross_entropy=cross_entropy[0],
+            cross_entropy_error=cross_entropy[1],
+            loss_gap=gap[0],
+            loss_gap_error=gap[1],
+            kl=kl[0],
+            kl_error=kl[1],
+        )
+
+
+def _experts(model: nn.Module, config: dict[str, Any]) -> Iterator[tuple[str, str, nn.Module]]:
+    """(stack of blocks, what the names of its matrices in a file begin with, module)."""
+    family = family_for(config)
+    for stage in family.stages:
+        blocks = model.get_submodule(f"{stage.stack}.{stage.blocks}")
+        for number, block in enumerate(blocks.children()):
+            try:
+                module = block.get_submodule(stage.experts)
+            except AttributeError:  # a dense block
+                continue
+            name = f"{stage.stack}.{stage.blocks}.{number}.{stage.experts}"
+            yield stage.stack, family.on_disk(name), module
+
+
+def _matrices(model: nn.Module, config: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Views on the model's parameters by the names of a file's stacks: one for each expert."""
+    wired = wiring(config)
+    found: dict[str, list[Tensor]] = {}
+    for _, head, module in _experts(model, config):
+        experts: Any = module
+        if isinstance(module, nn.ModuleDict):
+            for matrix in (*wired.inputs, wired.output):
+                found[f"{head}.{matrix}"] = [
+                    expert.get_submodule(matrix).weight.detach() for expert in experts.values()
+                ]
+        else:  # transformers keeps them together, and those of the token one above the other
+            parts = experts.gate_up_proj.detach().chunk(len(wired.inputs), dim=1)
+            for matrix, part in zip(wired.inputs, parts, strict=True):
+                found[f"{head}.{matrix}"] = list(part)
+            found[f"{head}.{wired.output}"] = list(experts.down_proj.detach())
+    return found
+
+
+def _batches(tokenizer: Any, config: dict[str, Any], windows: int | None) -> Iterator[Batch]:
+    special = torch.tensor(tokenizer.all_special_ids)
+
+    def counted(ids: Tensor) -> Tensor:
+        return ~torch.isin(ids, special).flatten()
+
+    if config.get("is_encoder_decoder"):
+        corrupted = _spaced(list(_eval_span().windows(tokenizer, EVALUATION_TEXT)), windows)
+        for first in range(0, len(corrupted), BATCH):
+            pairs = zip(*corrupted[first : first + BATCH], strict=True)
+            encoder, targets = (torch.from_numpy(np.stack(part)) for part in pairs)
+            start = torch.full((len(targets), 1), config["decoder_start_token_id"])
+            decoder = torch.cat([start, targets[:, :-1]], 1)
+            yield Batch(
+                {"input_ids": encoder, "decoder_input_ids": decoder},
+                targets,
+                {"encoder": counted(encoder), "decoder": counted(decoder)},
+            )
+        return
+    ids: list[int] = []
+    with EVALUATION_TEXT.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
+            ids.append(tokenizer.eos_token_id)
+    whole = len(ids) // CAUSAL_WINDOW
+    cut = torch.tensor(ids[: whole * CAUSAL_WINDOW]).view(whole, CAUSAL_WINDOW)
+    chosen = torch.stack(_spaced(list(cut), windows))
+    for first in range(0, len(chosen), BATCH):
+        part = chosen[first : first + BATCH]
+        inputs = part[:, :-1]
+        yield Batch({"input_ids": inputs}, part[:, 1:], {"model": counted(inputs)})
+
+
+def _eval_span() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("eval_span", DATA / "eval_span.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _spaced(items: list[Any], count: int | None) -> list[Any]:
+    if count is None or count >= len(items):
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The windows' means, float64."""
+    return -log_probabilities.gather(-1, targets[..., None])[..., 0].double().mean(1)
+
+
+def _mean(windows: Tensor) -> tuple[float, float]:
+    """Mean and standard error."""
+    return float(windows.mean()), float(windows.std()) / math.sqrt(len(windows))
+
+
+def _summary(errors: dict[str, Tensor]) -> OutputError:
+    every = torch.cat(list(errors.values()))
+    kinds: dict[str, list[Tensor]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(error)
+    mean = {kind: torch.cat(some) for kind, some in kinds.items()}
+    return OutputError(
+        matrices=len(every),
+        geometric_mean=float(every.log().mean().exp()) if len(every) else None,
+        mean={kind: float(some.mean()) if len(some) else None for kind, some in mean.items()},
+    )
