@@ -23,7 +23,7 @@ from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
 from qmoe_format.conversion.layer import Layer, experts_part
-from qmoe_format.conversion.parallel import side_by_side
+from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
@@ -85,11 +85,10 @@ class RateControl:
         self._attempts: list[tuple[float, float]] = []  # log lambda, relative excess of bits
         if self._asked is not None:
             most, least = (self._bits(value, 1.0) for value in (LEAST_LAMBDA, MOST_LAMBDA))
+            self._range = f"for this model, recipe and profile ask for {least:.3f} to {most:.3f}"
             if not least <= self._asked <= most:
                 raise QMoEError(
-                    "argument",
-                    f"{self._asked:g} bits a weight cannot be reached: for this model, recipe and "
-                    f"profile ask for {least:.3f} to {most:.3f}",
+                    "argument", f"{self._asked:g} bits a weight cannot be reached: {self._range}"
                 )
 
     @property
@@ -141,13 +140,13 @@ class RateControl:
         if self._asked is not None and abs(self.bits / self._asked - 1) > TOLERANCE:
             raise QMoEError(
                 "value",
-                f"the experts have {self.bits:.4f} bits a weight, {self._asked:g} were asked for; "
-                "ask for another number, or give a lambda",
+                f"the experts have become {self.bits:.4f} bits a weight, {self._asked:g} were "
+                f"asked for; {self._range}, or give a lambda",
             )
 
     def _solve(self, ratio: float) -> float:
         """Lambda that makes the whole as large as asked for, if the rest is so much larger than
-        was measured; within the measured range."""
+        was measured."""
         if self._asked is None:
             return self._fixed
         low, high = math.log(LEAST_LAMBDA / SLACK), math.log(MOST_LAMBDA * SLACK)
@@ -277,21 +276,24 @@ def _encoded(
 ) -> list[EncodedMatrix]:
     """The samples at the first of ``PRICES``, then at the next, and so on."""
     scale_dtype = recipe.scale_dtype(stack.dtype)
+    parts = [each.calibration for _ in PRICES for each in samples]
+    calibration = Calibration(
+        torch.cat([part.sums for part in parts]),
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.row_importance for part in parts]),
+        torch.cat([part.token_weight for part in parts]),
+    )
+    weights = torch.stack([each.weights for _ in PRICES for each in samples])
+    prices = torch.tensor(PRICES).repeat_interleave(len(samples))
 
-    def work(item: tuple[float, Sequence[_Sample]]) -> list[EncodedMatrix]:
-        price, batch = item
-        weights = torch.stack([each.weights for each in batch])
-        parts = [each.calibration for each in batch]
-        calibration = Calibration(
-            torch.cat([part.sums for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.row_importance for part in parts]),
-            torch.cat([part.token_weight for part in parts]),
-        )
-        ternary = recipe.quantize(weights, scale_dtype, calibration, Rate(price, 1.0)).weights
+    def work(batch: range) -> list[EncodedMatrix]:
+        part = slice(batch.start, batch.stop)
+        rate = Rate(prices[part], 1.0)
+        own = experts_part(calibration, part)
+        ternary = recipe.quantize(weights[part], scale_dtype, own, rate).weights
         return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
 
-    elements = samples[0].weights.numel() + stack.columns**2
-    items = [(price, samples) for price in PRICES]
+    elements = weights[0].numel() + stack.columns**2
+    items = batches(range(len(parts)), elements, layer.threads)
     done = side_by_side(work, items, elements, layer.threads)
     return [each for batch in done for each in batch]

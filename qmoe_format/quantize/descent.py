@@ -80,12 +80,12 @@ def _group_factors(hessian: Tensor) -> list[Tensor]:
     """``inverse_factor`` of each group's Hessian, ``[experts, group, group]`` each."""
     experts, columns, _ = hessian.shape
     whole = columns // GROUP
-    square = hessian[:, : whole * GROUP, : whole * GROUP]
-    blocks = square.unflatten(2, (whole, GROUP)).unflatten(1, (whole, GROUP)) if whole else square
-    factors = []
+    factors: list[Tensor] = []
     if whole:
+        square = hessian[:, : whole * GROUP, : whole * GROUP]
+        blocks = square.reshape(experts, whole, GROUP, whole, GROUP)
         diagonal = blocks.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
-        factors = list(inverse_factor(diagonal.reshape(-1, GROUP, GROUP)).split(experts))
+        factors += inverse_factor(diagonal).unbind(0)
     if columns > whole * GROUP:
         factors.append(inverse_factor(hessian[:, whole * GROUP :, whole * GROUP :]))
     return factors

@@ -42,11 +42,12 @@ class Rate:
     be best if importance was known exactly and errors were small.
 
     Attributes:
-        lam: bits fall as it rises; about 0.01 (1.4 bits) to 0.5 (0.3 bits).
+        lam: bits fall as it rises; about 0.01 (1.4 bits) to 0.5 (0.3 bits). One for all, or
+            ``[experts]``.
         reference: a typical E_j rho_j of the model, which makes lam a number without a unit.
     """
 
-    lam: float
+    lam: float | Tensor
     reference: float
 
 
@@ -168,7 +169,8 @@ def _prices(state: _State, calibration: Calibration, fit: Factored, rate: Rate) 
     # Without a Hessian there is no E_j; and a share that is far off the others' is not believed.
     blind = torch.tensor([why is not None for why in fit.fallback])
     relative = torch.where(blind[:, None], 1.0, relative.clamp(1 / TRUST, TRUST))
-    return (rate.lam * relative).float() * state.energy
+    lam = torch.as_tensor(rate.lam, dtype=torch.float64).view(-1, 1)
+    return (lam * relative).float() * state.energy
 
 
 def _importance(calibration: Calibration, like: Tensor) -> Tensor:
