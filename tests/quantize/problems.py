@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,15 @@ Array = npt.NDArray[np.float64]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    result: Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return result.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
     """Inputs as a model has them: correlated columns, of very different size."""
     mixed = random(tokens, columns, seed=seed) @ random(columns, columns, seed=seed + 1)
     spread = random(columns, seed=seed + 2).mul(0.7).exp()
-    return (mixed / columns**0.5 + 0.3 * random(tokens, 1, seed=seed + 3)) * spread
+    return (mixed / math.sqrt(columns) + 0.3 * random(tokens, 1, seed=seed + 3)) * spread
 
 
 def calibrated(inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Calibration:
