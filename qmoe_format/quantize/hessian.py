@@ -166,9 +166,22 @@ def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:
         weights, quantized: ``[experts, rows, columns]``.
         sums: ``[experts, columns, columns]``.
     """
-    pairs = zip(weights.float(), quantized.float(), sums.float(), strict=True)
-    return torch.stack([_energy(w - q, s) / _energy(w, s) for w, q, s in pairs])
+    triples = zip(weights, quantized, sums, strict=True)
+    return torch.stack(
+        [row_energies(w - q, s).sum() / row_energies(w, s).sum() for w, q, s in triples]
+    )
 
 
-def _energy(weights: Tensor, sums: Tensor) -> Tensor:
-    return ((weights @ sums) * weights).sum(dtype=torch.float64)
+def row_energies(weights: Tensor, sums: Tensor) -> Tensor:
+    """w_j S w_j / columns of each row, float64 ``[rows]``.
+
+    Args:
+        weights: ``[rows, columns]``.
+        sums: ``[columns, columns]``.
+    """
+    # Products in float32, of numbers near 1.
+    largest = weights.abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
+    mean = sums.diagonal().double().mean()
+    scaled = (weights.double() / largest).float()
+    unit = (sums.double() / torch.where(mean > 0, mean, 1.0)).float()
+    return ((scaled @ unit) * scaled).mean(1, dtype=torch.float64) * mean * largest.square()

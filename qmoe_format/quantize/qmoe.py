@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmoe_format.quantize.gptq import gptq
 from qmoe_format.quantize.hessian import Calibration, factored
-from qmoe_format.quantize.rtn import min_max
+from qmoe_format.quantize.rtn import min_max, quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights
 
 DAMPING = 0.1
@@ -25,6 +25,8 @@ def quantize_qmoe(weights: Tensor, scale_dtype: str, calibration: Calibration) -
         QMoEError: as ``round_to_nearest``.
     """
     check_weights(weights)
+    if not weights.numel():
+        return quantize_rtn(weights, scale_dtype)
     scales = min_max(weights, scale_dtype)
     ready = factored(calibration, torch.full((len(weights),), DAMPING))
     # GPTQ's decisions do not depend on the unit; of weights near 1 no square overflows.

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.gptq import gptq
-from qmoe_format.quantize.hessian import Calibration, Factored, factored
+from qmoe_format.quantize.hessian import Calibration, Factored, factored, row_energies
 from qmoe_format.quantize.refit import refit_columns, refit_rows
+from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
 
 PASSES = 3
@@ -64,13 +66,15 @@ def quantize_rd(
         QMoEError: ``argument``, ``value`` as ``round_to_nearest``.
     """
     check_weights(weights)
+    if not weights.numel():
+        return quantize_rtn(weights, scale_dtype)
     experts, _, columns = weights.shape
     share = columns / calibration.tokens.clamp(min=1).double()
     start = factored(calibration, (0.05 * share).clamp(min=0.1))
     fit = factored(calibration, (0.05 * share).clamp(min=0.03))
     state = _State(weights, fit.hessian)
     price = _prices(state, calibration, fit, rate)
-    state.scale *= _first_threshold(price / state.energy.mean(1, keepdim=True))
+    state.scale *= _first_threshold(price, state.energy.mean(1, keepdim=True))
     bits = torch.full((experts, 1), FIRST_BITS)
     for step in range(PASSES):
         first_price = START_SHARE * price * bits
@@ -153,7 +157,18 @@ class _State:
         self.reorder(self.order.argsort())
         self.column_scale = self.column_scale.to(dtype).float()
         self._refit_rows()
-        scale = (self.scale.double() * self.largest[:, None]).to(dtype)
+        used = self.trits.any(1) & (self.scale > 0)
+        scale = (torch.where(used, self.scale, 0.0).double() * self.largest[:, None]).to(dtype)
+        columns = self.column_scale.amax(1, keepdim=True)
+        bad = ~torch.isfinite(scale.float() * columns.clamp(min=1.0))
+        if bad.any():
+            expert, row = bad.nonzero()[0].tolist()
+            raise QMoEError(
+                "value",
+                f"expert {expert}, row {row}: the weights, up to "
+                f"{float(self.largest[expert]):g}, are beyond what scales of {dtype} can hold; "
+                "rescale the model",
+            )
         alive = (scale > 0)[:, None] & (self.column_scale > 0)[:, :, None]
         trits = torch.where(alive, self.trits, 0.0).transpose(1, 2).to(torch.int8)
         return TernaryWeights(
@@ -186,17 +201,15 @@ def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
         weights: ``[experts, rows, columns]``.
     """
     products = torch.stack(
-        [
-            (w @ s * w).mean(1)
-            for w, s in zip(weights.float(), calibration.sums.float(), strict=True)
-        ]
-    ).double()
+        [row_energies(w, s) for w, s in zip(weights, calibration.sums, strict=True)]
+    )
     return (products * _importance(calibration, products)).mean(1)
 
 
-def _first_threshold(relative: Tensor) -> Tensor:
+def _first_threshold(price: Tensor, energy: Tensor) -> Tensor:
     """Scale over root mean square to begin with: a smaller one leaves fewer zeros."""
-    return (2.2 + 0.8 * torch.log10(relative.clamp(min=1e-9) / 0.05)).clamp(1.4, 2.2)
+    relative = (price / energy.clamp(min=1e-30)).clamp(1e-9, 1.0)
+    return (2.2 + 0.8 * torch.log10(relative / 0.05)).clamp(1.4, 2.2)
 
 
 def _code_bits(trits: Tensor) -> Tensor:

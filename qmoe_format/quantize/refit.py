@@ -59,13 +59,13 @@ def refit_columns(
     normal = (a @ a.T).double() * hessian.double()
     aim = (a * target).sum(1).double()
     diagonal = normal.diagonal()
-    ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
-    old = column_scale.double()
     if not bool(diagonal.any()):
         return column_scale
-    aim += ridge * old
-    normal.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(normal)
-    new = torch.cholesky_solve(aim[:, None], factor)[:, 0]
+    old = column_scale.double()
+    ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
+    factor = torch.linalg.cholesky(normal + ridge.diag())
+    new = torch.cholesky_solve((aim + ridge * old)[:, None], factor)[:, 0]
     ratio = new / old
-    return torch.where((ratio > 0.1) & (ratio < 10), new, old).to(column_scale.dtype)
+    new = torch.where((ratio > 0.1) & (ratio < 10), new, old)
+    better = new @ (normal @ new - 2 * aim) < old @ (normal @ old - 2 * aim)
+    return torch.where(better, new, old).to(column_scale.dtype)
