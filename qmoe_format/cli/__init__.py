@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="begin another file after so much, such as 5GB (default: one file)",
     )
     command.add_argument(
-        "--threads", type=positive, metavar="N", help="default: all cores; the result is the same"
+        "--threads", type=positive, metavar="N", help="how many to use (default: all cores)"
     )
     command.add_argument(
         "--force",

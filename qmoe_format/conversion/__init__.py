@@ -91,7 +91,8 @@ def convert(
         destination,
         overwrite,
         sharded=shard_bytes is not None,
-        reported=calibration is not None,
+        # One that is there on resuming is this conversion's own.
+        reported=calibration is not None and not resume,
     )
     with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
         if calibration is None:

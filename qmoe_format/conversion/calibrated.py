@@ -98,7 +98,7 @@ class CalibratedConversion:
         self._progress = progress
         self._wiring = wiring(checkpoint.config)
         self._text_sha256 = text_sha256(calibration.text)
-        self._batches = _batches(checkpoint, calibration)
+        self._batches = _batches(checkpoint, calibration, masked=not recipe.rated)
 
     def run(self, *, resume: bool, overwrite: bool) -> None:
         with (
@@ -228,7 +228,7 @@ class CalibratedConversion:
         counter: Counter,
     ) -> BlockRecord:
         """Quantise a block's experts into files of their own, one a stack."""
-        value = rate.lam if rate else None
+        value = float(rate.lam) if rate else None
         record = BlockRecord(value=value, stacks={}, stored={}, dictionaries={})
         with ExitStack() as opened:
             writers = {}
@@ -344,7 +344,8 @@ class CalibratedConversion:
                     for expert in range(stack.experts):
                         experts.append(file.encoded(stack.name, expert))
                         counter.add(stack.rows * stack.columns)
-        write_report(report, report_path(self._destination))
+            # Before the file: once that is there nothing is left to be resumed.
+            write_report(report, report_path(self._destination))
 
     def _quality(self, stacks: Sequence[StackQuality], records: Iterable[BlockRecord]) -> Quality:
         calibration, config = self._calibration, self._checkpoint.config
@@ -436,7 +437,8 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
+def _batches(checkpoint: Checkpoint, calibration: Calibration, *, masked: bool) -> list[Batch]:
+    """What the model reads; QMoE's recipe leaves special tokens out of the Hessians."""
     from transformers import AutoTokenizer
 
     texts = read_texts(calibration.text, calibration.column)
@@ -455,4 +457,5 @@ def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
         sequence_length=calibration.sequence_length,
         samples=calibration.samples,
         seed=calibration.seed,
+        mask_special_tokens=masked,
     )

@@ -276,24 +276,22 @@ def _encoded(
 ) -> list[EncodedMatrix]:
     """The samples at the first of ``PRICES``, then at the next, and so on."""
     scale_dtype = recipe.scale_dtype(stack.dtype)
-    parts = [each.calibration for _ in PRICES for each in samples]
-    calibration = Calibration(
-        torch.cat([part.sums for part in parts]),
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.row_importance for part in parts]),
-        torch.cat([part.token_weight for part in parts]),
-    )
-    weights = torch.stack([each.weights for _ in PRICES for each in samples])
-    prices = torch.tensor(PRICES).repeat_interleave(len(samples))
+    number = len(samples)
 
     def work(batch: range) -> list[EncodedMatrix]:
-        part = slice(batch.start, batch.stop)
-        rate = Rate(prices[part], 1.0)
-        own = experts_part(calibration, part)
-        ternary = recipe.quantize(weights[part], scale_dtype, own, rate).weights
+        own = [samples[each % number] for each in batch]
+        calibration = Calibration(
+            torch.cat([each.calibration.sums for each in own]),
+            torch.cat([each.calibration.tokens for each in own]),
+            torch.cat([each.calibration.row_importance for each in own]),
+            torch.cat([each.calibration.token_weight for each in own]),
+        )
+        weights = torch.stack([each.weights for each in own])
+        rate = Rate(torch.tensor([PRICES[each // number] for each in batch]), 1.0)
+        ternary = recipe.quantize(weights, scale_dtype, calibration, rate).weights
         return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
 
-    elements = weights[0].numel() + stack.columns**2
-    items = batches(range(len(parts)), elements, layer.threads)
+    elements = samples[0].weights.numel() + stack.columns**2
+    items = batches(range(number * len(PRICES)), elements, layer.threads)
     done = side_by_side(work, items, elements, layer.threads)
     return [each for batch in done for each in batch]

@@ -126,7 +126,11 @@ def test_the_report_tells_the_truth(
     after = load_file(tmp_path / "unpacked" / "model-00001-of-00001.safetensors")
     head, matrix, member, router, k = first_experts(model)
     batches = batches_of(model, text)
-    counted = torch.cat([batch.inputs.counted[batch.inputs.attended] for batch in batches])
+    read = torch.cat([batch.inputs.ids[batch.inputs.attended] for batch in batches])
+    special = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(
+        ["</s>", *(f"<extra_id_{number}>" for number in range(8))]
+    )
+    counted = ~torch.isin(read, torch.tensor(special))
     inputs = experts_inputs(model, head, batches)[counted].double()
     chosen = (inputs @ before[router].double().T).topk(k).indices
     report = {each["name"]: each for each in report_of(file)["stacks"]}[f"{head}.{matrix}"]
@@ -170,6 +174,61 @@ def experts_inputs(folder: Path, head: str, batches: list[Any]) -> Tensor:
     return torch.cat([x.flatten(0, -2)[own] for x, own in zip(seen, kept, strict=True)])
 
 
+def test_tokens_are_weighed_by_what_they_matter(
+    switch_folder: Path, text: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe rd weighs a token by router weight over the length of the hidden states."""
+    from qmoe_format.quantize.hessian import Calibration
+
+    add = Calibration.add
+    given: list[tuple[int, Tensor, Tensor]] = []
+
+    def noted(self: Calibration, expert: int, inputs: Tensor, weights: Any = None) -> None:
+        given.append((expert, inputs, weights))
+        add(self, expert, inputs, weights)
+
+    monkeypatch.setattr(Calibration, "add", noted)
+    converted(switch_folder, recipe="rd", rate_lambda=0.1)
+    block = "encoder.block.1"
+    head = f"{block}.layer.1.mlp.experts"
+    model, batches = load(switch_folder), batches_of(switch_folder, text)
+    seen: dict[str, list[Tensor]] = {"x": [], "h": [], "y": [], "p": []}
+
+    def experts(module: Any, arguments: Any, result: Tensor) -> None:
+        seen["x"].append(arguments[0].flatten(0, -2))
+        seen["p"].append(arguments[2].flatten())
+        seen["y"].append(result.flatten(0, -2))
+
+    model.get_submodule(head).register_forward_hook(experts)
+    model.get_submodule(block).register_forward_pre_hook(
+        lambda _, arguments: seen["h"].append(arguments[0].flatten(0, -2))
+    )
+    for batch in batches:
+        run(model, batch)
+    real = torch.cat([batch.inputs.attended.flatten() for batch in batches])
+    x, h, y, p = (torch.cat(seen[name])[real] for name in "xhyp")
+    gates = p / (h.square().sum(1) + y.square().sum(1)).sqrt()
+    state = load_file(switch_folder / "model.safetensors")
+    router = state[f"{block}.layer.1.mlp.router.classifier.weight"].float()
+    chosen = (x @ router.T).argmax(1)
+    for expert in range(4):
+        wi, wo = (state[f"{head}.expert_{expert}.{name}.weight"].float() for name in ("wi", "wo"))
+        own, before = chosen == expert, x[chosen == expert] @ wi.T
+        wanted = {
+            "wi": (x[own], (before > 0) * wo.square().sum(0) * gates[own, None].square()),
+            "wo": (before.relu(), gates[own, None].square()),
+        }
+        for inputs, weights in wanted.values():
+            assert any(
+                each[0] == expert
+                and each[1].shape == inputs.shape
+                and each[2].shape == weights.shape
+                and torch.allclose(each[1], inputs, rtol=1e-3, atol=1e-4)
+                and torch.allclose(each[2], weights, rtol=1e-3, atol=1e-6)
+                for each in given
+            )
+
+
 def test_later_blocks_see_what_earlier_ones_have_become(
     switch_folder: Path,
     text: Path,
@@ -199,11 +258,8 @@ def test_later_blocks_see_what_earlier_ones_have_become(
     assert far(given, compressed) < 1e-4 < 100 * far(given, compressed) < far(given, original)
 
 
-def test_the_same_bytes_again_and_whatever_the_threads(
-    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
-    options = {"bits_per_weight": 1.5, "samples": 10}
+def test_the_same_bytes_again_and_whatever_the_threads(model: Path, converted: Convert) -> None:
+    options = {"rate_lambda": 0.1, "samples": 10}
     first = converted(model, "a.qmoe", **options)
     for name, threads in (("b.qmoe", 1), ("c.qmoe", 3)):
         again = converted(model, name, threads=threads, **options)
@@ -236,7 +292,9 @@ def test_large_experts_one_at_a_time(
     assert converted(model, "large.qmoe", samples=4, rate_lambda=0.05).read_bytes() == first
 
 
-@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize(
+    ("model", "share"), [("switch", 0.3), ("mixtral", 0.8)], indirect=["model"]
+)
 def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float) -> None:
     said = refusal(lambda: converted(model, bits_per_weight=100.0), "argument")
     least, most = map(float, said.rpartition("ask for ")[2].split(" to "))

@@ -81,7 +81,7 @@ def test_everything_on_the_command_line(
 ) -> None:
     options = (
         f"--calibration {text} --text-column text --sequence-length 24 --samples 9 --seed 3 "
-        "--token-cap 2.5 --device cpu --lambda 0.1 --recipe rd --profile size --threads 1"
+        "--token-cap 2.5 --device cpu --lambda 0.1 --recipe rd --profile fast --threads 1"
     ).split()
     file = tmp_path / "m.qmoe"
     done = qmoe("convert", switch_folder, file, *options)
@@ -91,7 +91,6 @@ def test_everything_on_the_command_line(
         tmp_path / "direct.qmoe",
         calibration=Calibration(text, "text", 24, 9, 3, 2.5, "cpu"),
         rate_lambda=0.1,
-        profile="size",
         threads=1,
     )
     assert file.read_bytes() == direct.read_bytes()

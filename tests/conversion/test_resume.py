@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qmoe_format.conversion.report import report_path
+from qmoe_format.conversion.report import report_path, write_report
 from qmoe_format.conversion.state import Work
 from qmoe_format.errors import QMoEError
 from qmoe_format.partial import PartialFile
@@ -56,7 +56,9 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("model", "when"), [("switch", "before"), ("mixtral", "after")], indirect=["model"]
+)
 def test_stopped_at_each_record(
     model: Path,
     converted: Convert,
@@ -149,6 +151,22 @@ def test_killed_again_and_again(
     # A file that was being put together when the process was killed may be left [W-2].
     left = {path.name for path in tmp_path.iterdir() if path.suffix != ".partial"}
     assert {name for name in left if "undisturbed" not in name} == {"m.qmoe", "m.quality.json"}
+
+
+def test_stopped_between_report_and_file(
+    switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopping(text: bytes, path: Path) -> None:
+        write_report(text, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qmoe_format.conversion.calibrated.write_report", stopping)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            converted(switch_folder, recipe="qmoe", samples=3)
+    assert not (tmp_path / "m.qmoe").exists()
+    file = converted(switch_folder, recipe="qmoe", samples=3, resume=True)
+    assert json.loads(report_path(file).read_text())["settings"]["samples"] == 3
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""Rate control, with stacks whose sizes are given by a formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from qmoe_format.errors import QMoEError
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+from qmoe_format.checkpoints import ExpertStack
+from qmoe_format.conversion.plan import DEFAULT_LAMBDA, PRICES, RateControl, StackPlan
+from qmoe_format.conversion.settings import Target
+
+EXPERTS, ROWS, COLUMNS = 8, 100, 1000
+STACKS = [ExpertStack(f"s{i}", "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
+PLANS = {
+    stack.name: StackPlan(
+        energies=[0.0, *(10.0 ** (number - each) for each in range(EXPERTS - 1))],
+        bytes=[20_000 - 2000.0 * step for step in range(len(PRICES))],
+        places=[8.0 * step for step in range(len(PRICES))],
+        dictionary=1.0,
+    )
+    for number, stack in enumerate(STACKS)
+}
+
+
+def true_bytes(control: RateControl, name: str, value: float, off: float) -> int:
+    """As planned but for a factor; an expert's size goes with its own price."""
+    total = 0.0
+    for energy in PLANS[name]["energies"]:
+        own = value * math.sqrt(control.reference / energy) if energy else value
+        step = math.log(own / PRICES[0]) / math.log(PRICES[1] / PRICES[0])
+        total += 20_000 - 2000 * min(max(step, 0), len(PRICES) - 1)
+    return round(off * total)
+
+
+def convert(control: RateControl, offs: list[float]) -> tuple[list[float], int]:
+    """Lambdas of the blocks, one stack each, and the number of attempts at the last."""
+    values, attempts = [], 1
+    for stack, off in zip(STACKS, offs, strict=True):
+        value = control.choose()
+        stored = {stack.name: true_bytes(control, stack.name, value, off)}
+        while stack is STACKS[-1] and (better := control.again(value, stored, {"3": 1})):
+            value = better
+            stored = {stack.name: true_bytes(control, stack.name, value, off)}
+            attempts += 1
+        control.finish(value, stored, {"3": 1})
+        values.append(value)
+    return values, attempts
+
+
+@pytest.mark.parametrize("asked", [1.05, 1.2, 1.4])
+@pytest.mark.parametrize(
+    "offs", [[1.0, 1.0, 1.0, 1.0], [1.1, 1.1, 1.1, 1.1], [0.9, 1.0, 1.05, 0.95]]
+)
+def test_the_size_is_what_was_asked_for(asked: float, offs: list[float]) -> None:
+    control = RateControl(Target(bits=asked), STACKS, PLANS)
+    values, attempts = convert(control, offs)
+    control.check()
+    assert control.bits == pytest.approx(asked, rel=0.01)
+    assert attempts <= 4
+    if len(set(offs)) == 1:
+        assert max(values[1:]) < 1.1 * min(values[1:]), "one lambda once the error is known"
+
+
+def test_a_size_that_is_missed() -> None:
+    control = RateControl(Target(bits=1.2), STACKS, PLANS)
+    for stack in STACKS:
+        control.finish(control.choose(), {stack.name: 200_000}, {})
+    with pytest.raises(QMoEError, match=r"2.0000 bits a weight, 1.2 .* ask for 0.9.* to 1.5") as e:
+        control.check()
+    assert e.value.code == "value"
+
+
+@pytest.mark.parametrize("asked", [0.1, 3.0])
+def test_a_size_out_of_reach(asked: float) -> None:
+    with pytest.raises(QMoEError, match=r"ask for 0.9.* to 1.5") as caught:
+        RateControl(Target(bits=asked), STACKS, PLANS)
+    assert caught.value.code == "argument"
+
+
+@pytest.mark.parametrize("lam", [None, 0.3])
+def test_a_given_lambda(lam: float | None) -> None:
+    control = RateControl(Target(lam=lam), STACKS, PLANS)
+    values, attempts = convert(control, [1.0, 2.0, 3.0, 4.0])
+    assert set(values) == {lam or DEFAULT_LAMBDA}
+    assert attempts == 1
+    control.check()
+
+
+def test_the_reference_is_the_geometric_mean() -> None:
+    control = RateControl(Target(), STACKS, PLANS)
+    assert control.reference == pytest.approx(10.0**-1.5)
