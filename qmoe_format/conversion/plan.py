@@ -35,7 +35,7 @@ LEAST_LAMBDA, MOST_LAMBDA = 0.001, 1.0  # what can be asked for is in between
 SLACK = 10.0  # so many times beyond may be needed to get it
 PRICES = tuple(0.002 * 4**step for step in range(6))
 SAMPLE_EXPERTS = 2
-SAMPLE_ROWS = 128
+SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
 
 

@@ -82,7 +82,7 @@ class Factored:
     Attributes:
         hessian: ``[experts, columns, columns]``, scaled to a mean diagonal of S of 1.
         factor: the same shape, ``inverse_factor`` of each.
-        unit: float64 ``[experts]``, the mean diagonal of S; 1 for a fallback.
+        unit: float64 ``[experts]``, the mean diagonal of S; 1 for a fallback; on the CPU.
         damping: of each expert; None for a fallback.
         fallback: why an expert has the identity for a Hessian, or None.
     """
@@ -127,8 +127,8 @@ def factored(calibration: Calibration, damping: Tensor) -> Factored:
         if reason is None:
             unit[expert] = mean
         else:
-            hessian[expert] = torch.eye(len(sums))
-            factor[expert] = torch.eye(len(sums))
+            hessian[expert] = torch.eye(len(sums), device=hessian.device)
+            factor[expert] = hessian[expert]
         used.append(None if reason else d)
         why.append(reason)
     return Factored(hessian, factor, unit, used, why)

@@ -26,7 +26,7 @@ from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weight
 PASSES = 3
 TRUST = 30.0
 START_SHARE = 0.3
-ROUNDS = 8
+ROUNDS = 6
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
 
 
@@ -70,16 +70,16 @@ def quantize_rd(
         return quantize_rtn(weights, scale_dtype)
     experts, _, columns = weights.shape
     share = columns / calibration.tokens.clamp(min=1).double()
-    start = factored(calibration, (0.05 * share).clamp(min=0.1))
-    fit = factored(calibration, (0.05 * share).clamp(min=0.03))
-    state = _State(weights, fit.hessian)
-    price = _prices(state, calibration, fit, rate)
+    damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.03)
+    ready = factored(calibration, damping)
+    state = _State(weights, _eased(ready, damping, later))
+    price = _prices(state, calibration, ready, rate)
     state.scale *= _first_threshold(price, state.energy.mean(1, keepdim=True))
-    bits = torch.full((experts, 1), FIRST_BITS)
+    bits = torch.full((experts, 1), FIRST_BITS, device=weights.device)
     for step in range(PASSES):
         first_price = START_SHARE * price * bits
         state.trits = gptq(
-            state.weights, start.factor, None, state.scale, state.column_scale, first_price
+            state.weights, ready.factor, None, state.scale, state.column_scale, first_price
         )
         bits = _code_bits(state.trits)
         state.refit(columns=step > 0)
@@ -91,8 +91,8 @@ def quantize_rd(
             price * bits,
         )  # fmt: skip
         bits = _code_bits(state.trits)
-        state.refit(columns=step % 2 == 1)
-    return Quantized(state.finish(scale_type(scale_dtype)), fit.damping, fit.fallback)
+        state.refit(columns=step % 3 == 2)
+    return Quantized(state.finish(scale_type(scale_dtype)), ready.damping, ready.fallback)
 
 
 class _State:
@@ -176,16 +176,26 @@ class _State:
         )
 
 
-def _prices(state: _State, calibration: Calibration, fit: Factored, rate: Rate) -> Tensor:
-    """What a bit costs each row, in units of ``fit.hessian`` and ``state.weights``."""
+def _eased(ready: Factored, damping: Tensor, later: Tensor) -> Tensor:
+    """The Hessians with less damping: GPTQ, which cannot take a decision back, needs more of it."""
+    hessian = ready.hessian.clone()
+    for expert, used in enumerate(ready.damping):
+        if used == float(damping[expert]):
+            hessian[expert].diagonal().sub_(float(damping[expert] - later[expert]))
+    return hessian
+
+
+def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate) -> Tensor:
+    """What a bit costs each row, in units of the state's Hessian and weights."""
+    energy = state.energy.double().cpu()
     # E_j of Rate, in its own units.
-    own = state.energy.double() * (fit.unit * state.largest.square())[:, None]
+    own = energy * (ready.unit * state.largest.square().cpu())[:, None]
     relative = torch.sqrt(rate.reference / (own * _importance(calibration, own)).clamp(min=1e-300))
     # Without a Hessian there is no E_j; and a share that is far off the others' is not believed.
-    blind = torch.tensor([why is not None for why in fit.fallback])
+    blind = torch.tensor([why is not None for why in ready.fallback])
     relative = torch.where(blind[:, None], 1.0, relative.clamp(1 / TRUST, TRUST))
     lam = torch.as_tensor(rate.lam, dtype=torch.float64).view(-1, 1)
-    return (lam * relative).float() * state.energy
+    return (lam * relative * energy).to(state.energy)
 
 
 def _importance(calibration: Calibration, like: Tensor) -> Tensor:
@@ -202,7 +212,7 @@ def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
     """
     products = torch.stack(
         [row_energies(w, s) for w, s in zip(weights, calibration.sums, strict=True)]
-    )
+    ).cpu()
     return (products * _importance(calibration, products)).mean(1)
 
 

@@ -41,7 +41,7 @@ def refit_rows(quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tenso
 def refit_columns(
     trits: Tensor, hessian: Tensor, target: Tensor, scale: Tensor, column_scale: Tensor
 ) -> Tensor:
-    """Column scales of one expert that minimise the error, in float64.
+    """Column scales of one expert that minimise the error.
 
     With A = diag(r) T, the error's normal equations are ((A^T A) o H) c = v, v_i = A_i . (WH)_i.
 
@@ -56,16 +56,18 @@ def refit_columns(
         ``[columns]``, the type of ``column_scale``.
     """
     a = trits * scale
-    normal = (a @ a.T).double() * hessian.double()
-    aim = (a * target).sum(1).double()
+    normal = (a @ a.T) * hessian
+    aim = (a * target).sum(1)
     diagonal = normal.diagonal()
-    if not bool(diagonal.any()):
-        return column_scale
-    old = column_scale.double()
     ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
-    factor = torch.linalg.cholesky(normal + ridge.diag())
-    new = torch.cholesky_solve((aim + ridge * old)[:, None], factor)[:, 0]
-    ratio = new / old
-    new = torch.where((ratio > 0.1) & (ratio < 10), new, old)
-    better = new @ (normal @ new - 2 * aim) < old @ (normal @ old - 2 * aim)
-    return torch.where(better, new, old).to(column_scale.dtype)
+    # float64 would take twice as long, and the ridge is far above float32's rounding.
+    factor, failed = torch.linalg.cholesky_ex(normal + ridge.diag())
+    new = torch.cholesky_solve((aim + ridge * column_scale)[:, None], factor)[:, 0]
+    ratio = new / column_scale
+    new = torch.where((ratio > 0.1) & (ratio < 10), new, column_scale)
+
+    def error(c: Tensor) -> Tensor:
+        return (c * (normal @ c - 2 * aim)).sum(dtype=torch.float64)
+
+    better = (failed == 0) & (error(new) < error(column_scale))
+    return torch.where(better, new, column_scale)

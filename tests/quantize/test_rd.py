@@ -317,7 +317,7 @@ def test_tokens_from_none_to_many(tokens: int) -> None:
     assert result.weights.trits.any()
     if tokens:
         assert result.fallback == [None]
-        assert result.damping == [pytest.approx(max(0.03, 0.05 * 20 / tokens))]
+        assert result.damping == [pytest.approx(max(0.1, 0.05 * 20 / tokens))]
     else:
         assert result.fallback == ["no tokens"]
 

@@ -89,7 +89,7 @@ def test_shapes_and_types(name: str, scale_dtype: str) -> None:
         assert weights.column_scale is None
     assert len(result.damping) == len(result.fallback) == 3
     assert result.fallback == [None] * 3
-    dampings = {"rtn": None, "qmoe": pytest.approx(0.1), "rd": pytest.approx(0.03)}
+    dampings = {"rtn": None, "qmoe": pytest.approx(0.1), "rd": pytest.approx(0.1)}
     assert result.damping == [dampings[name]] * 3
 
 
