@@ -80,10 +80,10 @@ def jobs(settings: Settings) -> list[Job]:
     return [
         Job("rtn", "rtn"),
         Job(BASELINE, "qmoe", samples),
-        *(Job(f"rd {bits:g}", "rd", samples, bits) for bits in settings.bits),
         Job(OURS, "rd", samples, BASELINE),
         Job(BASELINE_FEW, "qmoe", few),
         Job(OURS_FEW, "rd", few, BASELINE_FEW),
+        *(Job(f"rd {bits:g}", "rd", samples, bits) for bits in settings.bits),
     ]
 
 
