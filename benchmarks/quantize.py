@@ -73,6 +73,7 @@ class Job:
     recipe: str
     samples: int | None = None
     bits: float | str | None = None
+    masked: bool = False
 
 
 def jobs(settings: Settings) -> list[Job]:
@@ -83,6 +84,7 @@ def jobs(settings: Settings) -> list[Job]:
         Job(OURS, "rd", samples, BASELINE),
         Job(BASELINE_FEW, "qmoe", few),
         Job(OURS_FEW, "rd", few, BASELINE_FEW),
+        Job("qmoe, special tokens masked", "qmoe", samples, masked=True),
         *(Job(f"rd {bits:g}", "rd", samples, bits) for bits in settings.bits),
     ]
 
@@ -138,7 +140,9 @@ def convert(model: str, job: Job, asked: float | None, path: Path) -> Record:
                 DATA / model,
                 path,
                 recipe=job.recipe,
-                calibration=Calibration(CALIBRATION_TEXT, samples=job.samples),
+                calibration=Calibration(
+                    CALIBRATION_TEXT, samples=job.samples, mask_special_tokens=job.masked
+                ),
                 bits_per_weight=asked,
             )
     seconds = time.perf_counter() - started

@@ -98,7 +98,7 @@ class CalibratedConversion:
         self._progress = progress
         self._wiring = wiring(checkpoint.config)
         self._text_sha256 = text_sha256(calibration.text)
-        self._batches = _batches(checkpoint, calibration, masked=not recipe.rated)
+        self._batches = _batches(checkpoint, calibration)
 
     def run(self, *, resume: bool, overwrite: bool) -> None:
         with (
@@ -132,6 +132,7 @@ class CalibratedConversion:
             "samples": calibration.samples,
             "seed": calibration.seed,
             "token cap": calibration.token_cap,
+            "mask special tokens": calibration.mask_special_tokens,
             "device": calibration.device,
             "bits per weight": self._target.bits,
             "lambda": self._target.lam,
@@ -370,6 +371,7 @@ class CalibratedConversion:
                 "samples": calibration.samples,
                 "seed": calibration.seed,
                 "token_cap": calibration.token_cap,
+                "mask_special_tokens": calibration.mask_special_tokens,
                 "bits_per_weight": self._target.bits,
                 "lambda": self._target.lam,
             },
@@ -437,8 +439,7 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _batches(checkpoint: Checkpoint, calibration: Calibration, *, masked: bool) -> list[Batch]:
-    """What the model reads; QMoE's recipe leaves special tokens out of the Hessians."""
+def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
     from transformers import AutoTokenizer
 
     texts = read_texts(calibration.text, calibration.column)
@@ -457,5 +458,5 @@ def _batches(checkpoint: Checkpoint, calibration: Calibration, *, masked: bool) 
         sequence_length=calibration.sequence_length,
         samples=calibration.samples,
         seed=calibration.seed,
-        mask_special_tokens=masked,
+        mask_special_tokens=calibration.mask_special_tokens,
     )
