@@ -144,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="of an expert's tokens use at most X times the experts' mean (default: 4)",
     )
+    group.add_argument(
+        "--mask-special-tokens",
+        action="store_true",
+        default=None,
+        help="leave sentinels, ends of sequences and the like out of the Hessians, as QMoE does",
+    )
     size = group.add_mutually_exclusive_group()
     size.add_argument(
         "--bits-per-weight",

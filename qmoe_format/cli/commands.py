@@ -23,6 +23,7 @@ CALIBRATION = {
     "samples": "samples",
     "seed": "seed",
     "token_cap": "token_cap",
+    "mask_special_tokens": "mask_special_tokens",
     "device": "device",
 }
 

@@ -120,7 +120,7 @@ def test_the_report_tells_the_truth(
     model: Path, text: Path, converted: Convert, tmp_path: Path
 ) -> None:
     """Of the first experts, whose inputs are those of the original model."""
-    file = converted(model, recipe="qmoe")
+    file = converted(model, recipe="qmoe", mask_special_tokens=True)
     unpack(file, tmp_path / "unpacked")
     before = load_file(model / "model.safetensors")
     after = load_file(tmp_path / "unpacked" / "model-00001-of-00001.safetensors")

@@ -81,7 +81,8 @@ def test_everything_on_the_command_line(
 ) -> None:
     options = (
         f"--calibration {text} --text-column text --sequence-length 24 --samples 9 --seed 3 "
-        "--token-cap 2.5 --device cpu --lambda 0.1 --recipe rd --profile fast --threads 1"
+        "--token-cap 2.5 --mask-special-tokens --device cpu --lambda 0.1 --recipe rd "
+        "--profile fast --threads 1"
     ).split()
     file = tmp_path / "m.qmoe"
     done = qmoe("convert", switch_folder, file, *options)
@@ -89,7 +90,7 @@ def test_everything_on_the_command_line(
     direct = convert(
         switch_folder,
         tmp_path / "direct.qmoe",
-        calibration=Calibration(text, "text", 24, 9, 3, 2.5, "cpu"),
+        calibration=Calibration(text, "text", 24, 9, 3, 2.5, True, "cpu"),
         rate_lambda=0.1,
         threads=1,
     )
