@@ -123,7 +123,7 @@ def _parquet() -> Any:
         raise QMoEError(
             "dependency",
             f"a .parquet file needs the package pyarrow, which cannot be imported ({error}); "
-            "run: pip install pyarrow, or convert the file to .jsonl",
+            "run: pip install 'qmoe-format[parquet]', or convert the file to .jsonl",
         ) from error
 
 
