@@ -118,7 +118,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     path = write(tmp_path / "a.parquet", b"PAR1")
-    with pytest.raises(QMoEError, match="pip install 'qmoe-format\[parquet\]'") as caught:
+    with pytest.raises(QMoEError, match=r"pip install 'qmoe-format\[parquet\]'") as caught:
         read_texts(path)
     assert caught.value.code == "dependency"
 
