@@ -46,6 +46,7 @@ from qmoe_format.conversion.rest import write_rest
 from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.state import Work, describe_checkpoint
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import release_memory
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration as Statistics
 from qmoe_format.quantize.hessian import relative_error
@@ -168,6 +169,7 @@ class CalibratedConversion:
                 layer = self._layer(block, routed, norms)
                 measure = self._target.bits is not None
                 record = plan_layer(layer, self._recipe, self._profile, measure=measure)
+                release_memory()
                 counter.add(_weights(layer.stacks.values()))
             if number + 1 < len(blocks):
                 walk.advance(outputs)
@@ -262,6 +264,8 @@ class CalibratedConversion:
                         counter.add(stack.rows * stack.columns)
                 if outputs is not None:
                     layer.add_outputs(weights, group, outputs)
+                del weights, statistics
+                release_memory()
         return record
 
     def _stack(
