@@ -24,9 +24,9 @@ from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
 
 PASSES = 3
-TRUST = 30.0
-START_SHARE = 0.3
+START_SHARE = 0.3  # of the price, in the passes
 ROUNDS = 6
+TRUST = 30.0
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
 
 
@@ -191,11 +191,14 @@ def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate
     # E_j of Rate, in its own units.
     own = energy * (ready.unit * state.largest.square().cpu())[:, None]
     relative = torch.sqrt(rate.reference / (own * _importance(calibration, own)).clamp(min=1e-300))
-    # Without a Hessian there is no E_j; and a share that is far off the others' is not believed.
-    blind = torch.tensor([why is not None for why in ready.fallback])
-    relative = torch.where(blind[:, None], 1.0, relative.clamp(1 / TRUST, TRUST))
+    # A share that is far off the others' is not believed.
     lam = torch.as_tensor(rate.lam, dtype=torch.float64).view(-1, 1)
-    return (lam * relative * energy).to(state.energy)
+    share = lam * relative.clamp(1 / TRUST, TRUST)
+    # Without a Hessian there is no E_j, and no column makes good what another got wrong, so errors
+    # are several times as large: about as many bits are left if a bit's price is, too.
+    blind = torch.tensor([why is not None for why in ready.fallback])
+    share = torch.where(blind[:, None], (0.5 * (lam / 0.05) ** 0.3).clamp(max=0.8), share)
+    return (share * energy).to(state.energy)
 
 
 def _importance(calibration: Calibration, like: Tensor) -> Tensor:
