@@ -75,11 +75,39 @@ def speeds(records: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
     )
 
 
+def quality(models: dict[str, Any]) -> str:
+    """What the files of two small models have lost, relative to the recipe ``qmoe``."""
+    rows = []
+    for model, found in models.items():
+        files = found["files"]
+        for label, record in files.items():
+            baseline = files.get("qmoe, few" if "few" in label else "qmoe", {})
+            if "bits" not in record or "bits" not in baseline:
+                continue
+            error = record["output_error"]["geometric_mean"]
+            rows.append(
+                [
+                    f"{model}, {label}",
+                    f"{record['bits']:.3f}",
+                    f"{record['zero_fraction']:.1%}",
+                    f"{record['loss_gap']:+.4f} ± {record['loss_gap_error']:.4f}",
+                    f"{record['kl']:.6f}",
+                    f"{record['kl'] / baseline['kl']:.2f} ×",
+                    f"{error / baseline['output_error']['geometric_mean']:.2f} ×",
+                ]
+            )
+    return table(
+        "model, recipe | bits a weight, total | zeros | loss gap, nats | KL | KL to qmoe | "
+        "output error to qmoe",
+        rows,
+    )
+
+
 def figures() -> str:
     """The text between the marks."""
-    codec, opening, memory = (
+    codec, opening, memory, quantize = (
         json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("codec", "opening", "convert_memory")
+        for name in ("codec", "opening", "convert_memory", "quantize")
     )
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
@@ -112,6 +140,14 @@ y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense bf
 Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at the preamble, the
 index, that expert and its dictionary (`python -m benchmarks.opening`). Converting a checkpoint of
 {size} peaks at {peak} of memory (`python -m benchmarks.convert_memory`).
+
+What conversion loses (`python -m benchmarks.quantize`), on two small models that were really
+trained, all of the calibration text and all of the evaluation text: the gap of the cross-entropy to
+the bf16 checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is
+of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QMoE paper's recipe,
+*few* means 40 sequences of calibration text.
+
+{quality(quantize["models"])}
 """
 
 

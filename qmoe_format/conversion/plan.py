@@ -31,9 +31,9 @@ from qmoe_format.quantize.hessian import Calibration
 from qmoe_format.quantize.rd import Rate, typical_energy
 
 DEFAULT_LAMBDA = 0.05
-LEAST_LAMBDA, MOST_LAMBDA = 0.001, 1.0  # what can be asked for is in between
+LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # what can be asked for is in between
 SLACK = 10.0  # so many times beyond may be needed to get it
-PRICES = tuple(0.002 * 4**step for step in range(6))
+PRICES = tuple(0.0002 * 5**step for step in range(7))
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond

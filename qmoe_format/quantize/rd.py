@@ -222,7 +222,7 @@ def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
 def _first_threshold(price: Tensor, energy: Tensor) -> Tensor:
     """Scale over root mean square to begin with: a smaller one leaves fewer zeros."""
     relative = (price / energy.clamp(min=1e-30)).clamp(1e-9, 1.0)
-    return (2.2 + 0.8 * torch.log10(relative / 0.05)).clamp(1.4, 2.2)
+    return (2.2 + 0.8 * torch.log10(relative / 0.05)).clamp(1.0, 2.2)
 
 
 def _code_bits(trits: Tensor) -> Tensor:
