@@ -36,6 +36,7 @@ def quality_tables(quality: Quality) -> list[str]:
     """Lines with a row for each stack, then one for each expert that had a fallback."""
     header = ("stack", "experts", "fallbacks", "tokens", "relative error", "bits/weight")
     lines = table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
+    lines += ["", "of each stack's experts: least / mean / most"]
     fallen = [
         (stack["name"], str(number), count(expert["tokens"]), expert["fallback"])
         for stack in quality["stacks"]
