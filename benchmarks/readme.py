@@ -145,7 +145,7 @@ What conversion loses (`python -m benchmarks.quantize`), on two small models tha
 trained, all of the calibration text and all of the evaluation text: the gap of the cross-entropy to
 the bf16 checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is
 of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QMoE paper's recipe,
-*few* means 40 sequences of calibration text.
+*few* means 40 sequences of calibration text; `rd` was asked for the bits that `qmoe` came to.
 
 {quality(quantize["models"])}
 """

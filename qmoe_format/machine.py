@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""What this machine has, and giving memory back to it."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from qmoe_format.errors import QMoEError
@@ -94,6 +95,20 @@ class PartialFile:
             self._fd = -1
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[PartialFile]:
+    """A new file to write; it is durable, under its name, when the block has ended well."""
+    file = PartialFile(path)
+    try:
+        yield file
+        file.seal()
+        file.publish()
+    except BaseException:
+        file.discard()
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -76,7 +76,7 @@ class Writer:
     ) -> None:
         self._target = check_target(path)
         self._shard_bytes = shard_bytes
-        self._stem = self._target.name.removesuffix(".json").removesuffix(".qmoe")
+        self._stem = file_stem(self._target)
         if shard_bytes is not None:
             if shard_bytes < 1:
                 raise QMoEError("argument", f"shards of {shard_bytes} bytes cannot be written")
@@ -332,6 +332,11 @@ class StackWriter:
             raise QMoEError(
                 "argument", f"stack {self.name!r} got {self.count} of {self.experts} experts"
             )
+
+
+def file_stem(path: Path) -> str:
+    """What the names of the files beside it begin with: its own name without suffix."""
+    return path.name.removesuffix(".json").removesuffix(".qmoe")
 
 
 class _File:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
-from qmoe_format.partial import PartialFile, sync_folder
+from qmoe_format.partial import whole_file
 
 SUFFIX = ".rows"
 _ZEROS = 1 << 16  # rows written at a time
@@ -35,20 +35,13 @@ class Rows:
     @contextmanager
     def writing(self) -> Iterator[Callable[[Tensor], None]]:
         """Gives a function that appends rows; the file is there when the block has ended well."""
-        partial = PartialFile(self.path)
+        with whole_file(self.path) as file:
 
-        def append(rows: Tensor) -> None:
-            data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
-            partial.write(data.numpy().data)
+            def append(rows: Tensor) -> None:
+                data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
+                file.write(data.numpy().data)
 
-        try:
             yield append
-            partial.seal()
-            partial.publish()
-        except BaseException:
-            partial.discard()
-            raise
-        sync_folder(self.path.parent)
 
     def read(self, counts: Iterable[int]) -> Iterator[Tensor]:
         """The first ``counts[0]`` rows, the next ``counts[1]`` rows, and so on, each a copy."""

@@ -18,7 +18,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
 from qmoe_format.quantize import Recipe
-from qmoe_format.writer import Writer
+from qmoe_format.writer import Writer, file_stem
 
 __all__ = ["Calibration", "Progress", "check_destination", "convert", "require"]
 
@@ -172,7 +172,6 @@ def check_destination(path: Path, overwrite: bool, *, sharded: bool, reported: b
         raise QMoEError("not-found", f"{path.parent}: no such folder; make it first")
     there = [each for each in (path, *([report_path(path)] if reported else [])) if each.exists()]
     if sharded:
-        stem = path.name.removesuffix(".json").removesuffix(".qmoe")
-        there += sorted(path.parent.glob(f"{glob.escape(stem)}-?????-of-?????.qmoe"))
+        there += sorted(path.parent.glob(f"{glob.escape(file_stem(path))}-?????-of-?????.qmoe"))
     if there and not overwrite:
         raise QMoEError("argument", f"{there[0]}: is there already; remove it, or use --force")

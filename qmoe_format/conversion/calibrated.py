@@ -42,7 +42,7 @@ from qmoe_format.conversion.report import (
     rounded,
     write_report,
 )
-from qmoe_format.conversion.rest import write_rest
+from qmoe_format.conversion.rest import begin_stack, write_rest
 from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.state import Work, describe_checkpoint
 from qmoe_format.errors import QMoEError
@@ -237,10 +237,7 @@ class CalibratedConversion:
             writers = {}
             for matrix, stack in layer.stacks.items():
                 writer = opened.enter_context(Writer(staged(matrix)))
-                shape = (stack.experts, stack.rows, stack.columns)
-                writers[matrix] = writer.add_stack(
-                    stack.name, shape, stack.dtype, "ternary-dict", stack.members
-                )
+                writers[matrix] = begin_stack(writer, stack)
                 quality = StackQuality(
                     {"name": stack.name, "lambda": rounded(value), "experts": []}
                 )
@@ -339,12 +336,9 @@ class CalibratedConversion:
             writer.add_attachment(REPORT_NAME, report)
             write_rest(self._checkpoint, writer, counter)
             for stack in stacks:
-                shape = (stack.experts, stack.rows, stack.columns)
                 with (
                     qmoe_format.open(staged[stack.name], memory_map=False) as file,
-                    writer.add_stack(
-                        stack.name, shape, stack.dtype, "ternary-dict", stack.members
-                    ) as experts,
+                    begin_stack(writer, stack) as experts,
                 ):
                     for expert in range(stack.experts):
                         experts.append(file.encoded(stack.name, expert))

@@ -9,7 +9,7 @@ from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.conversion.encoding import encode
 from qmoe_format.conversion.parallel import side_by_side, threads_within
 from qmoe_format.conversion.progress import Counter
-from qmoe_format.conversion.rest import write_rest
+from qmoe_format.conversion.rest import begin_stack, write_rest
 from qmoe_format.errors import QMoEError
 from qmoe_format.writer import Writer
 
@@ -31,13 +31,7 @@ def convert_data_free(
     """Write everything of a checkpoint."""
     write_rest(checkpoint, writer, counter)
     for stack in checkpoint.stacks:
-        with writer.add_stack(
-            stack.name,
-            (stack.experts, stack.rows, stack.columns),
-            stack.dtype,
-            "ternary-dict",
-            stack.members,
-        ) as experts:
+        with begin_stack(writer, stack) as experts:
             for matrix in _encoded(checkpoint, stack, recipe, profile, threads):
                 experts.append(matrix)
                 counter.add(stack.rows * stack.columns)

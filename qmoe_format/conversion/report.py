@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.partial import PartialFile, sync_folder
+from qmoe_format.partial import whole_file
+from qmoe_format.writer import file_stem
 
 if TYPE_CHECKING:
     from qmoe_format.reader import QMoEFile
@@ -59,8 +60,7 @@ def rounded(value: float | None) -> float | None:
 
 def report_path(destination: Path) -> Path:
     """Where the report lies beside a file."""
-    stem = destination.name.removesuffix(".json").removesuffix(".qmoe")
-    return destination.with_name(f"{stem}.{REPORT_NAME}")
+    return destination.with_name(f"{file_stem(destination)}.{REPORT_NAME}")
 
 
 def dump_report(quality: Quality) -> bytes:
@@ -80,15 +80,8 @@ def _json(value: object) -> str:
 
 
 def write_report(text: bytes, path: Path) -> None:
-    file = PartialFile(path)
-    try:
+    with whole_file(path) as file:
         file.write(text)
-        file.seal()
-        file.publish()
-    except BaseException:
-        file.discard()
-        raise
-    sync_folder(path.parent)
 
 
 def read_report(file: QMoEFile | ShardedFile) -> Quality:

@@ -1,4 +1,4 @@
-"""What a conversion keeps as it is: configuration, tokenizer, and the tensors of no expert."""
+"""What every conversion writes alike: what is kept as it is, and the beginnings of stacks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from qmoe_format.conversion.progress import Counter
 from qmoe_format.conversion.report import REPORT_NAME
-from qmoe_format.writer import Writer
+from qmoe_format.writer import StackWriter, Writer
 
 if TYPE_CHECKING:
-    from qmoe_format.checkpoints import Checkpoint
+    from qmoe_format.checkpoints import Checkpoint, ExpertStack
 
 
 def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
@@ -23,3 +23,9 @@ def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None
         tensor = checkpoint.read(name)
         writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
         counter.add(tensor.numel())
+
+
+def begin_stack(writer: Writer, stack: ExpertStack) -> StackWriter:
+    """To take a stack's ternary experts."""
+    shape = (stack.experts, stack.rows, stack.columns)
+    return writer.add_stack(stack.name, shape, stack.dtype, "ternary-dict", stack.members)

@@ -22,8 +22,7 @@ class Calibration:
         seed: of that choice, and of the spans that an encoder-decoder has to fill in.
         token_cap: of an expert's tokens at most so many times the mean of all experts are used.
         mask_special_tokens: leave special tokens, such as sentinels and ends of sequences, out of
-            the Hessians, as QMoE does. On the small model that this was tried on, errors at these
-            tokens then cost more than the others gain.
+            the Hessians, as QMoE does. Nothing then keeps what the model makes of these tokens.
         device: where torch computes, such as ``cpu`` or ``cuda``.
     """
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
-from qmoe_format.partial import PartialFile, sync_folder
+from qmoe_format.partial import whole_file
 
 try:
     import fcntl
@@ -162,15 +162,8 @@ class Work:
 
     def save(self, name: str, value: object) -> None:
         """Write a value of JSON, durable and at one stroke."""
-        file = PartialFile(self.path(f"{name}.json"))
-        try:
+        with whole_file(self.path(f"{name}.json")) as file:
             file.write(json.dumps(value, allow_nan=False).encode())
-            file.seal()
-            file.publish()
-        except BaseException:
-            file.discard()
-            raise
-        sync_folder(self.folder)
 
     def records(self, kind: str) -> list[Any]:
         """Those of the blocks that are done."""

@@ -58,9 +58,8 @@ class Calibration:
         Args:
             inputs: x, ``[tokens, columns]``.
             importance: ``[tokens, rows or 1]``, what a squared error counts; None: 1 for all.
-                The square root of its mean over rows becomes g_t^2. (With the mean itself a few
-                tokens rule S. On two small models the root was as good for what the model
-                predicts, and better for the error of outputs.)
+                The square root of its mean over rows becomes g_t^2. With the mean itself, a few
+                tokens would rule S.
         """
         weighted = inputs.to(self.sums.dtype)
         self.tokens[expert] += len(inputs)

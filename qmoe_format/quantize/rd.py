@@ -44,8 +44,7 @@ class Rate:
     be best if importance was known exactly and errors were small.
 
     Attributes:
-        lam: bits fall as it rises; about 0.01 (1.4 bits) to 0.5 (0.3 bits). One for all, or
-            ``[experts]``.
+        lam: bits fall as it rises. One for all, or ``[experts]``.
         reference: a typical E_j rho_j of the model, which makes lam a number without a unit.
     """
 
@@ -66,6 +65,7 @@ def quantize_rd(
         QMoEError: ``argument``, ``value`` as ``round_to_nearest``.
     """
     check_weights(weights)
+    dtype = scale_type(scale_dtype)
     if not weights.numel():
         return quantize_rtn(weights, scale_dtype)
     experts, _, columns = weights.shape
@@ -92,7 +92,7 @@ def quantize_rd(
         )  # fmt: skip
         bits = _code_bits(state.trits)
         state.refit(columns=step % 3 == 2)
-    return Quantized(state.finish(scale_type(scale_dtype)), ready.damping, ready.fallback)
+    return Quantized(state.finish(dtype), ready.damping, ready.fallback)
 
 
 class _State:

@@ -60,7 +60,7 @@ def refit_columns(
     aim = (a * target).sum(1)
     diagonal = normal.diagonal()
     ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
-    # float64 would take twice as long, and the ridge is far above float32's rounding.
+    # float32 is enough: the ridge is far above its rounding.
     factor, failed = torch.linalg.cholesky_ex(normal + ridge.diag())
     new = torch.cholesky_solve((aim + ridge * column_scale)[:, None], factor)[:, 0]
     ratio = new / column_scale
