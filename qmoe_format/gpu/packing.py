@@ -1,0 +1,256 @@
+"""A stack of encoded matrices as the kernels read it: seven arrays in one buffer.
+
+    segments      uint8 [bytes]: the segments of all experts one after another, each expert's first
+                  one at a multiple of 16, with 64 zero bytes before and after all of them
+    offsets       uint32 [experts, segments + 1]: where each begins, and the last one ends, from
+                  where the expert's do
+    bases         uint64 [experts]: where the expert's begin in ``segments``
+    row_scale     [experts, rows, groups, 1 or 2], column_scale [experts, columns or 0], as stored
+    table_of      int32 [experts]: number of the expert's dictionary
+    tables        uint32 [dictionaries, 2^width, 2, 4 or 8]: for each codeword one word about it
+                  (``_entries``), then a byte for the place of each of its non-zeros, then zeros
+
+Pure numpy: nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.codec import Dictionary, EncodedMatrix
+from qmoe_format.errors import QMoEError
+
+GUARD = 64  # zero bytes around the segments: lanes of a warp read beyond both ends of a segment
+ALIGNMENT = 256  # of an array in the buffer
+ENTRY_WORDS = {1: 2, 2: 4, 4: 8}  # words of an entry, by words of positions
+# The kernels count the weights and bits of one segment in 32 bits.
+MAX_SEGMENT_WEIGHTS = 1 << 26
+MAX_SEGMENT_BYTES = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """The arrays of a stack; numpy's, or a device's."""
+
+    segments: Any
+    offsets: Any
+    bases: Any
+    row_scale: Any
+    column_scale: Any
+    table_of: Any
+    tables: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What all members of a stack have in common, and where its arrays are.
+
+    ``position_words``  words that the positions of an entry's non-zeros take: 1, 2 or 4
+    ``places``          name, offset in bytes, numpy type and shape of each array
+    ``bytes``           size of the whole buffer
+    """
+
+    experts: int
+    rows: int
+    columns: int
+    rows_per_segment: int
+    width: int
+    signs: str
+    scales: int
+    scale_dtype: str
+    group_size: int
+    column_scales: bool
+    position_words: int
+    places: tuple[tuple[str, int, np.dtype[Any], tuple[int, ...]], ...]
+    bytes: int
+
+    @property
+    def segments(self) -> int:
+        """Number of segments of a matrix."""
+        return -(-self.rows // self.rows_per_segment)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Size of a dictionary's entry."""
+        return 4 * ENTRY_WORDS[self.position_words]
+
+    def arrays(self, buffer: Any) -> Arrays:
+        """The arrays, as views of ``buffer`` uint8 [bytes]."""
+        views = {}
+        for name, offset, dtype, shape in self.places:
+            size = math.prod(shape) * dtype.itemsize
+            views[name] = buffer[offset : offset + size].view(dtype).reshape(shape)
+        return Arrays(**views)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack ready for the kernels."""
+
+    layout: Layout
+    arrays: Arrays
+
+
+def pack(matrices: Sequence[EncodedMatrix]) -> Stack:
+    """Pack into memory of numpy's own. Raises as ``layout``."""
+    plan = layout(matrices)
+    buffer = np.empty(plan.bytes, np.uint8)
+    fill(plan, matrices, buffer)
+    return Stack(plan, plan.arrays(buffer))
+
+
+def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
+    """Where everything goes.
+
+    Raises ``QMoEError``: ``argument`` for no matrix or for matrices that do not fit each other,
+    ``limit`` for a segment that is too large.
+    """
+    if not matrices:
+        raise QMoEError("argument", "there is no matrix to upload")
+    first = _common(matrices[0])
+    for number, matrix in enumerate(matrices):
+        for (what, value), (_, other) in zip(first.items(), _common(matrix).items(), strict=True):
+            if value != other:
+                raise QMoEError(
+                    "argument",
+                    f"matrix {number} has {what} {other}, the first one {value}: matrices of one "
+                    "stack differ in their weights only, upload others apart",
+                )
+        _check_segments(number, matrix)
+    matrix = matrices[0]
+    trits = matrix.trits
+    experts, rows, columns = len(matrices), matrix.rows, matrix.columns
+    dictionaries = _dictionaries(matrices)
+    words = _position_words(dictionaries)
+    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        "segments": (np.dtype(np.uint8), (_bases(matrices)[1],)),
+        "offsets": (np.dtype(np.uint32), (experts, trits.count + 1)),
+        "bases": (np.dtype(np.uint64), (experts,)),
+        "row_scale": (matrix.row_scale.dtype, (experts, *matrix.row_scale.shape)),
+        "column_scale": (
+            matrix.row_scale.dtype,
+            (experts, 0 if matrix.column_scale is None else columns),
+        ),
+        "table_of": (np.dtype(np.int32), (experts,)),
+        "tables": (
+            np.dtype(np.uint32),
+            (len(dictionaries), 1 << trits.dictionary.width, ENTRY_WORDS[words]),
+        ),
+    }
+    places, end = [], 0
+    for name, (dtype, shape) in shapes.items():
+        places.append((name, end, dtype, shape))
+        end = _align(end + math.prod(shape) * dtype.itemsize + 1, ALIGNMENT)
+    return Layout(
+        experts=experts,
+        rows=rows,
+        columns=columns,
+        rows_per_segment=min(trits.rows_per_segment, max(rows, 1)),
+        width=trits.dictionary.width,
+        signs=trits.dictionary.signs,
+        scales=matrix.row_scale.shape[2],
+        scale_dtype=matrix.scale_dtype,
+        group_size=matrix.group_size,
+        column_scales=matrix.column_scale is not None,
+        position_words=words,
+        places=tuple(places),
+        bytes=end,
+    )
+
+
+def fill(layout: Layout, matrices: Sequence[EncodedMatrix], buffer: npt.NDArray[np.uint8]) -> None:
+    """Write the arrays of ``matrices``, for which ``layout`` was made, into ``buffer``."""
+    arrays = layout.arrays(buffer)
+    dictionaries = _dictionaries(matrices)
+    arrays.bases[:] = bases = _bases(matrices)[0]
+    arrays.segments[:GUARD] = 0
+    for e, matrix in enumerate(matrices):
+        trits = matrix.trits
+        begin = bases[e]
+        end = begin + trits.segment_bytes
+        arrays.segments[begin:end] = trits.segments[: trits.segment_bytes]
+        arrays.segments[end : bases[e + 1] if e + 1 < len(bases) else None] = 0
+        arrays.offsets[e] = trits.offsets()
+        arrays.row_scale[e] = matrix.row_scale
+        if matrix.column_scale is not None:
+            arrays.column_scale[e] = matrix.column_scale
+        arrays.table_of[e] = dictionaries[trits.dictionary]
+    for dictionary, number in dictionaries.items():
+        arrays.tables[number] = _entries(dictionary, layout.position_words)
+
+
+def _common(matrix: EncodedMatrix) -> dict[str, Any]:
+    return {
+        "shape": (matrix.rows, matrix.columns),
+        "rows per segment": matrix.trits.rows_per_segment,
+        "codeword width": matrix.dictionary.width,
+        "sign mode": matrix.dictionary.signs,
+        "scales a row": matrix.row_scale.shape[2],
+        "scale type": matrix.scale_dtype,
+        "group size": matrix.group_size,
+        "column scales": matrix.column_scale is not None,
+    }
+
+
+def _check_segments(number: int, matrix: EncodedMatrix) -> None:
+    trits = matrix.trits
+    weights = min(trits.rows_per_segment, trits.rows) * trits.columns
+    longest = int(trits.lengths.max()) + trits.length_base if trits.count else 0
+    if weights > MAX_SEGMENT_WEIGHTS or longest > MAX_SEGMENT_BYTES:
+        raise QMoEError(
+            "limit",
+            f"matrix {number} has a segment of {weights} weights and {longest} bytes; a warp takes "
+            f"{MAX_SEGMENT_WEIGHTS} and {MAX_SEGMENT_BYTES}: encode it with fewer rows a segment",
+        )
+
+
+def _align(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _bases(matrices: Sequence[EncodedMatrix]) -> tuple[list[int], int]:
+    """Where each matrix's segments begin, and the bytes of all with what lies around them."""
+    bases, end = [], GUARD
+    for matrix in matrices:
+        bases.append(end)
+        end = _align(end + matrix.trits.segment_bytes, 16)
+    return bases, end + GUARD
+
+
+def _dictionaries(matrices: Sequence[EncodedMatrix]) -> dict[Dictionary, int]:
+    """Each dictionary once, numbered in the order in which they come."""
+    return {d: i for i, d in enumerate(dict.fromkeys(m.dictionary for m in matrices))}
+
+
+def _position_words(dictionaries: dict[Dictionary, int]) -> int:
+    most = max(d.max_nonzeros for d in dictionaries)
+    return next(words for words in (1, 2, 4) if most <= 4 * words)
+
+
+def _entries(dictionary: Dictionary, words: int) -> npt.NDArray[np.uint32]:
+    """uint32 [2^width, words of an entry]: a dictionary's entries.
+
+    The first word of one is length | non-zeros << 16: such words can be added up. Where signs are
+    part of the codeword it is length | non-zeros << 8 | signs << 16.
+    """
+    from qmoe_format.codec.tables import tables
+
+    look_up = tables(dictionary)
+    lanes = look_up.positions.view(np.uint16)  # 4 a word
+    length = look_up.steps.astype(np.uint32) & np.uint32(0xFF)
+    nonzeros = look_up.nonzeros.astype(np.uint32)
+    entries = np.zeros((1 << dictionary.width, ENTRY_WORDS[words]), np.uint32)
+    if dictionary.signs == "codeword":
+        bits = (lanes >> 15).astype(np.uint32) << np.arange(lanes.shape[1], dtype=np.uint32)
+        signs = np.bitwise_or.reduce(bits, axis=1)
+        entries[:, 0] = length | nonzeros << 8 | signs << 16
+    else:
+        entries[:, 0] = length | nonzeros << 16
+    entries[:, 1:].view(np.uint8)[:, : lanes.shape[1]] = lanes & 0xFF
+    return entries
