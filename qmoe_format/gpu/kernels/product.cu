@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(1024) product(
     const X_TYPE* x,     // [pairs / pairs_per_x, columns]
     Y_TYPE* y,           // [pairs, rows]
     const int* listed,   // LIST: the pairs' experts. GROUPS: their numbers, ordered by expert
-    const int* tiles,    // GROUPS: number of tiles, then (expert, first, count) of each
+    const int* tiles,    // GROUPS: number of tiles, then expert, first, count of each
     int expert,          // ONE: the only expert
     int pairs, int pairs_per_x) {
     extern __shared__ unsigned char shared[];
