@@ -1,0 +1,213 @@
+"""Run kernels on the CPU: the very text that a GPU gets, with every access to memory checked.
+
+``execute(launch)`` compiles the source with g++ (once; the library is kept under ``build/``) and
+runs it on numpy arrays. ``Fault`` says what a kernel did wrong: see ``runtime.cpp`` for what is
+looked at. What a GPU may do and this does not: run blocks side by side, reorder memory accesses,
+contract a * b + c, run out of registers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qmoe_format.gpu.launch import Launch
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[2] / "build" / "shim"
+RUNTIME_FLAGS = ["-O2", "-U_FORTIFY_SOURCE"]
+KERNEL_FLAGS = [
+    *("-O1", "-g1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions"),
+    *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+    "-fsanitize=alignment,shift,bounds,integer-divide-by-zero,signed-integer-overflow",
+    *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
+]
+FORWARD, BACKWARD = 0, 1  # orders of blocks and threads; other numbers are seeds of random ones
+MOST_THREADS, MOST_SHARED = 1024, 227 << 10
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+class Fault(AssertionError):
+    """What a kernel did that it must not do."""
+
+
+def execute(launch: Launch, order: int = FORWARD) -> None:
+    """Run ``launch``; its arguments are numpy arrays, changed in place, and numpy scalars.
+
+    Raises ``Fault``, after which the arrays hold what the kernel had written until then.
+    """
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    if min(launch.grid + launch.block) < 1 or threads > MOST_THREADS:
+        raise Fault(f"{launch.kernel}: no such grid: {launch.grid} of {launch.block}")
+    if not 0 <= launch.shared_bytes <= MOST_SHARED:
+        raise Fault(f"{launch.kernel}: no GPU has {launch.shared_bytes} bytes of shared memory")
+    kernel = _kernel(launch.source, launch.kernel)
+    arrays, pointers, _scalars = _arguments(kernel, launch.arguments)
+    begin, end = ctypes.c_void_p(), ctypes.c_void_p()
+    kernel.library.shim_static_shared(ctypes.byref(begin), ctypes.byref(end))
+    fault = _runtime().shim_launch(
+        kernel.library[f"shim_call_{launch.kernel}"],
+        pointers,
+        arrays,
+        len(arrays),
+        (ctypes.c_uint * 3)(*launch.grid),
+        (ctypes.c_uint * 3)(*launch.block),
+        launch.shared_bytes,
+        begin,
+        end,
+        order,
+    )
+    if fault:
+        raise Fault(f"{launch.kernel}: {_with_lines(fault.decode())}")
+
+
+# -- Compiling -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    name: str
+    kind: str  # f, i, u as numpy's, or c: a class of the kernel's own, which is for it to know
+    size: int
+    pointer: bool
+    const: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    library: ctypes.CDLL
+    parameters: tuple[_Parameter, ...]
+
+
+def _compiled(source: str, flags: list[str], link: list[str]) -> Path:
+    """A shared library of ``source``; made only if there is none of the same text and flags."""
+    texts = [source, *flags, *link, *(path.read_text() for path in sorted(HERE.glob("*.h")))]
+    name = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
+    library = BUILD / f"{name}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            here = Path(folder)
+            (here / "source.cpp").write_text(source)
+            common = ["g++", "-std=c++17", "-fPIC", f"-I{HERE}"]
+            # In two steps: when it links, -fsanitize=thread would add libtsan.
+            for command in (
+                [*common, *flags, "-c", str(here / "source.cpp"), "-o", str(here / "object.o")],
+                [*common, "-shared", str(here / "object.o"), *link, "-o", str(here / "new.so")],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise Fault(f"g++ says:\n{done.stderr}")
+            (here / "new.so").replace(library)
+    return library
+
+
+@cache
+def _runtime() -> Any:
+    source = (HERE / "runtime.cpp").read_text()
+    library = ctypes.CDLL(str(_compiled(source, RUNTIME_FLAGS, ["-ldl"])), ctypes.RTLD_GLOBAL)
+    library.shim_launch.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _library(source: str) -> ctypes.CDLL:
+    # Dynamic shared memory: the only declaration that macros cannot translate.
+    text = re.sub(
+        r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"\1* const \2 = (\1*)shim_shared;", source
+    )
+    kernels = re.findall(r"__global__[^;{]*?\b(\w+)\s*\((?!\s*\d)", text)
+    exports = "".join(f"SHIM_KERNEL({name})\n" for name in kernels)
+    text = f'#include "cuda.h"\n#line 1 "source"\n{text}\n{exports}'
+    runtime = _runtime()._name
+    return ctypes.CDLL(str(_compiled(text, KERNEL_FLAGS, [runtime])))
+
+
+@cache
+def _kernel(source: str, name: str) -> _Kernel:
+    library = _library(source)
+    codes = (ctypes.c_uint * 64)()
+    count = library[f"shim_signature_{name}"](codes)
+    found = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^)]*)\)", re.sub(r"//.*", "", source))
+    assert found is not None
+    names = re.findall(r"(\w+)\s*(?:,|$)", found[1])
+    parameters = tuple(
+        _Parameter(name, chr(code >> 8 & 255), code & 255, bool(code >> 16 & 1), bool(code >> 17))
+        for name, code in zip(names, codes[:count], strict=True)
+    )
+    return _Kernel(library, parameters)
+
+
+# -- Arguments -------------------------------------------------------------------------------------
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("host", ctypes.c_void_p),
+        ("device", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("element", ctypes.c_uint),
+        ("writable", ctypes.c_int),
+    )
+
+
+def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Descriptions of the arrays, the address of each argument, and what the addresses are of."""
+    if len(arguments) != len(kernel.parameters):
+        raise Fault(f"{len(arguments)} arguments for {len(kernel.parameters)} parameters")
+    by_address: dict[tuple[int, int], tuple[np.ndarray, _Parameter, bool]] = {}
+    for parameter, argument in zip(kernel.parameters, arguments, strict=True):
+        _check_type(parameter, argument)
+        if parameter.pointer:
+            key = (argument.ctypes.data, argument.nbytes)
+            writable = not parameter.const or (key in by_address and by_address[key][2])
+            by_address[key] = (argument, parameter, writable)
+    arrays = (_Array * max(len(by_address), 1))()
+    for array, (data, parameter, writable) in zip(arrays, by_address.values(), strict=False):
+        array.name, array.host, array.size = parameter.name.encode(), data.ctypes.data, data.nbytes
+        array.element, array.writable = data.itemsize, writable
+    place = {key: ctypes.addressof(arrays[i]) for i, key in enumerate(by_address)}
+    scalars = [np.array(a) for a in arguments if not isinstance(a, np.ndarray)]
+    rest = iter(scalars)
+    pointers = (ctypes.c_void_p * max(len(arguments), 1))()
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, np.ndarray):
+            key = (argument.ctypes.data, argument.nbytes)
+            pointers[i] = place[key] + _Array.device.offset
+        else:
+            pointers[i] = next(rest).ctypes.data
+    return arrays, pointers, scalars
+
+
+def _check_type(parameter: _Parameter, argument: Any) -> None:
+    is_array = isinstance(argument, np.ndarray)
+    fits = parameter.kind == "c" and parameter.size % argument.itemsize == 0
+    fits |= (parameter.kind, parameter.size) == (argument.dtype.kind, argument.itemsize)
+    if is_array != parameter.pointer or not fits:
+        raise Fault(f"the argument for {parameter} is {argument.dtype} {argument.shape}")
+    if is_array and not argument.flags.c_contiguous:
+        raise Fault(f"the array for {parameter.name} is not contiguous")
+
+
+def _with_lines(text: str) -> str:
+    """Replace addresses of instructions by lines of the source."""
+
+    def line(match: re.Match[str]) -> str:
+        command = ["addr2line", "-e", match[1], match[2]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return Path(done.stdout.split(" ")[0].strip() or "?").name
+
+    return re.sub(r"@\{(.*?)\+(0x[0-9a-f]+)\}", line, text)

@@ -1,0 +1,26 @@
+// What kernels (cuda.h) and the code that runs them (runtime.cpp) share.
+#pragma once
+
+namespace shim {
+
+enum Operation {
+    SYNCWARP, SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY,
+    SYNCTHREADS, SYNCTHREADS_COUNT, SYNCTHREADS_AND, SYNCTHREADS_OR
+};
+
+struct Where { const char* file; int line; };
+
+// Called by every lane of `mask`; returns once all have called it.
+unsigned long long warp(Operation operation, unsigned mask, unsigned long long value,
+                        int argument, int width, Where where);
+
+// Called by every thread of the block.
+int block(Operation operation, int predicate, Where where);
+
+// Announces an atomic operation; `code` is the address of the instruction after it.
+void atomic(const void* address, unsigned size, const void* code);
+
+// a * b + c, subnormal numbers kept.
+float fma_ieee(float a, float b, float c);
+
+}  // namespace shim
