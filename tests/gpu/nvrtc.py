@@ -1,0 +1,105 @@
+"""NVIDIA's run-time compiler from its wheels, called without CuPy: no driver, no GPU is needed.
+
+What CuPy compiles on a user's machine compiles here with the same options, for any architecture;
+the compiler's log says what each kernel takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+
+# Each CuPy brings one of these compilers: cupy-cuda12x the first, cupy-cuda13x the second.
+PACKAGES = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
+ARCHITECTURES = (
+    *("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"),
+    *("sm_100", "sm_103", "sm_120"),
+)
+OPTIONS = ("-ftz=true", "--device-as-default-execution-space", "-std=c++17")  # CuPy's and ours
+
+_KERNEL = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)'.*?Function properties for (?P=kernel)\n"
+    r"\D*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+class CompileError(Exception):
+    """The source does not compile; the message is the compiler's log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a thread, and in ``shared`` (static shared memory) a block, of a kernel takes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+class Compiler:
+    """One NVRTC, and its ``version``, such as 13.0."""
+
+    def __init__(self, package: str) -> None:
+        files = [file for file in metadata.files(package) or () if "alt" not in file.name]
+        # The compiler looks for its built-ins by their name alone: load them before it asks.
+        for part in ("libnvrtc-builtins.so", "libnvrtc.so"):
+            path = next(file.locate() for file in files if file.name.startswith(part))
+            self._library = ctypes.CDLL(str(path))
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"{major.value}.{minor.value}"
+
+    def compile(self, source: str, architecture: str) -> dict[str, Resources]:
+        """Machine code of every kernel in ``source``: what each takes. Raises ``CompileError``."""
+        nvrtc, program = self._library, ctypes.c_void_p()
+        options = [*OPTIONS, "--ptxas-options=-v", f"-arch={architecture}"]
+        values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None
+        )
+        if status != 0:
+            raise CompileError(f"nvrtcCreateProgram: {status}")
+        status = nvrtc.nvrtcCompileProgram(program, len(values), values)
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+        text = log.value.decode()
+        if status != 0:
+            raise CompileError(text)
+        return parse(text)
+
+
+def parse(log: str) -> dict[str, Resources]:
+    """What the log of ``--ptxas-options=-v`` says of each kernel."""
+    return {
+        found["kernel"]: Resources(
+            int(found["registers"]),
+            int(found["shared"] or 0),
+            int(found["stack"]),
+            int(found["stores"]),
+            int(found["loads"]),
+        )
+        for found in _KERNEL.finditer(log)
+    }
+
+
+@lru_cache(maxsize=1)
+def compilers() -> tuple[Compiler, ...]:
+    """Those of ``PACKAGES`` that are installed; only Linux has them among the requirements."""
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(Compiler(package))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

@@ -1,0 +1,88 @@
+"""Kernels as the plan launches them: at least one for each of the choices that shape a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from qmoe_format import codec
+from qmoe_format.gpu import plan
+from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.packing import Stack, pack
+
+H200 = plan.Device(multiprocessors=132, shared_bytes=227 << 10)
+ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+
+
+@cache
+def stack(
+    *,
+    rows: int = 3,
+    columns: int = 40,
+    width: int = 12,
+    signs: str = "plane",
+    scale_dtype: str = "BF16",
+    scales: int = 2,
+    group_size: int = 0,
+    column_scales: bool = False,
+    zeros: float = 0.885,
+) -> Stack:
+    """Two experts, alike. With fewer zeros entries have more non-zeros."""
+    trits = np.random.default_rng(0).integers(-1, 2, (rows, columns), np.int8)
+    dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
+    groups = -(-columns // group_size) if group_size else 1
+    matrix = codec.encode_matrix(
+        trits,
+        np.ones((rows, groups, scales), dtype),
+        np.ones(columns, dtype) if column_scales else None,
+        scale_dtype=scale_dtype,
+        group_size=group_size,
+        dictionary=codec.fit_dictionary(zeros, width, signs),
+    )
+    return pack([matrix, matrix])
+
+
+def operand(dtype: str, *shape: int) -> plan.Operand:
+    """Zeros."""
+    return plan.Operand(np.zeros(shape, ELEMENTS[dtype]), dtype)
+
+
+def matmul(tokens: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The product of a matrix and so many vectors."""
+    matrix = stack(**options)
+    x, y = operand(dtype, tokens, matrix.layout.columns), operand(dtype, tokens, matrix.layout.rows)
+    (launch,) = plan.matmul(matrix, 0, x, y, H200)
+    return launch
+
+
+# What most calls take, compiled for every architecture.
+MAIN: dict[str, Callable[[], Launch]] = {
+    "product, 1 token": partial(matmul, 1),
+    "product, 4 tokens": partial(matmul, 4),
+    "product, 8 tokens": partial(matmul, 8),
+}
+OTHER: dict[str, Callable[[], Launch]] = {
+    "product, fp16": partial(matmul, 1, "fp16"),
+    "product, fp32": partial(matmul, 1, "fp32"),
+    "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
+    "product, width 8": partial(matmul, 1, width=8),
+    "product, width 8, 8 tokens": partial(matmul, 8, width=8),
+    "product, width 10": partial(matmul, 1, width=10),
+    "product, width 16": partial(matmul, 1, width=16),
+    "product, width 16, 8 tokens": partial(matmul, 8, width=16),
+    "product, long entries": partial(matmul, 1, width=16, zeros=0.3),
+    "product, long entries, 8 tokens": partial(matmul, 8, width=16, zeros=0.3),
+    "product, signs in codewords": partial(matmul, 1, signs="codeword"),
+    "product, signs in codewords, 8 tokens": partial(matmul, 8, signs="codeword"),
+    "product, symmetric fp16 scales": partial(matmul, 1, scale_dtype="F16", scales=1),
+    "product, fp32 scales of groups and columns": partial(
+        matmul, 1, scale_dtype="F32", group_size=7, column_scales=True
+    ),
+    "product, scales of groups and columns, 8 tokens": partial(
+        matmul, 8, group_size=7, column_scales=True
+    ),
+    "product, x not in shared memory": partial(matmul, 1, rows=1, columns=60_000),
+}
