@@ -61,10 +61,10 @@ def medians(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dic
     }
 
 
-def save(name: str, figures: Mapping[str, Any]) -> Path:
-    """Write ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``NAME.json`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     text = json.dumps({"machine": machine(), **figures}, indent=1)
     path.write_text(text + "\n")
     return path
