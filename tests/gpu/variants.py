@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import gpu_anchor
 from qmoe_format import codec
 from qmoe_format.gpu import plan
 from qmoe_format.gpu.launch import Launch
@@ -58,6 +59,12 @@ def matmul(tokens: int, dtype: str = "bf16", **options: Any) -> Launch:
     return launch
 
 
+def anchor(warps: int) -> Launch:
+    """The benchmark's other kernel."""
+    nothing = gpu_anchor.Anchor(1, 40, None, None, None, None)
+    return gpu_anchor.matvec(nothing, None, None, warps)
+
+
 # What most calls take, compiled for every architecture.
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
@@ -85,4 +92,6 @@ OTHER: dict[str, Callable[[], Launch]] = {
         matmul, 8, group_size=7, column_scales=True
     ),
     "product, x not in shared memory": partial(matmul, 1, rows=1, columns=60_000),
+    "QMoE's product, 8 rows a block": partial(anchor, 8),
+    "QMoE's product, 32 rows a block": partial(anchor, 32),
 }
