@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 BUILD = HERE.parents[2] / "build" / "shim"
 RUNTIME_FLAGS = ["-O2", "-U_FORTIFY_SOURCE"]
 KERNEL_FLAGS = [
-    *("-O1", "-g1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions"),
+    *("-Og", "-g1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions"),
     *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
     "-fsanitize=alignment,shift,bounds,integer-divide-by-zero,signed-integer-overflow",
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
