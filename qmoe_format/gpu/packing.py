@@ -1,14 +1,13 @@
 """A stack of encoded matrices as the kernels read it: seven arrays in one buffer.
 
     segments      uint8 [bytes]: the segments of all experts one after another, each expert's first
-                  one at a multiple of 16, with 64 zero bytes before and after all of them
+                  one at a multiple of 16, with GUARD zero bytes before and after all of them
     offsets       uint32 [experts, segments + 1]: where each begins, and the last one ends, from
                   where the expert's do
     bases         uint64 [experts]: where the expert's begin in ``segments``
     row_scale     [experts, rows, groups, 1 or 2], column_scale [experts, columns or 0], as stored
     table_of      int32 [experts]: number of the expert's dictionary
-    tables        uint32 [dictionaries, 2^width, 2, 4 or 8]: for each codeword one word about it
-                  (``_entries``), then a byte for the place of each of its non-zeros, then zeros
+    tables        uint32 [dictionaries, 2^width, 1, 2, 4 or 8]: entries as in ``kernels/entry.cu``
 
 Pure numpy: nothing here needs a GPU.
 """
@@ -16,7 +15,7 @@ Pure numpy: nothing here needs a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,10 @@ import numpy.typing as npt
 from qmoe_format.codec import Dictionary, EncodedMatrix
 from qmoe_format.errors import QMoEError
 
-GUARD = 64  # zero bytes around the segments: lanes of a warp read beyond both ends of a segment
+# Zero bytes around the segments. A lane takes up to 64 bits a step, and a warp reads the codewords
+# of a step that it then does not make: 2 x 32 x 8 bytes before a segment's first byte.
+GUARD = 576
 ALIGNMENT = 256  # of an array in the buffer
-ENTRY_WORDS = {1: 2, 2: 4, 4: 8}  # words of an entry, by words of positions
 # The kernels count the weights and bits of one segment in 32 bits.
 MAX_SEGMENT_WEIGHTS = 1 << 26
 MAX_SEGMENT_BYTES = 1 << 27
@@ -51,9 +51,11 @@ class Arrays:
 class Layout:
     """What all members of a stack have in common, and where its arrays are.
 
-    ``position_words``  words that the positions of an entry's non-zeros take: 1, 2 or 4
-    ``places``          name, offset in bytes, numpy type and shape of each array
-    ``bytes``           size of the whole buffer
+    ``entry``     how dictionaries' entries are packed: ``ONE_WORD``, ``NIBBLES`` or ``BYTE_PLACES``
+    ``slots``     most non-zeros of an entry
+    ``codewords`` in a segment, on average
+    ``places``    name, offset in bytes, numpy type and shape of each array
+    ``bytes``     size of the whole buffer
     """
 
     experts: int
@@ -66,7 +68,9 @@ class Layout:
     scale_dtype: str
     group_size: int
     column_scales: bool
-    position_words: int
+    entry: str
+    slots: int
+    codewords: int
     places: tuple[tuple[str, int, np.dtype[Any], tuple[int, ...]], ...]
     bytes: int
 
@@ -78,7 +82,7 @@ class Layout:
     @property
     def entry_bytes(self) -> int:
         """Size of a dictionary's entry."""
-        return 4 * ENTRY_WORDS[self.position_words]
+        return 4 * _entry_words(self.entry, self.slots)
 
     def arrays(self, buffer: Any) -> Arrays:
         """The arrays, as views of ``buffer`` uint8 [bytes]."""
@@ -127,7 +131,8 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
     trits = matrix.trits
     experts, rows, columns = len(matrices), matrix.rows, matrix.columns
     dictionaries = _dictionaries(matrices)
-    words = _position_words(dictionaries)
+    entry = _entry_form(dictionaries)
+    slots = max(1, *(d.max_nonzeros for d in dictionaries))
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         "segments": (np.dtype(np.uint8), (_bases(matrices)[1],)),
         "offsets": (np.dtype(np.uint32), (experts, trits.count + 1)),
@@ -140,7 +145,7 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         "table_of": (np.dtype(np.int32), (experts,)),
         "tables": (
             np.dtype(np.uint32),
-            (len(dictionaries), 1 << trits.dictionary.width, ENTRY_WORDS[words]),
+            (len(dictionaries), 1 << trits.dictionary.width, _entry_words(entry, slots)),
         ),
     }
     places, end = [], 0
@@ -158,7 +163,9 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         scale_dtype=matrix.scale_dtype,
         group_size=matrix.group_size,
         column_scales=matrix.column_scale is not None,
-        position_words=words,
+        entry=entry,
+        slots=slots,
+        codewords=_mean_codewords(matrices),
         places=tuple(places),
         bytes=end,
     )
@@ -182,7 +189,7 @@ def fill(layout: Layout, matrices: Sequence[EncodedMatrix], buffer: npt.NDArray[
             arrays.column_scale[e] = matrix.column_scale
         arrays.table_of[e] = dictionaries[trits.dictionary]
     for dictionary, number in dictionaries.items():
-        arrays.tables[number] = _entries(dictionary, layout.position_words)
+        arrays.tables[number] = _entries(dictionary, layout.entry, layout.entry_bytes // 4)
 
 
 def _common(matrix: EncodedMatrix) -> dict[str, Any]:
@@ -228,29 +235,52 @@ def _dictionaries(matrices: Sequence[EncodedMatrix]) -> dict[Dictionary, int]:
     return {d: i for i, d in enumerate(dict.fromkeys(m.dictionary for m in matrices))}
 
 
-def _position_words(dictionaries: dict[Dictionary, int]) -> int:
-    most = max(d.max_nonzeros for d in dictionaries)
-    return next(words for words in (1, 2, 4) if most <= 4 * words)
+def _mean_codewords(matrices: Sequence[EncodedMatrix]) -> int:
+    """Codewords in a segment, on average: the bits that are not signs."""
+    trits = [matrix.trits for matrix in matrices]
+    bits = sum(8 * t.segment_bytes for t in trits)
+    if trits[0].dictionary.signs == "plane":
+        bits -= sum(t.nonzeros for t in trits)
+    return bits // max(sum(t.count for t in trits) * trits[0].dictionary.width, 1)
 
 
-def _entries(dictionary: Dictionary, words: int) -> npt.NDArray[np.uint32]:
-    """uint32 [2^width, words of an entry]: a dictionary's entries.
+def _entry_form(dictionaries: Iterable[Dictionary]) -> str:
+    length = max(d.max_length for d in dictionaries)
+    nonzeros = max(d.max_nonzeros for d in dictionaries)
+    if any(d.signs == "codeword" for d in dictionaries):
+        return "BYTE_PLACES"
+    if nonzeros <= 3 and length < 64:
+        return "ONE_WORD"
+    return "NIBBLES" if 4 < nonzeros <= 8 and length <= 16 else "BYTE_PLACES"
 
-    The first word of one is length | non-zeros << 16: such words can be added up. Where signs are
-    part of the codeword it is length | non-zeros << 8 | signs << 16.
-    """
+
+def _entry_words(entry: str, slots: int) -> int:
+    if entry != "BYTE_PLACES":
+        return 1 if entry == "ONE_WORD" else 2
+    return 2 if slots <= 4 else 4 if slots <= 12 else 8
+
+
+def _entries(dictionary: Dictionary, entry: str, words: int) -> npt.NDArray[np.uint32]:
+    """uint32 [2^width, words]: the entries of a dictionary."""
     from qmoe_format.codec.tables import tables
 
     look_up = tables(dictionary)
-    lanes = look_up.positions.view(np.uint16)  # 4 a word
-    length = look_up.steps.astype(np.uint32) & np.uint32(0xFF)
+    lanes = look_up.positions.view(np.uint16)  # a non-zero each; bit 15: minus, if in the codeword
+    places = np.zeros((len(lanes), 28), np.uint8)
+    places[:, : lanes.shape[1]] = lanes & 0xFF
+    about = look_up.steps.astype(np.uint32) & np.uint32(0xFF)  # an entry's length
     nonzeros = look_up.nonzeros.astype(np.uint32)
-    entries = np.zeros((1 << dictionary.width, ENTRY_WORDS[words]), np.uint32)
+    entries = np.zeros((len(lanes), words), np.uint32)
+    if entry == "ONE_WORD":
+        places[:, 3] = about | nonzeros << 6
+        entries[:] = places[:, :4].view(np.uint32)
+        return entries
     if dictionary.signs == "codeword":
-        bits = (lanes >> 15).astype(np.uint32) << np.arange(lanes.shape[1], dtype=np.uint32)
-        signs = np.bitwise_or.reduce(bits, axis=1)
-        entries[:, 0] = length | nonzeros << 8 | signs << 16
+        signs = (lanes >> 15).astype(np.uint32) << np.arange(lanes.shape[1], dtype=np.uint32)
+        entries[:, 0] = about | nonzeros << 8 | signs.sum(axis=1, dtype=np.uint32) << 16
     else:
-        entries[:, 0] = length | nonzeros << 16
-    entries[:, 1:].view(np.uint8)[:, : lanes.shape[1]] = lanes & 0xFF
+        entries[:, 0] = about | nonzeros << 16
+    if entry == "NIBBLES":
+        places[:, :4] |= places[:, 4:8] << 4
+    entries[:, 1:] = places[:, : 4 * (words - 1)].view(np.uint32)[:, : words - 1]
     return entries

@@ -1,4 +1,8 @@
-"""From a call to the kernels that it takes. No GPU is needed here."""
+"""From a call to the kernels that it takes. Nothing here needs a GPU.
+
+Arrays are those of whoever executes the launches: CuPy's, or numpy's when kernels run on a CPU.
+``Empty`` makes scratch arrays of the same kind.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,29 @@ from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.packing import Layout, Stack
 from qmoe_format.gpu.sources import source
 
-# CUDA names of the element types.
+# Element types by their names in CUDA, with their sizes.
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 SCALES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
-THREADS = 1024  # of a block that multiplies: the more share a table and x in shared memory
-BLOCKS = 1  # of them on a multiprocessor
+# The more threads share a table and x in shared memory, the better; with several sums a thread
+# needs more than the 64 registers that there are for 1024 of them.
+THREADS = {1: 1024, 4: 512, 8: 512}
+GROUP_THREADS = 256
+DECODE_THREADS = 256
+WINDOW = 4096  # bytes that a warp decodes at a time
+SMALL = 256  # threads of a block of the kernels that are not about codewords
+
+FEW = 8  # pairs that are not worth grouping
+MOST_CODEWORDS = 4  # a lane and step
+# Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (predicted).
+STEP_COST, CODEWORD_COST, SLOT_COST = 40, 9, 7
 
 Empty = Callable[[tuple[int, ...], str], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan has to know of a device.
-
-    ``shared_bytes``: most shared memory of one block (on request).
-    """
+    """What a plan has to know of a device; ``shared_bytes``: the most that a block can have."""
 
     multiprocessors: int
     shared_bytes: int
@@ -35,101 +46,256 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """x or y: an array and its element type, ``bf16`` (which numpy lacks), ``fp16`` or ``fp32``."""
+    """An array and the type of its elements, ``bf16`` (which numpy lacks), ``fp16`` or ``fp32``."""
 
     array: Any
     dtype: str
 
 
-def matmul(stack: Stack, expert: int, x: Operand, y: Operand, device: Device) -> list[Launch]:
+def matmul(
+    stack: Stack, expert: int, x: Operand, y: Operand, device: Device, empty: Empty
+) -> list[Launch]:
     """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``."""
     tokens = x.array.shape[0]
-    tile = 1 if tokens == 1 else 4 if tokens <= 4 else 8
-    nothing = stack.arrays.table_of
+    wanted = 1 if tokens == 1 else 4 if tokens <= 4 else 8
+    pairs = _Pairs("ONE", tokens, 1, expert, _tile(stack.layout, x.dtype, wanted, device))
+    return _products(stack, x, y, pairs, device, empty)
+
+
+def expert_matvec(
+    stack: Stack,
+    x: Operand,
+    experts: Any,
+    weights: Operand | None,
+    y: Operand,
+    device: Device,
+    empty: Empty,
+) -> list[Launch]:
+    """y [tokens, k, rows] = W[experts[t, i]] x[t], or x[t, i]; weighted sums [tokens, rows].
+
+    ``experts`` int32 [tokens, k]; ``x`` [tokens, columns] or [tokens, k, columns].
+    """
+    tokens, k = experts.shape
+    count = tokens * k
+    columns = x.array.shape[-1]
+    x = Operand(x.array.reshape(-1, columns), x.dtype)
+    wanted = 1 if count <= FEW else 8
+    tile = _tile(stack.layout, x.dtype, wanted, device)
+    mode = "LIST" if tile == 1 else "GROUPS"
+    pairs = _Pairs(mode, count, count // max(x.array.shape[0], 1), -1, tile, experts)
+    if weights is None:
+        return _products(stack, x, y, pairs, device, empty)
+    rows = stack.layout.rows
+    products = Operand(empty((count, rows), "fp32"), "fp32")
+    combine = Launch(
+        source=source("combine", (("WEIGHT_TYPE", weights.dtype), ("Y_TYPE", y.dtype))),
+        kernel="combine",
+        grid=_grid(tokens * rows, device),
+        block=(SMALL, 1, 1),
+        shared_bytes=0,
+        arguments=(products.array, weights.array, y.array, *_ints(tokens, k, rows)),
+    )
+    if tokens * k * rows == 0:
+        return [combine] if tokens * rows else []
+    return [*_products(stack, x, products, pairs, device, empty), combine]
+
+
+def decode(stack: Stack, first: int, count: int, y: Operand, device: Device) -> list[Launch]:
+    """y [count, rows, columns]: the weights of ``count`` matrices from ``first`` on."""
+    layout = stack.layout
+    segments = count * layout.segments
+    if not segments or not layout.columns:
+        return []
+    window_bytes = WINDOW * DECODE_THREADS // 32
+    table = _table_bytes(layout, device.shared_bytes - window_bytes)
+    shared = table + window_bytes
+    blocks = device.multiprocessors * max(1, device.shared_bytes // shared)
+    defines = {
+        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS),
+        "Y_TYPE": y.dtype,
+        "WINDOW": WINDOW,
+    }
     return [
-        _product(
-            stack,
-            (x.dtype, y.dtype),
-            device,
-            (tokens, tile, "ONE"),
-            (x.array, y.array, nothing, nothing, np.int32(expert), np.int32(tokens), np.int32(1)),
+        Launch(
+            source=source("decode", tuple(defines.items())),
+            kernel="decode",
+            grid=(min(blocks, segments), 1, 1),
+            block=(DECODE_THREADS, 1, 1),
+            shared_bytes=shared,
+            arguments=(*_stack_arguments(stack), y.array, *_ints(first, count)),
         )
     ]
 
 
-def _product(
-    stack: Stack,
-    dtypes: tuple[str, str],
-    device: Device,
-    pairs: tuple[int, int, str],
-    arguments: tuple[Any, ...],
-) -> Launch:
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Pairs of a token and an expert, as the kernel ``product`` takes them.
+
+    ``mode``: ``ONE`` expert for all, a ``LIST`` of experts, or ``GROUPS`` to be made of that list.
+    ``tile``: pairs of one expert that share a walk; 0: x does not fit into shared memory.
+    """
+
+    mode: str
+    count: int
+    per_x: int
+    expert: int
+    tile: int
+    experts: Any = None
+
+
+def _products(
+    stack: Stack, x: Operand, y: Operand, pairs: _Pairs, device: Device, empty: Empty
+) -> list[Launch]:
+    """y [pairs, rows], with x [pairs / pairs.per_x, columns]."""
     layout = stack.layout
-    count, tokens, mode = pairs
-    table = layout.entry_bytes << layout.width
-    table_shared = layout.width <= 12 and table <= device.shared_bytes // 2
-    tile_type = dtypes[0] if not layout.column_scales else "fp32"
-    room = device.shared_bytes - table * table_shared
-
-    def tile_bytes(tokens: int) -> int:
-        one = 4 if tokens == 1 else ELEMENTS[tile_type] * tokens
-        return layout.columns * max(one, 4)
-
-    while tokens > 1 and tile_bytes(tokens) > room:
-        tokens //= 2 if tokens == 8 else 4
-    x_shared = tile_bytes(tokens) <= room
+    if not pairs.count or not layout.rows:
+        return []
+    launches: list[Launch] = []
+    listed = tiles = stack.arrays.table_of  # anything, where they are not read
+    per_x = pairs.per_x
+    if pairs.mode == "LIST":
+        listed = pairs.experts
+    if pairs.mode == "GROUPS":
+        launches, listed, tiles = _group(layout, pairs, empty)
+    if not pairs.tile:
+        launches, x = _prepare(stack, x, pairs, device, empty)
+        per_x = 1
+    tokens = max(pairs.tile, 1)
+    table = _table_bytes(layout, device.shared_bytes)
+    tile_bytes = _tile_bytes(layout, x.dtype, pairs.tile)
     defines = {
-        **_walk_defines(layout),
-        "X_TYPE": dtypes[0],
-        "Y_TYPE": dtypes[1],
-        "TILE_TYPE": tile_type,
+        **_walk_defines(layout, table, THREADS[tokens], MOST_CODEWORDS if tokens == 1 else 2),
+        "X_TYPE": x.dtype,
+        "Y_TYPE": y.dtype,
+        "TILE_TYPE": "fp32" if layout.column_scales else x.dtype,
         "TOKENS": tokens,
-        "PAIRS": mode,
-        "TABLE_SHARED": int(table_shared),
-        "X_SHARED": int(x_shared),
+        "PAIRS": pairs.mode,
+        "X_SHARED": int(pairs.tile > 0),
     }
-    blocks = min(device.multiprocessors * BLOCKS, count * layout.segments)
-    return Launch(
-        source=source("product", tuple(defines.items())),
-        kernel="product",
-        grid=(blocks, 1, 1),
-        block=(THREADS, 1, 1),
-        shared_bytes=table * table_shared + tile_bytes(tokens) * x_shared,
-        arguments=(*_stack_arguments(stack), *arguments),
+    launches.append(
+        Launch(
+            source=source("product", tuple(defines.items())),
+            kernel="product",
+            grid=(min(device.multiprocessors, pairs.count * layout.segments), 1, 1),
+            block=(THREADS[tokens], 1, 1),
+            shared_bytes=table + tile_bytes,
+            arguments=(
+                *_stack_arguments(stack),
+                *(x.array, y.array, listed, tiles),
+                *_ints(pairs.expert, pairs.count, per_x),
+            ),
+        )
     )
+    return launches
 
 
-def _walk_defines(layout: Layout) -> dict[str, str | int]:
-    words = layout.position_words
+def _group(layout: Layout, pairs: _Pairs, empty: Empty) -> tuple[list[Launch], Any, Any]:
+    """Order pairs by expert and cut them into tiles: launches, order, tiles."""
+    order = empty((pairs.count,), "int32")
+    tiles = empty((1 + 3 * pairs.count,), "int32")
+    launch = Launch(
+        source=source("group", (("THREADS", GROUP_THREADS), ("TOKENS", pairs.tile))),
+        kernel="group",
+        grid=(1, 1, 1),
+        block=(GROUP_THREADS, 1, 1),
+        shared_bytes=0,
+        arguments=(
+            *(pairs.experts, order, tiles),
+            *(empty((pairs.count,), "int32"), empty((layout.experts + 1,), "int32")),
+            *_ints(pairs.count, layout.experts),
+        ),
+    )
+    return [launch], order, tiles
+
+
+def _prepare(
+    stack: Stack, x: Operand, pairs: _Pairs, device: Device, empty: Empty
+) -> tuple[list[Launch], Operand]:
+    """x of each pair times its expert's column scales, in global memory: launches and that x."""
+    layout = stack.layout
+    scaled = empty((pairs.count, layout.columns + 1), "fp32")
+    defines = {
+        "X_TYPE": x.dtype,
+        "SCALE_TYPE": SCALES[layout.scale_dtype],
+        "COLUMN_SCALES": int(layout.column_scales),
+    }
+    launch = Launch(
+        source=source("prepare", tuple(defines.items())),
+        kernel="prepare",
+        grid=_grid(pairs.count * (layout.columns + 1), device),
+        block=(SMALL, 1, 1),
+        shared_bytes=0,
+        arguments=(
+            *(x.array, stack.arrays.column_scale),
+            *(stack.arrays.table_of if pairs.experts is None else pairs.experts, scaled),
+            *_ints(layout.experts, pairs.expert, pairs.count, pairs.per_x, layout.columns),
+        ),
+    )
+    return [launch], Operand(scaled, "fp32")
+
+
+def _table_bytes(layout: Layout, room: int) -> int:
+    """Shared memory for a dictionary's table; 0: it stays in global memory."""
+    size = layout.entry_bytes << layout.width
+    return size if layout.width <= 12 and size <= room // 2 else 0
+
+
+def _tile_bytes(layout: Layout, x_dtype: str, tokens: int) -> int:
+    """Shared memory for x of a tile, and a column of zeros; the last tile may be of one token."""
+    element = ELEMENTS["fp32" if layout.column_scales or tokens == 1 else x_dtype]
+    return (layout.columns + 1) * element * tokens
+
+
+def _tile(layout: Layout, x_dtype: str, wanted: int, device: Device) -> int:
+    """The most tokens, up to ``wanted``, whose x fits into shared memory; 0 if one's does not."""
+    room = device.shared_bytes - _table_bytes(layout, device.shared_bytes)
+    fitting = (t for t in (8, 4, 1) if t <= wanted and _tile_bytes(layout, x_dtype, t) <= room)
+    return next(fitting, 0)
+
+
+def _walk_defines(
+    layout: Layout, table: int, threads: int, most_codewords: int
+) -> dict[str, str | int]:
     return {
-        "POSITION_WORDS": words,
-        # As many codewords a lane as 32 bits hold, whose signs are one word's, too.
-        "CODEWORDS": min(32 // layout.width, 24 // (4 * words)),
+        "WIDTH": layout.width,
+        "ENTRY": layout.entry,
+        "SLOTS": layout.slots,
+        "CODEWORDS": _codewords(layout, most_codewords),
         "SIGNS_IN_CODEWORD": int(layout.signs == "codeword"),
         "SCALE_TYPE": SCALES[layout.scale_dtype],
         "SCALES": layout.scales,
         "GROUPED": int(layout.group_size > 0),
         "COLUMN_SCALES": int(layout.column_scales),
+        "TABLE_SHARED": table,
+        "THREADS": threads,
     }
+
+
+def _codewords(layout: Layout, most: int) -> int:
+    """Codewords a lane and step: many share the cost of a step, few leave fewer lanes idle."""
+
+    def cost(codewords: int) -> int:
+        each = CODEWORD_COST + SLOT_COST * layout.slots
+        return -(-layout.codewords // (32 * codewords)) * (STEP_COST + each * codewords)
+
+    # A lane has its codewords in 64 bits and their signs in 30 of 32.
+    fitting = min(most, 64 // layout.width, 30 // layout.slots)
+    return min(range(fitting, 0, -1), key=cost)
+
+
+def _grid(size: int, device: Device) -> tuple[int, int, int]:
+    return (max(1, min(device.multiprocessors * 8, -(-size // SMALL))), 1, 1)
+
+
+def _ints(*numbers: int) -> tuple[np.int32, ...]:
+    return tuple(np.int32(number) for number in numbers)
 
 
 def _stack_arguments(stack: Stack) -> tuple[Any, ...]:
     arrays, layout = stack.arrays, stack.layout
-    numbers = (
-        layout.experts,
-        layout.rows,
-        layout.columns,
-        layout.rows_per_segment,
-        layout.width,
-        layout.group_size,
-    )
     return (
-        arrays.segments,
-        arrays.offsets,
-        arrays.bases,
-        arrays.row_scale,
-        arrays.column_scale,
-        arrays.table_of,
-        arrays.tables,
-        *map(np.int32, numbers),
+        *(arrays.segments, arrays.offsets, arrays.bases, arrays.row_scale, arrays.column_scale),
+        *(arrays.table_of, arrays.tables),
+        *_ints(layout.experts, layout.rows, layout.columns),
+        *_ints(layout.rows_per_segment, layout.group_size),
     )

@@ -7,7 +7,11 @@ from importlib.resources import files
 
 # What a kernel needs, in the order in which it is put together.
 FILES = {
-    "product": ("types.cu", "walk.cu", "product.cu"),
+    "product": ("types.cu", "entry.cu", "walk.cu", "product.cu"),
+    "decode": ("types.cu", "entry.cu", "walk.cu", "decode.cu"),
+    "prepare": ("types.cu", "prepare.cu"),
+    "group": ("types.cu", "group.cu"),
+    "combine": ("types.cu", "combine.cu"),
 }
 
 

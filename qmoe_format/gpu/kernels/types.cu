@@ -13,7 +13,7 @@ struct fp16 {
 };
 typedef float fp32;
 
-static const u32 FULL = 0xffffffffu;  // all lanes of a warp
+constexpr u32 FULL = 0xffffffffu;  // all lanes of a warp
 
 __device__ inline float to_float(fp32 value) { return value; }
 
@@ -66,6 +66,10 @@ __device__ inline fp16 from_float<fp16>(float value) {
     bits += 0xfffu + (bits >> 13 & 1u);
     return {(u16)(sign | (bits - (112u << 23)) >> 13)};
 #endif
+}
+
+__device__ inline float negative(float value) {
+    return __uint_as_float(__float_as_uint(value) ^ 0x80000000u);
 }
 
 // One multiplication that keeps subnormal numbers, also where the compiler is told to flush them.

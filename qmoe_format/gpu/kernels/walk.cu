@@ -4,144 +4,221 @@
 //     | lane 0  | lane 1  | ... | lane 31 | lane 0  | ...      |  ... signs 2 1 0 |
 //     '-------------- step 0 -------------'------ step 1 ...
 //
-// Each lane looks its codewords up; one scan over the packed lengths and numbers of non-zeros tells
-// it where its first weight is and which sign its first non-zero has. Then there is work for
+// Each lane looks its codewords up; one scan over packed lengths and numbers of non-zeros tells it
+// where its first weight is and which sign its first non-zero has. From there on there is work for
 // non-zeros only. A visitor says what to do with one, range of weights by range (a row, or what of
 // it fits a window).
 //
-// Whatever bytes a segment holds, nothing is read further than 64 bytes outside of it, no more steps
-// are made than it has codewords, and weights beyond its last one are left out.
+// Lanes that have no codeword left read what lies before the segment as if it were codewords: these
+// come after the segment's last weight, and such weights are left out. So whatever bytes a segment
+// holds, nothing is read further than GUARD bytes (packing.py) outside of it, and no more steps are
+// made than it has bits for.
 
-// One entry of a dictionary. `meta`: length | non-zeros << 16, so that metas can be added up; where
-// signs are part of the codeword, length | non-zeros << 8 | signs << 16. `positions`: one byte each.
-struct alignas(POSITION_WORDS == 1 ? 8 : 16) Entry {
-    u32 meta;
-    u32 positions[POSITION_WORDS];
-};
-
-static const int STEP = 32 * CODEWORDS;  // codewords a warp takes at a time
+constexpr int STEP_BITS = 32 * CODEWORDS * WIDTH;  // bits of codewords that a warp takes at a time
+constexpr u32 MASK = (1u << WIDTH) - 1;
 
 struct Stack {
     const u8* segments;
-    const u32* offsets;  // [experts, segments + 1]
-    const u64* bases;    // [experts]
+    const u32* offsets;              // [experts, segments + 1]
+    const u64* bases;                // [experts]
     const SCALE_TYPE* row_scale;     // [experts, rows, groups, SCALES]
-    const SCALE_TYPE* column_scale;  // [experts, columns], or anything
+    const SCALE_TYPE* column_scale;  // [experts, columns] if COLUMN_SCALES
     const int* table_of;             // [experts]
-    const Entry* tables;             // [tables, 2^width]
-    int experts, rows, columns, rows_per_segment, width, group_size;
+    const Entry* tables;             // [tables, 2^WIDTH]
+    int experts, rows, columns, rows_per_segment, group_size;
 
-    __device__ int segments_of() const { return (rows - 1) / rows_per_segment + 1; }
-    __device__ int groups() const { return GROUPED ? (int)(((u32)columns + group_size - 1) / group_size) : 1; }
+    __device__ int segment_count() const { return (rows - 1) / rows_per_segment + 1; }
+    __device__ int groups() const {
+        return GROUPED ? (int)(((u32)columns + group_size - 1) / group_size) : 1;
+    }
+    __device__ const SCALE_TYPE* row_scales(int expert, int row) const {
+        return row_scale + ((u64)expert * rows + row) * groups() * SCALES;
+    }
+    __device__ int row_after(int segment) const {
+        return segment + 1 < segment_count() ? (segment + 1) * rows_per_segment : rows;
+    }
 };
+
+// The values of trits -1 and +1 [V-1].
+struct Values {
+    float low, high;
+};
+
+__device__ inline Values values_at(const SCALE_TYPE* scales) {
+    float high = to_float(scales[SCALES - 1]);
+    return {SCALES == 2 ? to_float(scales[0]) : negative(high), high};
+}
+
+// A block's share of the segments of `all` matrices, one after another; parts of one matrix each.
+struct Share {
+    u64 begin, end;
+    int count;  // segments of a matrix
+    struct Part {
+        int matrix, from, to;
+    };
+    __device__ Share(int all, int count) : count(count) {
+        const u64 work = (u64)all * count;
+        begin = work * blockIdx.x / gridDim.x;
+        end = work * (blockIdx.x + 1) / gridDim.x;
+    }
+    __device__ bool more() const { return begin < end; }
+    __device__ Part next() {
+        const int from = (int)(begin % count), matrix = (int)(begin / count);
+        const int to = (int)min(end - begin + from, (u64)count);
+        begin += to - from;
+        return {matrix, from, to};
+    }
+};
+
+// The block copies a table to shared memory, or leaves it where it is. To be followed by a barrier.
+__device__ inline const Entry* stage_table(const Stack& stack, int expert, u8* shared) {
+    const Entry* table = stack.tables + ((u64)stack.table_of[expert] << WIDTH);
+#if TABLE_SHARED
+    for (int i = threadIdx.x; i < TABLE_SHARED / 16; i += blockDim.x) {
+        ((uint4*)shared)[i] = ((const uint4*)table)[i];
+    }
+    return (const Entry*)shared;
+#else
+    return table;
+#endif
+}
 
 // A segment about to be walked, as one lane sees it.
 struct Segment {
     const u32* words;  // from the aligned word in which the segment begins
     int begin, end;    // its bits, counted from there
     int at;            // the lowest bit of this lane's next codewords
-    u32 codewords;     // these, in the lowest bits
+    u32 low, high;     // these: 64 bits from there on
     u32 signs;         // word number `lane` of the signs
 
-    // The 32 bits from bit `at` on.
-    __device__ u32 bits() const {
+    __device__ void load() {
         const u32* from = words + (at >> 5);
-        return __funnelshift_r(from[0], from[1], (u32)at & 31u);
+        const u32 middle = __ldg(from + 1);
+        low = __funnelshift_r(__ldg(from), middle, at);
+        if (CODEWORDS * WIDTH > 32) high = __funnelshift_r(middle, __ldg(from + 2), at);
     }
-    __device__ bool has(int codeword, int width) const {
-        return at + (CODEWORDS - 1 - codeword) * width >= begin;
+    __device__ u32 codeword(int i) const {
+        const int shift = (CODEWORDS - 1 - i) * WIDTH;
+        if (shift >= 32) return high >> (shift - 32) & MASK;
+        return (shift + WIDTH > 32 ? __funnelshift_r(low, high, shift) : low >> shift) & MASK;
     }
-    // Signs number 32 * (first + lane) and on, but no word after the segment.
+    // Word `first + lane` of the signs, but none after the segment.
     __device__ u32 sign_word(int first) const {
-        int word = first + (int)(threadIdx.x & 31u);
-        int last = (end - 1) >> 5;
-        return words[word < last ? word : last];
+        return __ldg(words + min(first + (int)(threadIdx.x % 32), end >> 5));
     }
 };
 
 __device__ inline Segment open_segment(const Stack& stack, int expert, int segment) {
-    const u32* offset = stack.offsets + (u64)expert * (stack.segments_of() + 1) + segment;
-    u64 first = stack.bases[expert] + offset[0];
+    const u32* offset = stack.offsets + (u64)expert * (stack.segment_count() + 1) + segment;
+    const u64 first = stack.bases[expert] + offset[0];
     Segment s;
     s.words = (const u32*)(stack.segments + (first & ~3ull));
     s.begin = 8 * (int)(first & 3u);
     s.end = s.begin + 8 * (int)(offset[1] - offset[0]);
-    s.at = s.end - (int)(threadIdx.x % 32 + 1) * CODEWORDS * stack.width;
-    s.codewords = s.has(0, stack.width) ? s.bits() : 0u;
-    s.signs = !SIGNS_IN_CODEWORD && s.end > s.begin ? s.sign_word(0) : 0u;
+    s.at = s.end - (int)(threadIdx.x % 32 + 1) * CODEWORDS * WIDTH;
+    s.load();
+    if (!SIGNS_IN_CODEWORD) s.signs = s.sign_word(0);
     return s;
 }
 
-// Calls, for the non-zeros of a segment:
-//     visit.nonzero(byte, minus)  weight `begin + byte / BYTES`, from begin to end - 1
-//     visit.next()                by all lanes: done with that range, go on to the next one
-// until visit.done(). Ranges ascend without gaps; `begin` and `end` count from the segment's first.
+// `value` plus that of the lane `distance` below, where there is one. The compiler does not find out
+// that the shuffle says whether there is.
+template <int distance>
+__device__ inline u32 add_lane_below(u32 value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile(
+        "{ .reg .pred there; .reg .u32 other;\n"
+        "shfl.sync.up.b32 other|there, %0, %1, 0, -1;\n"
+        "@there add.u32 %0, %0, other; }"
+        : "+r"(value)
+        : "n"(distance));
+    return value;
+#else
+    u32 other = __shfl_up_sync(FULL, value, distance);
+    return value + (threadIdx.x % 32 >= distance ? other : 0u);
+#endif
+}
+
+// Calls, for the non-zeros of a segment,
+//     visit.nonzero(there, byte, minus)  if there is one: weight number byte / BYTES of the range,
+//                                        byte < visit.span
+//     visit.next()                       by all lanes: that range is done, go on to the one after it
+// until visit.done(). Ranges follow each other without gaps.
 template <typename Visitor>
-__device__ inline void walk(Segment s, const Entry* table, int width, u32 weights, Visitor& visit) {
-    const u32 lane = threadIdx.x % 32, mask = (1u << width) - 1;
-    u32 place = 0;           // weights before this step
-    u32 sign = s.begin;      // number of this step's first sign bit, from s.words on
-    int window = 0;          // s.signs holds the 32 words from this one on
-    for (int top = s.end; top - width >= s.begin && place < weights; top -= STEP * width) {
-        Entry entries[CODEWORDS];
-        u32 sum = 0;
-#pragma unroll
-        for (int i = 0; i < CODEWORDS; i++) {
-            entries[i].meta = 0;
-            if (s.has(i, width)) {
-                entries[i] = table[s.codewords >> (CODEWORDS - 1 - i) * width & mask];
-            }
-            sum += SIGNS_IN_CODEWORD ? entries[i].meta & 0xffu : entries[i].meta;
-        }
-        s.at -= STEP * width;
-        s.codewords = s.has(0, width) ? s.bits() : 0u;  // of the next step, long before it is needed
-
-        u32 upto = sum;  // inclusive scan
-#pragma unroll
-        for (u32 distance = 1; distance < 32; distance *= 2) {
-            u32 before = __shfl_up_sync(FULL, upto, distance);
-            if (lane >= distance) upto += before;
-        }
-        const u32 total = __shfl_sync(FULL, upto, 31);
-        const u32 before = upto - sum;
-
-        u32 signs = 0;  // of this lane's non-zeros, the first one in bit 0
-        if (!SIGNS_IN_CODEWORD) {
-            int last = (int)((sign + (total >> 16)) >> 5);
-            if (last + 1 - window >= 32) {
-                window = (int)(sign >> 5);
-                s.signs = s.sign_word(window);
-            }
-            u32 first = sign + (before >> 16);
-            int word = (int)(first >> 5) - window;
-            u32 low = __shfl_sync(FULL, s.signs, word), high = __shfl_sync(FULL, s.signs, word + 1);
-            signs = __funnelshift_r(low, high, first & 31u);
-            sign += total >> 16;
-        }
-
-        const u32 stop = place + (total & 0xffffu);
-        do {  // ranges that this step reaches
-            const u32 span = (visit.end - visit.begin) * Visitor::BYTES;
-            u32 start = (place + (before & 0xffffu) - visit.begin) * Visitor::BYTES;
-            u32 bits = signs;
+__device__ inline void walk(Segment s, const Entry* table, Visitor& visit) {
+    Entry entries[CODEWORDS];
+    u32 signs[CODEWORDS];  // of each entry's non-zeros, the first one in bit 0
+    u32 start, step;       // first weight of this lane and weights of the step, in bytes
+    u32 place = 0;         // first weight of the step in bytes from the range's; may wrap around
+    u32 sign = s.begin;    // first sign of the step to come: a bit of the words in `s.signs`
+    int window = 0;        // number of the first of these words
+    bool again = false;    // this step goes on into the next range
+    // One loop over steps and ranges: of an inner one over ranges, the compiler would do all tests of
+    // signs ahead, and has not enough predicates to keep their results.
+    for (int bits = s.end - s.begin; !visit.done();) {
+        if (!again) {
+            if (bits <= 0) break;
+            bits -= STEP_BITS;
+            u32 sum = 0;  // weights | non-zeros << 16
 #pragma unroll
             for (int i = 0; i < CODEWORDS; i++) {
-                const u32 meta = entries[i].meta;
-                const u32 nonzeros = SIGNS_IN_CODEWORD ? meta >> 8 & 0xffu : meta >> 16;
-                if (SIGNS_IN_CODEWORD) bits = meta >> 16;
-#pragma unroll
-                for (int j = 0; j < 4 * POSITION_WORDS; j++) {
-                    const u32 scale = (u32)Visitor::BYTES << 8 * (j % 4);
-                    const u32 byte = __dp4a(entries[i].positions[j / 4], scale, start);
-                    if ((u32)j < nonzeros && byte < span) visit.nonzero(byte, bits >> j & 1u);
-                }
-                start += (meta & 0xffu) * Visitor::BYTES;
-                bits >>= nonzeros;
+                entries[i] = table[s.codeword(i)];
+                sum += entries[i].sum();
             }
-            if (stop < visit.end) break;
+            s.at -= STEP_BITS;
+            s.load();  // the next step's codewords, long before they are needed
+
+            u32 upto = add_lane_below<1>(sum);
+            upto = add_lane_below<2>(upto);
+            upto = add_lane_below<4>(upto);
+            upto = add_lane_below<8>(upto);
+            upto = add_lane_below<16>(upto);
+            const u32 total = __shfl_sync(FULL, upto, 31), before = upto - sum;
+            start = (before & 0xffffu) * Visitor::BYTES;
+            step = (total & 0xffffu) * Visitor::BYTES;
+
+            if (!SIGNS_IN_CODEWORD) {
+                if (sign + (total >> 16) >= 31 * 32) {  // all signs of a step have to be in 31 words
+                    window += sign >> 5;
+                    sign &= 31u;
+                    s.signs = s.sign_word(window);
+                    __syncwarp();  // so that it is a branch, not a dozen predicated instructions
+                }
+                const u32 first = sign + (before >> 16);
+                const u32 low = __shfl_sync(FULL, s.signs, first >> 5);
+                const u32 high = __shfl_sync(FULL, s.signs, (first >> 5) + 1);
+                signs[0] = __funnelshift_r(low, high, first);
+                sign += total >> 16;
+            }
+#pragma unroll
+            for (int i = 0; i < CODEWORDS; i++) {
+                if (SIGNS_IN_CODEWORD) {
+                    signs[i] = entries[i].signs();
+                } else if (i > 0) {
+                    signs[i] = signs[i - 1] >> entries[i - 1].nonzeros();
+                }
+            }
+        }
+        u32 entry = place + start;
+#pragma unroll
+        for (int i = 0; i < CODEWORDS; i++) {
+#pragma unroll
+            for (int j = 0; j < SLOTS; j++) {
+                // A dot product of bytes takes one out, scales and adds it in one instruction.
+                const u32 byte =
+                    __dp4a(entries[i].places(j / 4), Visitor::BYTES << 8 * (j % 4), entry);
+                const bool there = entries[i].has(j) && byte < visit.span;
+                visit.nonzero(there, byte, (signs[i] & 1u << j) != 0);
+            }
+            entry += entries[i].length() * Visitor::BYTES;
+        }
+        again = place + step >= visit.span;
+        if (again) {
+            place -= visit.span;
             visit.next();
-        } while (!visit.done());
-        place = stop;
+        } else {
+            place += step;
+        }
     }
     while (!visit.done()) visit.next();
 }

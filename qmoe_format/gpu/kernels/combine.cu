@@ -1,0 +1,17 @@
+// y [tokens, rows]: the weighted sum of each token's k products, in the order of k.
+
+extern "C" __global__ void combine(
+    const float* products,       // [tokens, k, rows]
+    const WEIGHT_TYPE* weights,  // [tokens, k]
+    Y_TYPE* y,                   // [tokens, rows]
+    int tokens, int k, int rows) {
+    const u64 size = (u64)tokens * rows, step = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
+        const u64 token = i / rows, row = i % rows;
+        float sum = 0.0f;
+        for (int j = 0; j < k; j++) {
+            sum += to_float(weights[token * k + j]) * products[(token * k + j) * rows + row];
+        }
+        y[i] = from_float<Y_TYPE>(sum);
+    }
+}

@@ -1,0 +1,129 @@
+// The weights as bf16, fp16 or fp32, exact to the bit [V-1] to [V-3].
+//
+// A warp decodes its segment through a window of WINDOW bytes in shared memory: zeros first, then the
+// non-zeros, then out to global memory 16 bytes a lane. Windows begin at multiples of 16 bytes in
+// global memory, wherever the segment begins:
+//
+//     global   . . . . | . . s s | s s s s | s s . .        s: the segment's weights
+//     windows          '-- first ---------'-- last --       (here of two vectors of 16 bytes)
+
+// Bits as they are stored: a number may not pass through arithmetic that flushes subnormal ones.
+__device__ inline u16 bits_of(bf16 value) { return value.bits; }
+__device__ inline u16 bits_of(fp16 value) { return value.bits; }
+__device__ inline u32 bits_of(fp32 value) { return __float_as_uint(value); }
+typedef decltype(bits_of(Y_TYPE())) Bits;
+
+constexpr int VECTOR = 16 / sizeof(Bits), LENGTH = WINDOW / sizeof(Bits);  // in weights
+
+// A visitor of a walk. A range is what of one row is in the window.
+struct Window {
+    static constexpr u32 BYTES = sizeof(Bits);
+    const Stack& stack;
+    Bits* window;
+    Bits* out;     // where the window's first weight goes; before the segment's first one, perhaps
+    int expert, row, after;
+    int column;    // of the range's first weight
+    int skip;      // weights of the window before the segment
+    int filled;    // weights of the window before the range
+    u32 span;
+    Values values;
+    Bits low, high;
+
+    __device__ Window(const Stack& stack, int expert, int segment, u8* shared, Bits* y)
+        : stack(stack), window((Bits*)shared), expert(expert),
+          row(segment * stack.rows_per_segment), after(stack.row_after(segment)), column(0) {
+        out = y + (u64)row * stack.columns;
+        skip = filled = (int)((u64)out % 16) / (int)sizeof(Bits);
+        out -= skip;
+        start_row();
+        start();
+    }
+    __device__ bool done() const { return row == after; }
+
+    __device__ void start_row() {
+        values = values_at(stack.row_scales(expert, row));
+        low = bits_of(from_float<Y_TYPE>(values.low));
+        high = bits_of(from_float<Y_TYPE>(values.high));
+    }
+    __device__ void start() {
+        span = BYTES * (u32)min(stack.columns - column, LENGTH - filled);
+    }
+
+    __device__ void nonzero(bool there, u32 byte, bool minus) {
+        if (!there) return;
+        Bits bits = minus ? low : high;
+        if (GROUPED || COLUMN_SCALES) {
+            const int c = column + (int)(byte / BYTES);
+            Values v = values;
+            if (GROUPED) {
+                v = values_at(stack.row_scales(expert, row) + c / stack.group_size * SCALES);
+            }
+            float value = minus ? v.low : v.high;
+            if (COLUMN_SCALES) {
+                value = multiply(
+                    value, to_float(stack.column_scale[(u64)expert * stack.columns + c]));
+            }
+            bits = bits_of(from_float<Y_TYPE>(value));
+        }
+        window[filled + byte / BYTES] = bits;
+    }
+
+    __device__ void next() {
+        filled += (int)(span / BYTES);
+        column += (int)(span / BYTES);
+        if (column == stack.columns) {
+            column = 0;
+            row++;
+            if (!done()) start_row();
+        }
+        if (filled == LENGTH || done()) write();
+        start();
+    }
+
+    __device__ void write() {
+        __syncwarp();
+        for (int v = threadIdx.x % 32; v * VECTOR < filled; v += 32) {
+            const int first = v * VECTOR;
+            uint4* vector = (uint4*)(window + first);
+            if (first >= skip && first + VECTOR <= filled) {
+                *(uint4*)(out + first) = *vector;
+            } else {
+                for (int i = max(first, skip); i < min(first + VECTOR, filled); i++) {
+                    out[i] = window[i];
+                }
+            }
+            *vector = uint4{0, 0, 0, 0};
+        }
+        __syncwarp();
+        out += LENGTH;
+        skip = filled = 0;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
+    const u8* segments, const u32* offsets, const u64* bases, const SCALE_TYPE* row_scale,
+    const SCALE_TYPE* column_scale, const int* table_of, const Entry* tables, int experts, int rows,
+    int columns, int rows_per_segment, int group_size,
+    Y_TYPE* y,  // [count, rows, columns]
+    int first, int count) {
+    extern __shared__ unsigned char shared[];
+    const Stack stack = {segments, offsets, bases,   row_scale, column_scale,     table_of,
+                         tables,   experts, rows,    columns,   rows_per_segment, group_size};
+    const int warp = threadIdx.x / 32, warps = THREADS / 32;
+    u8* window = shared + TABLE_SHARED + warp * WINDOW;
+    for (int v = threadIdx.x % 32; v < WINDOW / 16; v += 32) {
+        ((uint4*)window)[v] = uint4{0, 0, 0, 0};
+    }
+    for (Share share(count, stack.segment_count()); share.more();) {
+        const Share::Part part = share.next();
+        const int expert = first + part.matrix;
+        const Entry* table = stage_table(stack, expert, shared);
+        __syncthreads();
+        Bits* out = (Bits*)y + (u64)part.matrix * rows * columns;
+        for (int number = part.from + warp; number < part.to; number += warps) {
+            Window rows_of(stack, expert, number, window, out);
+            walk(open_segment(stack, expert, number), table, rows_of);
+        }
+        __syncthreads();  // the next table overwrites this one
+    }
+}

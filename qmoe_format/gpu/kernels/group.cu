@@ -1,0 +1,76 @@
+// Put pairs with the same expert together and cut each expert's into tiles: one block, no host.
+//
+//     experts  2 0 2 9 2        numbers of the experts; those outside of the stack count as one more
+//     order    1 0 2 4 3        numbers of the pairs, by expert, else as they came
+//     tiles    3 | 0 0 1 | 2 1 3 | 9 4 1        how many; then expert, first place in order, count
+//
+// The same every time: atomics are not needed, as the warps take turns.
+
+extern "C" __global__ void __launch_bounds__(THREADS) group(
+    const int* experts,  // [pairs]
+    int* order,          // [pairs]
+    int* tiles,          // [1 + 3 * most tiles]
+    int* ranks,          // [pairs]: how many of the same expert came before
+    int* counts,         // [count + 1]: pairs of an expert, then where they begin in order
+    int pairs, int count) {
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    for (int e = thread; e <= count; e += THREADS) counts[e] = 0;
+    __syncthreads();
+
+    for (int first = 0; first < pairs; first += THREADS) {
+        const int pair = first + thread;
+        int expert = pair < pairs ? experts[pair] : -1;
+        if (expert < 0 || expert >= count) expert = count;
+        const int key = pair < pairs ? expert : -1;
+        const u32 same = __match_any_sync(FULL, key);
+        for (int turn = 0; turn < THREADS / 32 && first + 32 * turn < pairs; turn++) {
+            if (turn == warp && pair < pairs) {
+                ranks[pair] = counts[expert] + __popc(same & ((1u << lane) - 1));
+            }
+            __syncthreads();
+            if (turn == warp && pair < pairs && same >> lane == 1u) {  // the last of its expert
+                counts[expert] = ranks[pair] + 1;
+            }
+            __syncthreads();
+        }
+    }
+
+    // Each thread has some neighbouring experts: a scan over their numbers of pairs and of tiles.
+    __shared__ int pairs_before[THREADS], tiles_before[THREADS];
+    const int each = count / THREADS + 1, from = min(thread * each, count + 1);
+    const int to = min(from + each, count + 1);
+    int my_pairs = 0, my_tiles = 0;
+    for (int e = from; e < to; e++) {
+        my_pairs += counts[e];
+        my_tiles += (counts[e] + TOKENS - 1) / TOKENS;
+    }
+    pairs_before[thread] = my_pairs;
+    tiles_before[thread] = my_tiles;
+    __syncthreads();
+    for (int distance = 1; distance < THREADS; distance *= 2) {
+        const int more = thread >= distance ? pairs_before[thread - distance] : 0;
+        const int more_tiles = thread >= distance ? tiles_before[thread - distance] : 0;
+        __syncthreads();
+        pairs_before[thread] += more;
+        tiles_before[thread] += more_tiles;
+        __syncthreads();
+    }
+    if (thread == THREADS - 1) tiles[0] = tiles_before[thread];
+    int place = pairs_before[thread] - my_pairs;
+    int* tile = tiles + 1 + 3 * (tiles_before[thread] - my_tiles);
+    for (int e = from; e < to; e++) {
+        const int all = counts[e];
+        counts[e] = place;
+        for (int done = 0; done < all; done += TOKENS, tile += 3) {
+            tile[0] = e;
+            tile[1] = place + done;
+            tile[2] = min(TOKENS, all - done);
+        }
+        place += all;
+    }
+    __syncthreads();
+    for (int pair = thread; pair < pairs; pair += THREADS) {
+        const int expert = experts[pair];
+        order[counts[expert < 0 || expert >= count ? count : expert] + ranks[pair]] = pair;
+    }
+}
