@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from qmoe_format.gpu.launch import Launch
 from tests.gpu import nvrtc, variants
-from tests.gpu.nvrtc import Resources
+from tests.gpu.nvrtc import Compiler, Resources
 
 REGISTERS = 65536  # of a multiprocessor
 
 if not nvrtc.compilers():
     pytest.skip("the compilers are among the requirements on Linux only", allow_module_level=True)
-
-
-def compile_and_check(launch: Launch, architecture: str) -> None:
-    """With both compilers at the same time."""
-    with ThreadPoolExecutor() as pool:
-        for found in pool.map(lambda c: c.compile(launch.source, architecture), nvrtc.compilers()):
-            check(found[launch.kernel], launch)
 
 
 def check(found: Resources, launch: Launch) -> None:
@@ -33,17 +27,25 @@ def test_both_compilers_are_there() -> None:
     assert [compiler.version for compiler in nvrtc.compilers()] == ["12.9", "13.0"]
 
 
+def compile_and_check(launch: Launch, jobs: Iterable[tuple[Compiler, str]]) -> None:
+    """With compilers and architectures of ``jobs``, on as many threads."""
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(lambda job: job[0].compile(launch.source, job[1]), jobs):
+            check(found[launch.kernel], launch)
+
+
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("variant", variants.MAIN)
 def test_main_kernels_everywhere(variant: str, architecture: str) -> None:
-    compile_and_check(variants.MAIN[variant](), architecture)
+    launch = variants.MAIN[variant]()
+    compile_and_check(launch, [(compiler, architecture) for compiler in nvrtc.compilers()])
 
 
-# The oldest architecture has the fewest instructions, sm_90 is the one that was measured.
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 @pytest.mark.parametrize("variant", variants.OTHER)
-def test_other_variants(variant: str, architecture: str) -> None:
-    compile_and_check(variants.OTHER[variant](), architecture)
+def test_other_variants(variant: str) -> None:
+    """The older compiler for the oldest architecture, the newer one for a new one."""
+    launch = variants.OTHER[variant]()
+    compile_and_check(launch, zip(nvrtc.compilers(), ("sm_75", "sm_90"), strict=True))
 
 
 def test_an_error_in_the_source_is_found() -> None:

@@ -21,22 +21,23 @@ ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
 @cache
 def stack(
     *,
-    rows: int = 3,
-    columns: int = 40,
+    rows: int = 4,
+    columns: int = 2048,
+    zeros: float = 0.885,
     width: int = 12,
     signs: str = "plane",
     scale_dtype: str = "BF16",
     scales: int = 2,
     group_size: int = 0,
     column_scales: bool = False,
-    zeros: float = 0.885,
 ) -> Stack:
-    """Two experts, alike. With fewer zeros entries have more non-zeros."""
-    trits = np.random.default_rng(0).integers(-1, 2, (rows, columns), np.int8)
+    """Two experts, alike."""
+    half = (1 - zeros) / 2
+    trits = np.random.default_rng(0).choice([-1, 0, 1], (rows, columns), p=[half, zeros, half])
     dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
     groups = -(-columns // group_size) if group_size else 1
     matrix = codec.encode_matrix(
-        trits,
+        trits.astype(np.int8),
         np.ones((rows, groups, scales), dtype),
         np.ones(columns, dtype) if column_scales else None,
         scale_dtype=scale_dtype,
@@ -51,12 +52,29 @@ def operand(dtype: str, *shape: int) -> plan.Operand:
     return plan.Operand(np.zeros(shape, ELEMENTS[dtype]), dtype)
 
 
-def matmul(tokens: int, dtype: str = "bf16", **options: Any) -> Launch:
-    """The product of a matrix and so many vectors."""
-    matrix = stack(**options)
-    x, y = operand(dtype, tokens, matrix.layout.columns), operand(dtype, tokens, matrix.layout.rows)
-    (launch,) = plan.matmul(matrix, 0, x, y, H200)
-    return launch
+def empty(shape: tuple[int, ...], dtype: str) -> Any:
+    return np.empty(shape, dtype.replace("fp", "float"))
+
+
+def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) -> Launch:
+    """The launch at ``place`` of the product of a matrix and so many vectors."""
+    layout = stack(**options).layout
+    x, y = operand(dtype, tokens, layout.columns), operand(dtype, tokens, layout.rows)
+    return plan.matmul(stack(**options), 0, x, y, H200, empty)[place]
+
+
+def expert_matvec(tokens: int, place: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch at ``place`` of products with 8 experts each, weighted."""
+    layout = stack(**options).layout
+    x, weights = operand(dtype, tokens, layout.columns), operand(dtype, tokens, 8)
+    experts, y = np.zeros((tokens, 8), np.int32), operand(dtype, tokens, layout.rows)
+    return plan.expert_matvec(stack(**options), x, experts, weights, y, H200, empty)[place]
+
+
+def decode(dtype: str = "bf16", **options: Any) -> Launch:
+    layout = stack(**options).layout
+    y = operand(dtype, 1, layout.rows, layout.columns)
+    return plan.decode(stack(**options), 0, 1, y, H200)[-1]
 
 
 def anchor(warps: int) -> Launch:
@@ -68,20 +86,21 @@ def anchor(warps: int) -> Launch:
 # What most calls take, compiled for every architecture.
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
-    "product, 4 tokens": partial(matmul, 4),
-    "product, 8 tokens": partial(matmul, 8),
+    "product, pairs": partial(expert_matvec, 1, 0),
+    "product, groups of 8 tokens": partial(expert_matvec, 2, 1),
+    "decode": decode,
 }
 OTHER: dict[str, Callable[[], Launch]] = {
+    "product, 4 tokens": partial(matmul, 4),
+    "product, 8 tokens": partial(matmul, 8),
     "product, fp16": partial(matmul, 1, "fp16"),
-    "product, fp32": partial(matmul, 1, "fp32"),
     "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
     "product, width 8": partial(matmul, 1, width=8),
     "product, width 8, 8 tokens": partial(matmul, 8, width=8),
-    "product, width 10": partial(matmul, 1, width=10),
     "product, width 16": partial(matmul, 1, width=16),
     "product, width 16, 8 tokens": partial(matmul, 8, width=16),
-    "product, long entries": partial(matmul, 1, width=16, zeros=0.3),
-    "product, long entries, 8 tokens": partial(matmul, 8, width=16, zeros=0.3),
+    "product, many non-zeros": partial(matmul, 1, width=16, zeros=0.3),
+    "product, many non-zeros, 8 tokens": partial(matmul, 8, width=16, zeros=0.3),
     "product, signs in codewords": partial(matmul, 1, signs="codeword"),
     "product, signs in codewords, 8 tokens": partial(matmul, 8, signs="codeword"),
     "product, symmetric fp16 scales": partial(matmul, 1, scale_dtype="F16", scales=1),
@@ -92,6 +111,15 @@ OTHER: dict[str, Callable[[], Launch]] = {
         matmul, 8, group_size=7, column_scales=True
     ),
     "product, x not in shared memory": partial(matmul, 1, rows=1, columns=60_000),
+    "decode, fp16, scales of groups and columns": partial(
+        decode, "fp16", group_size=7, column_scales=True
+    ),
+    "decode, fp32, width 8": partial(decode, "fp32", width=8),
+    "decode, width 16, many non-zeros": partial(decode, width=16, zeros=0.3),
+    "decode, signs in codewords": partial(decode, signs="codeword"),
+    "prepare": partial(matmul, 1, place=0, rows=1, columns=60_000),
+    "group": partial(expert_matvec, 2, 0),
+    "combine": partial(expert_matvec, 2, -1),
     "QMoE's product, 8 rows a block": partial(anchor, 8),
     "QMoE's product, 32 rows a block": partial(anchor, 32),
 }
