@@ -29,7 +29,9 @@ WINDOW = 4096  # bytes that a warp decodes at a time
 SMALL = 256  # threads of a block of the kernels that are not about codewords
 
 FEW = 8  # pairs that are not worth grouping
-MOST_CODEWORDS = 4  # a lane and step
+# Codewords a lane and step; more of them do not fit 64 registers, or, with several sums, pay less.
+MOST_CODEWORDS = {"ONE_WORD": 4, "NIBBLES": 3, "BYTE_PLACES": 3}
+TILE_CODEWORDS = 2
 # Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (predicted).
 STEP_COST, CODEWORD_COST, SLOT_COST = 40, 9, 7
 
@@ -111,7 +113,7 @@ def decode(stack: Stack, first: int, count: int, y: Operand, device: Device) -> 
     shared = table + window_bytes
     blocks = device.multiprocessors * max(1, device.shared_bytes // shared)
     defines = {
-        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS),
+        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS[layout.entry]),
         "Y_TYPE": y.dtype,
         "WINDOW": WINDOW,
     }
@@ -163,8 +165,9 @@ def _products(
     tokens = max(pairs.tile, 1)
     table = _table_bytes(layout, device.shared_bytes)
     tile_bytes = _tile_bytes(layout, x.dtype, pairs.tile)
+    most = MOST_CODEWORDS[layout.entry] if tokens == 1 else TILE_CODEWORDS
     defines = {
-        **_walk_defines(layout, table, THREADS[tokens], MOST_CODEWORDS if tokens == 1 else 2),
+        **_walk_defines(layout, table, THREADS[tokens], most),
         "X_TYPE": x.dtype,
         "Y_TYPE": y.dtype,
         "TILE_TYPE": "fp32" if layout.column_scales else x.dtype,

@@ -41,7 +41,7 @@ struct Window {
     __device__ bool done() const { return row == after; }
 
     __device__ void start_row() {
-        values = values_at(stack.row_scales(expert, row));
+        values = GROUPED ? Values() : values_at(stack.row_scales(expert, row));
         low = bits_of(from_float<Y_TYPE>(values.low));
         high = bits_of(from_float<Y_TYPE>(values.high));
     }

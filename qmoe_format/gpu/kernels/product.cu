@@ -59,13 +59,13 @@ struct Rows {
     // No branches: they would keep the loads of other non-zeros waiting. After a row's last column
     // there is a zero.
     __device__ void nonzero(bool there, u32 byte, bool minus) {
-        byte = there ? byte : span;
-        Values v = values;
-        if (GROUPED) {
-            const u32 group = there ? byte / BYTES / (u32)stack.group_size : 0u;
-            v = values_at(stack.row_scales(tile.expert, row) + group * SCALES);
+        float value = minus ? values.low : values.high;
+        if (GROUPED && there) {
+            const u32 group = byte / BYTES / (u32)stack.group_size;
+            const Values v = values_at(stack.row_scales(tile.expert, row) + group * SCALES);
+            value = minus ? v.low : v.high;
         }
-        const float value = minus ? v.low : v.high;
+        byte = there ? byte : span;
         const Column<TB> column = *(const Column<TB>*)(x + byte);
 #pragma unroll
         for (int t = 0; t < TB; t++) sums[t] += value * to_float(column.x[t]);
@@ -78,7 +78,7 @@ struct Rows {
     }
 
     __device__ void start() {
-        values = values_at(stack.row_scales(tile.expert, row));
+        values = GROUPED ? Values() : values_at(stack.row_scales(tile.expert, row));
 #pragma unroll
         for (int t = 0; t < TB; t++) sums[t] = 0.0f;
     }

@@ -15,6 +15,13 @@ typedef float fp32;
 
 constexpr u32 FULL = 0xffffffffu;  // all lanes of a warp
 
+__device__ inline float negative(float value) {
+    return __uint_as_float(__float_as_uint(value) ^ 0x80000000u);
+}
+
+// One multiplication that keeps subnormal numbers, also where the compiler is told to flush them.
+__device__ inline float multiply(float a, float b) { return __fmaf_ieee_rn(a, b, -0.0f); }
+
 __device__ inline float to_float(fp32 value) { return value; }
 
 __device__ inline float to_float(bf16 value) { return __uint_as_float((u32)value.bits << 16); }
@@ -26,7 +33,7 @@ __device__ inline float to_float(fp16 value) {
     return result;
 #else
     u32 magnitude = (u32)(value.bits & 0x7fffu) << 13;
-    float result = __uint_as_float(magnitude) * 0x1p112f;  // exact, subnormal numbers too
+    float result = multiply(__uint_as_float(magnitude), 0x1p112f);  // exact
     if (magnitude >= 0x7c00u << 13) result = __uint_as_float(magnitude | 0x7f800000u);
     return __uint_as_float(__float_as_uint(result) | (u32)(value.bits & 0x8000u) << 16);
 #endif
@@ -65,20 +72,5 @@ __device__ inline fp16 from_float<fp16>(float value) {
     }
     bits += 0xfffu + (bits >> 13 & 1u);
     return {(u16)(sign | (bits - (112u << 23)) >> 13)};
-#endif
-}
-
-__device__ inline float negative(float value) {
-    return __uint_as_float(__float_as_uint(value) ^ 0x80000000u);
-}
-
-// One multiplication that keeps subnormal numbers, also where the compiler is told to flush them.
-__device__ inline float multiply(float a, float b) {
-#if defined(__CUDA_ARCH__)
-    float result;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-    return result;
-#else
-    return a * b;
 #endif
 }

@@ -29,7 +29,7 @@ struct Stack {
 
     __device__ int segment_count() const { return (rows - 1) / rows_per_segment + 1; }
     __device__ int groups() const {
-        return GROUPED ? (int)(((u32)columns + group_size - 1) / group_size) : 1;
+        return GROUPED ? (int)(((u32)columns + group_size - 1) / (u32)group_size) : 1;
     }
     __device__ const SCALE_TYPE* row_scales(int expert, int row) const {
         return row_scale + ((u64)expert * rows + row) * groups() * SCALES;
