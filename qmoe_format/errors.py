@@ -30,6 +30,8 @@ LIBRARY_CODES = frozenset(
         "checkpoint",  # a checkpoint that is incomplete, unreadable or of an unknown family
         "io",  # the operating system refused: disk full, permission
         "dependency",  # an optional package is needed for this
+        "device",  # no GPU, or one that is too old
+        "memory",  # a GPU has not enough of it
     }
 )
 

@@ -15,7 +15,7 @@ Pure numpy: nothing here needs a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,23 +173,39 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
 
 def fill(layout: Layout, matrices: Sequence[EncodedMatrix], buffer: npt.NDArray[np.uint8]) -> None:
     """Write the arrays of ``matrices``, for which ``layout`` was made, into ``buffer``."""
-    arrays = layout.arrays(buffer)
+    buffer[:] = 0
+    for offset, data in parts(layout, matrices):
+        buffer[offset : offset + data.size] = data
+
+
+def parts(
+    layout: Layout, matrices: Sequence[EncodedMatrix]
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """What is in the buffer, zeros aside: pieces, uint8, and where they go."""
+    where = {name: offset for name, offset, _, _ in layout.places}
     dictionaries = _dictionaries(matrices)
-    arrays.bases[:] = bases = _bases(matrices)[0]
-    arrays.segments[:GUARD] = 0
-    for e, matrix in enumerate(matrices):
-        trits = matrix.trits
-        begin = bases[e]
-        end = begin + trits.segment_bytes
-        arrays.segments[begin:end] = trits.segments[: trits.segment_bytes]
-        arrays.segments[end : bases[e + 1] if e + 1 < len(bases) else None] = 0
-        arrays.offsets[e] = trits.offsets()
-        arrays.row_scale[e] = matrix.row_scale
-        if matrix.column_scale is not None:
-            arrays.column_scale[e] = matrix.column_scale
-        arrays.table_of[e] = dictionaries[trits.dictionary]
+    bases = _bases(matrices)[0]
+    table_of = [dictionaries[matrix.dictionary] for matrix in matrices]
+    yield where["bases"], _bytes(np.array(bases, np.uint64))
+    yield where["table_of"], _bytes(np.array(table_of, np.int32))
+    size = layout.entry_bytes << layout.width
     for dictionary, number in dictionaries.items():
-        arrays.tables[number] = _entries(dictionary, layout.entry, layout.entry_bytes // 4)
+        entries = _entries(dictionary, layout.entry, layout.entry_bytes // 4)
+        yield where["tables"] + number * size, _bytes(entries)
+    for e, (matrix, base) in enumerate(zip(matrices, bases, strict=True)):
+        trits = matrix.trits
+        yield where["segments"] + base, trits.segments[: trits.segment_bytes]
+        for name, array in (
+            ("offsets", trits.offsets().astype(np.uint32)),
+            ("row_scale", matrix.row_scale),
+            ("column_scale", matrix.column_scale),
+        ):
+            if array is not None:
+                yield where[name] + e * array.nbytes, _bytes(array)
+
+
+def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _common(matrix: EncodedMatrix) -> dict[str, Any]:
