@@ -1,0 +1,178 @@
+"""As much of CuPy as the package uses, on numpy and the shim: two GPUs that are none."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from qmoe_format.gpu.launch import Launch
+from tests.gpu import shim
+
+
+class OutOfMemoryError(MemoryError):
+    """As ``cupy.cuda.memory.OutOfMemoryError``."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """As ``cupy.cuda.runtime.CUDARuntimeError``."""
+
+
+class Array(np.ndarray):
+    """An array on a GPU; views of it are there, too."""
+
+    gpu: int
+
+    def __array_finalize__(self, base: Any) -> None:
+        self.gpu = base.gpu if isinstance(base, Array) else 0
+
+    @property
+    def device(self) -> Any:
+        """The GPU."""
+        return SimpleNamespace(id=self.gpu)
+
+    @property
+    def data(self) -> Any:
+        """Where it is."""
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+@dataclass
+class Stream:
+    """Everything on it is done at once."""
+
+    ptr: int = 0
+    capturing: bool = False
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def is_capturing(self) -> bool:
+        """Whether a graph is being recorded."""
+        return self.capturing
+
+
+class Pinned(np.ndarray):
+    """Page-locked memory."""
+
+    @property
+    def ptr(self) -> int:
+        """Where it is."""
+        return int(self.ctypes.data)
+
+
+class FakeCupy(ModuleType):
+    """The module. Attributes to change before a test: how many GPUs, their age and their memory."""
+
+    ndarray = Array
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        self.gpus = 2
+        self.capability = "90"
+        self.free = 1 << 30
+        self.current = 0
+        self.stream = Stream()
+        self.launched: list[Launch] = []
+        runtime = SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            getDeviceCount=self.count,
+            memcpyAsync=lambda to, source, size, _kind, _stream: ctypes.memmove(to, source, size),
+            memcpyHostToDevice=1,
+        )
+        event = SimpleNamespace(record=lambda _: None, synchronize=lambda: None, done=True)
+        self.cuda = SimpleNamespace(
+            runtime=runtime,
+            Device=self.device,
+            Event=lambda **_: event,
+            get_current_stream=lambda: self.stream,
+            alloc_pinned_memory=lambda size: np.zeros(size, np.uint8).view(Pinned),
+        )
+
+    def count(self) -> int:
+        """Number of GPUs; negative: there is no driver."""
+        if self.gpus < 0:
+            raise CUDARuntimeError("cudaErrorInsufficientDriver")
+        return self.gpus
+
+    def device(self, number: int | None = None) -> Any:
+        """A GPU, current while in ``with``."""
+        number = self.current if number is None else number
+
+        @contextmanager
+        def current() -> Iterator[None]:
+            before, self.current = self.current, number
+            yield
+            self.current = before
+
+        manager = current()
+        return _Device(
+            number,
+            self.capability,
+            {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 << 10},
+            manager,
+        )
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        """Full of garbage, to be written."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size > self.free:
+            raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
+        array: Array = np.full(size, 0xC7, np.uint8).view(dtype).reshape(shape).view(Array)
+        array.gpu = self.current
+        return array
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        """Full of zeros."""
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def asarray(self, values: Any) -> Array:
+        """A copy on the current GPU."""
+        array = self.empty(np.shape(values), np.asarray(values).dtype)
+        array[...] = values
+        return array
+
+    def RawModule(self, code: str, options: tuple[str, ...]) -> Any:
+        """Kernels that run on the shim."""
+        assert options == ("--std=c++17",)
+
+        def kernel(name: str) -> Any:
+            return Kernel(self, code, name)
+
+        return SimpleNamespace(get_function=kernel)
+
+
+@dataclass
+class _Device:
+    id: int
+    compute_capability: str
+    attributes: dict[str, int]
+    manager: Any
+
+    def __enter__(self) -> None:
+        self.manager.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.__exit__(None, None, None)
+
+
+class Kernel:
+    """A kernel. Like a GPU's, it refuses shared memory that was not asked for."""
+
+    def __init__(self, cupy: FakeCupy, code: str, name: str) -> None:
+        self.cupy, self.code, self.name = cupy, code, name
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        plain = tuple(a.view(np.ndarray) if isinstance(a, np.ndarray) else a for a in arguments)
+        launch = Launch(self.code, self.name, grid, block, shared_mem, plain)
+        self.cupy.launched.append(launch)
+        shim.execute(launch)

@@ -1,0 +1,151 @@
+"""The public calls, with CuPy's place taken by numpy and the shim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qmoe_format import gpu
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.dtypes import from_float32, to_float32
+from qmoe_format.gpu import packing
+from qmoe_format.gpu import stack as stacks
+from tests.codec.strategies import random_trits
+from tests.gpu import shim
+from tests.gpu.fake_cupy import FakeCupy
+
+pytestmark = shim.needs_compiler
+
+EXPERTS, ROWS, COLUMNS = 4, 6, 200
+
+
+def member(seed: int = 0) -> EncodedMatrix:
+    """A matrix whose products with small integers are exact."""
+    return encode_matrix(
+        random_trits(ROWS, COLUMNS, 0.885, seed),
+        from_float32(np.array([[[-0.5, 2.0]]] * ROWS, np.float32), "BF16"),
+    )
+
+
+@pytest.fixture(scope="module")
+def members() -> list[EncodedMatrix]:
+    return [member(seed) for seed in range(EXPERTS)]
+
+
+def integers(cupy: FakeCupy, *shape: int, dtype: str = "BF16") -> Any:
+    """An array of small integers on the GPU, and the same as float64."""
+    values = np.random.default_rng(sum(shape)).integers(-3, 4, shape).astype(np.float32)
+    return cupy.asarray(from_float32(values, dtype)), values.astype(np.float64)
+
+
+def test_upload_puts_there_what_packing_says(
+    cupy: FakeCupy, members: list[EncodedMatrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "STAGING", 1000)  # many turns, parts that do not fit into one
+    stack = gpu.upload(members, device=1)
+    packed = packing.pack(members)
+    for name, _, _, _ in packed.layout.places:
+        there, here = getattr(stack.packed.arrays, name), getattr(packed.arrays, name)
+        assert there.device.id == 1
+        assert np.array_equal(there, here), name
+    assert stack.shape == (EXPERTS, ROWS, COLUMNS)
+    assert stack.bytes == packed.layout.bytes
+    assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
+    assert stack[-1].expert == 3
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_matvec(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> None:
+    x, values = integers(cupy, COLUMNS, dtype=dtype)
+    y = gpu.matvec(gpu.upload(members)[2], x)
+    assert y.dtype == x.dtype
+    assert isinstance(y, cupy.ndarray)
+    want = (dequantize(members[2]) @ values).astype(np.float32)
+    assert np.array_equal(y, from_float32(want, dtype))
+    assert np.array_equal(y, gpu.matvec(gpu.upload(members[2]), x))
+
+
+def test_matmul_into_out_of_another_type(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+    x, values = integers(cupy, 5, COLUMNS)
+    out = cupy.empty((5, ROWS), np.float32)
+    assert gpu.matmul(gpu.upload(members)[1], x, out=out) is out
+    assert np.array_equal(out, values @ dequantize(members[1]).T)
+
+
+def test_no_tokens(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+    stack = gpu.upload(members)
+    x, experts = cupy.empty((0, COLUMNS), np.float16), cupy.empty((0, 2), np.int32)
+    assert gpu.matmul(stack[0], x).shape == (0, ROWS)
+    assert gpu.expert_matvec(stack, x, experts).shape == (0, 2, ROWS)
+    weights = cupy.empty((0, 2), np.float16)
+    assert gpu.expert_matvec(stack, x, experts, weights).shape == (0, ROWS)
+    assert not cupy.launched
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])  # a list of pairs; groups of them
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_expert_matvec(
+    cupy: FakeCupy, members: list[EncodedMatrix], tokens: int, each: bool, weighted: bool
+) -> None:
+    k = 2
+    x, values = integers(cupy, *((tokens, k, COLUMNS) if each else (tokens, COLUMNS)), dtype="F32")
+    chosen = np.random.default_rng(0).integers(0, EXPERTS, (tokens, k)).astype(np.int32)
+    weights, scales = integers(cupy, tokens, k)
+    weights = weights if weighted else None
+    y = gpu.expert_matvec(gpu.upload(members), x, cupy.asarray(chosen), weights)
+    dense = np.stack([dequantize(matrix) for matrix in members])[chosen].astype(np.float64)
+    every = values if each else np.repeat(values[:, None], k, axis=1)
+    want = np.einsum("tkrc,tkc->tkr", dense, every)
+    if weighted:
+        want = np.einsum("tkr,tk->tr", want, scales)
+    assert y.shape == want.shape
+    assert np.array_equal(y, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_experts_that_there_are_not(
+    cupy: FakeCupy, members: list[EncodedMatrix], tokens: int
+) -> None:
+    x, values = integers(cupy, tokens, COLUMNS, dtype="F32")
+    chosen = np.full((tokens, 2), 3, np.int32)
+    chosen[0], chosen[-1, 1] = EXPERTS, -1
+    y = gpu.expert_matvec(gpu.upload(members), x, cupy.asarray(chosen))
+    bad = (chosen < 0) | (chosen >= EXPERTS)
+    assert np.isnan(y[bad]).all()
+    want = np.repeat((values @ dequantize(members[3]).T)[:, None], 2, axis=1)
+    assert np.array_equal(y[~bad], want[~bad])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_decode(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> None:
+    name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
+    stack = gpu.upload(members)
+    dense = np.stack([dequantize(matrix) for matrix in members])
+    assert np.array_equal(to_float32(gpu.decode(stack, dtype), name), dense)
+    out = cupy.empty((ROWS, COLUMNS), np.float32)
+    assert gpu.decode(stack[1], dtype, out=out) is out
+    assert np.array_equal(out, dense[1])
+
+
+def test_a_recorded_call_keeps_its_scratch_arrays(
+    cupy: FakeCupy, members: list[EncodedMatrix]
+) -> None:
+    stack = gpu.upload(members)
+    x, _ = integers(cupy, 20, COLUMNS)
+    experts = cupy.asarray(np.zeros((20, 2), np.int32))
+    gpu.expert_matvec(stack, x, experts)
+    assert not stack.recorded
+    cupy.stream.capturing = True
+    gpu.expert_matvec(stack, x, experts)
+    assert len(stack.recorded) == 1
+
+
+def test_kernels_are_compiled_once(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+    stack = gpu.upload(members)
+    x, _ = integers(cupy, COLUMNS)
+    for expert in range(3):
+        gpu.matvec(stack[expert], x)
+    assert len({id(launch.source) for launch in cupy.launched}) == 1
