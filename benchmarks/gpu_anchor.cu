@@ -11,7 +11,7 @@
 extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
     const unsigned int *__restrict__ dictionary,    // [2 * 65536]
     const unsigned short *__restrict__ codewords,   // [offsets[rows]], all rows one after another
-    const int *__restrict__ offsets,                // [rows + 1]: where each row's codewords begin
+    const unsigned int *__restrict__ offsets,       // [rows + 1]: where each row's codewords begin
     const unsigned int *__restrict__ low_high,      // [rows]: bf16 low, bf16 high << 16
     const unsigned short *__restrict__ x,           // bf16 [columns]
     unsigned short *__restrict__ y,                 // bf16 [rows]

@@ -6,13 +6,17 @@ The code is that of ``qmoe_format.codec.qmoe_scheme``; the kernel is ``gpu_ancho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from benchmarks.gpu_timing import DEVICE
 from qmoe_format.codec import qmoe_scheme
+from qmoe_format.gpu import arrays, cuda
 from qmoe_format.gpu.launch import Launch
 
 WARPS = (4, 8, 16, 32)  # rows a block; the benchmark takes the best for each matrix
@@ -20,11 +24,11 @@ WARPS = (4, 8, 16, 32)  # rows a block; the benchmark takes the best for each ma
 
 @dataclass(frozen=True)
 class Anchor:
-    """A matrix in QMoE's scheme: arrays of numpy, or of the device.
+    """A matrix in QMoE's scheme: arrays of numpy, or tensors on a device.
 
     ``dictionary``  uint32 [2 * 65536]
     ``codewords``   uint16 [number of codewords]
-    ``offsets``     int32 [rows + 1]
+    ``offsets``     uint32 [rows + 1]
     ``low_high``    uint32 [rows]: bf16 low, bf16 high << 16
     """
 
@@ -41,9 +45,10 @@ def encode(trits: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anc
     dictionary = qmoe_scheme.qmoe_dictionary().decoder_table()
     codewords, offsets = qmoe_scheme.encode(trits)
     scales = np.ascontiguousarray(low_high, "<u2").view("<u4")[:, 0]
-    return Anchor(len(trits), trits.shape[1], dictionary, codewords, offsets, scales)
+    return Anchor(len(trits), trits.shape[1], dictionary, codewords, offsets.view("<u4"), scales)
 
 
+@cache
 def source(warps: int) -> str:
     """CUDA text of the kernel with ``warps`` rows a block."""
     text = Path(__file__).with_name("gpu_anchor.cu").read_text()
@@ -51,7 +56,7 @@ def source(warps: int) -> str:
 
 
 def matvec(anchor: Anchor, x: Any, y: Any, warps: int) -> Launch:
-    """y = W x: x bf16 bits [columns], y bf16 bits [rows], ``warps`` rows a block."""
+    """y = W x: x bf16 [columns], y bf16 [rows], ``warps`` rows a block."""
     return Launch(
         source=source(warps),
         kernel="anchor_matvec",
@@ -72,28 +77,23 @@ def matvec(anchor: Anchor, x: Any, y: Any, warps: int) -> Launch:
 
 
 def upload(anchor: Anchor, copies: int) -> list[Anchor]:
-    """Copies on the device, at addresses of their own."""
-    import cupy
-
-    dictionary = cupy.asarray(anchor.dictionary)
-
-    def repeated(array: npt.NDArray[Any]) -> Any:
-        return cupy.tile(cupy.asarray(array), (copies, 1))
-
-    arrays = [repeated(a) for a in (anchor.codewords, anchor.offsets, anchor.low_high)]
+    """Copies on torch's device, at addresses of their own."""
+    dictionary = torch.from_numpy(anchor.dictionary.view(np.int32)).to(DEVICE)
+    repeated = [
+        torch.from_numpy(array.view(signed)).to(DEVICE).repeat(copies, 1)
+        for array, signed in (
+            (anchor.codewords, np.int16),
+            (anchor.offsets, np.int32),
+            (anchor.low_high, np.int32),
+        )
+    ]
     return [
-        Anchor(anchor.rows, anchor.columns, dictionary, *(array[i] for array in arrays))
+        Anchor(anchor.rows, anchor.columns, dictionary, *(array[i] for array in repeated))
         for i in range(copies)
     ]
 
 
-def bits(x: Any) -> Any:
-    """The memory of a bf16 tensor of torch as a uint16 array of CuPy."""
-    import cupy
-    import torch
-
-    return cupy.asarray(x.view(torch.int16)).view(cupy.uint16)
-
-
 def execute(launch: Launch) -> None:
-    """On torch's current stream."""
+    """On torch's device and current stream."""
+    home = arrays.Torch(torch.cuda.current_device())
+    cuda.launch(home.device, home.stream(), [launch])

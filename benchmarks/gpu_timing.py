@@ -40,7 +40,7 @@ class Work:
 
 def copies(bytes_of_one: int) -> int:
     """How many copies come to more than four times the L2 cache."""
-    cache = torch.cuda.get_device_properties().L2_cache_size
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return 4 * cache // max(bytes_of_one, 1) + 1
 
 
@@ -57,6 +57,7 @@ def times(works: Sequence[Work], rounds: int, stream: torch.cuda.Stream) -> list
 
         return launch
 
+    torch.cuda.synchronize()  # what the works use was made on another stream
     with torch.cuda.stream(stream):
         for work in works:  # compile, allocate, choose algorithms
             work.run(0)
@@ -131,11 +132,15 @@ def bandwidth(rounds: int) -> dict[str, float]:
 
 def device() -> dict[str, Any]:
     """What the times depend on besides the program."""
-    properties = torch.cuda.get_device_properties()
+    import cupy
+
+    properties = torch.cuda.get_device_properties(DEVICE)
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "torch_cuda": torch.version.cuda,
+        "cupy": cupy.__version__,
+        "driver_cuda": cupy.cuda.runtime.driverGetVersion(),
     }
