@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class Layer:
             wiring: of the family.
             routed: the tokens.
             token_cap: use at most so many times the mean number of tokens for an expert's Hessian.
-            norms: float32 ``[tokens, 1]``, how long the hidden states after the block are: tokens
-                and rows are weighed by what they matter to those. None: all count alike.
+            norms: float32 ``[tokens, 1]``, how long the hidden states after the block are: rows
+                are weighed by what they matter to those. None: all count alike.
             device: where to compute.
             threads: how many to use.
         """
@@ -122,34 +123,33 @@ class Layer:
         found = {
             matrix: Calibration.zeros(
                 len(group),
-                stack.columns,
-                1 if norms is None or matrix == output else stack.rows,
+                self.stacks[matrix].columns,
+                1 if norms is None or matrix == output else self.stacks[matrix].rows,
                 device=self.device,
             )
-            for matrix, stack in self.stacks.items()
-            if norms is not None or matrix in (first, output)
+            for matrix in (first, output)
         }
+        for matrix in wiring.inputs[1:]:  # the same inputs, so the same sums
+            rows = torch.zeros_like(found[first].row_importance)
+            found[matrix] = replace(found[first], row_importance=rows)
 
         def add(place: int) -> None:
             for inputs, gates, positions in self._chunks(*self.tokens(group[place])):
                 before = [inputs @ weights[m][place].T for m in wiring.inputs]
-                hidden = wiring.hidden(before)
+                found[first].add(place, inputs)
+                found[output].add(place, wiring.hidden(before))
                 if norms is None:
-                    found[first].add(place, inputs)
-                    found[output].add(place, hidden)
                     continue
                 gates = gates / norms[positions, 0].to(self.device).clamp(min=1e-12)
-                found[output].add(place, hidden, gates.square()[:, None])
+                found[output].weigh(place, gates.square()[:, None])
                 slopes = derivatives(wiring.hidden, before)
                 for matrix, slope in zip(wiring.inputs, slopes, strict=True):
-                    found[matrix].add(
-                        place, inputs, importance(slope, weights[output][place], gates)
-                    )
+                    counts = importance(slope, weights[output][place], gates)
+                    found[matrix].weigh(place, counts)
 
         for _ in side_by_side(add, range(len(group)), self.elements, self.threads):
             pass
-        # Where all tokens count alike, so do the matrices that they are multiplied with.
-        return {matrix: found.get(matrix, found[first]) for matrix in self.stacks}
+        return found
 
     def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
         """Add what some experts return for all their tokens, each times the router's weight.
@@ -193,5 +193,4 @@ def experts_part(calibration: Calibration, part: slice) -> Calibration:
         calibration.sums[part],
         calibration.tokens[part],
         calibration.row_importance[part],
-        calibration.token_weight[part],
     )

@@ -28,7 +28,7 @@ from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration
-from qmoe_format.quantize.rd import Rate, typical_energy
+from qmoe_format.quantize.rd import ABSOLUTE, Rate, typical_energy
 
 DEFAULT_LAMBDA = 0.05
 LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # what can be asked for is in between
@@ -183,7 +183,7 @@ class RateControl:
     def _own_prices(self, plan: StackPlan, value: float) -> NDArray[np.float64]:
         """The lambda, in logarithms, that would be the same with each expert's own reference."""
         energies = np.array([each if each > 0 else self.reference for each in plan["energies"]])
-        logs: NDArray[np.float64] = np.log(value) + 0.5 * np.log(self.reference / energies)
+        logs: NDArray[np.float64] = np.log(value) + ABSOLUTE * np.log(self.reference / energies)
         return logs
 
 
@@ -284,7 +284,6 @@ def _encoded(
             torch.cat([each.calibration.sums for each in own]),
             torch.cat([each.calibration.tokens for each in own]),
             torch.cat([each.calibration.row_importance for each in own]),
-            torch.cat([each.calibration.token_weight for each in own]),
         )
         weights = torch.stack([each.weights for each in own])
         rate = Rate(torch.tensor([PRICES[each // number] for each in batch]), 1.0)

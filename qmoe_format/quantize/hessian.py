@@ -2,10 +2,9 @@
 
 The error that a quantised matrix Q makes in place of W on inputs x_t is
 
-    sum_t g_t^2 |(W - Q) x_t|^2  =  tr((W - Q) S (W - Q)^T),     S = sum_t g_t^2 x_t x_t^T,
+    sum_t |(W - Q) x_t|^2  =  tr((W - Q) S (W - Q)^T),     S = sum_t x_t x_t^T.
 
-with weights g_t of the tokens, or 1. S is the Hessian of that error for each row of W (GPTQ,
-arXiv 2210.17323, section 3).
+S is the Hessian of that error for each row of W (GPTQ, arXiv 2210.17323, section 3).
 """
 
 from __future__ import annotations
@@ -27,13 +26,11 @@ class Calibration:
         tokens: int64 ``[experts]``, how many each has seen.
         row_importance: float64 ``[experts, rows]``, what a squared error of each row counts, a sum
             over tokens; ``[experts, 1]`` where all rows are alike.
-        token_weight: float64 ``[experts]``, the sum over tokens of g_t^2.
     """
 
     sums: Tensor
     tokens: Tensor
     row_importance: Tensor
-    token_weight: Tensor
 
     @classmethod
     def zeros(
@@ -49,29 +46,26 @@ class Calibration:
             torch.zeros(experts, columns, columns, dtype=dtype, device=device),
             torch.zeros(experts, dtype=torch.int64),
             torch.zeros(experts, rows, dtype=torch.float64),
-            torch.zeros(experts, dtype=torch.float64),
         )
 
-    def add(self, expert: int, inputs: Tensor, importance: Tensor | None = None) -> None:
-        """Add tokens of one expert.
-
-        Args:
-            inputs: x, ``[tokens, columns]``.
-            importance: ``[tokens, rows or 1]``, what a squared error counts; None: 1 for all.
-                The square root of its mean over rows becomes g_t^2. With the mean itself, a few
-                tokens would rule S.
-        """
-        weighted = inputs.to(self.sums.dtype)
+    def add(self, expert: int, inputs: Tensor) -> None:
+        """Add tokens of one expert: x, ``[tokens, columns]``."""
+        inputs = inputs.to(self.sums.dtype)
+        self.sums[expert].addmm_(inputs.T, inputs)
         self.tokens[expert] += len(inputs)
-        if importance is None:
-            self.row_importance[expert] += len(inputs)
-            self.token_weight[expert] += len(inputs)
-        else:
-            squares = importance.mean(1).sqrt()
-            weighted = weighted * squares.sqrt()[:, None].to(weighted.dtype)
-            self.row_importance[expert] += importance.sum(0, dtype=torch.float64).cpu()
-            self.token_weight[expert] += float(squares.sum(dtype=torch.float64))
-        self.sums[expert].addmm_(weighted.T, weighted)
+
+    def weigh(self, expert: int, importance: Tensor) -> None:
+        """Add what a squared error counts on each token and row, ``[tokens, rows or 1]``."""
+        self.row_importance[expert] += importance.sum(0, dtype=torch.float64).cpu()
+
+    def importance(self) -> Tensor:
+        """rho_j, what a squared error of row j counts on a token: float64 ``[experts, rows or 1]``.
+
+        None less than a thousandth of the expert's mean; 1 where nothing was weighed.
+        """
+        rho = self.row_importance / self.tokens.clamp(min=1)[:, None]
+        mean = rho.mean(1, keepdim=True)
+        return torch.where(mean > 0, torch.maximum(rho, 1e-3 * mean), 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ row j of W_k moves the output by w_out,j f_k'(t, j) (its error) x_t, so its squa
 
     |w_out,j|^2 f_k'(t, j)^2        for token t and row j,
 
-times the square of the token's own weight. A Hessian for each row would be too much:
-``Calibration.add`` takes a product of one weight for the token and one for the row.
+times the square of the token's own weight. A Hessian for each row would be too much: its mean over
+the tokens says how many bits a row is worth, and all tokens count alike in the Hessian.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ every decision weighs the two. Weights are row scale x trit x column scale.
 1. Three GPTQ passes with a small share of the price find a start.
 2. Rounds of descent at the full price, the columns in a new order each time.
 After each, the price of a code is brought up to date and scales are refitted by least squares.
+At the end the rows are made as long again as they were: least squares leaves them too short.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weight
 
 PASSES = 3
 START_SHARE = 0.3  # of the price, in the passes
-ROUNDS = 6
+ROUNDS = 10
+ABSOLUTE = 0.35  # see Rate
+MOST_STRETCH = 1.3
 TRUST = 30.0
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
 
@@ -36,12 +39,12 @@ class Rate:
 
     For a bit, row j of an expert pays at most
 
-        lam sqrt(reference E_j / rho_j),    E_j = w_j S w_j / columns,
+        lam E_j (reference / (E_j rho_j))^ABSOLUTE,    E_j = w_j S w_j / columns,
 
-    of its error; rho_j, its importance, is ``row_importance`` / ``token_weight``. That is half-way,
-    in the logarithm, between two aims: that each row gets the same share of its own output wrong
-    (lam E_j), and that a bit is spent wherever it matters most (lam reference / rho_j), which would
-    be best if importance was known exactly and errors were small.
+    of its error; rho_j is its importance. That lies, in the logarithm, between two aims: that each
+    row gets the same share of its own output wrong (lam E_j), and that a bit is spent wherever it
+    matters most (lam reference / rho_j), which would be best if importance was known exactly and
+    errors were small.
 
     Attributes:
         lam: bits fall as it rises. One for all, or ``[experts]``.
@@ -152,11 +155,24 @@ class _State:
         self.gradient = _products(self.hessian, self.weights - quantized)
         self.scale = refit_rows(quantized, self.gradient, self.target, self.scale)
 
+    def _stretch(self) -> None:
+        """Scale row j so that q.Hw = w.Hw.
+
+        With the least-squares scale q.Hw = q.Hq = (1 - e) w.Hw, if e is the row's relative error:
+        its output is too small by that share, and what the layers after it compute from several
+        such outputs is too small by more. To set it right adds only about e^2 to the error.
+        """
+        aim = (self.weights * self.target).sum(1)
+        found = (self.weights * (self.target - self.gradient)).sum(1)
+        ratio = aim / torch.where(found > 0, found, aim)
+        self.scale *= torch.nan_to_num(ratio, nan=1.0).clamp(1.0, MOST_STRETCH)
+
     def finish(self, dtype: torch.dtype) -> TernaryWeights:
         """Round the column scales, refit the rows to them, round those."""
         self.reorder(self.order.argsort())
         self.column_scale = self.column_scale.to(dtype).float()
         self._refit_rows()
+        self._stretch()
         used = self.trits.any(1) & (self.scale > 0)
         scale = (torch.where(used, self.scale, 0.0).double() * self.largest[:, None]).to(dtype)
         columns = self.column_scale.amax(1, keepdim=True)
@@ -190,7 +206,7 @@ def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate
     energy = state.energy.double().cpu()
     # E_j of Rate, in its own units.
     own = energy * (ready.unit * state.largest.square().cpu())[:, None]
-    relative = torch.sqrt(rate.reference / (own * _importance(calibration, own)).clamp(min=1e-300))
+    relative = (rate.reference / (own * calibration.importance()).clamp(min=1e-300)) ** ABSOLUTE
     # A share that is far off the others' is not believed.
     lam = torch.as_tensor(rate.lam, dtype=torch.float64).view(-1, 1)
     share = lam * relative.clamp(1 / TRUST, TRUST)
@@ -199,12 +215,6 @@ def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate
     blind = torch.tensor([why is not None for why in ready.fallback])
     share = torch.where(blind[:, None], (0.5 * (lam / 0.05) ** 0.3).clamp(max=0.8), share)
     return (share * energy).to(state.energy)
-
-
-def _importance(calibration: Calibration, like: Tensor) -> Tensor:
-    """rho_j, like ``[experts, rows]``; none less than a thousandth of the expert's mean."""
-    rho = calibration.row_importance / calibration.token_weight.clamp(min=1e-300)[:, None]
-    return torch.maximum(rho, 1e-3 * rho.mean(1, keepdim=True)).expand_as(like)
 
 
 def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
@@ -216,7 +226,7 @@ def typical_energy(weights: Tensor, calibration: Calibration) -> Tensor:
     products = torch.stack(
         [row_energies(w, s) for w, s in zip(weights, calibration.sums, strict=True)]
     ).cpu()
-    return (products * _importance(calibration, products)).mean(1)
+    return (products * calibration.importance()).mean(1)
 
 
 def _first_threshold(price: Tensor, energy: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Recipe:
         name: what a user types.
         summary: one line for people.
         calibrated: whether it needs ``Calibration``, so text.
-        rated: whether it takes a ``Rate``; its calibration weighs tokens and rows by importance.
+        rated: whether it takes a ``Rate``; its calibration weighs rows by importance.
     """
 
     name: str

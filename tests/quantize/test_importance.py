@@ -100,24 +100,11 @@ def test_the_product_is_exact_where_tokens_are_alike() -> None:
     calibration = Calibration.zeros(1, columns, rows, dtype=torch.float64)
     for start in (0, 20):
         part = slice(start, start + 20 if start == 0 else tokens)
-        calibration.add(0, inputs[part], counts[part])
+        calibration.add(0, inputs[part])
+        calibration.weigh(0, counts[part])
     off = random(rows, columns, seed=5)
     true = (array(counts) * array(inputs @ off.T) ** 2).sum(0)
-    rho = array(calibration.row_importance[0]) / float(calibration.token_weight[0])
-    # S has the same weight for all tokens, and rho is what a row counts beyond that.
+    rho = array(calibration.importance()[0])
     np.testing.assert_allclose(
         rho * energy(array(off), array(calibration.sums[0])), true, rtol=1e-5
     )
-
-
-def test_tokens_without_importance_do_not_enter_the_sums() -> None:
-    inputs = correlated(30, 8)
-    counts = random(30, 6, seed=1).square()
-    counts[10:20] = 0
-    calibration, other = (Calibration.zeros(1, 8, 6, dtype=torch.float64) for _ in range(2))
-    calibration.add(0, inputs, counts)
-    rest = torch.arange(30) % 30 // 10 != 1
-    other.add(0, inputs[rest], counts[rest])
-    torch.testing.assert_close(calibration.sums, other.sums)
-    torch.testing.assert_close(calibration.row_importance, other.row_importance)
-    assert calibration.tokens.tolist() == [30]

@@ -132,12 +132,24 @@ def test_it_beats_the_paper_on_real_matrices(shared_data: Path, which: str) -> N
     assert error_at(bits, weights, calibration) < 0.8 * worse
 
 
+def test_rows_are_as_long_as_before() -> None:
+    """Least squares alone leaves a row too short by its relative error."""
+    weights, calibration = random(1, 40, 48, seed=5), calibrated([correlated(300, 48)])
+    result = quantize_rd(weights, "F32", calibration, rate_of(weights, calibration, 0.03))
+    off = error(weights, check(result, weights), calibration)
+    assert off > 0.02
+    w, q, s = (array(each[0]) for each in (weights, check(result, weights), calibration.sums))
+    along = (w @ s * q).sum(1) / (w @ s * w).sum(1)
+    assert abs(along.mean() - 1) < off / 5
+
+
 def test_more_important_rows_get_more_bits() -> None:
     weights, inputs = random(1, 40, 48, seed=5), correlated(300, 48)
     importance = torch.ones(300, 40)
     importance[:, :20] = 100
     calibration = Calibration.zeros(1, 48, 40)
-    calibration.add(0, inputs, importance)
+    calibration.add(0, inputs)
+    calibration.weigh(0, importance)
     result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.2))
     check(result, weights)
     share = (result.weights.trits[0] != 0).float().mean(1)
@@ -202,7 +214,7 @@ def test_odd_shapes(shape: tuple[int, int]) -> None:
     weights, calibration = random(2, *shape), calibrated([correlated(100, shape[1])] * 2)
     result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.01))
     values = check(result, weights)
-    assert error(weights, values, calibration) < 0.2
+    assert error(weights, values, calibration) < 0.25
 
 
 def test_an_all_zero_matrix() -> None:
@@ -289,9 +301,10 @@ def test_typical_energy() -> None:
     weights, inputs = random(2, 6, 10), [correlated(50, 10, e) for e in range(2)]
     calibration = Calibration.zeros(2, 10, 6)
     for expert, each in enumerate(inputs):
-        calibration.add(expert, each, 1 + random(50, 6, seed=expert).abs())
+        calibration.add(expert, each)
+        calibration.weigh(expert, 1 + random(50, 6, seed=expert).abs())
     sums = array(calibration.sums)
-    rho = calibration.row_importance.numpy() / calibration.token_weight.numpy()[:, None]
+    rho = calibration.row_importance.numpy() / 50
     expected = (energy(array(weights), sums) / 10 * rho).mean(1)
     result = typical_energy(weights, calibration)
     assert result.dtype == torch.float64
@@ -399,7 +412,8 @@ def part(weights: Tensor, inputs: list[Tensor | None], some: list[int], rows: in
     for place, expert in enumerate(some):
         each = inputs[expert]
         if each is not None:
-            calibration.add(place, each, 1 + random(len(each), rows, seed=expert).abs())
+            calibration.add(place, each)
+            calibration.weigh(place, 1 + random(len(each), rows, seed=expert).abs())
     return quantize_rd(weights[some], "BF16", calibration, Rate(0.03, 300.0))
 
 
