@@ -79,12 +79,11 @@ def expert_matvec(
     """
     tokens, k = experts.shape
     count = tokens * k
-    columns = x.array.shape[-1]
-    x = Operand(x.array.reshape(-1, columns), x.dtype)
+    per_x = k if len(x.array.shape) == 2 else 1
     wanted = 1 if count <= FEW else 8
     tile = _tile(stack.layout, x.dtype, wanted, device)
-    mode = "LIST" if tile == 1 else "GROUPS"
-    pairs = _Pairs(mode, count, count // max(x.array.shape[0], 1), -1, tile, experts)
+    mode = "GROUPS" if tile > 1 else "LIST"
+    pairs = _Pairs(mode, count, per_x, -1, tile, experts)
     if weights is None:
         return _products(stack, x, y, pairs, device, empty)
     rows = stack.layout.rows
