@@ -92,17 +92,16 @@ MAIN: dict[str, Callable[[], Launch]] = {
 }
 OTHER: dict[str, Callable[[], Launch]] = {
     "product, 4 tokens": partial(matmul, 4),
-    "product, 8 tokens": partial(matmul, 8),
     "product, fp16": partial(matmul, 1, "fp16"),
     "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
     "product, width 8": partial(matmul, 1, width=8),
-    "product, width 8, 8 tokens": partial(matmul, 8, width=8),
     "product, width 16": partial(matmul, 1, width=16),
-    "product, width 16, 8 tokens": partial(matmul, 8, width=16),
+    "product, 60 % zeros": partial(matmul, 1, zeros=0.6),
+    "product, 60 % zeros, 8 tokens": partial(matmul, 8, zeros=0.6),
+    "product, 95 % zeros": partial(matmul, 1, zeros=0.95),
     "product, many non-zeros": partial(matmul, 1, width=16, zeros=0.3),
     "product, many non-zeros, 8 tokens": partial(matmul, 8, width=16, zeros=0.3),
     "product, signs in codewords": partial(matmul, 1, signs="codeword"),
-    "product, signs in codewords, 8 tokens": partial(matmul, 8, signs="codeword"),
     "product, symmetric fp16 scales": partial(matmul, 1, scale_dtype="F16", scales=1),
     "product, fp32 scales of groups and columns": partial(
         matmul, 1, scale_dtype="F32", group_size=7, column_scales=True
@@ -115,6 +114,7 @@ OTHER: dict[str, Callable[[], Launch]] = {
         decode, "fp16", group_size=7, column_scales=True
     ),
     "decode, fp32, width 8": partial(decode, "fp32", width=8),
+    "decode, 60 % zeros": partial(decode, zeros=0.6),
     "decode, width 16, many non-zeros": partial(decode, width=16, zeros=0.3),
     "decode, signs in codewords": partial(decode, signs="codeword"),
     "prepare": partial(matmul, 1, place=0, rows=1, columns=60_000),
