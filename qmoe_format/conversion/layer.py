@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -116,40 +116,92 @@ class Layer:
             chosen = chosen[torch.arange(self._most) * len(chosen) // self._most]
         return positions[chosen], gates[chosen]
 
-    def calibration(self, weights: Weights, group: range) -> dict[str, Calibration]:
-        """What a group's tokens say about each matrix; ``weights`` are the original ones."""
-        wiring, norms = self._wiring, self._norms
-        first, output = wiring.inputs[0], wiring.output
+    def calibration(self, weights: Weights, experts: Sequence[int]) -> dict[str, Calibration]:
+        """What their tokens say about each matrix of some experts.
+
+        Args:
+            weights: their original ones.
+            experts: their numbers.
+        """
+        first, output = self._wiring.inputs[0], self._wiring.output
         found = {
             matrix: Calibration.zeros(
-                len(group),
-                self.stacks[matrix].columns,
-                1 if norms is None or matrix == output else self.stacks[matrix].rows,
-                device=self.device,
+                len(experts), self.stacks[matrix].columns, self._weighed(matrix), device=self.device
             )
             for matrix in (first, output)
         }
-        for matrix in wiring.inputs[1:]:  # the same inputs, so the same sums
+        for matrix in self._wiring.inputs[1:]:  # the same inputs, so the same sums
             rows = torch.zeros_like(found[first].row_importance)
             found[matrix] = replace(found[first], row_importance=rows)
 
         def add(place: int) -> None:
-            for inputs, gates, positions in self._chunks(*self.tokens(group[place])):
-                before = [inputs @ weights[m][place].T for m in wiring.inputs]
+            for inputs, gates, positions in self._chunks(*self.tokens(experts[place])):
+                before = self._before(weights, place, inputs)
                 found[first].add(place, inputs)
-                found[output].add(place, wiring.hidden(before))
-                if norms is None:
-                    continue
-                gates = gates / norms[positions, 0].to(self.device).clamp(min=1e-12)
-                found[output].weigh(place, gates.square()[:, None])
-                slopes = derivatives(wiring.hidden, before)
-                for matrix, slope in zip(wiring.inputs, slopes, strict=True):
-                    counts = importance(slope, weights[output][place], gates)
-                    found[matrix].weigh(place, counts)
+                found[output].add(place, self._wiring.hidden(before))
+                self._weigh(found, weights, place, before, gates, positions)
 
-        for _ in side_by_side(add, range(len(group)), self.elements, self.threads):
+        for _ in side_by_side(add, range(len(experts)), self.elements, self.threads):
             pass
         return found
+
+    def energies(self, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
+        """``quantize.rd.typical_energy`` of each matrix, from its outputs: no Hessian is needed.
+
+        Args:
+            weights: the experts' original ones.
+            experts: their numbers.
+
+        Returns:
+            float64 ``[experts]`` by matrix.
+        """
+        stacks, output = self.stacks, self._wiring.output
+        squares = {
+            matrix: torch.zeros(len(experts), stack.rows, dtype=torch.float64)
+            for matrix, stack in stacks.items()
+        }
+        # Of no columns: tokens and importance only.
+        found = {m: Calibration.zeros(len(experts), 0, self._weighed(m)) for m in stacks}
+
+        def add(place: int) -> None:
+            for inputs, gates, positions in self._chunks(*self.tokens(experts[place])):
+                before = self._before(weights, place, inputs)
+                products = dict(zip(self._wiring.inputs, before, strict=True))
+                products[output] = self._wiring.hidden(before) @ weights[output][place].T
+                for matrix, product in products.items():
+                    squares[matrix][place] += product.square().sum(0, dtype=torch.float64).cpu()
+                    found[matrix].add(place, torch.empty(len(positions), 0))
+                self._weigh(found, weights, place, before, gates, positions)
+
+        for _ in side_by_side(add, range(len(experts)), self.elements, self.threads):
+            pass
+        return {
+            matrix: (squares[matrix] / stack.columns * found[matrix].importance()).mean(1)
+            for matrix, stack in stacks.items()
+        }
+
+    def _weighed(self, matrix: str) -> int:
+        """How many rows of a matrix differ in importance."""
+        alike = self._norms is None or matrix == self._wiring.output
+        return 1 if alike else self.stacks[matrix].rows
+
+    def _weigh(
+        self,
+        found: dict[str, Calibration],
+        weights: Weights,
+        place: int,
+        before: Sequence[Tensor],
+        gates: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Add the importance of some tokens of an expert."""
+        if self._norms is None:
+            return
+        wiring = self._wiring
+        gates = gates / self._norms[positions, 0].to(self.device).clamp(min=1e-12)
+        found[wiring.output].weigh(place, gates.square()[:, None])
+        for matrix, slope in zip(wiring.inputs, derivatives(wiring.hidden, before), strict=True):
+            found[matrix].weigh(place, importance(slope, weights[wiring.output][place], gates))
 
     def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
         """Add what some experts return for all their tokens, each times the router's weight.
@@ -162,7 +214,7 @@ class Layer:
 
         def result(item: tuple[int, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             place, inputs, gates, positions = item
-            hidden = self._hidden(weights, place, inputs)
+            hidden = self._wiring.hidden(self._before(weights, place, inputs))
             returned = hidden @ weights[self._wiring.output][place].T
             return positions, (returned * gates[:, None]).cpu()
 
@@ -175,8 +227,9 @@ class Layer:
         for positions, returned in side_by_side(result, items, self.elements, self.threads):
             outputs[positions] += returned
 
-    def _hidden(self, weights: Weights, place: int, inputs: Tensor) -> Tensor:
-        return self._wiring.hidden([inputs @ weights[m][place].T for m in self._wiring.inputs])
+    def _before(self, weights: Weights, place: int, inputs: Tensor) -> list[Tensor]:
+        """What the elementwise function of an expert is given."""
+        return [inputs @ weights[matrix][place].T for matrix in self._wiring.inputs]
 
     def _chunks(self, positions: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(inputs, gates, positions) of some of the tokens at a time."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import numpy as np
@@ -22,13 +23,13 @@ from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
-from qmoe_format.conversion.layer import Layer, experts_part
+from qmoe_format.conversion.layer import Layer
 from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration
-from qmoe_format.quantize.rd import ABSOLUTE, Rate, typical_energy
+from qmoe_format.quantize.rd import ABSOLUTE, Rate
 
 DEFAULT_LAMBDA = 0.05
 LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # what can be asked for is in between
@@ -200,21 +201,20 @@ def plan_layer(
     samples: dict[str, list[_Sample]] = {matrix: [] for matrix in layer.stacks}
     for group in layer.groups():
         weights = layer.weights(group)
-        calibration = layer.calibration(weights, group)
-        for matrix, tensor in weights.items():
-            own = typical_energy(tensor, calibration[matrix]).tolist()
-            if not all(map(math.isfinite, own)):
+        for matrix, own in layer.energies(weights, group).items():
+            if not torch.isfinite(own).all():
                 raise QMoEError(
                     "value",
                     f"tensor {layer.stacks[matrix].member(group.start)!r} or one of the next: its "
                     "outputs on the calibration text are NaN or infinite; repair the model",
                 )
-            energies[matrix] += own
-            for expert in wanted:
-                if expert in group:
-                    place = expert - group.start
-                    sample = _Sample(tensor, calibration[matrix], place, own[place])
-                    samples[matrix].append(sample)
+            energies[matrix] += own.tolist()
+        for expert in (each for each in wanted if each in group):
+            place = expert - group.start
+            own_weights = {matrix: tensor[place : place + 1] for matrix, tensor in weights.items()}
+            for matrix, calibration in layer.calibration(own_weights, [expert]).items():
+                sample = _Sample(own_weights[matrix][0], calibration, energies[matrix][expert])
+                samples[matrix].append(sample)
     plans = {}
     for matrix, stack in layer.stacks.items():
         plan = StackPlan(energies=energies[matrix], bytes=[], places=[], dictionary=0.0)
@@ -240,18 +240,16 @@ class _Sample:
             of 1 is the expert's own.
     """
 
-    def __init__(
-        self, weights: Tensor, calibration: Calibration, place: int, energy: float
-    ) -> None:
-        number = min(SAMPLE_ROWS, weights.shape[1])
-        rows = torch.arange(number, device=weights.device) * weights.shape[1] // number
-        self.weights = weights[place, rows]
-        own = experts_part(calibration, slice(place, place + 1))
-        own.sums = own.sums / (energy or 1.0)
-        own.tokens = own.tokens.clone()
-        if own.row_importance.shape[1] > 1:
-            own.row_importance = own.row_importance[:, rows.cpu()]
-        self.calibration = own
+    def __init__(self, weights: Tensor, calibration: Calibration, energy: float) -> None:
+        number = min(SAMPLE_ROWS, len(weights))
+        rows = torch.arange(number, device=weights.device) * len(weights) // number
+        self.weights = weights[rows]
+        importance = calibration.row_importance
+        self.calibration = replace(
+            calibration,
+            sums=calibration.sums / (energy or 1.0),
+            row_importance=importance[:, rows.cpu()] if importance.shape[1] > 1 else importance,
+        )
 
 
 def _sample(layer: Layer) -> list[int]:

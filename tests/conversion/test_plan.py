@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from qmoe_format.errors import QMoEError
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
+import torch
+from torch import Tensor
+
 from qmoe_format.checkpoints import ExpertStack
+from qmoe_format.conversion.layer import Layer, Weights
 from qmoe_format.conversion.plan import DEFAULT_LAMBDA, PRICES, RateControl, StackPlan
 from qmoe_format.conversion.settings import Target
+from qmoe_format.quantize.rd import ABSOLUTE, typical_energy
+from tests.conversion.conftest import Convert
 
 EXPERTS, ROWS, COLUMNS = 8, 100, 1000
 STACKS = [ExpertStack(f"s{i}", "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
@@ -30,7 +38,7 @@ def true_bytes(control: RateControl, name: str, value: float, off: float) -> int
     """As planned but for a factor; an expert's size goes with its own price."""
     total = 0.0
     for energy in PLANS[name]["energies"]:
-        own = value * math.sqrt(control.reference / energy) if energy else value
+        own = value * (control.reference / energy) ** ABSOLUTE if energy else value
         step = math.log(own / PRICES[0]) / math.log(PRICES[1] / PRICES[0])
         total += 20_000 - 2000 * min(max(step, 0), len(PRICES) - 1)
     return round(off * total)
@@ -69,14 +77,14 @@ def test_a_size_that_is_missed() -> None:
     control = RateControl(Target(bits=1.2), STACKS, PLANS)
     for stack in STACKS:
         control.finish(control.choose(), {stack.name: 200_000}, {})
-    with pytest.raises(QMoEError, match=r"2.0000 bits a weight, 1.2 .* ask for 0.8.* to 1.5") as e:
+    with pytest.raises(QMoEError, match=r"2.0000 bits a weight, 1.2 .* ask for 0.7.* to 1.5") as e:
         control.check()
     assert e.value.code == "value"
 
 
 @pytest.mark.parametrize("asked", [0.1, 3.0])
 def test_a_size_out_of_reach(asked: float) -> None:
-    with pytest.raises(QMoEError, match=r"ask for 0.8.* to 1.5") as caught:
+    with pytest.raises(QMoEError, match=r"ask for 0.7.* to 1.5") as caught:
         RateControl(Target(bits=asked), STACKS, PLANS)
     assert caught.value.code == "argument"
 
@@ -93,3 +101,21 @@ def test_a_given_lambda(lam: float | None) -> None:
 def test_the_reference_is_the_geometric_mean() -> None:
     control = RateControl(Target(), STACKS, PLANS)
     assert control.reference == pytest.approx(10.0**-1.5)
+
+
+def test_energies_are_those_of_the_hessians(
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    energies, seen = Layer.energies, []
+
+    def compared(self: Layer, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
+        found = energies(self, weights, experts)
+        for matrix, calibration in self.calibration(weights, experts).items():
+            expected = typical_energy(weights[matrix], calibration)
+            torch.testing.assert_close(found[matrix], expected, rtol=1e-4, atol=0)
+            seen.append(matrix)
+        return found
+
+    monkeypatch.setattr(Layer, "energies", compared)
+    converted(model, bits_per_weight=1.5)
+    assert set(seen) in ({"wi", "wo"}, {"w1", "w2", "w3"})
