@@ -112,19 +112,19 @@ def ours(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     def products(tokens: int) -> Turns:
         xs, y = x[:tokens], empty(tokens, rows)
         if tokens == 1:
-            return problem.experts, lambda i: gpu.matvec(one[i], xs[0], out=y[0])
+            x0, y0 = xs[0], y[0]
+            return problem.experts, lambda i: gpu.matvec(one[i], x0, out=y0)
         return problem.experts, lambda i: gpu.matmul(one[i], xs, out=y)
 
     def fused(tokens: int) -> Turns:
         xs, y = x[:tokens], empty(tokens, FUSED, rows)
+        # Turn i: every token goes to experts 8 i to 8 i + 7.
         experts = torch.arange(problem.experts, dtype=torch.int32, device=DEVICE)
-        experts = experts.view(-1, 1, FUSED).repeat(
-            1, tokens, 1
-        )  # turn, token, expert of the token
-        return len(experts), lambda i: gpu.expert_matvec(stack, xs, experts[i], out=y)
+        turns = list(experts.view(-1, 1, FUSED).repeat(1, tokens, 1))
+        return len(turns), lambda i: gpu.expert_matvec(stack, xs, turns[i], out=y)
 
     def decode() -> Turns:
-        outs = empty(min(copies(2 * rows * columns), problem.experts), rows, columns)
+        outs = list(empty(min(copies(2 * rows * columns), problem.experts), rows, columns))
         return len(outs), lambda i: gpu.decode(one[i], "bf16", out=outs[i])
 
     way = "ours", "qmoe_format.gpu"
@@ -148,48 +148,55 @@ def dense(values: torch.Tensor, x: torch.Tensor) -> Iterator[Work]:
     turns = experts.view(sets, FUSED, rows, columns)
 
     for tokens in TOKENS:
-        xs, y, transposed = x[:tokens], empty(tokens, rows), empty(rows, tokens)
-        for way, run in dense_products(experts, xs, y, transposed):
+        for way, run in dense_products(experts, x[:tokens]):
             yield work(f"one {tokens}", ("bf16", way), None, shape, stored, (len(experts), run))
     for tokens in FUSED_TOKENS:
         for way, run in dense_fused(turns, x[:tokens]):
             yield work(f"fused {tokens}", ("bf16", way), None, shape, stored, (sets, run))
 
 
-def dense_products(
-    experts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, transposed: torch.Tensor
-) -> Iterator[tuple[str, Run]]:
-    """``x`` [tokens, columns] times one of ``experts``, into ``y`` or ``transposed``."""
+def dense_products(experts: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run]]:
+    """``x`` [tokens, columns] times one of ``experts`` [:, rows, columns]."""
+    y = empty(len(x), experts.shape[1])
+    w, wt, xt, yt = list(experts), list(experts.mT), x.t(), empty(experts.shape[1], len(x))
     if len(x) == 1:
-        yield "mv", lambda i: torch.mv(experts[i], x[0], out=y[0])
-    yield "mm, y = x Wt", lambda i: torch.mm(x, experts[i].t(), out=y)
-    yield "mm, yt = W xt", lambda i: torch.mm(experts[i], x.t(), out=transposed)
+        x0, y0 = x[0], y[0]
+        yield "mv", lambda i: torch.mv(w[i], x0, out=y0)
+    yield "mm, y = x Wt", lambda i: torch.mm(x, wt[i], out=y)
+    yield "mm, yt = W xt", lambda i: torch.mm(w[i], xt, out=yt)
 
 
 def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run]]:
-    """``x`` [tokens, columns] times all eight experts of a turn [8, rows, columns]."""
+    """``x`` [tokens, columns] times all eight experts of a turn [:, 8, rows, columns]."""
     tokens, rows = len(x), turns.shape[2]
     each = x.repeat(FUSED, 1, 1)
-    y, transposed = empty(FUSED, tokens, rows), empty(FUSED, rows, tokens)
+    y, yt = empty(FUSED, tokens, rows), empty(FUSED, rows, tokens)
+    w, wt, each_t = list(turns), list(turns.mT), each.mT
+    singles = [(list(expert_wt), list(y)) for expert_wt in wt]
 
     def loop(i: int) -> None:
-        for expert in range(FUSED):
-            torch.mm(x, turns[i, expert].t(), out=y[expert])
+        for expert_wt, expert_y in zip(*singles[i], strict=True):
+            torch.mm(x, expert_wt, out=expert_y)
 
-    yield "bmm, y = x Wt", lambda i: torch.bmm(each, turns[i].mT, out=y)
-    yield "bmm, yt = W xt", lambda i: torch.bmm(turns[i], each.mT, out=transposed)
+    yield "bmm, y = x Wt", lambda i: torch.bmm(each, wt[i], out=y)
+    yield "bmm, yt = W xt", lambda i: torch.bmm(w[i], each_t, out=yt)
     yield "mm, eight times", loop
     grouped = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if grouped is not None:
-        rows_of_x = each.view(FUSED * tokens, -1)
-        ends = tokens * torch.arange(1, FUSED + 1, dtype=torch.int32, device=DEVICE)
-        yield "grouped_mm", lambda i: grouped(rows_of_x, turns[i].mT, offs=ends)
+    if grouped is None:
+        return
+    rows_of_x = each.view(FUSED * tokens, -1)
+    ends = tokens * torch.arange(1, FUSED + 1, dtype=torch.int32, device=DEVICE)
+    try:
+        grouped(rows_of_x, wt[0], offs=ends)
+    except RuntimeError:  # not for this device
+        return
+    yield "grouped_mm", lambda i: grouped(rows_of_x, wt[i], offs=ends)
 
 
 def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     """QMoE's kernel, one launch a matrix and token, with several sizes of block."""
     shape = problem.rows, problem.columns
-    stored = copies(problem.anchor_bytes)
+    stored = max(copies(problem.anchor_bytes), 2 * FUSED)
     uploaded = gpu_anchor.upload(problem.anchor, stored)
     y = empty(FUSED, problem.rows)
 
