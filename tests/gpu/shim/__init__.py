@@ -75,6 +75,9 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
 
 # -- Compiling -------------------------------------------------------------------------------------
 
+# Name and parameters of a kernel.
+_HEAD = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)")
+
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
@@ -128,7 +131,7 @@ def _library(source: str) -> ctypes.CDLL:
     text = re.sub(
         r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"\1* const \2 = (\1*)shim_shared;", source
     )
-    kernels = re.findall(r"__global__[^;{]*?\b(\w+)\s*\((?!\s*\d)", text)
+    kernels = [match[1] for match in _HEAD.finditer(text)]
     exports = "".join(f"SHIM_KERNEL({name})\n" for name in kernels)
     text = f'#include "cuda.h"\n#line 1 "source"\n{text}\n{exports}'
     runtime = _runtime()._name
@@ -140,9 +143,8 @@ def _kernel(source: str, name: str) -> _Kernel:
     library = _library(source)
     codes = (ctypes.c_uint * 64)()
     count = library[f"shim_signature_{name}"](codes)
-    found = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^)]*)\)", re.sub(r"//.*", "", source))
-    assert found is not None
-    names = re.findall(r"(\w+)\s*(?:,|$)", found[1])
+    heads = {match[1]: match[2] for match in _HEAD.finditer(re.sub(r"//.*", "", source))}
+    names = re.findall(r"(\w+)\s*(?:,|$)", heads[name])
     parameters = tuple(
         _Parameter(name, chr(code >> 8 & 255), code & 255, bool(code >> 16 & 1), bool(code >> 17))
         for name, code in zip(names, codes[:count], strict=True)

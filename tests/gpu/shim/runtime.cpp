@@ -38,7 +38,7 @@ using namespace shim;
 
 static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 227 << 10;
 static const size_t STACK = 64 << 10, PAGE = 4096, GAP = 1 << 20, ARENA = size_t(16) << 30;
-static const long MOST_STEPS = 50'000'000, WARP_STEPS = 50;  // basic blocks of one launch
+static const long MOST_STEPS = 200'000'000, WARP_STEPS = 50;  // basic blocks of one launch
 
 struct Index { unsigned x, y, z; };
 extern "C" {
@@ -515,7 +515,7 @@ extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array
     size_t end = GAP;
     for (int i = 0; i < array_count; i++) {
         Array& a = arrays[i];
-        a.device = arena + end;
+        a.device = arena + end + size_t(a.host) % 16;  // aligned as on the host, no better
         memcpy(a.device, a.host, a.size);
         Cell* cells = a.writable ? (Cell*)calloc(a.size / a.element + 1, sizeof(Cell)) : nullptr;
         regions.push_back({a.name, a.device, a.size, a.element, false, a.writable != 0, cells});

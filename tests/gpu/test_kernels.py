@@ -1,0 +1,228 @@
+"""The kernels' results, against the codec's and against float64 arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+import qmoe_format
+from qmoe_format.codec import EncodedMatrix, EncodedTrits, dequantize
+from qmoe_format.conformance import runner
+from qmoe_format.dtypes import from_float32
+from qmoe_format.gpu.packing import Stack, pack
+from tests.gpu import shim
+from tests.gpu.problems import (
+    KINDS,
+    LARGE,
+    LONG,
+    NAMES,
+    Floats,
+    Kind,
+    Shape,
+    decode,
+    expert_matvec,
+    matmul,
+    matrix,
+    rounded,
+    shapes,
+    vectors,
+    within_tolerance,
+)
+
+pytestmark = shim.needs_compiler
+
+orders = st.sampled_from([shim.FORWARD, shim.BACKWARD, 2, 3, 4])
+all_kinds = pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
+few = settings(deadline=None, max_examples=5)
+
+
+def check_product(
+    coded: EncodedMatrix, x: Floats, y: Floats, dtype: str, exact: bool = False
+) -> None:
+    """[M-1] or [M-2]."""
+    if exact:
+        assert np.array_equal(y, rounded(x @ dequantize(coded).T, dtype))
+    else:
+        assert within_tolerance(coded, x, y, dtype)
+
+
+# -- Products --------------------------------------------------------------------------------------
+
+
+@all_kinds
+@given(shape=shapes, order=orders)
+@example(LONG, 2)
+@few
+def test_matmul(kind: Kind, shape: Shape, order: int) -> None:
+    coded, x = matrix(kind, shape), vectors(kind, shape, kind.tokens)
+    check_product(coded, x, matmul(kind, pack([coded]), x, order), kind.dtype, shape.exact)
+
+
+@all_kinds
+@given(shape=shapes, k=st.integers(1, 2), own=st.booleans(), order=orders)
+@few
+def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, order: int) -> None:
+    """``own``: each pair has its own x. Some experts come often, some never."""
+    shape = replace(shape, exact=True)
+    members = [matrix(kind, shape, seed) for seed in range(5)]
+    rng = np.random.default_rng(shape.seed)
+    tokens = 2 * kind.tokens
+    experts = rng.choice([0, 1, 1, 1, 1, 4], (tokens, k)).astype(np.int32)
+    weights = rng.choice(np.array([-2, 0.5, 1], np.float32), (tokens, k)) if kind.weighted else None
+    x = vectors(kind, shape, tokens, k) if own else vectors(kind, shape, tokens)
+    y = expert_matvec(kind, pack(members), x, experts, weights, order)
+    by_pair = x if own else np.repeat(x[:, None], k, axis=1)
+    decoded = np.stack([dequantize(member) for member in members])
+    products = np.einsum("tkc,tkrc->tkr", by_pair, decoded[experts])
+    expected = products if weights is None else np.einsum("tk,tkr->tr", weights, products)
+    assert np.array_equal(y, rounded(expected, kind.dtype))
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_experts_outside_of_the_stack(tokens: int) -> None:
+    """Their products are NaN, the others are right, and nothing is read out of bounds."""
+    kind, shape = KINDS[0], Shape(20, 50, 0.5, 3, 0, exact=True)
+    members = [matrix(kind, shape, seed) for seed in range(2)]
+    listed = [[0, 2], [1, -1], [1, 2**31 - 1], [-(2**31), 0]]
+    experts = np.array(listed * 5, np.int32)[:tokens]
+    x = vectors(kind, shape, tokens)
+    y = expert_matvec(kind, pack(members), x, experts)
+    for token, pair in np.ndindex(experts.shape):
+        expert = experts[token, pair]
+        if expert in (0, 1):
+            check_product(members[expert], x[[token]], y[token, [pair]], kind.dtype, exact=True)
+        else:
+            assert np.isnan(y[token, pair]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS[::5], ids=range(0, len(KINDS), 5))
+def test_the_order_of_threads_and_blocks_does_not_show(kind: Kind) -> None:
+    shape = Shape(50, 90, 0.6, 4, 1)
+    stack = pack([matrix(kind, shape, seed) for seed in range(3)])
+    x = vectors(kind, shape, kind.tokens)
+    experts = np.random.default_rng(0).integers(0, 3, (kind.tokens, 2), np.int32)
+    weights = np.random.default_rng(1).random((kind.tokens, 2), np.float32)
+    results = {
+        (
+            matmul(kind, stack, x, order).tobytes(),
+            expert_matvec(kind, stack, x, experts, weights, order).tobytes(),
+            decode(stack, kind.dtype, order).tobytes(),
+        )
+        for order in (shim.FORWARD, shim.BACKWARD, 2)
+    }
+    assert len(results) == 1
+
+
+# -- Decoding --------------------------------------------------------------------------------------
+
+
+def check_decoded(members: list[EncodedMatrix], bits: np.ndarray, dtype: str) -> None:
+    """[V-1] to [V-3], to the bit."""
+    expected = from_float32(np.stack([dequantize(m) for m in members]), NAMES[dtype])
+    assert bits.tobytes() == expected.tobytes()
+
+
+@all_kinds
+@given(shape=shapes, order=orders, offset=st.integers(0, 7))
+@example(LONG, 2, 3)
+@few
+def test_decode(kind: Kind, shape: Shape, order: int, offset: int) -> None:
+    members = [matrix(kind, shape, seed) for seed in range(2)]
+    stack = pack(members)
+    check_decoded(members, decode(stack, kind.dtype, order, offset=offset), kind.dtype)
+    check_decoded(members[1:], decode(stack, kind.dtype, order, part=(1, 1)), kind.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_decoding_keeps_subnormal_numbers(dtype: str) -> None:
+    """[V-2], although the compiler is told to flush them."""
+    kind = replace(KINDS[0], scale_dtype="F32", scales=2, group_size=0, column_scale=True)
+    coded = matrix(kind, Shape(9, 40, 0.3, 2, 0))
+    assert coded.column_scale is not None
+    for by_row, by_column in ((1e-38, 0.01), (1e-42, 1.0), (1e-42, 1e5), (1e-4, 1e-4), (1e-30, 1)):
+        tiny = replace(
+            coded,
+            row_scale=coded.row_scale * np.float32(by_row),
+            column_scale=coded.column_scale * np.float32(by_column),
+        )
+        check_decoded([tiny], decode(pack([tiny]), dtype), dtype)
+
+
+# -- Conformance vectors ---------------------------------------------------------------------------
+
+VECTORS = [
+    vector
+    for vector in runner.corpus()
+    if vector.outcome == "accept"
+    and any(tensor["encoding"] == "ternary-dict" for tensor in vector.contents["tensors"])
+]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.id)
+def test_conformance(vector: runner.Vector) -> None:
+    with qmoe_format.open(vector.path) as file:
+        for name, tensor in file.tensors.items():
+            if tensor.encoding != "ternary-dict":
+                continue
+            experts = list(range(tensor.shape[0])) if tensor.stack else [None]
+            if members := [file.encoded(name, expert) for expert in experts]:
+                dtype = {"BF16": "bf16", "F16": "fp16"}.get(tensor.dtype, "fp32")
+                check_stack(members, dtype)
+
+
+def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
+    stack = pack(members)
+    if 0 in (stack.layout.rows, stack.layout.columns):
+        assert decode(stack, dtype).size == 0
+        return
+    check_decoded(members, decode(stack, dtype), dtype)
+    weights = np.abs(np.stack([dequantize(member) for member in members]))
+    normal = (weights == 0) | ((weights > 2.0**-60) & (weights < 2.0**60))
+    if not normal.all():
+        return  # [M-1] is about products without underflow and overflow
+    kind = replace(KINDS[0], dtype="fp32", device=LARGE)
+    x = np.random.default_rng(0).standard_normal((2, members[0].columns)).astype(np.float32)
+    experts = np.arange(len(members), dtype=np.int32)
+    y = expert_matvec(kind, stack, x, np.stack([experts] * 2))
+    for e, member in enumerate(members):
+        check_product(member, x, y[:, e], "fp32")
+
+
+# -- Segments that are not segments ----------------------------------------------------------------
+
+
+def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMatrix:
+    """Segments of any length, of random bytes or of one byte."""
+    coded = matrix(kind, Shape(30, 90, kind.dictionary[1], 4, 0))
+    lengths = rng.integers(0, 130, coded.trits.count, np.uint8)
+    size = int(lengths.sum())
+    bytes_ = rng.integers(0, 256, size, np.uint8) if fill is None else np.full(size, fill, np.uint8)
+    trits: EncodedTrits = replace(
+        coded.trits,
+        length_base=0,
+        lengths=lengths,
+        segments=np.concatenate([bytes_, np.zeros(8, np.uint8)]),
+        segment_bytes=size,
+    )
+    return replace(coded, trits=trits)
+
+
+def run_everything(kind: Kind, stack: Stack) -> None:
+    x = vectors(kind, Shape(0, stack.layout.columns, 0, None, 0), kind.tokens)
+    experts = np.zeros((kind.tokens, 1), np.int32)
+    for order in (shim.FORWARD, 2):
+        matmul(kind, stack, x, order)
+        expert_matvec(kind, stack, x, experts, None, order)
+        decode(stack, kind.dtype, order)
+
+
+@pytest.mark.parametrize("kind", KINDS[::3], ids=range(0, len(KINDS), 3))
+def test_any_bytes_in_the_segments(kind: Kind) -> None:
+    """No access out of bounds, no race and no end that does not come: the shim looks at that."""
+    rng = np.random.default_rng(0)
+    for fill in (None, 0, 255, None):
+        run_everything(kind, pack([hostile(kind, rng, fill)]))
