@@ -102,7 +102,9 @@ static Thread threads[MOST_THREADS];
 static unsigned count, current, barrier, block_serial;
 static long steps;
 static std::vector<Region> regions;
-static size_t latest;  // index of the region found last
+static size_t arrays_end;           // regions from there on are shared memory
+static char* arena;                 // arrays lie there with gaps between them,
+static std::vector<size_t> owners;  // and every GAP bytes belong to one
 static jmp_buf scheduler, bail;
 static char message[4096];
 static void (*entry)(void**);
@@ -388,13 +390,14 @@ static void check_cell(Region& region, size_t offset, Kind kind, const void* cod
 }
 
 static Region* find(const char* address) {
-    for (size_t i = 0; i < regions.size(); i++) {
-        size_t at = (latest + i) % regions.size();
-        if (address >= regions[at].begin && address < regions[at].begin + regions[at].size) {
-            latest = at;
-            return &regions[at];
-        }
+    size_t page = size_t(address - arena) / GAP;
+    if (page < owners.size()) {
+        Region* region = &regions[owners[page]];
+        return address >= region->begin && address < region->begin + region->size ? region : nullptr;
     }
+    for (size_t i = arrays_end; i < regions.size(); i++)  // shared memory
+        if (address >= regions[i].begin && address < regions[i].begin + regions[i].size)
+            return &regions[i];
     return nullptr;
 }
 
@@ -504,14 +507,16 @@ extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array
                                    int array_count, const unsigned* grid, const unsigned* block,
                                    unsigned shared_bytes, char* static_begin, char* static_end,
                                    unsigned order) {
-    static char* arena = (char*)mmap(nullptr, ARENA, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!arena)
+        arena = (char*)mmap(nullptr, ARENA, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     entry = call;
     entry_arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     count = block[0] * block[1] * block[2];
     regions.clear();
+    owners.assign(1, 0);
     size_t end = GAP;
     for (int i = 0; i < array_count; i++) {
         Array& a = arrays[i];
@@ -520,7 +525,9 @@ extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array
         Cell* cells = a.writable ? (Cell*)calloc(a.size / a.element + 1, sizeof(Cell)) : nullptr;
         regions.push_back({a.name, a.device, a.size, a.element, false, a.writable != 0, cells});
         end = (end + a.size + 2 * GAP) / GAP * GAP;
+        owners.resize(end / GAP, i);
     }
+    arrays_end = regions.size();
     add_shared("dynamic shared memory", (char*)dynamic_shared, shared_bytes);
     add_shared("static shared memory", static_begin, size_t(static_end - static_begin));
 
