@@ -45,10 +45,10 @@ class Kind:
 
 
 CHOICES: tuple[list[Any], ...] = (
-    # Entries of up to 4, 8 and 16 non-zeros; one, two, three and four codewords a lane.
+    # Entries of 1, 2, 4 and 8 words, in all forms; tables above 12 bits are not in shared memory.
     [
-        *[("plane", 0.97, 8), ("plane", 0.885, 12), ("plane", 0.885, 16), ("plane", 0.6, 9)],
-        *[("plane", 0.3, 11), ("codeword", 0.885, 13), ("codeword", 0.6, 10), ("codeword", 0.3, 8)],
+        *[("plane", 0.885, 8), ("plane", 0.885, 12), ("plane", 0.6, 9), ("plane", 0.3, 11)],
+        *[("codeword", 0.885, 13), ("codeword", 0.3, 10)],
     ],
     ["BF16", "F16", "F32"],
     [1, 2],

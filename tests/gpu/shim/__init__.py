@@ -30,7 +30,7 @@ RUNTIME_FLAGS = ["-O2", "-U_FORTIFY_SOURCE"]
 KERNEL_FLAGS = [
     *("-Og", "-g1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions"),
     *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
-    "-fsanitize=alignment,shift,bounds,integer-divide-by-zero,signed-integer-overflow",
+    "-fsanitize=alignment,shift,bounds,integer-divide-by-zero",
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
 ]
 FORWARD, BACKWARD = 0, 1  # orders of blocks and threads; other numbers are seeds of random ones

@@ -488,10 +488,6 @@ HANDLER(type_mismatch_v1, "an address that is not aligned")
 HANDLER(shift_out_of_bounds, "a shift by too many bits, or of a bit out of the number")
 HANDLER(out_of_bounds, "an index out of bounds")
 HANDLER(divrem_overflow, "a division by zero")
-HANDLER(add_overflow, "signed addition overflows")
-HANDLER(sub_overflow, "signed subtraction overflows")
-HANDLER(mul_overflow, "signed multiplication overflows")
-HANDLER(negate_overflow, "signed negation overflows")
 
 // -- One launch ------------------------------------------------------------------------------------
 
