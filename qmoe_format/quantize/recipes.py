@@ -46,20 +46,25 @@ class Recipe:
         """Quantise a batch of experts' matrices ``[experts, rows, columns]``.
 
         Raises:
-            QMoEError: ``argument`` for other shapes and types; ``value`` for weights that are NaN,
-                infinite, or beyond the scale's type.
+            QMoEError: ``argument`` for other shapes and types, and without the calibration or the
+                rate that the recipe needs; ``value`` for weights that are NaN, infinite, or beyond
+                the scale's type.
         """
-        if self.rated and calibration is not None and rate is not None:
-            from qmoe_format.quantize.rd import quantize_rd
+        if not self.calibrated:
+            from qmoe_format.quantize.rtn import quantize_rtn
 
-            return quantize_rd(weights, scale_dtype, calibration, rate)
-        if self.calibrated and calibration is not None:
+            return quantize_rtn(weights, scale_dtype)
+        if calibration is None:
+            raise QMoEError("argument", f"recipe {self.name!r} needs a calibration")
+        if not self.rated:
             from qmoe_format.quantize.qmoe import quantize_qmoe
 
             return quantize_qmoe(weights, scale_dtype, calibration)
-        from qmoe_format.quantize.rtn import quantize_rtn
+        if rate is None:
+            raise QMoEError("argument", f"recipe {self.name!r} needs a rate")
+        from qmoe_format.quantize.rd import quantize_rd
 
-        return quantize_rtn(weights, scale_dtype)
+        return quantize_rd(weights, scale_dtype, calibration, rate)
 
 
 RECIPES: Mapping[str, Recipe] = {

@@ -59,14 +59,17 @@ def test_each_does_what_it_is_called() -> None:
     assert same(recipe("rd").quantize(weights, "BF16", calibration, RATE), ours)
 
 
-def test_without_text_or_rate_they_fall_back() -> None:
+def test_what_a_recipe_needs() -> None:
     weights = random(2, 12, 30)
     calibration = calibrated([correlated(90, 30), correlated(90, 30, 9)])
-    rounded = quantize_rtn(weights, "BF16")
-    for one in RECIPES.values():
-        assert same(one.quantize(weights, "BF16"), rounded)
-    paper = quantize_qmoe(weights, "BF16", calibration)
-    assert same(recipe("rd").quantize(weights, "BF16", calibration), paper)
+    assert same(recipe("rtn").quantize(weights, "BF16"), quantize_rtn(weights, "BF16"))
+    for name in ("qmoe", "rd"):
+        with pytest.raises(QMoEError, match=f"{name!r} needs a calibration") as caught:
+            recipe(name).quantize(weights, "BF16", rate=RATE)
+        assert caught.value.code == "argument"
+    with pytest.raises(QMoEError, match="'rd' needs a rate") as caught:
+        recipe("rd").quantize(weights, "BF16", calibration)
+    assert caught.value.code == "argument"
 
 
 @pytest.mark.parametrize("name", RECIPES)
