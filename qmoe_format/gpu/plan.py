@@ -20,9 +20,11 @@ from qmoe_format.gpu.sources import source
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 SCALES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
-# The more threads share a table and x in shared memory, the better; with several sums a thread
-# needs more than the 64 registers that there are for 1024 of them.
-THREADS = {1: 1024, 4: 512, 8: 512}
+# Tokens that share a walk, and threads of a block then. The more of these share a table and x in
+# shared memory, the better; with several sums, one needs more than the 64 registers that there are
+# for 1024 of them.
+THREADS = {1: 1024, 4: 512, 8: 512, 16: 512}
+SOME = 4  # the other size that there is code for, where tiles are of more tokens than that
 GROUP_THREADS = 256
 DECODE_THREADS = 256
 WINDOW = 4096  # bytes that a warp decodes at a time
@@ -59,7 +61,7 @@ def matmul(
 ) -> list[Launch]:
     """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``."""
     tokens = x.array.shape[0]
-    wanted = 1 if tokens == 1 else 4 if tokens <= 4 else 8
+    wanted = next((size for size in THREADS if tokens <= size), max(THREADS))
     pairs = _Pairs("ONE", tokens, 1, expert, _tile(stack.layout, x.dtype, wanted, device))
     return _products(stack, x, y, pairs, device, empty)
 
@@ -80,7 +82,7 @@ def expert_matvec(
     tokens, k = experts.shape
     count = tokens * k
     per_x = k if len(x.array.shape) == 2 else 1
-    wanted = 1 if count <= FEW else 8
+    wanted = 1 if count <= FEW else max(THREADS)
     tile = _tile(stack.layout, x.dtype, wanted, device)
     mode = "GROUPS" if tile > 1 else "LIST"
     pairs = _Pairs(mode, count, per_x, -1, tile, experts)
@@ -171,6 +173,7 @@ def _products(
         "Y_TYPE": y.dtype,
         "TILE_TYPE": "fp32" if layout.column_scales else x.dtype,
         "TOKENS": tokens,
+        "SOME": SOME,
         "PAIRS": pairs.mode,
         "X_SHARED": int(pairs.tile > 0),
     }
@@ -195,8 +198,9 @@ def _group(layout: Layout, pairs: _Pairs, empty: Empty) -> tuple[list[Launch], A
     """Order pairs by expert and cut them into tiles: launches, order, tiles."""
     order = empty((pairs.count,), "int32")
     tiles = empty((1 + 3 * pairs.count,), "int32")
+    defines = {"THREADS": GROUP_THREADS, "TOKENS": pairs.tile, "SOME": SOME}
     launch = Launch(
-        source=source("group", (("THREADS", GROUP_THREADS), ("TOKENS", pairs.tile))),
+        source=source("group", tuple(defines.items())),
         kernel="group",
         grid=(1, 1, 1),
         block=(GROUP_THREADS, 1, 1),
@@ -251,8 +255,10 @@ def _tile_bytes(layout: Layout, x_dtype: str, tokens: int) -> int:
 def _tile(layout: Layout, x_dtype: str, wanted: int, device: Device) -> int:
     """The most tokens, up to ``wanted``, whose x fits into shared memory; 0 if one's does not."""
     room = device.shared_bytes - _table_bytes(layout, device.shared_bytes)
-    fitting = (t for t in (8, 4, 1) if t <= wanted and _tile_bytes(layout, x_dtype, t) <= room)
-    return next(fitting, 0)
+    if layout.column_scales or ELEMENTS[x_dtype] == 4:
+        wanted = min(wanted, 8)  # of 4 bytes each, more take as long, but for the walk
+    sizes = (size for size in reversed(THREADS) if size <= wanted)
+    return next((size for size in sizes if _tile_bytes(layout, x_dtype, size) <= room), 0)
 
 
 def _walk_defines(

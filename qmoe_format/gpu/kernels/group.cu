@@ -4,7 +4,12 @@
 //     order    1 0 2 4 3        numbers of the pairs, by expert, else as they came
 //     tiles    3 | 0 0 1 | 2 1 3 | 9 4 1        how many; then expert, first place in order, count
 //
-// The same every time: atomics are not needed, as the warps take turns.
+// A tile has up to TOKENS pairs; what is left of an expert, if it is not more than half of that, is
+// cut into tiles of SOME. The same every time: atomics are not needed, as the warps take turns.
+
+__device__ inline int tile_size(int left) {
+    return left > TOKENS / 2 ? min(left, TOKENS) : min(left, SOME);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS) group(
     const int* experts,  // [pairs]
@@ -42,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group(
     int my_pairs = 0, my_tiles = 0;
     for (int e = from; e < to; e++) {
         my_pairs += counts[e];
-        my_tiles += (counts[e] + TOKENS - 1) / TOKENS;
+        for (int left = counts[e]; left > 0; left -= tile_size(left)) my_tiles++;
     }
     pairs_before[thread] = my_pairs;
     tiles_before[thread] = my_tiles;
@@ -61,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) group(
     for (int e = from; e < to; e++) {
         const int all = counts[e];
         counts[e] = place;
-        for (int done = 0; done < all; done += TOKENS, tile += 3) {
+        for (int left = all; left > 0; left -= tile[2], tile += 3) {
             tile[0] = e;
-            tile[1] = place + done;
-            tile[2] = min(TOKENS, all - done);
+            tile[1] = place + all - left;
+            tile[2] = tile_size(left);
         }
         place += all;
     }

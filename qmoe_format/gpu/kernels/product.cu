@@ -36,6 +36,11 @@ struct alignas(sizeof(typename TileType<TB>::T) * TB < 16 ? sizeof(typename Tile
     typename TileType<TB>::T x[TB];
 };
 
+template <typename T>
+struct alignas(16) Vector {
+    T x[16 / sizeof(T)];
+};
+
 // A visitor of a walk: the sums of one row after another. Each lane has its own, until the row ends.
 template <int TB>
 struct Rows {
@@ -84,35 +89,40 @@ struct Rows {
     }
 
     // Add up over the lanes. As long as several sums are left, two lanes share them out between them:
-    // TB sums take TB - 1 + 5 - log2(TB) shuffles.
+    // TB sums take TB - 1 + log2(32 / TB) shuffles.
     __device__ void write() {
+        constexpr int sharing = 32 / TB;  // lanes that share a sum in the end
         const int lane = threadIdx.x % 32;
-        int distance = 16;
+        share_out<TB / 2>(lane);
 #pragma unroll
-        for (int count = TB; count > 1; count /= 2, distance /= 2) {
-            const bool upper = lane & distance;
-#pragma unroll
-            for (int t = 0; t < count / 2; t++) {
-                const float keep = upper ? sums[t + count / 2] : sums[t];
-                const float give = upper ? sums[t] : sums[t + count / 2];
-                sums[t] = keep + __shfl_xor_sync(FULL, give, distance);
-            }
-        }
-        const int sharing = 2 * distance;  // lanes that have parts of one token's sum
-#pragma unroll
-        for (; distance > 0; distance /= 2) {
+        for (int distance = sharing / 2; distance > 0; distance /= 2) {
             sums[0] += __shfl_xor_sync(FULL, sums[0], distance);
         }
-        const int token = lane / sharing;
-        if (lane % sharing == 0 && token < tile.count) {
-            y[(u64)tile.pair(token) * stack.rows + row] = from_float<Y_TYPE>(sums[0]);
+        if (lane % sharing == 0 && lane / sharing < tile.count) {
+            const u64 pair = tile.pair(lane / sharing);
+            y[pair * stack.rows + row] = from_float<Y_TYPE>(sums[0]);
+        }
+    }
+
+    template <int half>
+    __device__ __forceinline__ void share_out(int lane) {
+        if constexpr (half > 0) {
+            constexpr int distance = half * 32 / TB;
+            const bool upper = lane & distance;
+#pragma unroll
+            for (int t = 0; t < half; t++) {
+                const float keep = upper ? sums[t + half] : sums[t];
+                const float give = upper ? sums[t] : sums[t + half];
+                sums[t] = keep + __shfl_xor_sync(FULL, give, distance);
+            }
+            share_out<half / 2>(lane);
         }
     }
 };
 
 // The block brings x of a tile into shared memory, times the column scales, and a column of zeros.
 template <int TB>
-__device__ inline void stage_x(const Stack& stack, const Tile& tile, const X_TYPE* x,
+__device__ __forceinline__ void stage_x(const Stack& stack, const Tile& tile, const X_TYPE* x,
                                int pairs_per_x, u8* shared) {
     const X_TYPE* from[TB];
 #pragma unroll
@@ -121,7 +131,22 @@ __device__ inline void stage_x(const Stack& stack, const Tile& tile, const X_TYP
         from[t] = x + (u64)(pair / pairs_per_x) * stack.columns;
     }
     const SCALE_TYPE* scale = stack.column_scale + (u64)tile.expert * stack.columns;
-#pragma unroll 4
+    if (threadIdx.x == 0) ((Column<TB>*)shared)[stack.columns] = {};
+    const int size = 16 / sizeof(X_TYPE);
+    if (TB == 1 && (u64)from[0] % 16 == 0 && stack.columns % size == 0) {  // 16 bytes at a time
+        for (int c = size * threadIdx.x; c < stack.columns; c += size * blockDim.x) {
+            const Vector<X_TYPE> given = *(const Vector<X_TYPE>*)(from[0] + c);
+            Vector<float> four;
+#pragma unroll
+            for (int i = 0; i < size; i++) {
+                four.x[i % 4] = to_float(given.x[i]);
+                if (COLUMN_SCALES) four.x[i % 4] *= to_float(scale[c + i]);
+                if (i % 4 == 3) ((Vector<float>*)shared)[(c + i) / 4] = four;
+            }
+        }
+        return;
+    }
+#pragma unroll(TB > 4 ? 1 : 4)
     for (int c = threadIdx.x; c < stack.columns; c += blockDim.x) {
         Column<TB> column;
 #pragma unroll
@@ -132,11 +157,10 @@ __device__ inline void stage_x(const Stack& stack, const Tile& tile, const X_TYP
         }
         ((Column<TB>*)shared)[c] = column;
     }
-    if (threadIdx.x == 0) ((Column<TB>*)shared)[stack.columns] = {};
 }
 
 template <int TB>
-__device__ inline void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
+__device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
                                 const X_TYPE* x, int pairs_per_x, Y_TYPE* y, u8* shared) {
     const int warps = blockDim.x / 32;
     int number = part.from + threadIdx.x / 32;
@@ -188,10 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
                 y[(u64)tile.pair(i / span) * rows + first + i % span] =
                     from_float<Y_TYPE>(__uint_as_float(0x7fc00000u));  // NaN
             }
-        } else if (TOKENS > 4 && tile.count > 4) {
+        } else if (TOKENS > SOME && tile.count > SOME) {
             run_tile<TOKENS>(stack, tile, part, x, pairs_per_x, y, shared);
         } else if (TOKENS > 1 && tile.count > 1) {
-            run_tile<TOKENS < 4 ? TOKENS : 4>(stack, tile, part, x, pairs_per_x, y, shared);
+            run_tile<TOKENS < SOME ? TOKENS : SOME>(stack, tile, part, x, pairs_per_x, y, shared);
         } else {
             run_tile<1>(stack, tile, part, x, pairs_per_x, y, shared);
         }

@@ -74,6 +74,7 @@ struct Share {
 __device__ inline const Entry* stage_table(const Stack& stack, int expert, u8* shared) {
     const Entry* table = stack.tables + ((u64)stack.table_of[expert] << WIDTH);
 #if TABLE_SHARED
+#pragma unroll 4
     for (int i = threadIdx.x; i < TABLE_SHARED / 16; i += blockDim.x) {
         ((uint4*)shared)[i] = ((const uint4*)table)[i];
     }
@@ -108,7 +109,7 @@ struct Segment {
     }
 };
 
-__device__ inline Segment open_segment(const Stack& stack, int expert, int segment) {
+__device__ __forceinline__ Segment open_segment(const Stack& stack, int expert, int segment) {
     const u32* offset = stack.offsets + (u64)expert * (stack.segment_count() + 1) + segment;
     const u64 first = stack.bases[expert] + offset[0];
     Segment s;
@@ -145,7 +146,7 @@ __device__ inline u32 add_lane_below(u32 value) {
 //     visit.next()                       by all lanes: that range is done, go on to the one after it
 // until visit.done(). Ranges follow each other without gaps.
 template <typename Visitor>
-__device__ inline void walk(Segment s, const Entry* table, Visitor& visit) {
+__device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& visit) {
     Entry entries[CODEWORDS];
     u32 signs[CODEWORDS];  // of each entry's non-zeros, the first one in bit 0
     u32 start, step;       // first weight of this lane and weights of the step, in bytes
