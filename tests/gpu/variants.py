@@ -87,20 +87,21 @@ def anchor(warps: int) -> Launch:
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
     "product, pairs": partial(expert_matvec, 1, 0),
-    "product, groups of 8 tokens": partial(expert_matvec, 2, 1),
+    "product, groups of 16 tokens": partial(expert_matvec, 2, 1),
     "decode": decode,
 }
 OTHER: dict[str, Callable[[], Launch]] = {
     "product, 4 tokens": partial(matmul, 4),
+    "product, 8 tokens": partial(matmul, 8),
     "product, fp16": partial(matmul, 1, "fp16"),
     "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
     "product, width 8": partial(matmul, 1, width=8),
     "product, width 16": partial(matmul, 1, width=16),
     "product, 60 % zeros": partial(matmul, 1, zeros=0.6),
-    "product, 60 % zeros, 8 tokens": partial(matmul, 8, zeros=0.6),
+    "product, 60 % zeros, 16 tokens": partial(matmul, 16, zeros=0.6),
     "product, 95 % zeros": partial(matmul, 1, zeros=0.95),
     "product, many non-zeros": partial(matmul, 1, width=16, zeros=0.3),
-    "product, many non-zeros, 8 tokens": partial(matmul, 8, width=16, zeros=0.3),
+    "product, many non-zeros, 16 tokens": partial(matmul, 16, width=16, zeros=0.3),
     "product, signs in codewords": partial(matmul, 1, signs="codeword"),
     "product, symmetric fp16 scales": partial(matmul, 1, scale_dtype="F16", scales=1),
     "product, fp32 scales of groups and columns": partial(
