@@ -29,19 +29,19 @@ struct Window {
     Values values;
     Bits low, high;
 
-    __device__ Window(const Stack& stack, int expert, int segment, u8* shared, Bits* y)
+    __device__ Window(const Stack& stack, int expert, int number, Values first, u8* shared, Bits* y)
         : stack(stack), window((Bits*)shared), expert(expert),
-          row(segment * stack.rows_per_segment), after(stack.row_after(segment)), column(0) {
+          row(number * stack.rows_per_segment), after(stack.row_after(number)), column(0) {
         out = y + (u64)row * stack.columns;
         skip = filled = (int)((u64)out % 16) / (int)sizeof(Bits);
         out -= skip;
-        start_row();
+        start_row(first);
         start();
     }
     __device__ bool done() const { return row == after; }
 
-    __device__ void start_row() {
-        values = GROUPED ? Values() : values_at(stack.row_scales(expert, row));
+    __device__ void start_row(Values of_row) {
+        values = of_row;
         low = bits_of(from_float<Y_TYPE>(values.low));
         high = bits_of(from_float<Y_TYPE>(values.high));
     }
@@ -74,7 +74,7 @@ struct Window {
         if (column == stack.columns) {
             column = 0;
             row++;
-            if (!done()) start_row();
+            if (!GROUPED && !done()) start_row(stack.row_values(expert, row));
         }
         if (filled == LENGTH || done()) write();
         start();
@@ -121,8 +121,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
         __syncthreads();
         Bits* out = (Bits*)y + (u64)part.matrix * rows * columns;
         for (int number = part.from + warp; number < part.to; number += warps) {
-            Window rows_of(stack, expert, number, window, out);
-            walk(open_segment(stack, expert, number), table, rows_of);
+            const Segment segment = open_segment(stack, expert, number);
+            Window rows_of(stack, expert, number, segment.values, window, out);
+            walk(segment, table, rows_of);
         }
         __syncthreads();  // the next table overwrites this one
     }

@@ -54,11 +54,10 @@ struct Rows {
     Values values;
     float sums[TB];
 
-    __device__ Rows(const Stack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int segment)
-        : stack(stack), tile(tile), x(x), y(y), row(segment * stack.rows_per_segment),
-          after(stack.row_after(segment)), span(stack.columns * BYTES) {
-        start();
-    }
+    __device__ Rows(const Stack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int number,
+                    Values first)
+        : stack(stack), tile(tile), x(x), y(y), row(number * stack.rows_per_segment),
+          after(stack.row_after(number)), span(stack.columns * BYTES), values(first), sums{} {}
     __device__ bool done() const { return row == after; }
 
     // No branches: they would keep the loads of other non-zeros waiting. After a row's last column
@@ -78,14 +77,10 @@ struct Rows {
 
     __device__ void next() {
         write();
-        row++;
-        if (!done()) start();
-    }
-
-    __device__ void start() {
-        values = GROUPED ? Values() : values_at(stack.row_scales(tile.expert, row));
 #pragma unroll
         for (int t = 0; t < TB; t++) sums[t] = 0.0f;
+        row++;
+        if (!GROUPED && !done()) values = stack.row_values(tile.expert, row);
     }
 
     // Add up over the lanes. As long as several sums are left, two lanes share them out between them:
@@ -177,7 +172,7 @@ __device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, S
     for (; number < part.to; number += warps) {
         const Segment segment = ahead;
         if (number + warps < part.to) ahead = open_segment(stack, tile.expert, number + warps);
-        Rows<TB> rows(stack, tile, columns, y, number);
+        Rows<TB> rows(stack, tile, columns, y, number, segment.values);
         walk(segment, table, rows);
     }
     __syncthreads();  // the next tile overwrites what is in shared memory

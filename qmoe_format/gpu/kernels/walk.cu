@@ -17,6 +17,16 @@
 constexpr int STEP_BITS = 32 * CODEWORDS * WIDTH;  // bits of codewords that a warp takes at a time
 constexpr u32 MASK = (1u << WIDTH) - 1;
 
+// The values of trits -1 and +1 [V-1].
+struct Values {
+    float low, high;
+};
+
+__device__ inline Values values_at(const SCALE_TYPE* scales) {
+    float high = to_float(scales[SCALES - 1]);
+    return {SCALES == 2 ? to_float(scales[0]) : negative(high), high};
+}
+
 struct Stack {
     const u8* segments;
     const u32* offsets;              // [experts, segments + 1]
@@ -34,20 +44,13 @@ struct Stack {
     __device__ const SCALE_TYPE* row_scales(int expert, int row) const {
         return row_scale + ((u64)expert * rows + row) * groups() * SCALES;
     }
+    __device__ Values row_values(int expert, int row) const {
+        return values_at(row_scales(expert, row));
+    }
     __device__ int row_after(int segment) const {
         return segment + 1 < segment_count() ? (segment + 1) * rows_per_segment : rows;
     }
 };
-
-// The values of trits -1 and +1 [V-1].
-struct Values {
-    float low, high;
-};
-
-__device__ inline Values values_at(const SCALE_TYPE* scales) {
-    float high = to_float(scales[SCALES - 1]);
-    return {SCALES == 2 ? to_float(scales[0]) : negative(high), high};
-}
 
 // A block's share of the segments of `all` matrices, one after another; parts of one matrix each.
 struct Share {
@@ -91,6 +94,7 @@ struct Segment {
     int at;            // the lowest bit of this lane's next codewords
     u32 low, high;     // these: 64 bits from there on
     u32 signs;         // word number `lane` of the signs
+    Values values;     // of its first row; if GROUPED, 0
 
     __device__ void load() {
         const u32* from = words + (at >> 5);
@@ -119,6 +123,7 @@ __device__ __forceinline__ Segment open_segment(const Stack& stack, int expert, 
     s.at = s.end - (int)(threadIdx.x % 32 + 1) * CODEWORDS * WIDTH;
     s.load();
     if (!SIGNS_IN_CODEWORD) s.signs = s.sign_word(0);
+    s.values = GROUPED ? Values{} : stack.row_values(expert, segment * stack.rows_per_segment);
     return s;
 }
 
