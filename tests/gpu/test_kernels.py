@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -22,6 +24,7 @@ from tests.gpu.problems import (
     NAMES,
     Floats,
     Kind,
+    Machine,
     Shape,
     decode,
     expert_matvec,
@@ -35,8 +38,14 @@ from tests.gpu.problems import (
 
 pytestmark = shim.needs_compiler
 
-orders = st.sampled_from([shim.FORWARD, shim.BACKWARD, 2, 3, 4])
-all_kinds = pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
+machines = st.builds(Machine, st.sampled_from([shim.FORWARD, shim.BACKWARD, 2, 3, 4]))
+
+
+def kinds(step: int) -> pytest.MarkDecorator:
+    """Every so many of the kinds: compiling for all takes long."""
+    return pytest.mark.parametrize("kind", KINDS[::step], ids=range(0, len(KINDS), step))
+
+
 few = settings(deadline=None, max_examples=4)
 
 
@@ -53,19 +62,19 @@ def check_product(
 # -- Products --------------------------------------------------------------------------------------
 
 
-@all_kinds
-@given(shape=shapes, order=orders)
-@example(LONG, 2)
+@kinds(1)
+@given(shape=shapes, machine=machines)
+@example(LONG, Machine(2))
 @few
-def test_matmul(kind: Kind, shape: Shape, order: int) -> None:
+def test_matmul(kind: Kind, shape: Shape, machine: Machine) -> None:
     coded, x = matrix(kind, shape), vectors(kind, shape, kind.tokens)
-    check_product(coded, x, matmul(kind, pack([coded]), x, order), kind.dtype, shape.exact)
+    check_product(coded, x, matmul(kind, pack([coded]), x, machine), kind.dtype, shape.exact)
 
 
-@all_kinds
-@given(shape=shapes, k=st.integers(1, 2), own=st.booleans(), order=orders)
+@kinds(2)
+@given(shape=shapes, k=st.integers(1, 2), own=st.booleans(), machine=machines)
 @few
-def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, order: int) -> None:
+def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, machine: Machine) -> None:
     """``own``: each pair has its own x. Some experts come often, some never."""
     shape = replace(shape, exact=True)
     members = [matrix(kind, shape, seed) for seed in range(5)]
@@ -74,7 +83,7 @@ def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, order: int) 
     experts = rng.choice([0, 1, 1, 1, 1, 4], (tokens, k)).astype(np.int32)
     weights = rng.choice(np.array([-2, 0.5, 1], np.float32), (tokens, k)) if kind.weighted else None
     x = vectors(kind, shape, tokens, k) if own else vectors(kind, shape, tokens)
-    y = expert_matvec(kind, pack(members), x, experts, weights, order)
+    y = expert_matvec(kind, pack(members), x, experts, weights, machine)
     by_pair = x if own else np.repeat(x[:, None], k, axis=1)
     decoded = np.stack([dequantize(member) for member in members])
     products = np.einsum("tkc,tkrc->tkr", by_pair, decoded[experts])
@@ -99,7 +108,7 @@ def test_experts_outside_of_the_stack(tokens: int) -> None:
             assert np.isnan(y[token, pair]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS[::5], ids=range(0, len(KINDS), 5))
+@kinds(6)
 def test_the_order_of_threads_and_blocks_does_not_show(kind: Kind) -> None:
     shape = Shape(50, 90, 0.6, 4, 1)
     stack = pack([matrix(kind, shape, seed) for seed in range(3)])
@@ -108,11 +117,11 @@ def test_the_order_of_threads_and_blocks_does_not_show(kind: Kind) -> None:
     weights = np.random.default_rng(1).random((kind.tokens, 2), np.float32)
     results = {
         (
-            matmul(kind, stack, x, order).tobytes(),
-            expert_matvec(kind, stack, x, experts, weights, order).tobytes(),
-            decode(stack, kind.dtype, order).tobytes(),
+            matmul(kind, stack, x, machine).tobytes(),
+            expert_matvec(kind, stack, x, experts, weights, machine).tobytes(),
+            decode(stack, kind.dtype, machine).tobytes(),
         )
-        for order in (shim.FORWARD, shim.BACKWARD, 2)
+        for machine in map(Machine, (shim.FORWARD, shim.BACKWARD, 2))
     }
     assert len(results) == 1
 
@@ -126,15 +135,15 @@ def check_decoded(members: list[EncodedMatrix], bits: np.ndarray, dtype: str) ->
     assert bits.tobytes() == expected.tobytes()
 
 
-@all_kinds
-@given(shape=shapes, order=orders, offset=st.integers(0, 7))
-@example(LONG, 2, 3)
+@kinds(2)
+@given(shape=shapes, machine=machines, offset=st.integers(0, 7))
+@example(LONG, Machine(2), 3)
 @few
-def test_decode(kind: Kind, shape: Shape, order: int, offset: int) -> None:
+def test_decode(kind: Kind, shape: Shape, machine: Machine, offset: int) -> None:
     members = [matrix(kind, shape, seed) for seed in range(2)]
     stack = pack(members)
-    check_decoded(members, decode(stack, kind.dtype, order, offset=offset), kind.dtype)
-    check_decoded(members[1:], decode(stack, kind.dtype, order, part=(1, 1)), kind.dtype)
+    check_decoded(members, decode(stack, kind.dtype, machine, offset=offset), kind.dtype)
+    check_decoded(members[1:], decode(stack, kind.dtype, machine, part=(1, 1)), kind.dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -162,8 +171,19 @@ VECTORS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def checked() -> dict[str, Future[None]]:
+    """All vectors at once: there is much to compile."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {vector.id: pool.submit(check_vector, vector) for vector in VECTORS}
+
+
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.id)
-def test_conformance(vector: runner.Vector) -> None:
+def test_conformance(vector: runner.Vector, checked: dict[str, Future[None]]) -> None:
+    checked[vector.id].result()
+
+
+def check_vector(vector: runner.Vector) -> None:
     with qmoe_format.open(vector.path) as file:
         for name, tensor in file.tensors.items():
             if tensor.encoding != "ternary-dict":
@@ -214,13 +234,13 @@ def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMa
 def run_everything(kind: Kind, stack: Stack) -> None:
     x = vectors(kind, Shape(0, stack.layout.columns, 0, None, 0), kind.tokens)
     experts = np.zeros((kind.tokens, 1), np.int32)
-    for order in (shim.FORWARD, 2):
-        matmul(kind, stack, x, order)
-        expert_matvec(kind, stack, x, experts, None, order)
-        decode(stack, kind.dtype, order)
+    for machine in (Machine(shim.FORWARD), Machine(2)):
+        matmul(kind, stack, x, machine)
+        expert_matvec(kind, stack, x, experts, None, machine)
+        decode(stack, kind.dtype, machine)
 
 
-@pytest.mark.parametrize("kind", KINDS[::3], ids=range(0, len(KINDS), 3))
+@kinds(4)
 def test_any_bytes_in_the_segments(kind: Kind) -> None:
     """No access out of bounds, no race and no end that does not come: the shim looks at that."""
     rng = np.random.default_rng(0)

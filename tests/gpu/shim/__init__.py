@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,20 +58,24 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
     arrays, pointers, _scalars = _arguments(kernel, launch.arguments)
     begin, end = ctypes.c_void_p(), ctypes.c_void_p()
     kernel.library.shim_static_shared(ctypes.byref(begin), ctypes.byref(end))
-    fault = _runtime().shim_launch(
-        kernel.library[f"shim_call_{launch.kernel}"],
-        pointers,
-        arrays,
-        len(arrays),
-        (ctypes.c_uint * 3)(*launch.grid),
-        (ctypes.c_uint * 3)(*launch.block),
-        launch.shared_bytes,
-        begin,
-        end,
-        order,
-    )
+    with _one_at_a_time:
+        fault = _runtime().shim_launch(
+            kernel.library[f"shim_call_{launch.kernel}"],
+            pointers,
+            arrays,
+            len(arrays),
+            (ctypes.c_uint * 3)(*launch.grid),
+            (ctypes.c_uint * 3)(*launch.block),
+            launch.shared_bytes,
+            begin,
+            end,
+            order,
+        )
     if fault:
         raise Fault(f"{launch.kernel}: {_with_lines(fault.decode())}")
+
+
+_one_at_a_time = threading.Lock()  # threads gain from compiling at the same time
 
 
 # -- Compiling -------------------------------------------------------------------------------------
