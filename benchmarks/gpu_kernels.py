@@ -4,12 +4,13 @@
 
 Writes benchmarks/results/gpu_kernels.json and prints it as a table in Markdown: registers a thread
 for every architecture, where the two compilers differ as a range; threads and shared memory of a
-block; local memory (stack) and spills, the most over all architectures. The requirements are those
-of the tests.
+block; local memory (stack) and spills, the most over all architectures. A kernel that spills makes the
+exit status 1. The requirements are those of the tests.
 """
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -68,6 +69,9 @@ def main() -> None:
     print(markdown(kernels))
     compilers = [compiler.version for compiler in nvrtc.compilers()]
     report.save("gpu_kernels", {"compilers": compilers, "kernels": kernels})
+    spilling = [kernel["variant"] for kernel in kernels if kernel["spill_stores"]]
+    if spilling:
+        sys.exit(f"spills: {', '.join(spilling)}")
 
 
 if __name__ == "__main__":

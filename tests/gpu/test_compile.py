@@ -43,9 +43,10 @@ def test_main_kernels_everywhere(variant: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("variant", variants.OTHER)
 def test_other_variants(variant: str) -> None:
-    """The older compiler for the oldest architecture, the newer one for a new one."""
+    """Where they spill first; ``benchmarks.gpu_kernels`` looks at the other architectures."""
+    old, new = nvrtc.compilers()
     launch = variants.OTHER[variant]()
-    compile_and_check(launch, zip(nvrtc.compilers(), ("sm_75", "sm_90"), strict=True))
+    compile_and_check(launch, [(old, "sm_75"), (new, "sm_86"), (new, "sm_90")])
 
 
 def test_an_error_in_the_source_is_found() -> None:
