@@ -4,8 +4,8 @@
 
 Writes benchmarks/results/gpu_kernels.json and prints it as a table in Markdown: registers a thread
 for every architecture, where the two compilers differ as a range; threads and shared memory of a
-block; local memory (stack) and spills, the most over all architectures. A kernel that spills makes the
-exit status 1. The requirements are those of the tests.
+block; local memory (stack) and spills, the most over all architectures. If a kernel spills, the
+exit status is 1. The requirements are those of the tests.
 """
 
 from __future__ import annotations
