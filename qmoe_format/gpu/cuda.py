@@ -15,7 +15,7 @@ from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.plan import Device
 
 OLDEST = 75  # compute capability 7.5: what CUDA 13 still compiles for
-STATIC_SHARED = 48 << 10  # a kernel has to ask for more than that
+DEFAULT_SHARED = 48 << 10  # shared memory of a block, beyond which a kernel has to ask for it
 
 
 def require() -> Any:
@@ -110,7 +110,7 @@ def launch(number: int, stream: Any, launches: Sequence[Launch]) -> None:
     with module().cuda.Device(number), stream:
         for one in launches:
             kernel = _kernel(number, one.source, one.kernel)
-            if one.shared_bytes > max(STATIC_SHARED, kernel.max_dynamic_shared_size_bytes):
+            if one.shared_bytes > DEFAULT_SHARED:
                 kernel.max_dynamic_shared_size_bytes = one.shared_bytes
             arguments = tuple(map(_argument, one.arguments))
             kernel(one.grid, one.block, arguments, shared_mem=one.shared_bytes)

@@ -47,7 +47,7 @@ class Arrays:
     tables: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # to be looked up fast
 class Layout:
     """What all members of a stack have in common, and where its arrays are.
 

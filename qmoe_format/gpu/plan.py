@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,8 @@ FEW = 8  # pairs that are not worth grouping
 # Codewords a lane and step; more of them do not fit 64 registers, or, with several sums, pay less.
 MOST_CODEWORDS = {"ONE_WORD": 4, "NIBBLES": 3, "BYTE_PLACES": 3}
 TILE_CODEWORDS = 2
-# Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (predicted).
-STEP_COST, CODEWORD_COST, SLOT_COST = 40, 9, 7
+# Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (sm_90).
+STEP_COST, CODEWORD_COST, SLOT_COST = 52, 8, 9
 
 Empty = Callable[[tuple[int, ...], str], Any]
 
@@ -109,22 +110,15 @@ def decode(stack: Stack, first: int, count: int, y: Operand, device: Device) -> 
     segments = count * layout.segments
     if not segments or not layout.columns:
         return []
-    window_bytes = WINDOW * DECODE_THREADS // 32
-    table = _table_bytes(layout, device.shared_bytes - window_bytes)
-    shared = table + window_bytes
-    blocks = device.multiprocessors * max(1, device.shared_bytes // shared)
-    defines = {
-        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS[layout.entry]),
-        "Y_TYPE": y.dtype,
-        "WINDOW": WINDOW,
-    }
+    kernel = _decode_kernel(layout, y.dtype, device)
+    blocks = device.multiprocessors * max(1, device.shared_bytes // kernel.shared_bytes)
     return [
         Launch(
-            source=source("decode", tuple(defines.items())),
+            source=kernel.source,
             kernel="decode",
             grid=(min(blocks, segments), 1, 1),
-            block=(DECODE_THREADS, 1, 1),
-            shared_bytes=shared,
+            block=(kernel.threads, 1, 1),
+            shared_bytes=kernel.shared_bytes,
             arguments=(*_stack_arguments(stack), y.array, *_ints(first, count)),
         )
     ]
@@ -163,27 +157,14 @@ def _products(
     if not pairs.tile:
         launches, x = _prepare(stack, x, pairs, device, empty)
         per_x = 1
-    tokens = max(pairs.tile, 1)
-    table = _table_bytes(layout, device.shared_bytes)
-    tile_bytes = _tile_bytes(layout, x.dtype, pairs.tile)
-    most = MOST_CODEWORDS[layout.entry] if tokens == 1 else TILE_CODEWORDS
-    defines = {
-        **_walk_defines(layout, table, THREADS[tokens], most),
-        "X_TYPE": x.dtype,
-        "Y_TYPE": y.dtype,
-        "TILE_TYPE": "fp32" if layout.column_scales else x.dtype,
-        "TOKENS": tokens,
-        "SOME": SOME,
-        "PAIRS": pairs.mode,
-        "X_SHARED": int(pairs.tile > 0),
-    }
+    kernel = _product_kernel(layout, x.dtype, y.dtype, pairs.mode, pairs.tile, device)
     launches.append(
         Launch(
-            source=source("product", tuple(defines.items())),
+            source=kernel.source,
             kernel="product",
             grid=(min(device.multiprocessors, pairs.count * layout.segments), 1, 1),
-            block=(THREADS[tokens], 1, 1),
-            shared_bytes=table + tile_bytes,
+            block=(kernel.threads, 1, 1),
+            shared_bytes=kernel.shared_bytes,
             arguments=(
                 *_stack_arguments(stack),
                 *(x.array, y.array, listed, tiles),
@@ -192,6 +173,49 @@ def _products(
         )
     )
     return launches
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """What calls with the same types, of the same stack, have in common."""
+
+    source: str
+    threads: int
+    shared_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def _product_kernel(
+    layout: Layout, x_dtype: str, y_dtype: str, mode: str, tile: int, device: Device
+) -> _Kernel:
+    tokens = max(tile, 1)
+    table = _table_bytes(layout, device.shared_bytes)
+    most = MOST_CODEWORDS[layout.entry] if tokens == 1 else TILE_CODEWORDS
+    defines = {
+        **_walk_defines(layout, table, THREADS[tokens], most),
+        "X_TYPE": x_dtype,
+        "Y_TYPE": y_dtype,
+        "TILE_TYPE": "fp32" if layout.column_scales else x_dtype,
+        "TOKENS": tokens,
+        "SOME": SOME,
+        "PAIRS": mode,
+        "X_SHARED": int(tile > 0),
+    }
+    shared = table + _tile_bytes(layout, x_dtype, tile)
+    return _Kernel(source("product", tuple(defines.items())), THREADS[tokens], shared)
+
+
+@lru_cache(maxsize=1024)
+def _decode_kernel(layout: Layout, y_dtype: str, device: Device) -> _Kernel:
+    window = WINDOW * DECODE_THREADS // 32
+    table = _table_bytes(layout, device.shared_bytes - window)
+    defines = {
+        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS[layout.entry]),
+        "Y_TYPE": y_dtype,
+        "WINDOW": WINDOW,
+    }
+    text = source("decode", tuple(defines.items()))
+    return _Kernel(text, DECODE_THREADS, table + window)
 
 
 def _group(layout: Layout, pairs: _Pairs, empty: Empty) -> tuple[list[Launch], Any, Any]:
@@ -252,6 +276,7 @@ def _tile_bytes(layout: Layout, x_dtype: str, tokens: int) -> int:
     return (layout.columns + 1) * element * tokens
 
 
+@lru_cache(maxsize=1024)
 def _tile(layout: Layout, x_dtype: str, wanted: int, device: Device) -> int:
     """The most tokens, up to ``wanted``, whose x fits into shared memory; 0 if one's does not."""
     room = device.shared_bytes - _table_bytes(layout, device.shared_bytes)

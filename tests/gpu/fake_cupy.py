@@ -171,7 +171,7 @@ class Kernel:
         self.max_dynamic_shared_size_bytes = 48 << 10
 
     def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, "it was not asked for"
         plain = tuple(a.view(np.ndarray) if isinstance(a, np.ndarray) else a for a in arguments)
         launch = Launch(self.code, self.name, grid, block, shared_mem, plain)
         self.cupy.launched.append(launch)

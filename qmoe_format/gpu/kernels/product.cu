@@ -52,31 +52,43 @@ struct Rows {
     int row, after;
     u32 span;
     Values values;
-    float sums[TB];
+    float sums[TB];   // of a single token, over the plus ones only
+    float sum_minus;  // of x, and the row's values come in at its end
 
     __device__ Rows(const Stack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int number,
                     Values first)
         : stack(stack), tile(tile), x(x), y(y), row(number * stack.rows_per_segment),
-          after(stack.row_after(number)), span(stack.columns * BYTES), values(first), sums{} {}
+          after(stack.row_after(number)), span(stack.columns * BYTES), values(first), sums{},
+          sum_minus(0.0f) {}
     __device__ bool done() const { return row == after; }
 
     // No branches: they would keep the loads of other non-zeros waiting. After a row's last column
     // there is a zero.
     __device__ void nonzero(bool there, u32 byte, bool minus) {
+        const Column<TB> column = *(const Column<TB>*)(x + (there ? byte : span));
+        if (TB == 1 && !GROUPED) {
+            const float value = to_float(column.x[0]);
+            if (minus) {
+                sum_minus += value;
+            } else {
+                sums[0] += value;
+            }
+            return;
+        }
         float value = minus ? values.low : values.high;
         if (GROUPED && there) {
             const u32 group = byte / BYTES / (u32)stack.group_size;
             const Values v = values_at(stack.row_scales(tile.expert, row) + group * SCALES);
             value = minus ? v.low : v.high;
         }
-        byte = there ? byte : span;
-        const Column<TB> column = *(const Column<TB>*)(x + byte);
 #pragma unroll
         for (int t = 0; t < TB; t++) sums[t] += value * to_float(column.x[t]);
     }
 
     __device__ void next() {
+        if (TB == 1 && !GROUPED) sums[0] = values.high * sums[0] + values.low * sum_minus;
         write();
+        sum_minus = 0.0f;
 #pragma unroll
         for (int t = 0; t < TB; t++) sums[t] = 0.0f;
         row++;
@@ -202,10 +214,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
             tile = {about[0], about[2], listed + about[1], 0};
         }
         if (tile.expert < 0 || tile.expert >= experts) {
-            const int first = part.from * rows_per_segment, span = stack.row_after(part.to - 1) - first;
-            for (int i = threadIdx.x; i < tile.count * span; i += blockDim.x) {
-                y[(u64)tile.pair(i / span) * rows + first + i % span] =
-                    from_float<Y_TYPE>(__uint_as_float(0x7fc00000u));  // NaN
+            const int first = part.from * rows_per_segment, after = stack.row_after(part.to - 1);
+            for (int i = 0; i < tile.count; i++) {
+                for (int r = first + threadIdx.x; r < after; r += blockDim.x) {
+                    const float nan = __uint_as_float(0x7fc00000u);
+                    y[(u64)tile.pair(i) * rows + r] = from_float<Y_TYPE>(nan);
+                }
             }
         } else if (TOKENS > SOME && tile.count > SOME) {
             run_tile<TOKENS>(stack, tile, part, x, pairs_per_x, y, shared);

@@ -145,6 +145,26 @@ __device__ inline u32 add_lane_below(u32 value) {
 #endif
 }
 
+// Show a lane's non-zeros to a visitor. `entry`: where the first entry is, in bytes of the visitor's;
+// `inside`: all weights of the step are in the range.
+template <bool inside, typename Visitor>
+__device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
+                                              const u32 (&signs)[CODEWORDS], u32 entry,
+                                              Visitor& visit) {
+#pragma unroll
+    for (int i = 0; i < CODEWORDS; i++) {
+#pragma unroll
+        for (int j = 0; j < SLOTS; j++) {
+            // A dot product of bytes takes one out, scales and adds it in one instruction.
+            const u32 scale = Visitor::BYTES << 8 * (j % 4);
+            const u32 byte = __dp4a(entries[i].places(j / 4), scale, entry);
+            const bool there = entries[i].has(j) && (inside || byte < visit.span);
+            visit.nonzero(there, byte, (signs[i] & 2u << j) != 0);
+        }
+        entry += entries[i].length() * Visitor::BYTES;
+    }
+}
+
 // Calls, for the non-zeros of a segment,
 //     visit.nonzero(there, byte, minus)  if there is one: weight number byte / BYTES of the range,
 //                                        byte < visit.span
@@ -153,7 +173,7 @@ __device__ inline u32 add_lane_below(u32 value) {
 template <typename Visitor>
 __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& visit) {
     Entry entries[CODEWORDS];
-    u32 signs[CODEWORDS];  // of each entry's non-zeros, the first one in bit 0
+    u32 signs[CODEWORDS];  // of each entry's non-zeros, from bit 1 on: bit 0 takes two instructions
     u32 start, step;       // first weight of this lane and weights of the step, in bytes
     u32 place = 0;         // first weight of the step in bytes from the range's; may wrap around
     u32 sign = s.begin;    // first sign of the step to come: a bit of the words in `s.signs`
@@ -193,30 +213,22 @@ __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& vis
                 const u32 first = sign + (before >> 16);
                 const u32 low = __shfl_sync(FULL, s.signs, first >> 5);
                 const u32 high = __shfl_sync(FULL, s.signs, (first >> 5) + 1);
-                signs[0] = __funnelshift_r(low, high, first);
+                signs[0] = __funnelshift_r(low, high, first) << 1;
                 sign += total >> 16;
             }
 #pragma unroll
             for (int i = 0; i < CODEWORDS; i++) {
                 if (SIGNS_IN_CODEWORD) {
-                    signs[i] = entries[i].signs();
+                    signs[i] = entries[i].signs() << 1;
                 } else if (i > 0) {
                     signs[i] = signs[i - 1] >> entries[i - 1].nonzeros();
                 }
             }
         }
-        u32 entry = place + start;
-#pragma unroll
-        for (int i = 0; i < CODEWORDS; i++) {
-#pragma unroll
-            for (int j = 0; j < SLOTS; j++) {
-                // A dot product of bytes takes one out, scales and adds it in one instruction.
-                const u32 byte =
-                    __dp4a(entries[i].places(j / 4), Visitor::BYTES << 8 * (j % 4), entry);
-                const bool there = entries[i].has(j) && byte < visit.span;
-                visit.nonzero(there, byte, (signs[i] & 1u << j) != 0);
-            }
-            entry += entries[i].length() * Visitor::BYTES;
+        if (!again && place + step <= visit.span) {
+            visit_entries<true>(entries, signs, place + start, visit);
+        } else {
+            visit_entries<false>(entries, signs, place + start, visit);
         }
         again = place + step >= visit.span;
         if (again) {
