@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -182,8 +183,14 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "weights beyond the range": (
         decoded,
-        "entries[i].has(j) && byte < visit.span",
-        "entries[i].has(j)",
+        "(inside || byte < visit.span)",
+        "true",
+        f"{OUTSIDE}|{RACE}",
+    ),
+    "a step that ends after the range": (
+        decoded,
+        "!again && place + step <= visit.span",
+        "!again",
         f"{OUTSIDE}|{RACE}",
     ),
     "no zero after x": (products, "[stack.columns] = {};", "[0] = {};", RACE),
@@ -219,7 +226,12 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         f"{OUTSIDE}|{RACE}|{WRONG}",
     ),
     "the window is never emptied": (decoded, "*vector = uint4{0, 0, 0, 0};", "", WRONG),
-    "one sum too many": (mixtures, "i < size; i += step", "i <= size; i += step", OUTSIDE),
+    "one sum too many": (
+        mixtures,
+        "i < size; i += step) {\n        const u64 token",
+        "i <= size; i += step) {\n        const u64 token",
+        OUTSIDE,
+    ),
     "one column too many": (
         products_of_large_x,
         "if (column < columns) value",
@@ -248,5 +260,7 @@ def noticed() -> dict[str, list[Future[None]]]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_noticed(fault: str, noticed: dict[str, list[Future[None]]]) -> None:
+    texts = [path.read_text() for path in (files("qmoe_format.gpu") / "kernels").iterdir()]
+    assert sum(text.count(FAULTS[fault][1]) for text in texts) == 1
     for future in noticed[fault]:
         assert re.search(FAULTS[fault][3], str(future.exception()))
