@@ -32,9 +32,10 @@ WINDOW = 4096  # bytes that a warp decodes at a time
 SMALL = 256  # threads of a block of the kernels that are not about codewords
 
 FEW = 8  # pairs that are not worth grouping
-# Codewords a lane and step; more of them do not fit 64 registers, or, with several sums, pay less.
+# Codewords a lane and step: what fits 64 registers; with several sums, or with a table or x in
+# global memory, whose addresses have 64 bits, FEW_CODEWORDS.
 MOST_CODEWORDS = {"ONE_WORD": 4, "NIBBLES": 3, "BYTE_PLACES": 3}
-TILE_CODEWORDS = 2
+FEW_CODEWORDS = 2
 # Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (sm_90).
 STEP_COST, CODEWORD_COST, SLOT_COST = 52, 8, 9
 
@@ -190,7 +191,7 @@ def _product_kernel(
 ) -> _Kernel:
     tokens = max(tile, 1)
     table = _table_bytes(layout, device.shared_bytes)
-    most = MOST_CODEWORDS[layout.entry] if tokens == 1 else TILE_CODEWORDS
+    most = MOST_CODEWORDS[layout.entry] if tile == 1 else FEW_CODEWORDS
     defines = {
         **_walk_defines(layout, table, THREADS[tokens], most),
         "X_TYPE": x_dtype,
@@ -293,7 +294,7 @@ def _walk_defines(
         "WIDTH": layout.width,
         "ENTRY": layout.entry,
         "SLOTS": layout.slots,
-        "CODEWORDS": _codewords(layout, most_codewords),
+        "CODEWORDS": _codewords(layout, most_codewords if table else FEW_CODEWORDS),
         "SIGNS_IN_CODEWORD": int(layout.signs == "codeword"),
         "SCALE_TYPE": SCALES[layout.scale_dtype],
         "SCALES": layout.scales,
