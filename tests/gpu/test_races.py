@@ -10,18 +10,20 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
 import pytest
 
-from qmoe_format.codec import dequantize
+from qmoe_format.codec import EncodedMatrix, dequantize
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu.packing import pack
 from tests.gpu import shim
 from tests.gpu.problems import (
     LARGE,
     SMALL,
+    Floats,
     Kind,
     Machine,
     Shape,
@@ -40,14 +42,23 @@ ORDERS = (shim.FORWARD, shim.BACKWARD, 2)
 # weights than a window, and the last one has fewer rows; the last tile has fewer tokens.
 KIND = Kind(("plane", 0.885, 12), "BF16", 2, 0, False, "fp32", 11, True, LARGE)
 SHAPE = Shape(28, 301, 0.2, 12, 0, exact=True)
-MEMBERS = [matrix(KIND, SHAPE, seed) for seed in range(4)]
-WEIGHTS = np.stack([dequantize(member) for member in MEMBERS])
+
+
+@cache
+def members() -> list[EncodedMatrix]:
+    return [matrix(KIND, SHAPE, seed) for seed in range(4)]
+
+
+@cache
+def weights() -> Floats:
+    """[4, rows, columns]"""
+    return np.stack([dequantize(member) for member in members()])
 
 
 def products(machine: Machine, kind: Kind = KIND) -> None:
     x = vectors(KIND, SHAPE, KIND.tokens)
-    y = matmul(kind, pack(MEMBERS), x, machine, 3)
-    assert np.array_equal(y, x @ WEIGHTS[3].T), "wrong result"
+    y = matmul(kind, pack(members()), x, machine, 3)
+    assert np.array_equal(y, x @ weights()[3].T), "wrong result"
 
 
 def products_of_large_x(machine: Machine) -> None:
@@ -57,13 +68,15 @@ def products_of_large_x(machine: Machine) -> None:
 def mixtures(machine: Machine) -> None:
     x = vectors(KIND, SHAPE, KIND.tokens)
     experts = np.random.default_rng(0).choice([0, 0, 2], (KIND.tokens, 2)).astype(np.int32)
-    y = expert_matvec(KIND, pack(MEMBERS), x, experts, np.ones(experts.shape, np.float32), machine)
-    assert np.array_equal(y, np.einsum("tc,tkrc->tr", x, WEIGHTS[experts])), "wrong result"
+    y = expert_matvec(
+        KIND, pack(members()), x, experts, np.ones(experts.shape, np.float32), machine
+    )
+    assert np.array_equal(y, np.einsum("tc,tkrc->tr", x, weights()[experts])), "wrong result"
 
 
 def decoded(machine: Machine) -> None:
-    bits = decode(pack(MEMBERS), "bf16", machine)
-    assert bits.tobytes() == from_float32(WEIGHTS, "BF16").tobytes(), "wrong result"
+    bits = decode(pack(members()), "bf16", machine)
+    assert bits.tobytes() == from_float32(weights(), "BF16").tobytes(), "wrong result"
 
 
 Call = Callable[[Machine], None]

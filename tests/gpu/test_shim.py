@@ -301,3 +301,9 @@ def test_one_array_for_two_parameters() -> None:
     x = np.ones(100, np.float32)
     shim.execute(Launch(SUM, "sum", (1, 1, 1), (128, 1, 1), 0, (x, x, np.int32(100))))
     assert x[0] == 100
+
+
+def test_arrays_that_overlap() -> None:
+    x = np.ones(100, np.float32)
+    with pytest.raises(shim.Fault, match="overlaps"):
+        shim.execute(Launch(SUM, "sum", (1, 1, 1), (128, 1, 1), 0, (x, x[50:], np.int32(100))))

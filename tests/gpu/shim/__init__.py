@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ KERNEL_FLAGS = [
     "-fsanitize=alignment,shift,bounds,integer-divide-by-zero",
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
 ]
+UNUSED_S = 7 * 24 * 3600  # after which a library is deleted
 FORWARD, BACKWARD = 0, 1  # orders of blocks and threads; other numbers are seeds of random ones
 MOST_THREADS, MOST_SHARED = 1024, 227 << 10
 
@@ -58,8 +61,9 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
     arrays, pointers, _scalars = _arguments(kernel, launch.arguments)
     begin, end = ctypes.c_void_p(), ctypes.c_void_p()
     kernel.library.shim_static_shared(ctypes.byref(begin), ctypes.byref(end))
+    runtime = _runtime()
     with _one_at_a_time:
-        fault = _runtime().shim_launch(
+        fault = runtime.shim_launch(
             kernel.library[f"shim_call_{launch.kernel}"],
             pointers,
             arrays,
@@ -75,7 +79,7 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
         raise Fault(f"{launch.kernel}: {_with_lines(fault.decode())}")
 
 
-_one_at_a_time = threading.Lock()  # threads gain from compiling at the same time
+_one_at_a_time = threading.Lock()  # only compiling gains from several threads
 
 
 # -- Compiling -------------------------------------------------------------------------------------
@@ -119,11 +123,20 @@ def _compiled(source: str, flags: list[str], link: list[str]) -> Path:
                 if done.returncode:
                     raise Fault(f"g++ says:\n{done.stderr}")
             (here / "new.so").replace(library)
+    library.touch()
     return library
 
 
-@cache
 def _runtime() -> Any:
+    with _one_at_a_time:
+        return _load_runtime()
+
+
+@cache
+def _load_runtime() -> Any:
+    for old in BUILD.glob("*.so"):
+        if time.time() - old.stat().st_mtime > UNUSED_S:
+            old.unlink(missing_ok=True)
     source = (HERE / "runtime.cpp").read_text()
     library = ctypes.CDLL(str(_compiled(source, RUNTIME_FLAGS, ["-ldl"])), ctypes.RTLD_GLOBAL)
     library.shim_launch.restype = ctypes.c_char_p
@@ -182,6 +195,10 @@ def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, A
             key = (argument.ctypes.data, argument.nbytes)
             writable = not parameter.const or (key in by_address and by_address[key][2])
             by_address[key] = (argument, parameter, writable)
+    taken = sorted((begin, begin + size, by[2]) for (begin, size), by in by_address.items())
+    for (_, end, first), (begin, _, second) in pairwise(taken):
+        if begin < end and (first or second):
+            raise Fault("an array that is written to overlaps another one")
     arrays = (_Array * max(len(by_address), 1))()
     for array, (data, parameter, writable) in zip(arrays, by_address.values(), strict=False):
         array.name, array.host, array.size = parameter.name.encode(), data.ctypes.data, data.nbytes
