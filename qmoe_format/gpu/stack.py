@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,14 +96,17 @@ def upload(
     return DeviceStack(number, Stack(layout, layout.arrays(buffer)))
 
 
-_in_flight: list[tuple[Any, Any]] = []  # events, and page-locked memory being copied until then
+# Events, and page-locked memory that is being copied until then.
+_in_flight: list[tuple[Any, Any]] = []
+_in_flight_lock = threading.Lock()
 
 
 def _copy(
     cupy: Any, layout: Layout, matrices: Sequence[EncodedMatrix], buffer: Any, stream: Any
 ) -> None:
     """Fill ``buffer``, by way of two halves of page-locked memory in turn."""
-    _in_flight[:] = [(event, memory) for event, memory in _in_flight if not event.done]
+    with _in_flight_lock:
+        _in_flight[:] = [(event, memory) for event, memory in _in_flight if not event.done]
     size = min(STAGING, layout.bytes)
     halves = []
     for _ in range(2):
@@ -125,7 +129,8 @@ def _copy(
             )
             used += piece.size
     events[turn].record(stream)
-    _in_flight.append((events[turn], halves))
+    with _in_flight_lock:
+        _in_flight.append((events[turn], halves))
 
 
 def matrix_of(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
