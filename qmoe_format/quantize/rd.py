@@ -26,7 +26,7 @@ from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weight
 
 PASSES = 3
 START_SHARE = 0.3  # of the price, in the passes
-ROUNDS = 10
+ROUNDS = 14
 ABSOLUTE = 0.35  # see Rate
 MOST_STRETCH = 1.3
 TRUST = 30.0
