@@ -1,8 +1,8 @@
 // The weights as bf16, fp16 or fp32, exact to the bit [V-1] to [V-3].
 //
-// A warp decodes its segment through a window of WINDOW bytes in shared memory: zeros first, then the
-// non-zeros, then out to global memory 16 bytes a lane. Windows begin at multiples of 16 bytes in
-// global memory, wherever the segment begins:
+// A warp decodes its segment through a window of WINDOW bytes in shared memory: zeros first, then
+// the non-zeros, then out to global memory 16 bytes a lane. Windows begin at multiples of 16 bytes
+// in global memory, wherever the segment begins:
 //
 //     global   . . . . | . . s s | s s s s | s s . .        s: the segment's weights
 //     windows          '-- first ---------'-- last --       (here of two vectors of 16 bytes)

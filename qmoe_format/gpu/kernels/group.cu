@@ -1,6 +1,6 @@
 // Put pairs with the same expert together and cut each expert's into tiles: one block, no host.
 //
-//     experts  2 0 2 9 2        numbers of the experts; those outside of the stack count as one more
+//     experts  2 0 2 9 2        numbers of the experts; those outside of the stack count as one
 //     order    1 0 2 4 3        numbers of the pairs, by expert, else as they came
 //     tiles    3 | 0 0 1 | 2 1 3 | 9 4 1        how many; then expert, first place in order, count
 //

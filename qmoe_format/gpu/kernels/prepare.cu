@@ -1,5 +1,5 @@
-// x times the column scales of each pair's expert, and a zero after it, as float32 in global memory:
-// for matrices of so many columns that x does not fit into shared memory.
+// x times the column scales of each pair's expert, and a zero after it, as float32 in global
+// memory: for matrices of so many columns that x does not fit into shared memory.
 
 extern "C" __global__ void prepare(
     const X_TYPE* x,                 // [pairs / pairs_per_x, columns]

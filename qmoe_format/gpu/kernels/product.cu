@@ -20,8 +20,8 @@ struct Tile {
     __device__ int pair(int i) const { return PAIRS == GROUPS ? order[i] : first + i; }
 };
 
-// What a tile has of one column: x of TB tokens. Their own type is half the bytes, if nothing has to
-// be rounded; a single token is converted once instead of at every non-zero.
+// What a tile has of one column: x of TB tokens. Their own type is half the bytes, if nothing has
+// to be rounded; a single token is converted once instead of at every non-zero.
 template <int TB>
 struct TileType {
     typedef TILE_TYPE T;
@@ -41,7 +41,7 @@ struct alignas(16) Vector {
     T x[16 / sizeof(T)];
 };
 
-// A visitor of a walk: the sums of one row after another. Each lane has its own, until the row ends.
+// A visitor of a walk: the sums of one row after another. Each lane has its own until the row ends.
 template <int TB>
 struct Rows {
     static constexpr u32 BYTES = sizeof(Column<TB>);
@@ -52,8 +52,10 @@ struct Rows {
     int row, after;
     u32 span;
     Values values;
-    float sums[TB];   // of a single token, over the plus ones only
-    float sum_minus;  // of x, and the row's values come in at its end
+    // Of values times x. For one token and no groups: of x over the plus ones, and apart over the
+    // minus ones; the values come in at the row's end.
+    float sums[TB];
+    float sum_minus;
 
     __device__ Rows(const Stack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int number,
                     Values first)
@@ -95,7 +97,7 @@ struct Rows {
         if (!GROUPED && !done()) values = stack.row_values(tile.expert, row);
     }
 
-    // Add up over the lanes. As long as several sums are left, two lanes share them out between them:
+    // Add up over the lanes. As long as several sums are left, two lanes share them out among them:
     // TB sums take TB - 1 + log2(32 / TB) shuffles.
     __device__ void write() {
         constexpr int sharing = 32 / TB;  // lanes that share a sum in the end
@@ -130,7 +132,7 @@ struct Rows {
 // The block brings x of a tile into shared memory, times the column scales, and a column of zeros.
 template <int TB>
 __device__ __forceinline__ void stage_x(const Stack& stack, const Tile& tile, const X_TYPE* x,
-                               int pairs_per_x, u8* shared) {
+                                        int pairs_per_x, u8* shared) {
     const X_TYPE* from[TB];
 #pragma unroll
     for (int t = 0; t < TB; t++) {
@@ -168,7 +170,7 @@ __device__ __forceinline__ void stage_x(const Stack& stack, const Tile& tile, co
 
 template <int TB>
 __device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
-                                const X_TYPE* x, int pairs_per_x, Y_TYPE* y, u8* shared) {
+                                         const X_TYPE* x, int pairs_per_x, Y_TYPE* y, u8* shared) {
     const int warps = blockDim.x / 32;
     int number = part.from + threadIdx.x / 32;
     Segment ahead = {};

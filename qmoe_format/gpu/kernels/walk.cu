@@ -127,8 +127,8 @@ __device__ __forceinline__ Segment open_segment(const Stack& stack, int expert, 
     return s;
 }
 
-// `value` plus that of the lane `distance` below, where there is one. The compiler does not find out
-// that the shuffle says whether there is.
+// `value` plus that of the lane `distance` below, where there is one. The compiler does not find
+// out that the shuffle says whether there is.
 template <int distance>
 __device__ inline u32 add_lane_below(u32 value) {
 #if defined(__CUDA_ARCH__)
@@ -145,7 +145,7 @@ __device__ inline u32 add_lane_below(u32 value) {
 #endif
 }
 
-// Show a lane's non-zeros to a visitor. `entry`: where the first entry is, in bytes of the visitor's;
+// Show a lane's non-zeros to a visitor. `entry`: where the first entry is, in the visitor's bytes;
 // `inside`: all weights of the step are in the range.
 template <bool inside, typename Visitor>
 __device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
@@ -168,19 +168,19 @@ __device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
 // Calls, for the non-zeros of a segment,
 //     visit.nonzero(there, byte, minus)  if there is one: weight number byte / BYTES of the range,
 //                                        byte < visit.span
-//     visit.next()                       by all lanes: that range is done, go on to the one after it
+//     visit.next()                       by all lanes: that range is done, go on to the next one
 // until visit.done(). Ranges follow each other without gaps.
 template <typename Visitor>
 __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& visit) {
     Entry entries[CODEWORDS];
-    u32 signs[CODEWORDS];  // of each entry's non-zeros, from bit 1 on: bit 0 takes two instructions
-    u32 start, step;       // first weight of this lane and weights of the step, in bytes
-    u32 place = 0;         // first weight of the step in bytes from the range's; may wrap around
-    u32 sign = s.begin;    // first sign of the step to come: a bit of the words in `s.signs`
-    int window = 0;        // number of the first of these words
-    bool again = false;    // this step goes on into the next range
-    // One loop over steps and ranges: of an inner one over ranges, the compiler would do all tests of
-    // signs ahead, and has not enough predicates to keep their results.
+    u32 signs[CODEWORDS];     // of each entry's non-zeros, from bit 1 on: bit 0 is slower
+    u32 start = 0, step = 0;  // first weight of this lane and weights of the step, in bytes
+    u32 place = 0;            // first weight of the step in bytes from the range's; may wrap around
+    u32 sign = s.begin;       // first sign of the step to come: a bit of the words in `s.signs`
+    int window = 0;           // number of the first of these words
+    bool again = false;       // this step goes on into the next range
+    // One loop over steps and ranges: of an inner one over ranges, the compiler would do all tests
+    // of signs ahead, and has not enough predicates to keep their results.
     for (int bits = s.end - s.begin; !visit.done();) {
         if (!again) {
             if (bits <= 0) break;
@@ -204,7 +204,7 @@ __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& vis
             step = (total & 0xffffu) * Visitor::BYTES;
 
             if (!SIGNS_IN_CODEWORD) {
-                if (sign + (total >> 16) >= 31 * 32) {  // all signs of a step have to be in 31 words
+                if (sign + (total >> 16) >= 31 * 32) {  // a step's signs have to be in 31 words
                     window += sign >> 5;
                     sign &= 31u;
                     s.signs = s.sign_word(window);
