@@ -137,9 +137,8 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
     for rows, columns in case.shapes.values():
         with done.phase("random numbers", device):
             weights = random_weights(experts, rows, columns, device)
-        # Matrices that are multiplied with the same tokens share a Hessian, unless the recipe
-        # weighs tokens, for each matrix in another way.
-        if before and before[0] == columns and not recipe.rated:
+        # Matrices that are multiplied with the same tokens share a Hessian.
+        if before and before[0] == columns:
             calibration = before[1]
         else:
             calibration = Calibration.zeros(len(experts), columns, device=device)
