@@ -32,10 +32,10 @@ WINDOW = 4096  # bytes that a warp decodes at a time
 SMALL = 256  # threads of a block of the kernels that are not about codewords
 
 FEW = 8  # pairs that are not worth grouping
-# Codewords a lane and step: what fits 64 registers; with several sums, or with a table or x in
-# global memory, whose addresses have 64 bits, FEW_CODEWORDS.
-MOST_CODEWORDS = {"ONE_WORD": 4, "NIBBLES": 3, "BYTE_PLACES": 3}
-FEW_CODEWORDS = 2
+# Codewords a lane and step, by words of an entry: what fits 64 registers. Fewer with several sums,
+# and with a table or x in global memory, whose addresses have 64 bits.
+MOST_CODEWORDS = {1: 4, 2: 3, 4: 2, 8: 1}
+FEW_CODEWORDS = {1: 2, 2: 2, 4: 1, 8: 1}
 # Instructions of a step of the walk, of a codeword in it, of a place for a non-zero (sm_90).
 STEP_COST, CODEWORD_COST, SLOT_COST = 52, 8, 9
 
@@ -191,7 +191,7 @@ def _product_kernel(
 ) -> _Kernel:
     tokens = max(tile, 1)
     table = _table_bytes(layout, device.shared_bytes)
-    most = MOST_CODEWORDS[layout.entry] if tile == 1 else FEW_CODEWORDS
+    most = MOST_CODEWORDS if tile == 1 and table else FEW_CODEWORDS
     defines = {
         **_walk_defines(layout, table, THREADS[tokens], most),
         "X_TYPE": x_dtype,
@@ -211,7 +211,7 @@ def _decode_kernel(layout: Layout, y_dtype: str, device: Device) -> _Kernel:
     window = WINDOW * DECODE_THREADS // 32
     table = _table_bytes(layout, device.shared_bytes - window)
     defines = {
-        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS[layout.entry]),
+        **_walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS),
         "Y_TYPE": y_dtype,
         "WINDOW": WINDOW,
     }
@@ -288,13 +288,13 @@ def _tile(layout: Layout, x_dtype: str, wanted: int, device: Device) -> int:
 
 
 def _walk_defines(
-    layout: Layout, table: int, threads: int, most_codewords: int
+    layout: Layout, table: int, threads: int, most_codewords: dict[int, int]
 ) -> dict[str, str | int]:
     return {
         "WIDTH": layout.width,
         "ENTRY": layout.entry,
         "SLOTS": layout.slots,
-        "CODEWORDS": _codewords(layout, most_codewords if table else FEW_CODEWORDS),
+        "CODEWORDS": _codewords(layout, most_codewords[layout.entry_bytes // 4]),
         "SIGNS_IN_CODEWORD": int(layout.signs == "codeword"),
         "SCALE_TYPE": SCALES[layout.scale_dtype],
         "SCALES": layout.scales,

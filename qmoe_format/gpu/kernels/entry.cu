@@ -3,7 +3,7 @@
 //     ONE_WORD     places 0 1 2 (a byte each) | length (6 bits) | non-zeros (2)
 //     NIBBLES      length (16) | non-zeros (16);  places 0 to 3 in the low halves of four bytes,
 //                  4 to 7 in the high halves
-//     BYTE_PLACES  length (16) | non-zeros (16);  a byte for each place, in as many words as needed.
+//     BYTE_PLACES  length (16) | non-zeros (16);  a byte for each place, in one to four words.
 //                  With the signs in the codeword: length (8) | non-zeros (8) | signs (16)
 
 #define ONE_WORD 0
