@@ -22,9 +22,10 @@ ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 SCALES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 # Tokens that share a walk, and threads of a block then. The more of these share a table and x in
-# shared memory, the better; with several sums, one needs more than the 64 registers that there are
-# for 1024 of them.
+# shared memory, the better; with several sums, or scales of groups, one needs more than the 64
+# registers that there are for 1024 of them.
 THREADS = {1: 1024, 4: 512, 8: 512, 16: 512}
+SCALE_GROUP_THREADS = 512
 SOME = 4  # the other size that there is code for, where tiles are of more tokens than that
 GROUP_THREADS = 256
 DECODE_THREADS = 256
@@ -32,7 +33,7 @@ WINDOW = 4096  # bytes that a warp decodes at a time
 SMALL = 256  # threads of a block of the kernels that are not about codewords
 
 FEW = 8  # pairs that are not worth grouping
-# Codewords a lane and step, by words of an entry: what fits 64 registers. Fewer with several sums,
+# Codewords a lane and step, by words of an entry: what fits the registers. Fewer with several sums,
 # and with a table or x in global memory, whose addresses have 64 bits.
 MOST_CODEWORDS = {1: 4, 2: 3, 4: 2, 8: 1}
 FEW_CODEWORDS = {1: 2, 2: 2, 4: 1, 8: 1}
@@ -191,9 +192,10 @@ def _product_kernel(
 ) -> _Kernel:
     tokens = max(tile, 1)
     table = _table_bytes(layout, device.shared_bytes)
-    most = MOST_CODEWORDS if tile == 1 and table else FEW_CODEWORDS
+    threads = SCALE_GROUP_THREADS if layout.group_size else THREADS[tokens]
+    codewords = MOST_CODEWORDS if tile == 1 and table else FEW_CODEWORDS
     defines = {
-        **_walk_defines(layout, table, THREADS[tokens], most),
+        **_walk_defines(layout, table, threads, codewords),
         "X_TYPE": x_dtype,
         "Y_TYPE": y_dtype,
         "TILE_TYPE": "fp32" if layout.column_scales else x_dtype,
@@ -203,7 +205,7 @@ def _product_kernel(
         "X_SHARED": int(tile > 0),
     }
     shared = table + _tile_bytes(layout, x_dtype, tile)
-    return _Kernel(source("product", tuple(defines.items())), THREADS[tokens], shared)
+    return _Kernel(source("product", tuple(defines.items())), threads, shared)
 
 
 @lru_cache(maxsize=1024)
