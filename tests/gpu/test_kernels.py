@@ -79,10 +79,10 @@ def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, machine: Mac
     shape = replace(shape, exact=True)
     members = [matrix(kind, shape, seed) for seed in range(5)]
     rng = np.random.default_rng(shape.seed)
-    tokens = 2 * kind.tokens
-    experts = rng.choice([0, 1, 1, 1, 1, 4], (tokens, k)).astype(np.int32)
-    weights = rng.choice(np.array([-2, 0.5, 1], np.float32), (tokens, k)) if kind.weighted else None
-    x = vectors(kind, shape, tokens, k) if own else vectors(kind, shape, tokens)
+    pairs = (kind.tokens, k)
+    experts = rng.choice([0, 1, 1, 1, 1, 4], pairs).astype(np.int32)
+    weights = rng.choice(np.array([-2, 0.5, 1], np.float32), pairs) if kind.weighted else None
+    x = vectors(kind, shape, *pairs) if own else vectors(kind, shape, kind.tokens)
     y = expert_matvec(kind, pack(members), x, experts, weights, machine)
     by_pair = x if own else np.repeat(x[:, None], k, axis=1)
     decoded = np.stack([dequantize(member) for member in members])

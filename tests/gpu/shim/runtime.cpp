@@ -38,7 +38,7 @@ using namespace shim;
 
 static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 227 << 10;
 static const size_t STACK = 64 << 10, PAGE = 4096, GAP = 1 << 20, ARENA = size_t(16) << 30;
-static const long MOST_STEPS = 200'000'000, WARP_STEPS = 50;  // basic blocks of one launch
+static const long MOST_STEPS = 4'000'000, WARP_STEPS = 50;  // basic blocks of one thread
 
 struct Index { unsigned x, y, z; };
 extern "C" {
@@ -65,6 +65,7 @@ struct Thread {
     State state;
     Stop stop;
     unsigned long long result;
+    long steps;
     unsigned seen[WARP];  // of each lane of its warp, the time up to which it knows its accesses
 };
 
@@ -100,7 +101,6 @@ struct Array {
 
 static Thread threads[MOST_THREADS];
 static unsigned count, current, barrier, block_serial;
-static long steps;
 static std::vector<Region> regions;
 static size_t arrays_end;           // regions from there on are shared memory
 static char* arena;                 // arrays lie there with gaps between them,
@@ -135,7 +135,7 @@ static std::string format(const char* text, ...) {
 }
 
 static void count_steps(long more) {
-    if ((steps += more) > MOST_STEPS) fail(format("thread %u does not end", current));
+    if ((threads[current].steps += more) > MOST_STEPS) fail(format("thread %u does not end", current));
 }
 
 static std::string line_of(const void* code) {  // @{file+offset}, for the caller to look up
@@ -219,6 +219,7 @@ static void run_block(std::vector<unsigned>& order, std::mt19937* random) {
     block_serial++;
     for (unsigned t = 0; t < count; t++) {
         threads[t].state = READY;
+        threads[t].steps = 0;
         memset(threads[t].seen, 0, sizeof threads[t].seen);
         threads[t].seen[t % WARP] = 1;
     }
@@ -542,7 +543,7 @@ extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array
             run_block(thread_order, order > 1 ? &random : nullptr);
         }
     flush_subnormals(false);
-    steps = 0;
+    threads[current].steps = 0;  // the library's other functions count, too
     for (int i = 0; i < array_count; i++) {
         if (arrays[i].writable) memcpy(arrays[i].host, arrays[i].device, arrays[i].size);
         free(regions[i].cells);
