@@ -2,6 +2,7 @@
 
     encode, decode              int8 trits <-> ``EncodedTrits``
     encode_matrix, dequantize   the same with scales: ``EncodedMatrix`` -> float32
+    dequantize_rows             some rows of it, into an array
     matvec, matmul              y = W x without decoding W
     fit_dictionary, standard_dictionary
 
@@ -9,7 +10,7 @@ Numba is loaded by the first call that encodes, decodes or multiplies.
 """
 
 from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
-from qmoe_format.codec.matrix import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec.matrix import EncodedMatrix, dequantize, dequantize_rows, encode_matrix
 from qmoe_format.codec.product import matmul, matvec
 from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
@@ -22,6 +23,7 @@ __all__ = [
     "Profile",
     "decode",
     "dequantize",
+    "dequantize_rows",
     "encode",
     "encode_matrix",
     "fit_dictionary",

@@ -344,7 +344,7 @@ def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
 
 
 @njit(nogil=True, cache=True)
-def scale_rows(first, last, trits, low_high, group_size, column_scale, out):
+def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
     """``out`` float32 [rows, columns]: each trit's value times its column's scale ([V-1], [V-2]).
 
     ``low_high`` float32 [rows, groups, 2]. No reordering here: one rounding, and +0 for zero.
@@ -359,6 +359,57 @@ def scale_rows(first, last, trits, low_high, group_size, column_scale, out):
             for c in range(coded.size):
                 value = (high if coded[c] > 0 else low) * scale[c]
                 target[c] = value if coded[c] != 0 else np.float32(0)
+
+
+@njit(nogil=True, cache=True)
+def weights_of_segments(first, last, segments, offsets, width, in_codeword,
+                        positions, steps, nonzeros, longest, sign_bytes, span,
+                        columns, group_size, low_high, column_scale, first_row, out):  # fmt: skip
+    """Weights ([V-1], [V-2]) of as many rows as ``out`` has, float32 [rows, columns], zeroed.
+
+    ``out`` begins at row ``first_row``; the segments may have rows before it and behind its end.
+    """
+    found = np.empty(LIST_LENGTH, np.uint16)
+    signs = np.empty(LIST_LENGTH, np.int8)
+    flat = out.reshape(-1)
+    for segment in range(first, last):
+        begin = np.uint64(offsets[segment])
+        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        row = segment * (span // columns)
+        weights = min(span, (low_high.shape[0] - row) * columns)
+        place = np.int64(0)
+        row_start = np.int64(0)
+        group = np.int64(0)
+        seen = np.uint64(0)
+        while place < weights:
+            left, passed, count = _next_chunk(
+                segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
+                positions, steps, nonzeros, longest, sign_bytes, found, signs,
+            )  # fmt: skip
+            if passed == 0:
+                return segment * 8 + ENDS_EARLY
+            start = np.int64(0)
+            while row_start < weights:
+                end = row_start + min((group + 1) * group_size, columns) - place
+                stop = _first_at(found, start, np.int64(count), end)
+                if first_row <= row < first_row + out.shape[0]:
+                    column = np.uint64(place - row_start)
+                    target = np.uint64((row - first_row) * columns)
+                    low, high = low_high[row, group, 0], low_high[row, group, 1]
+                    for j in range(np.uint64(start), np.uint64(stop)):
+                        c = column + np.uint64(at(found, j))
+                        flat[target + c] = (high if at(signs, j) > 0 else low) * column_scale[c]
+                start = stop
+                if end > np.int64(passed):
+                    break
+                group += 1
+                if group == low_high.shape[1]:
+                    group = 0
+                    row += 1
+                    row_start += columns
+            place += np.int64(passed)
+            seen += count
+    return OK
 
 
 @njit(nogil=True, cache=True)

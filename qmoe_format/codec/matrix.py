@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
 from qmoe_format.codec.profiles import FAST
-from qmoe_format.codec.segments import EncodedTrits, decode, encode
+from qmoe_format.codec.segments import EncodedTrits, decode, encode, run, segment_arguments
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
 from qmoe_format.errors import QMoEError
@@ -125,16 +125,55 @@ def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float3
 
     trits = decode(matrix.trits, threads=threads)
     weights = np.empty(trits.shape, np.float32)
+    scales = _scales(matrix)
+    in_parts(
+        matrix.rows, threads, lambda first, last: scale_rows(first, last, trits, *scales, weights)
+    )
+    return weights
+
+
+def dequantize_rows(
+    matrix: EncodedMatrix, first: int, out: npt.NDArray[np.float32], threads: int = 1
+) -> None:
+    """Rows ``first`` to ``first + len(out)`` of ``dequantize`` into ``out`` float32 [n, columns].
+
+    Quickest where ``first`` and ``first + len(out)`` are multiples of the rows of a segment. Raises
+    ``QMoEError``: ``argument`` for another type or shape, rows that there are not, or gaps in
+    ``out``; ``malformed`` for a segment that ends early. Other damage is for ``decode`` to find.
+    """
+    from qmoe_format.codec.kernels import weights_of_segments
+
+    if (
+        out.dtype != np.float32
+        or out.ndim != 2
+        or out.shape[1] != matrix.columns
+        or not out.flags.c_contiguous
+    ):
+        raise QMoEError(
+            "argument",
+            f"out has to be a contiguous float32 array [rows, {matrix.columns}], "
+            f"not {out.dtype} {out.shape}",
+        )
+    last = first + len(out)
+    if not 0 <= first <= last <= matrix.rows:
+        raise QMoEError("argument", f"there are no rows {first} to {last} of {matrix.rows}")
+    out[:] = 0
+    if not out.size:
+        return
+    group_size, low_high, column_scale = _scales(matrix)
+    together = matrix.trits.rows_per_segment
+    run(
+        weights_of_segments, range(first // together, -(-last // together)), threads,
+        *segment_arguments(matrix.trits), matrix.columns, group_size, low_high, column_scale,
+        first, out,
+    )  # fmt: skip
+
+
+def _scales(
+    matrix: EncodedMatrix,
+) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Columns of a group; low and high; column scales."""
     column_scale = np.ones(matrix.columns, np.float32)
     if matrix.column_scale is not None:
         column_scale = to_float32(matrix.column_scale, matrix.scale_dtype)
-    group_size = matrix.group_size or max(matrix.columns, 1)
-    low_high = matrix.low_high()
-    in_parts(
-        matrix.rows,
-        threads,
-        lambda first, last: scale_rows(
-            first, last, trits, low_high, group_size, column_scale, weights
-        ),
-    )
-    return weights
+    return matrix.group_size or max(matrix.columns, 1), matrix.low_high(), column_scale

@@ -33,7 +33,7 @@ def matvec(
     scaled = _scaled(matrix, _checked(x, (matrix.columns,), "x"))
     out = _output(out, (matrix.rows,))
     sums = np.zeros((matrix.rows, matrix.groups, 2), np.float32)
-    run(dot_segments, matrix.trits, threads, *_arguments(matrix), scaled, sums)
+    run(dot_segments, range(matrix.trits.count), threads, *_arguments(matrix), scaled, sums)
     np.einsum("rgs,rgs->r", sums, matrix.low_high(), out=out)
     return out
 
@@ -55,13 +55,14 @@ def matmul(
     scaled = _scaled(matrix, _checked(x, (tokens, matrix.columns), "x"))
     out = _output(out, (tokens, matrix.rows))
     low_high = matrix.low_high()
+    every = range(matrix.trits.count)
     tile = np.zeros((matrix.columns, TILE), np.float32)
     sums = np.zeros((matrix.rows, matrix.groups, 2, TILE), np.float32)
     for first in range(0, tokens, TILE):
         part = slice(first, min(first + TILE, tokens))
         count = part.stop - first
         tile[:, :count] = scaled[part].T
-        run(dot_segments_tile, matrix.trits, threads, *_arguments(matrix), tile, sums)
+        run(dot_segments_tile, every, threads, *_arguments(matrix), tile, sums)
         np.einsum("rgst,rgs->tr", sums[..., :count], low_high, out=out[part])
     return out
 

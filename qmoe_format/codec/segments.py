@@ -174,10 +174,10 @@ def decode(
         segments, offsets, width = arguments[:3]
         span = encoded.rows_per_segment * encoded.columns
         run(
-            kernels.find_unused_codeword, encoded, threads,
+            kernels.find_unused_codeword, range(encoded.count), threads,
             segments, offsets, width, span, flat.size, look_up.steps,
         )  # fmt: skip
-    run(kernels.decode_segments, encoded, threads, *arguments, totals, flat)
+    run(kernels.decode_segments, range(encoded.count), threads, *arguments, totals, flat)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
         raise QMoEError(
             "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
@@ -205,12 +205,15 @@ def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
     )
 
 
-def run(kernel: Any, encoded: EncodedTrits, threads: int, *arguments: Any) -> None:
-    """``kernel(first, last, *arguments)`` over all segments; raise what it found wrong."""
+def run(kernel: Any, segments: range, threads: int, *arguments: Any) -> None:
+    """``kernel(first, last, *arguments)`` over ``segments``; raise what it found wrong."""
     from qmoe_format.codec import kernels
 
+    start = segments.start
     for status in in_parts(
-        encoded.count, threads, lambda first, last: int(kernel(first, last, *arguments))
+        len(segments),
+        threads,
+        lambda first, last: int(kernel(start + first, start + last, *arguments)),
     ):
         if status != kernels.OK:
             segment, reason = divmod(status, 8)
