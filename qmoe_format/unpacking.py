@@ -5,6 +5,7 @@ Needs memory for one tensor or one expert, and no optional package.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 import qmoe_format
+from qmoe_format.checkpoints import adapter_for
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
@@ -90,6 +93,7 @@ def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
     """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
 
     threads = cores()
+    transposed = _transposed(file)
 
     def whole(name: str) -> Iterator[npt.NDArray[Any]]:
         yield file.read(name, threads)
@@ -97,13 +101,30 @@ def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
     def experts(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
         return (file.read_expert(name, expert, threads) for expert in numbers)
 
+    def turned(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
+        return (np.ascontiguousarray(matrix.T) for matrix in experts(name, numbers))
+
     for name, entry in file.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if not entry.stack:
             yield OutputTensor(name, dtype, shape, partial(whole, name))
+        elif not entry.members and transposed:
+            turned_shape = (shape[0], shape[2], shape[1])
+            yield OutputTensor(name, dtype, turned_shape, partial(turned, name, range(shape[0])))
         elif not entry.members:
             yield OutputTensor(name, dtype, shape, partial(experts, name, range(shape[0])))
         else:
             for expert in range(shape[0]):
                 member = entry.members.replace("{}", str(expert))
                 yield OutputTensor(member, dtype, shape[1:], partial(experts, name, [expert]))
+
+
+def _transposed(file: QMoEFile | ShardedFile) -> bool:
+    """Whether the checkpoint's own tensors of many experts are ``[experts, in, out]``."""
+    if "config.json" not in file.attachments:
+        return False
+    config = file.attachment("config.json")
+    try:
+        return adapter_for(json.loads(config)).transposed
+    except (ValueError, AttributeError, RecursionError):  # of no family that is known
+        return False

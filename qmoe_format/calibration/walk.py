@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qmoe_format.calibration.buffer import SUFFIX, Routed, Rows, sweep
-from qmoe_format.calibration.families import Family, Stage, family_for
+from qmoe_format.families import Family, Stage, family_for
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.errors import QMoEError
@@ -71,9 +71,7 @@ class Walk:
         family = family_for(checkpoint.config)
         model = _build(checkpoint, family)
         self._folder = folder
-        self._experts = {
-            stack.name.rpartition(".")[0]: stack.experts for stack in checkpoint.stacks
-        }
+        self._experts = {stack.head: stack.experts for stack in checkpoint.stacks}
         self._stacks = [
             _Stack(model, family, stage, checkpoint, tokens, device)
             for stage, tokens in zip(family.stages, _tokens(family, batches), strict=True)

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints, read one tensor at a time (needs torch and safetensors).
+"""Hugging Face checkpoints, read one tensor at a time.
+
+Reading needs torch and safetensors; an ``Adapter``, which knows names only, does not.
 
 ``open_checkpoint(folder)`` finds the weights, learns from ``config.json`` which family the model is
 of, and lets that family's adapter say which tensors are experts. Reading is lazy: memory does not

@@ -7,14 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from qmoe_format.checkpoints.registry import adapter_for
-from qmoe_format.checkpoints.shards import Shard, open_shard
 from qmoe_format.checkpoints.stacks import ExpertStack, TensorInfo, find_stacks
 from qmoe_format.errors import QMoEError
+
+if TYPE_CHECKING:
+    from types import EllipsisType
+
+    from torch import Tensor
+
+    from qmoe_format.checkpoints.shards import Shard
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -67,16 +71,21 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor by name, on the CPU; often a view on a memory map: use it and let it go."""
-        if self._mapped_bytes > RELEASE_AFTER_BYTES:
-            self.close()
-        tensor = self._shards[self.tensors[name].shard].read(name)
-        self._mapped_bytes += tensor.nbytes
-        return tensor
+        return self._read(name, ...)
 
     def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
         """One expert's matrix ``[rows, columns]``, like ``read``."""
-        tensor = self.read(stack.member(expert))
-        return tensor if stack.members else tensor[expert]
+        if stack.members:
+            return self.read(stack.member(expert))
+        matrix = self._read(stack.name, expert)
+        return matrix.T if stack.transposed else matrix
+
+    def _read(self, name: str, part: int | EllipsisType) -> Tensor:
+        if self._mapped_bytes > RELEASE_AFTER_BYTES:
+            self.close()
+        tensor = self._shards[self.tensors[name].shard].read(name)[part]
+        self._mapped_bytes += tensor.nbytes
+        return tensor
 
     def close(self) -> None:
         """Drop the memory maps; the next ``read`` makes them again."""
@@ -108,8 +117,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise QMoEError(
             "not-found", f"{folder}: no such folder; give one with config.json and the weights"
         )
+    from qmoe_format.checkpoints.shards import open_shard
+
     config = _read_json(folder / "config.json")
     adapter_for(config)
+    _check_not_quantised(config)
     paths, listed = _weight_files(folder)
     shards = [open_shard(path) for path in paths]
     tensors: dict[str, TensorInfo] = {}
@@ -131,6 +143,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 "the whole checkpoint again",
             )
     return Checkpoint(folder, config, shards, dict(sorted(tensors.items())))
+
+
+def _check_not_quantised(config: Mapping[str, Any]) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    raise QMoEError(
+        "checkpoint",
+        f"config.json: the weights are quantised already ({method}), and rounding twice would cost "
+        "more than it saves; take the model in a float type, or let transformers dequantise it "
+        "and save that",
+    )
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

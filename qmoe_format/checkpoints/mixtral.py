@@ -1,20 +1,14 @@
-"""Mixtral (arXiv 2401.04088): top-2, gated SiLU.
+"""Mixtral's names (arXiv 2401.04088): gated experts of three matrices with numbers.
 
 ``w1`` (gate) and ``w3`` (up) are [intermediate, hidden], ``w2`` (down) is [hidden, intermediate].
 """
 
-import re
-
-from qmoe_format.checkpoints.stacks import NUMBER, Adapter
+from qmoe_format.checkpoints.stacks import Adapter
 
 ADAPTER = Adapter(
-    family="Mixtral",
-    model_types=("mixtral",),
-    expert=re.compile(
-        rf"(?P<head>(?:.+\.)?block_sparse_moe\.experts)\.{NUMBER}\.(?P<matrix>w[123])\.weight"
-    ),
-    members="{head}.{{}}.{matrix}.weight",
+    model_types=("mixtral", "phimoe"),
+    head="block_sparse_moe.experts",
+    tensor="{head}.{number}.{matrix}.weight",
     matrices=("w1", "w2", "w3"),
-    router=re.compile(r"(?P<layer>(?:.+\.)?block_sparse_moe\.)gate\.weight"),
-    expert_count="num_local_experts",
+    router="block_sparse_moe.gate.weight",
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qmoe_format.checkpoints import mixtral, switch
+from qmoe_format.checkpoints import gate_up_down, gpt_oss, granite, mixtral, switch
 from qmoe_format.checkpoints.stacks import Adapter
 from qmoe_format.errors import QMoEError
 
 ADAPTERS: Mapping[str, Adapter] = {
-    model_type: adapter
-    for adapter in (switch.ADAPTER, mixtral.ADAPTER)
-    for model_type in adapter.model_types
+    model_type: module.ADAPTER
+    for module in (gate_up_down, gpt_oss, granite, mixtral, switch)
+    for model_type in module.ADAPTER.model_types
 }
 
 

@@ -4,18 +4,12 @@
 encoder and ``layer.2`` in the decoder.
 """
 
-import re
-
-from qmoe_format.checkpoints.stacks import NUMBER, Adapter
+from qmoe_format.checkpoints.stacks import Adapter
 
 ADAPTER = Adapter(
-    family="Switch Transformers",
     model_types=("switch_transformers",),
-    expert=re.compile(
-        rf"(?P<head>(?:.+\.)?mlp\.experts)\.expert_{NUMBER}\.(?P<matrix>wi|wo)\.weight"
-    ),
-    members="{head}.expert_{{}}.{matrix}.weight",
+    head="mlp.experts",
+    tensor="{head}.expert_{number}.{matrix}.weight",
     matrices=("wi", "wo"),
-    router=re.compile(r"(?P<layer>(?:.+\.)?mlp\.)router\.classifier\.weight"),
-    expert_count="num_experts",
+    router="mlp.router.classifier.weight",
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 import qmoe_format
 from qmoe_format._version import __version__
 from qmoe_format.calibration.buffer import Routed, Rows
-from qmoe_format.calibration.families import wiring
+from qmoe_format.families import wiring
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, make_batches
 from qmoe_format.calibration.text import read_texts, text_sha256
 from qmoe_format.calibration.walk import Block, Walk
@@ -319,13 +319,14 @@ class CalibratedConversion:
 
     def _assemble(self, work: Work, records: Sequence[BlockRecord]) -> None:
         """Write report and file."""
+        stacks = self._checkpoint.stacks
         found = {name: each for record in records for name, each in record["stacks"].items()}
+        matrices = {stack.name: stack.matrix for stack in stacks}
         staged = {
-            name: _staged(work, number, name.rpartition(".")[2])
+            name: _staged(work, number, matrices[name])
             for number, record in enumerate(records)
             for name in record["stacks"]
         }
-        stacks = self._checkpoint.stacks
         for stack in stacks:
             if stack.name not in found or len(found[stack.name]["experts"]) != stack.experts:
                 raise AssertionError(f"{stack.name}: not all experts are quantised")
@@ -385,9 +386,7 @@ class CalibratedConversion:
     def _counter(self, blocks: Sequence[Block]) -> Counter:
         """Of the experts in some blocks."""
         heads = {block.head for block in blocks}
-        stacks = [
-            stack for stack in self._checkpoint.stacks if stack.name.rpartition(".")[0] in heads
-        ]
+        stacks = (stack for stack in self._checkpoint.stacks if stack.head in heads)
         return Counter(self._progress, _weights(stacks))
 
     def _total(self) -> int:

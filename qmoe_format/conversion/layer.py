@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.calibration.buffer import Routed
-from qmoe_format.calibration.families import Wiring
+from qmoe_format.families import Wiring
 from qmoe_format.checkpoints import Checkpoint, ExpertStack
 from qmoe_format.conversion.parallel import side_by_side
 from qmoe_format.errors import QMoEError
@@ -67,9 +67,7 @@ class Layer:
         self.device = device
         self.threads = threads
         self.stacks: Mapping[str, ExpertStack] = {
-            stack.name.removeprefix(f"{head}."): stack
-            for stack in checkpoint.stacks
-            if stack.name.rpartition(".")[0] == head
+            stack.matrix: stack for stack in checkpoint.stacks if stack.head == head
         }
         self.experts = self.stacks[wiring.output].experts
         self.elements = max(stack.rows * stack.columns for stack in self.stacks.values())
@@ -200,8 +198,12 @@ class Layer:
         wiring = self._wiring
         gates = gates / self._norms[positions, 0].to(self.device).clamp(min=1e-12)
         found[wiring.output].weigh(place, gates.square()[:, None])
+        output = weights[wiring.output][place]
         for matrix, slope in zip(wiring.inputs, derivatives(wiring.hidden, before), strict=True):
-            found[matrix].weigh(place, importance(slope, weights[wiring.output][place], gates))
+            # One matrix may have the rows of gate and up: both meet the same columns of the output.
+            parts = slope.split(output.shape[1], dim=1)
+            rows = torch.cat([importance(part, output, gates) for part in parts], dim=1)
+            found[matrix].weigh(place, rows)
 
     def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
         """Add what some experts return for all their tokens, each times the router's weight.

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from qmoe_format.calibration.buffer import Routed, Rows
-from qmoe_format.calibration.families import wiring
+from qmoe_format.families import wiring
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
@@ -136,11 +136,7 @@ def experts_outputs(checkpoint: Checkpoint, head: str | None, routed: Routed | N
         return None
     outputs = routed.outputs()
     wired = wiring(checkpoint.config)
-    stacks = {
-        stack.name.rpartition(".")[2]: stack
-        for stack in checkpoint.stacks
-        if stack.name.rpartition(".")[0] == head
-    }
+    stacks = {stack.matrix: stack for stack in checkpoint.stacks if stack.head == head}
     for expert in range(stacks[wired.output].experts):
         positions, weights = routed.tokens_of(expert)
         token = routed.inputs[positions]

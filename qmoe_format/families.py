@@ -1,13 +1,13 @@
 """How transformers builds each model family: where its blocks and experts are, and how it routes.
 
-One record a family; ``walk`` runs any model that one describes. The names of a family's tensors on
-disk are ``qmoe_format.checkpoints``'.
+One record a family. ``calibration.walk`` runs any model that one describes, ``runtime`` puts
+compressed experts into it. How tensors are named on disk is ``qmoe_format.checkpoints``' affair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class Wiring:
     """How a token goes through an expert: ``output(hidden([m(token) for m in inputs]))``.
 
     Attributes:
-        inputs: the matrices that the token is multiplied with.
+        inputs: the matrices that the token is multiplied with; one that has the rows of two, gate
+            above up, counts as one.
         output: the matrix whose product is the expert's output.
         hidden: from the ``inputs``' products, each [tokens, rows], to ``output``'s factor.
     """
@@ -65,9 +66,11 @@ class Family:
         skip: what a block returns that lets hidden states through unchanged, from the block, the
             hidden states and the remaining positional arguments of its forward.
         renamed: parts of module names and what they are in the checkpoint.
-        settings: what to change in the configuration.
-        inputs, output, gated: as in ``Wiring``; gated: activation(first) × second.
-        activation: key in the configuration and its default.
+        settings: what to change in the configuration for calibration.
+        inputs, output: as in ``Wiring``, by their names in the checkpoint.
+        gated: what goes on is activation(gate) × up; otherwise activation(the one product).
+        activation: key in the configuration and its default; None: experts compute something else,
+            and cannot be calibrated.
     """
 
     stages: tuple[Stage, ...]
@@ -76,7 +79,7 @@ class Family:
     inputs: tuple[str, ...]
     output: str
     gated: bool
-    activation: tuple[str, str]
+    activation: tuple[str, str] | None
     skip: Callable[..., Any] = lambda block, hidden, *arguments: hidden
     renamed: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -128,43 +131,87 @@ SWITCH = Family(
     activation=("dense_act_fn", "relu"),
 )
 
-MIXTRAL = Family(
-    stages=(
-        Stage(
-            "model",
-            blocks="layers",
-            experts="mlp.experts",
-            embedding=("model.embed_tokens.weight",),
-            rotary="rotary_emb",
-        ),
-    ),
-    top_k="num_experts_per_tok",
-    routing=lambda index, weights: (index, weights),
-    renamed=((".mlp.", ".block_sparse_moe."),),
-    inputs=("w1", "w3"),
-    output="w2",
-    gated=True,
-    activation=("hidden_act", "silu"),
-)
 
-FAMILIES: Mapping[str, Family] = {"switch_transformers": SWITCH, "mixtral": MIXTRAL}
+
+def _decoder(inputs: tuple[str, ...], output: str, experts: str = "mlp.experts") -> Family:
+    """A causal model with gated experts, as most are."""
+    stage = Stage(
+        "model",
+        blocks="layers",
+        experts=experts,
+        embedding=("model.embed_tokens.weight",),
+        rotary="rotary_emb",
+    )
+    return Family(
+        stages=(stage,),
+        top_k="num_experts_per_tok",
+        routing=lambda index, weights: (index, weights),
+        inputs=inputs,
+        output=output,
+        gated=True,
+        activation=("hidden_act", "silu"),
+    )
+
+
+GATE_UP_DOWN = _decoder(("gate_proj", "up_proj"), "down_proj")
+
+MIXTRAL = replace(
+    _decoder(("w1", "w3"), "w2"),
+    renamed=((".mlp.", ".block_sparse_moe."),),
+)
+PHIMOE = replace(
+    MIXTRAL,
+    renamed=(*MIXTRAL.renamed, (".router.weight", ".gate.weight")),
+)
+GRANITE = replace(
+    _decoder(("input_linear",), "output_linear", "block_sparse_moe.experts"),
+    renamed=(
+        (".block_sparse_moe.experts", ".block_sparse_moe"),
+        (".router.weight", ".router.layer.weight"),
+    ),
+)
+GPT_OSS = replace(_decoder(("gate_up_proj",), "down_proj"), activation=None)
+
+FAMILIES: Mapping[str, Family] = {
+    "deepseek_v2": GATE_UP_DOWN,
+    "deepseek_v3": GATE_UP_DOWN,
+    "glm4_moe": GATE_UP_DOWN,
+    "gpt_oss": GPT_OSS,
+    "granitemoe": GRANITE,
+    "mixtral": MIXTRAL,
+    "olmoe": GATE_UP_DOWN,
+    "phimoe": PHIMOE,
+    "qwen2_moe": GATE_UP_DOWN,
+    "qwen3_moe": GATE_UP_DOWN,
+    "switch_transformers": SWITCH,
+}
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
-    """The family of a ``config.json``; ``checkpoint`` if it cannot be run for calibration."""
+    """The family of a ``config.json``; ``checkpoint`` if there is none."""
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise QMoEError(
         "checkpoint",
-        f"config.json: model_type {model_type!r} is not a family that can be calibrated; those are "
-        f"{', '.join(sorted(FAMILIES))}; convert it without calibration",
+        f"config.json: model_type {model_type!r} is not a family that can be run; those are "
+        f"{', '.join(sorted(FAMILIES))}",
     )
 
 
 def wiring(config: Mapping[str, Any]) -> Wiring:
-    """How the experts of the model with this ``config.json`` are wired; ``checkpoint``."""
+    """How the experts of the model with this ``config.json`` are wired.
+
+    Raises:
+        QMoEError: ``checkpoint`` if the family or its activation is not known.
+    """
     family = family_for(config)
+    if family.activation is None:
+        raise QMoEError(
+            "checkpoint",
+            f"config.json: models of type {config['model_type']!r} cannot be calibrated; convert "
+            "this one without calibration text",
+        )
     key, default = family.activation
     name = config.get(key, default)
     if name not in ACT2FN:
@@ -174,7 +221,7 @@ def wiring(config: Mapping[str, Any]) -> Wiring:
     activation: Callable[[Tensor], Tensor] = ACT2FN[name]
 
     def gated(products: Sequence[Tensor]) -> Tensor:
-        gate, up = products
+        gate, up = products if len(products) == 2 else products[0].chunk(2, -1)
         return activation(gate) * up
 
     def plain(products: Sequence[Tensor]) -> Tensor:
