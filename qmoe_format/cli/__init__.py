@@ -37,6 +37,10 @@ examples:
       show what is inside, and how much smaller it is
   qmoe verify switch.qmoe
       check every byte
+  qmoe generate mixtral.qmoe "The LORD is my shepherd;"
+      let the model write, its experts compressed
+  qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/
+      how well it predicts a text, and what it has lost
   qmoe unpack switch.qmoe switch-unpacked/
       make a checkpoint that transformers loads
 """
@@ -123,21 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text: a .jsonl, .txt or .parquet file",
     )
-    group.add_argument(
-        "--text-column", metavar="NAME", help="key or column of the text (default: text)"
-    )
-    group.add_argument(
-        "--sequence-length",
-        type=positive,
-        metavar="N",
-        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at most)",
-    )
-    group.add_argument(
-        "--samples", type=positive, metavar="N", help="sequences to choose (default: all)"
-    )
-    group.add_argument(
-        "--seed", type=natural, metavar="N", help="of what is left to chance (default: 0)"
-    )
+    _add_text_options(group)
     group.add_argument(
         "--token-cap",
         type=positive_real,
@@ -210,6 +200,56 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.unpack)
 
     command = subparsers.add_parser(
+        "generate",
+        help="let a compressed model write",
+        description="Continue a prompt, or answer it with an encoder-decoder. The experts stay "
+        "compressed in memory; on a CPU only those that are used are read from the file.",
+        epilog='example: qmoe generate mixtral.qmoe "The LORD is my shepherd;" --max-new-tokens 50',
+    )
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="default: what the model's file says"
+    )
+    command.add_argument(
+        "--temperature",
+        type=positive_real,
+        metavar="X",
+        help="draw tokens at random, less likely ones the more often the larger X is "
+        "(default: what the model's file says, usually the likeliest token)",
+    )
+    command.add_argument("--seed", type=natural, metavar="N", help="of these draws (default: 0)")
+    _add_model_options(command)
+    command.set_defaults(run=commands.generate)
+
+    command = subparsers.add_parser(
+        "eval",
+        help="measure how well a compressed model predicts a text",
+        description="Cross-entropy and perplexity of a compressed model on a text, a token after "
+        "those before it; of an encoder-decoder, on T5's span corruption.",
+        epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
+    )
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="a .jsonl, .txt or .parquet file",
+    )
+    command.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="the checkpoint that it was made from: also show its loss, KL(original ‖ compressed), "
+        "and the error of each layer's experts",
+    )
+    _add_text_options(command)
+    _add_model_options(command)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=commands.evaluate)
+
+    command = subparsers.add_parser(
         "demo",
         help="compress a small model that ships with the package",
         description="Convert, verify and inspect a small Switch Transformer that ships with the "
@@ -217,6 +257,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=commands.demo)
     return parser
+
+
+def _add_text_options(to: argparse._ActionsContainer) -> None:
+    """How a text becomes sequences of tokens."""
+    to.add_argument(
+        "--text-column", metavar="NAME", help="key or column of the text (default: text)"
+    )
+    to.add_argument(
+        "--sequence-length",
+        type=positive,
+        metavar="N",
+        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at most)",
+    )
+    to.add_argument(
+        "--samples", type=positive, metavar="N", help="sequences to choose (default: all)"
+    )
+    to.add_argument(
+        "--seed", type=natural, metavar="N", help="of what is left to chance (default: 0)"
+    )
+
+
+def _add_model_options(to: argparse._ActionsContainer) -> None:
+    """Where and in what numbers a model computes."""
+    to.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
+    to.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of activations and of what is not compressed (default: float32 on a CPU, otherwise "
+        "what the model was saved in)",
+    )
 
 
 def _fail(code: str, message: str) -> int:

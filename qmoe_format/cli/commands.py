@@ -110,6 +110,18 @@ def unpack(options: argparse.Namespace) -> None:
     print(f"{folder}: written; transformers loads it with from_pretrained")
 
 
+def generate(options: argparse.Namespace) -> None:
+    from qmoe_format.cli.generation import run
+
+    run(options)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from qmoe_format.cli.evaluation import run
+
+    run(options)
+
+
 def demo(options: argparse.Namespace) -> None:
     from qmoe_format.cli.demo import demo
 

@@ -1,0 +1,306 @@
+"""Speed and memory of compressed models beside the same models in ``transformers``.
+
+    python -m benchmarks.runtime [--case NAME ...] [--folder FOLDER] [--device cuda] [--rounds N]
+
+Writes benchmarks/results/runtime.json (runtime_cuda.json) and removes what it made. The models:
+
+    switch-mini, mixtral-mini   the two small trained ones, in cache on most machines
+    switch-base-16              the dimensions of switch-base, 16 experts, random weights: 1.1 G
+    mixtral-like                8 layers of 8 experts of 3 × 3584 × 1024, random weights: 0.7 G
+    switch-base-128             random weights, 7.4 G: 15 GB in bf16, so only the compressed runs
+
+Each is converted by ``rtn``, the trained ones as well. Every way to run it gets a process of its
+own, and the ways take turns: load the model, read a prompt of 32 tokens, write 64 with a KV cache,
+one at a time, always the likeliest. Peak memory is the kernel's ru_maxrss, with the mapped pages
+of files; what the model itself has allocated is counted apart (RssAnon after writing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import qmoe_format
+from benchmarks import report
+from benchmarks.convert_memory import POOL, SHARD_BYTES, weights
+from qmoe_format.inspection import describe
+from qmoe_format.safetensors_writer import OutputTensor, write_sharded
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+OURS, THEIRS = ("qmoe fp32", "qmoe bf16"), ("transformers bf16", "transformers fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model: one of the trained ones, or random weights for a configuration."""
+
+    name: str
+    config: dict[str, Any] | None = None
+    ways: tuple[str, ...] = (*OURS, *THEIRS)
+
+
+def _switch_base(experts: int) -> dict[str, Any]:
+    return {
+        "model_type": "switch_transformers",
+        "num_experts": experts,
+        "d_model": 768,
+        "d_ff": 3072,
+        "d_kv": 64,
+        "num_heads": 12,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_sparse_encoder_layers": 6,
+        "num_sparse_decoder_layers": 6,
+        "vocab_size": 32_128,
+        "decoder_start_token_id": 0,
+    }
+
+
+MIXTRAL_LIKE = {
+    "model_type": "mixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+}
+
+CASES = (
+    Case("switch-mini"),
+    Case("mixtral-mini"),
+    Case("switch-base-16", _switch_base(16)),
+    Case("mixtral-like", MIXTRAL_LIKE),
+    Case("switch-base-128", _switch_base(128), OURS),
+)
+
+
+# Checkpoints
+
+
+def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
+    """Random weights in bfloat16, never all in memory."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_sharded(folder, list(tensors(config)), SHARD_BYTES)
+
+
+def tensors(config: dict[str, Any]) -> Iterator[OutputTensor]:
+    """Those that transformers' model of a configuration has, under their names on disk."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    made = AutoConfig.for_model(**config)
+    kind = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(made)
+    for seed, (name, shape) in enumerate(on_disk(model)):
+        norm = name.endswith("norm.weight")
+        make = partial(ones, shape) if norm else partial(weights, shape, seed)
+        yield OutputTensor(name, "BF16", shape, make)
+
+
+def on_disk(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model's tensors, experts apart and tied ones once."""
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name in tied:
+            continue
+        head, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), shape
+            continue
+        head = head.replace(".mlp.", ".block_sparse_moe.")
+        experts, rows, columns = shape
+        for expert in range(experts):
+            if last == "down_proj":
+                yield f"{head}.{expert}.w2.weight", (rows, columns)
+            else:
+                yield f"{head}.{expert}.w1.weight", (rows // 2, columns)
+                yield f"{head}.{expert}.w3.weight", (rows // 2, columns)
+
+
+def ones(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
+    yield np.full(shape, 0x3F80, POOL.dtype)
+
+
+# One way, in a process of its own
+
+
+def work(way: str, path: Path, device: str) -> dict[str, Any]:
+    """Load, read the prompt, write."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    library, number = way.split()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[number]
+    if library == "qmoe":
+        import qmoe_format.runtime  # its import is not part of loading
+
+        started = time.perf_counter()
+        model: Any = qmoe_format.runtime.load_model(path, device=device, dtype=dtype)
+    else:
+        config = AutoConfig.from_pretrained(path)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        started = time.perf_counter()
+        model = kind.from_pretrained(path, dtype=dtype).to(device)
+    loaded = time.perf_counter()
+
+    class Clock:
+        """Takes tokens as a streamer does; when each of them came."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 250, (1, PROMPT_TOKENS)))
+
+    def write() -> list[float]:
+        clock = Clock()
+        begun = time.perf_counter()
+        model.generate(
+            ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            streamer=clock,
+        )
+        # The first call puts the prompt, or a decoder's start.
+        return [moment - begun for moment in clock.times[1:]]
+
+    first = write()  # compiles, or reads from disk
+    times = write()
+    status = Path("/proc/self/status").read_text()
+    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return {
+        "load_seconds": loaded - started,
+        "first_token_seconds": first[0],
+        "prefill_seconds": times[0],
+        "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]),
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "anonymous_bytes": int(anonymous.split()[1]) * 1024,
+        "device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+    }
+
+
+def process(way: str, path: Path, device: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.runtime", "--way", way, "--path", str(path)]
+    done = subprocess.run(
+        [*command, "--device", device], stdout=subprocess.PIPE, text=True, check=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# All of them
+
+
+def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any]:
+    checkpoint, file = DATA / case.name, folder / "model.qmoe"
+    if case.config:
+        checkpoint = folder / "checkpoint"
+        write_checkpoint(case.config, checkpoint)
+    started = time.perf_counter()
+    qmoe_format.convert(checkpoint, file)
+    converted = time.perf_counter() - started
+    with qmoe_format.open(file) as opened:
+        experts = describe(opened)["totals"]["experts"]
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in case.ways}
+    for _ in range(rounds):
+        for way in case.ways:
+            path = file if way in OURS else checkpoint
+            found[way].append(process(way, path, device))
+    ways = {way: _medians(results) for way, results in found.items()}
+    result = {
+        "case": case.name,
+        "expert_weights": experts["weights"],
+        "expert_bits_per_weight": experts["total_bits_per_weight"],
+        "expert_bytes": experts["bytes"],
+        "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
+        "file_bytes": file.stat().st_size,
+        "convert_seconds": round(converted, 1),
+        "ways": ways,
+    }
+    if THEIRS[0] in ways:
+        theirs = ways[THEIRS[0]]
+        result["speed_to_bf16"] = {
+            way: each["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"]
+            for way, each in ways.items()
+        }
+        result["peak_memory_to_bf16"] = {
+            way: each["peak_resident_bytes"]["median"] / theirs["peak_resident_bytes"]["median"]
+            for way, each in ways.items()
+        }
+    return result
+
+
+def _medians(results: list[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
+    """Median, least and most of each figure."""
+    return {
+        what: None
+        if value is None
+        else {
+            "median": statistics.median(each[what] for each in results),
+            "least": min(each[what] for each in results),
+            "most": max(each[what] for each in results),
+        }
+        for what, value in results[0].items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", action="append", choices=names, help="default: all")
+    parser.add_argument("--folder", type=Path, help="where to put 17 GB for a while")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--way", choices=(*OURS, *THEIRS), help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(work(options.way, options.path, options.device)))
+        return
+    results = []
+    for case in CASES:
+        if options.case and case.name not in options.case:
+            continue
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            results.append(measure(case, Path(folder), options.device, options.rounds))
+        print(json.dumps(results[-1], indent=1), flush=True)
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
+    if not options.case:
+        report.save(f"runtime{suffix}", {"results": results})
+
+
+if __name__ == "__main__":
+    main()

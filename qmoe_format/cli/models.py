@@ -1,0 +1,53 @@
+"""Models for ``generate`` and ``eval``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from qmoe_format.conversion import require
+from qmoe_format.errors import QMoEError
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The tokenizer and the compressed model of ``options.file``."""
+    _quiet()
+    from qmoe_format.runtime import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(options.file)
+    return tokenizer, load_model(options.file, device=options.device, dtype=dtype(options))
+
+
+def load_original(folder: Path, model: Any) -> Any:
+    """The model of a checkpoint, in the numbers and on the device of another model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if not folder.is_dir():
+        raise QMoEError("not-found", f"{folder}: no such folder; give the original checkpoint")
+    kind = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        original = kind.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise QMoEError("checkpoint", f"{folder}: transformers cannot load it ({error})") from error
+    return original.to(model.device).eval()
+
+
+def dtype(options: argparse.Namespace) -> Any:
+    """The torch dtype that was asked for; None: that of the file."""
+    import torch
+
+    # Many CPUs compute with bfloat16 in software.
+    name = options.dtype or ("float32" if options.device == "cpu" else None)
+    return name and getattr(torch, name)
+
+
+def _quiet() -> None:
+    """Nothing but what goes wrong is to be read beside a model's text."""
+    require("torch", "safetensors", "transformers")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
