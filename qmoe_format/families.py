@@ -132,7 +132,6 @@ SWITCH = Family(
 )
 
 
-
 def _decoder(inputs: tuple[str, ...], output: str, experts: str = "mlp.experts") -> Family:
     """A causal model with gated experts, as most are."""
     stage = Stage(

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qmoe_format.calibration.buffer import SUFFIX, Routed, Rows, sweep
-from qmoe_format.families import Family, Stage, family_for
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.errors import QMoEError
+from qmoe_format.families import Family, Stage, family_for
 
 
 @dataclass(frozen=True, slots=True)

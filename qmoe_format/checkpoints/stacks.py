@@ -262,9 +262,7 @@ def _fused_stack(
     if adapter.transposed:
         rows, columns = columns, rows
     _check_count(name, count, expected or max(count, 1))
-    return ExpertStack(
-        name, head, matrix, "", count, rows, columns, info.dtype, adapter.transposed
-    )
+    return ExpertStack(name, head, matrix, "", count, rows, columns, info.dtype, adapter.transposed)
 
 
 def _check_count(name: str, count: int, expected: int) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 import qmoe_format
 from qmoe_format._version import __version__
 from qmoe_format.calibration.buffer import Routed, Rows
-from qmoe_format.families import wiring
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, make_batches
 from qmoe_format.calibration.text import read_texts, text_sha256
 from qmoe_format.calibration.walk import Block, Walk
@@ -46,6 +45,7 @@ from qmoe_format.conversion.rest import begin_stack, write_rest
 from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.state import Work, describe_checkpoint
 from qmoe_format.errors import QMoEError
+from qmoe_format.families import wiring
 from qmoe_format.machine import release_memory
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration as Statistics

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qmoe_format.calibration.buffer import Routed
-from qmoe_format.families import Wiring
 from qmoe_format.checkpoints import Checkpoint, ExpertStack
 from qmoe_format.conversion.parallel import side_by_side
 from qmoe_format.errors import QMoEError
+from qmoe_format.families import Wiring
 from qmoe_format.quantize.hessian import Calibration
 from qmoe_format.quantize.importance import derivatives, importance
 
@@ -201,7 +201,7 @@ class Layer:
         output = weights[wiring.output][place]
         for matrix, slope in zip(wiring.inputs, derivatives(wiring.hidden, before), strict=True):
             # One matrix may have the rows of gate and up: both meet the same columns of the output.
-            parts = slope.split(output.shape[1], dim=1)
+            parts = slope.chunk(slope.shape[1] // output.shape[1], dim=1)
             rows = torch.cat([importance(part, output, gates) for part in parts], dim=1)
             found[matrix].weigh(place, rows)
 

@@ -32,10 +32,11 @@ from transformers import (
 )
 
 from qmoe_format.calibration.buffer import Routed, Rows
-from qmoe_format.families import wiring
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
+from qmoe_format.families import wiring
+from tests.tiny_models import CONFIGS, load_model, save_model
 
 VOCABULARY = 50
 SWITCH: dict[str, Any] = {
@@ -170,17 +171,15 @@ class Reference:
         self.blocks: dict[str, Tensor] = {}
         self.experts: dict[str, Tensor] = {}
         self.encoded = torch.empty(0)
-        if checkpoint.config["model_type"] == "mixtral":
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-        else:
-            model = AutoModelForSeq2SeqLM.from_pretrained(
-                checkpoint.folder, dtype=torch.float32, expert_capacity=10**6
-            )
+        model = load_model(checkpoint.folder)
+        model_type = checkpoint.config["model_type"]
         for name, module in model.named_modules():
-            if type(module).__name__ in ("SwitchTransformersBlock", "MixtralDecoderLayer"):
+            if type(module).__name__.endswith(("SwitchTransformersBlock", "DecoderLayer")):
                 module.register_forward_hook(partial(self._after_block, name))
-            elif name.endswith(".mlp.experts"):
-                if name.startswith("model."):
+            elif name.endswith(".experts"):
+                if model_type == "granitemoe":
+                    name = name.removesuffix(".experts")
+                elif model_type in ("mixtral", "phimoe"):
                     name = name.replace(".mlp.", ".block_sparse_moe.")
                 module.register_forward_pre_hook(partial(self._before_experts, name))
         with torch.no_grad():
@@ -190,7 +189,7 @@ class Reference:
                 if targets:
                     arguments["decoder_input_ids"] = targets.ids
                     arguments["decoder_attention_mask"] = targets.attended.long()
-                result = model.eval()(**arguments)
+                result = model(**arguments)
                 if targets:
                     encoded = result.encoder_last_hidden_state[inputs.attended]
                     self.encoded = torch.cat([self.encoded.view(-1, encoded.shape[1]), encoded])
@@ -236,6 +235,15 @@ def assert_like_the_model(
 
 def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert_like_the_model(checkpoint, random_batches(checkpoint), tmp_path, 2e-6)
+
+
+@pytest.mark.parametrize("model_type", sorted({*CONFIGS} - {"gpt_oss"}))
+def test_every_family(model_type: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", model_type, torch.float32)
+    (tmp_path / "walk").mkdir()
+    with open_checkpoint(folder) as checkpoint:
+        batches = random_batches(checkpoint)
+        assert_like_the_model(checkpoint, batches, tmp_path / "walk", 5e-6)
 
 
 @pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])

@@ -151,7 +151,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_unknown_family(switch: Make, config: dict[str, Any]) -> None:
     message = refusal(switch(config=config))
     assert repr(config.get("model_type")) in message
-    assert "mixtral, switch_transformers" in message
+    assert "glm4_moe, gpt_oss, granitemoe, mixtral, olmoe" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff\xfe", '{"a":' * 100_000])

@@ -22,7 +22,7 @@ from qmoe_format.quantize.rd import ABSOLUTE, typical_energy
 from tests.conversion.conftest import Convert
 
 EXPERTS, ROWS, COLUMNS = 8, 100, 1000
-STACKS = [ExpertStack(f"s{i}", "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
+STACKS = [ExpertStack(f"s{i}", "s", str(i), "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
 PLANS = {
     stack.name: StackPlan(
         energies=[0.0, *(10.0 ** (number - each) for each in range(EXPERTS - 1))],

@@ -1,0 +1,143 @@
+"""Every family there is: converted, unpacked, and loaded again by transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qmoe_format
+from qmoe_format.errors import QMoEError
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+from torch import Tensor
+
+from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
+from qmoe_format.conversion.report import read_report
+from qmoe_format.families import FAMILIES
+from qmoe_format.quantize import RECIPES
+from tests.tiny_models import CONFIGS, load_model, save_model
+
+EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|down_proj|expert_\d+\.w[io]\.weight)")
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model_type(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = save_model(tmp_path_factory.mktemp(model_type), model_type)
+        return made[model_type]
+
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Of transformers' model, by its names."""
+    found: dict[str, Tensor] = load_model(folder).state_dict()
+    return found
+
+
+def rounded(experts: Tensor) -> Tensor:
+    """[experts, rows, columns] as the recipe rtn leaves them."""
+    return RECIPES["rtn"].quantize(experts.bfloat16(), "BF16").weights.dequantize()
+
+
+def refusal(call: Callable[[], object], code: str) -> str:
+    with pytest.raises(QMoEError) as caught:
+        call()
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def test_every_family_is_tested() -> None:
+    assert set(CONFIGS) == set(ADAPTERS) == set(FAMILIES)
+
+
+def test_each_expert_is_rounded_and_nothing_else_changes(
+    model_type: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of(model_type)
+    file = qmoe_format.convert(folder, tmp_path / "m.qmoe", threads=1)
+    with qmoe_format.open(file) as opened:
+        opened.verify()
+        assert not any(entry.stack for name, entry in opened.tensors.items() if "bias" in name)
+    unpacked = qmoe_format.unpack(file, tmp_path / "unpacked")
+    before, after = weights(folder), weights(unpacked)
+    assert before.keys() == after.keys()
+    assert any(map(EXPERTS.fullmatch, before))
+    for name, original in before.items():
+        if not EXPERTS.fullmatch(name):
+            assert after[name].equal(original), name
+        elif model_type == "gpt_oss":  # [experts, in, out]
+            assert after[name].equal(rounded(original.mT).mT), name
+        else:
+            experts = original if original.ndim == 3 else original[None]
+            assert after[name].equal(rounded(experts).view_as(original)), name
+
+
+def test_names(model_type: str, folder_of: Callable[[str], Path]) -> None:
+    adapter, family = ADAPTERS[model_type], FAMILIES[model_type]
+    with open_checkpoint(folder_of(model_type)) as checkpoint:
+        stacks = checkpoint.stacks
+        others = checkpoint.others
+    assert {stack.matrix for stack in stacks} == {*family.inputs, family.output}
+    for stack in stacks:
+        assert adapter.split(stack.name) == (stack.head, stack.matrix)
+        assert adapter.stack_name(stack.head, stack.matrix) == stack.name
+        rows, columns = (48 if "moe_intermediate_size" in CONFIGS[model_type] else 80), 64
+        if model_type == "switch_transformers":
+            rows = 96
+        if len(family.inputs) < 2 and family.gated:
+            rows = 160 if stack.matrix in family.inputs else 80
+        shape = (columns, rows) if stack.matrix == family.output else (rows, columns)
+        assert (stack.rows, stack.columns) == shape
+    for name in others:
+        assert adapter.split(name) is None
+    modules = {
+        family.on_disk(name)
+        for name, module in load_model(folder_of(model_type)).named_modules()
+        if hasattr(module, "is_concatenated")
+        or type(module).__name__ == "SwitchTransformersExperts"
+    }
+    assert modules == {stack.head for stack in stacks}
+
+
+def test_calibrated(
+    model_type: str,
+    folder_of: Callable[[str], Path],
+    converted: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(model_type)
+    if model_type == "gpt_oss":
+        said = refusal(lambda: converted(folder), "checkpoint")
+        assert "without calibration text" in said
+        assert not list(tmp_path.iterdir())
+        return
+    file = converted(folder, recipe="rd", rate_lambda=0.02, samples=8)
+    with qmoe_format.open(file) as opened:
+        opened.verify()
+        report = read_report(opened)
+    with open_checkpoint(folder) as checkpoint:
+        assert [each["name"] for each in report["stacks"]] == [s.name for s in checkpoint.stacks]
+    errors = [e["relative_error"] for s in report["stacks"] for e in s["experts"] if e["tokens"]]
+    assert errors
+    assert all(error is not None and 0 < error < 0.5 for error in errors)
+    before, after = weights(folder), weights(qmoe_format.unpack(file, tmp_path / "unpacked"))
+    for name, original in before.items():
+        if EXPERTS.fullmatch(name):
+            difference = (after[name] - original).square().sum() / original.square().sum()
+            assert 0 < difference < 0.5, name
+        else:
+            assert after[name].equal(original), name
