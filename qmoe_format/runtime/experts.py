@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,6 +34,18 @@ class CompressedExperts:
     def experts(self) -> int:
         """Their number."""
         return self.output.shape[0]
+
+    def __post_init__(self) -> None:
+        """Check that the stacks fit: ``QMoEError`` (``argument``) if not."""
+        experts, hidden, inner = self.output.shape
+        rows = sum(stack.shape[1] for stack in self.inputs)
+        if rows not in (inner, 2 * inner) or any(
+            (stack.shape[0], stack.shape[2]) != (experts, hidden) for stack in self.inputs
+        ):
+            raise QMoEError(
+                "argument",
+                f"stacks {[*self.inputs, self.output]} are not the inputs and the output of a layer",
+            )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise QMoEError(
@@ -126,11 +139,11 @@ def _in_turn(index: torch.Tensor, experts: int) -> Iterator[tuple[np.ndarray, li
     flat = index.reshape(-1).cpu().numpy()
     order = np.argsort(flat, kind="stable")
     ranked = flat[order]
-    starts = np.flatnonzero(np.diff(ranked, prepend=ranked[:1] - 1)).tolist()
+    cuts = [0, *(np.flatnonzero(np.diff(ranked)) + 1).tolist(), len(flat)]
     begin = 0
     groups: list[Group] = []
-    for first, last in zip(starts, [*starts[1:], len(flat)], strict=True):
-        if ranked[first] >= experts:
+    for first, last in pairwise(cuts):
+        if first == last or ranked[first] >= experts:
             break
         if groups and last - begin > TOGETHER:
             yield order[begin:first], groups

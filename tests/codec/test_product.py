@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from qmoe_format.codec import (
     EncodedMatrix,
     dequantize,
+    dequantize_rows,
     encode,
     encode_matrix,
     fit_dictionary,
@@ -108,6 +109,33 @@ def test_dequantized_values_by_the_letter(matrix: EncodedMatrix) -> None:
         assert weights[row, column].tobytes() == np.float32(value).tobytes()
 
 
+@given(matrices(), st.data())
+@settings(deadline=None)
+def test_some_rows_are_those_of_the_whole(matrix: EncodedMatrix, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, matrix.rows))
+    last = data.draw(st.integers(first, matrix.rows))
+    out = np.full((last - first, matrix.columns), np.nan, np.float32)
+    dequantize_rows(matrix, first, out, threads=data.draw(st.integers(1, 2)))
+    assert out.tobytes() == dequantize(matrix)[first:last].tobytes()
+
+
+def test_rows_that_there_are_not() -> None:
+    matrix = encode_matrix(
+        random_trits(10, 64, 0.885), np.ones((10, 1, 1), np.float32), scale_dtype="F32"
+    )
+    for first, out in (
+        (-1, np.empty((2, 64), np.float32)),
+        (9, np.empty((2, 64), np.float32)),
+        (0, np.empty((2, 63), np.float32)),
+        (0, np.empty((2, 64), np.float64)),
+        (0, np.empty((2, 128), np.float32)[:, ::2]),
+        (0, np.empty(64, np.float32)),
+    ):
+        with pytest.raises(QMoEError) as error:
+            dequantize_rows(matrix, first, out)  # type: ignore[arg-type]
+        assert error.value.code == "argument"
+
+
 def test_long_rows_and_both_sign_modes() -> None:
     for signs in ("plane", "codeword"):
         coded = random_trits(5, 70_000, 0.9)
@@ -120,6 +148,9 @@ def test_long_rows_and_both_sign_modes() -> None:
             dictionary=dictionary(0.885, 12, signs),
             rows_per_segment=2,
         )
+        out = np.empty((3, 70_000), np.float32)
+        dequantize_rows(matrix, 1, out)
+        assert np.array_equal(out, dequantize(matrix)[1:4])
         x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
         assert within_tolerance(matrix, x, matmul(matrix, x))
         assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
@@ -137,7 +168,11 @@ def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
     )
     matrix = EncodedMatrix(cut, np.ones((1, 1, 1), np.float32), None, "F32", 0)
     x = np.ones((2, 4000), np.float32)
-    products: list[Callable[[], Any]] = [lambda: matvec(matrix, x[0]), lambda: matmul(matrix, x)]
+    products: list[Callable[[], Any]] = [
+        lambda: matvec(matrix, x[0]),
+        lambda: matmul(matrix, x),
+        lambda: dequantize_rows(matrix, 0, np.empty((1, 4000), np.float32)),
+    ]
     for product in products:
         with pytest.raises(QMoEError) as error:
             product()

@@ -1,0 +1,38 @@
+"""Small ``.qmoe`` files of random stacks, and the dense weights that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import qmoe_format
+from qmoe_format.codec import dequantize, encode_matrix
+from qmoe_format.dtypes import from_float32
+from tests.codec.strategies import random_trits
+
+
+def write_stacks(
+    path: Path, shapes: Mapping[str, tuple[int, int, int]], zero_fraction: float = 0.6
+) -> dict[str, torch.Tensor]:
+    """Write random stacks [experts, rows, columns]; return their weights, float32."""
+    weights = {}
+    rng = np.random.default_rng(0)
+    with qmoe_format.Writer(path) as writer:
+        for number, (name, shape) in enumerate(sorted(shapes.items())):
+            experts, rows, columns = shape
+            matrices = [
+                encode_matrix(
+                    random_trits(rows, columns, zero_fraction, 100 * number + expert),
+                    from_float32(0.2 * rng.random((rows, 1, 2), np.float32) * [-1, 1], "BF16"),
+                    from_float32(0.5 + rng.random(columns, np.float32), "BF16"),
+                )
+                for expert in range(experts)
+            ]
+            with writer.add_stack(name, shape, "BF16", "ternary-dict") as stack:
+                for matrix in matrices:
+                    stack.append(matrix)
+            weights[name] = torch.from_numpy(np.stack([dequantize(each) for each in matrices]))
+    return weights

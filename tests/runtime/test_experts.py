@@ -1,0 +1,216 @@
+"""Layers of compressed experts, against transformers' own with the dense weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GptOssConfig, MixtralConfig, SwitchTransformersConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersExperts,
+)
+
+import qmoe_format
+from qmoe_format.errors import QMoEError
+from qmoe_format.reader import QMoEFile
+from qmoe_format.runtime import experts
+from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
+from qmoe_format.runtime.stacks import Stack
+
+from .files import write_stacks
+
+EXPERTS, HIDDEN, INNER, K = 6, 48, 40, 2
+SHAPES = {
+    "gate": (EXPERTS, INNER, HIDDEN),
+    "up": (EXPERTS, INNER, HIDDEN),
+    "gate_up": (EXPERTS, 2 * INNER, HIDDEN),
+    "down": (EXPERTS, HIDDEN, INNER),
+}
+
+Dense = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dense]:
+    path = tmp_path_factory.mktemp("experts") / "layer.qmoe"
+    return path, write_stacks(path, SHAPES)
+
+
+@pytest.fixture
+def file(written: tuple[Path, Dense]) -> Iterator[Any]:
+    with qmoe_format.open(written[0]) as file:
+        yield file
+
+
+@pytest.fixture
+def dense(written: tuple[Path, Dense]) -> Dense:
+    return written[1]
+
+
+def compressed(file: QMoEFile, *inputs: str) -> CompressedExperts:
+    return CompressedExperts(tuple(Stack(file, name) for name in inputs), Stack(file, "down"))
+
+
+def mixtral(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
+    """A layer of Mixtral with two stacks for gate and up, and the dense one."""
+    config = MixtralConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS
+    )
+    config._experts_implementation = "eager"
+    layer, reference = MixtralExperts(config), MixtralExperts(config)
+    reference.gate_up_proj.data = torch.cat([dense["gate"], dense["up"]], dim=1)
+    reference.down_proj.data = dense["down"]
+    del layer.gate_up_proj, layer.down_proj
+    layer.compressed = compressed(file, "gate", "up")
+    return layer, reference
+
+
+def gpt_oss(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
+    """A layer of gpt-oss: biases, gate and up interleaved in one stack."""
+    config = GptOssConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    layer, reference = GptOssExperts(config), GptOssExperts(config)
+    reference.gate_up_proj.data = dense["gate_up"].mT.contiguous()
+    reference.down_proj.data = dense["down"].mT.contiguous()
+    for name, shape in (("gate_up_proj_bias", 2 * INNER), ("down_proj_bias", HIDDEN)):
+        bias = random(EXPERTS, shape, seed=7)
+        getattr(layer, name).data, getattr(reference, name).data = bias, bias.clone()
+    del layer.gate_up_proj, layer.down_proj
+    layer.compressed = compressed(file, "gate_up")
+    return layer, reference
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def routing(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """K different experts a token, and their weights."""
+    scores = random(tokens, EXPERTS, seed=seed)
+    weights, index = scores.softmax(dim=-1).topk(K)
+    return index, weights
+
+
+@pytest.mark.parametrize("family", [mixtral, gpt_oss])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 400])
+def test_as_transformers(
+    file: QMoEFile, dense: Dense, family: Callable[..., Any], tokens: int
+) -> None:
+    layer, reference = family(file, dense)
+    x, (index, weights) = random(tokens, HIDDEN), routing(tokens)
+    with torch.no_grad():
+        y, want = experts_forward(layer, x, index, weights), reference(x, index, weights)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 100, 10**6])
+def test_any_number_of_pairs_at_a_time(
+    file: QMoEFile, dense: Dense, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "TOGETHER", together)
+    layer, reference = mixtral(file, dense)
+    x, (index, weights) = random(90, HIDDEN), routing(90)
+    torch.testing.assert_close(
+        experts_forward(layer, x, index, weights), reference(x, index, weights)
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_bfloat16(file: QMoEFile, dense: Dense, tokens: int) -> None:
+    layer, reference = mixtral(file, dense)
+    x, (index, weights) = random(tokens, HIDDEN).bfloat16(), routing(tokens)
+    y = experts_forward(layer, x, index, weights)
+    assert y.dtype == torch.bfloat16
+    want = reference(x.float(), index, weights)
+    assert (y - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_gradients_of_tokens_and_of_the_routing(
+    file: QMoEFile, dense: Dense, tokens: int
+) -> None:
+    layer, reference = gpt_oss(file, dense)
+    index, weights = routing(tokens)
+    results = []
+    for module, forward in ((layer, experts_forward), (reference, GptOssExperts.forward)):
+        x, w = random(tokens, HIDDEN).requires_grad_(), weights.clone().requires_grad_()
+        y = forward(module, x, index, w)
+        grads = torch.autograd.grad(
+            y, [x, w, module.gate_up_proj_bias, module.down_proj_bias], random(*y.shape, seed=3)
+        )
+        results.append(grads)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense) -> None:
+    """Under expert parallelism, an index of the number of experts means: not here."""
+    layer, reference = mixtral(file, dense)
+    x, (index, weights) = random(5, HIDDEN), routing(5)
+    index[1], index[2, 0] = EXPERTS, EXPERTS
+    y = experts_forward(layer, x, index, weights)
+    torch.testing.assert_close(y, reference(x, index, weights))
+    assert not y[1].any()
+    assert not experts_forward(layer, x, torch.full_like(index, EXPERTS), weights).any()
+
+
+def switch(file: QMoEFile, dense: Dense) -> tuple[SwitchExperts, Any]:
+    config = SwitchTransformersConfig(d_model=HIDDEN, d_ff=INNER, num_experts=EXPERTS)
+    layer, reference = SwitchExperts(config), SwitchTransformersExperts(config)
+    for e in range(EXPERTS):
+        reference[f"expert_{e}"].wi.weight.data = dense["up"][e]
+        reference[f"expert_{e}"].wo.weight.data = dense["down"][e]
+    layer.compressed = compressed(file, "up")
+    return layer.eval(), reference.eval()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_switch(file: QMoEFile, dense: Dense, tokens: int) -> None:
+    layer, reference = switch(file, dense)
+    x, weights = random(tokens, HIDDEN), random(tokens, 1, seed=1)
+    selected = torch.nn.functional.one_hot(
+        torch.randint(EXPERTS, (tokens, 1), generator=torch.Generator().manual_seed(2)), EXPERTS
+    )
+    if tokens > 1:
+        selected[3] = 0  # beyond its expert's capacity
+    y = layer(x, selected, weights)
+    torch.testing.assert_close(y, reference(x, selected, weights))
+    if tokens > 1:
+        assert not y[3].any()
+
+
+def test_switch_drops_out_only_in_training(file: QMoEFile, dense: Dense) -> None:
+    layer, _ = switch(file, dense)
+    x, selected = random(4, HIDDEN), torch.eye(EXPERTS, dtype=torch.int64)[:4, None]
+    weights = torch.ones(4, 1)
+    assert torch.equal(layer(x, selected, weights), layer(x, selected, weights))
+    layer.train()
+    assert not torch.equal(layer(x, selected, weights), layer(x, selected, weights))
+
+
+def test_nothing_is_in_the_state(file: QMoEFile, dense: Dense) -> None:
+    layer, _ = switch(file, dense)
+    assert not layer.state_dict()
+    assert not list(layer.parameters()) + list(layer.buffers())
+
+
+def test_copies_are_refused(file: QMoEFile, dense: Dense) -> None:
+    layer, _ = switch(file, dense)
+    for copying in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(QMoEError, match="load the model again") as error:
+            copying(layer)
+        assert error.value.code == "argument"
+
+
+def test_stacks_that_do_not_fit_are_refused(file: QMoEFile) -> None:
+    for inputs in (("down",), ("gate_up", "down"), ()):
+        with pytest.raises(QMoEError) as error:
+            compressed(file, *inputs)
+        assert error.value.code == "argument"

@@ -1,0 +1,168 @@
+"""Products with the experts of a stack, against the same products with their dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import qmoe_format
+from qmoe_format.errors import QMoEError
+from qmoe_format.reader import QMoEFile
+from qmoe_format.runtime import products
+from qmoe_format.runtime.products import Group, grouped_linear, linear
+from qmoe_format.runtime.stacks import Stack
+
+from .files import write_stacks
+
+EXPERTS, ROWS, COLUMNS = 3, 50, 96
+MANY = products.FEW + 9
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = tmp_path_factory.mktemp("stacks") / "two.qmoe"
+    shape = (EXPERTS, ROWS, COLUMNS)
+    return path, write_stacks(path, {"gate": shape, "up": shape})
+
+
+@pytest.fixture
+def file(weights: tuple[Path, dict[str, torch.Tensor]]) -> Iterator[QMoEFile]:
+    with qmoe_format.open(weights[0]) as file:
+        assert isinstance(file, QMoEFile)
+        yield file
+
+
+@pytest.fixture
+def dense(weights: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return weights[1]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_a_stack_says_of_itself(file: QMoEFile) -> None:
+    stack = Stack(file, "gate")
+    assert stack.shape == (EXPERTS, ROWS, COLUMNS)
+    assert stack.bytes == file.tensors["gate"].stored_bytes
+    assert stack.matrix(1) is stack.matrix(1)
+    assert stack.matrix(1).trits.segments.base is not None  # a view
+
+
+def test_only_used_experts_are_read(file: QMoEFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+    encoded = file.encoded
+
+    def spy(name: str, expert: int) -> object:
+        read.append((name, expert))
+        return encoded(name, expert)
+
+    monkeypatch.setattr(file, "encoded", spy)
+    stack = Stack(file, "up")
+    for _ in range(2):
+        linear(stack, random(2, COLUMNS), 1)
+    assert read == [("up", 1)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17, MANY])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear(file: QMoEFile, dense: dict[str, torch.Tensor], tokens: int, threads: int) -> None:
+    x = random(tokens, COLUMNS)
+    y = linear(Stack(file, "gate", threads), x, 2)
+    torch.testing.assert_close(y, x @ dense["gate"][2].T)
+
+
+def test_many_tokens_in_tiles(
+    file: QMoEFile, dense: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SCRATCH", 4 * COLUMNS * 7)  # seven rows: the last tile has one
+    x = random(MANY, COLUMNS).requires_grad_()
+    y = linear(Stack(file, "gate"), x, 0)
+    torch.testing.assert_close(y, x @ dense["gate"][0].T)
+    dy = random(MANY, ROWS, seed=1)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy @ dense["gate"][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 5, MANY])
+def test_sums_are_float32_whatever_the_type(
+    file: QMoEFile, dense: dict[str, torch.Tensor], dtype: torch.dtype, tokens: int
+) -> None:
+    x = random(tokens, COLUMNS).to(dtype)
+    y = linear(Stack(file, "up"), x, 0)
+    assert y.dtype == dtype
+    want = x.float() @ dense["up"][0].T
+    torch.testing.assert_close(y, want.to(dtype), rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-5)
+
+
+def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+    groups = [Group(2, 0, 1), Group(0, 1, 2), Group(1, 2, 7), Group(0, 7, 7 + MANY)]
+    x = random(7 + MANY, COLUMNS).requires_grad_()
+    y = grouped_linear([Stack(file, "gate"), Stack(file, "up")], x, groups)
+    both = torch.cat([dense["gate"], dense["up"]], dim=1)
+    want = torch.cat([x[g.first : g.last] @ both[g.expert].T for g in groups])
+    torch.testing.assert_close(y, want)
+    dy = random(*y.shape, seed=1)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(want, x, dy)[0]
+    )
+
+
+def test_a_token_has_the_same_result_in_every_company(file: QMoEFile) -> None:
+    stack = Stack(file, "gate")
+    x = random(MANY, COLUMNS)
+    alone = linear(stack, x[:1], 1)
+    for tokens in (2, 20, MANY):
+        torch.testing.assert_close(linear(stack, x[:tokens], 1)[:1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_half_precision(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+    x = random(3, COLUMNS).bfloat16().requires_grad_()
+    linear(Stack(file, "up"), x, 1).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad[0], dense["up"][1].sum(dim=0).bfloat16())
+
+
+def test_strided_and_inference_tensors(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+    with torch.inference_mode():
+        x = random(COLUMNS, 4).T
+        y = linear(Stack(file, "up"), x, 1)
+    torch.testing.assert_close(y, x @ dense["up"][1].T)
+
+
+def test_refusals(file: QMoEFile) -> None:
+    stack = Stack(file, "gate")
+    calls: dict[str, list[Callable[[], object]]] = {
+        "not-found": [
+            lambda: Stack(file, "down"),
+            lambda: linear(stack, random(1, COLUMNS), EXPERTS),
+            lambda: linear(stack, random(1, COLUMNS), -1),
+        ],
+        "argument": [
+            lambda: linear(stack, random(1, COLUMNS + 1), 0),
+            lambda: linear(stack, random(COLUMNS), 0),
+        ],
+    }
+    for code, group in calls.items():
+        for call in group:
+            with pytest.raises(QMoEError) as error:
+                call()
+            assert error.value.code == code
+
+
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
+    with qmoe_format.Writer(tmp_path / "raw.qmoe") as writer:
+        writer.add_tensor("w", random(4, 4).numpy(), "F32")
+        with writer.add_stack("stack", (2, 4, 4), "F32") as stack:
+            for _ in range(2):
+                stack.append(random(4, 4).numpy())
+    with qmoe_format.open(tmp_path / "raw.qmoe") as file:
+        for name in ("w", "stack"):
+            with pytest.raises(QMoEError) as error:
+                Stack(file, name)
+            assert error.value.code == "argument"
