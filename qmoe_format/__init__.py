@@ -15,6 +15,9 @@
     qmoe_format.convert("checkpoint", "model.qmoe")     # from a Hugging Face folder, with torch
     qmoe_format.unpack("model.qmoe", "folder")          # and back
 
+    model = qmoe_format.load_model("model.qmoe")        # a model of transformers, to be run
+    tokenizer = qmoe_format.load_tokenizer("model.qmoe")
+
 The format is described in SPEC.md. Errors are ``QMoEError`` with a stable ``code``. Everything
 below is loaded when it is first used; torch, Numba and CuPy only by what needs them.
 """
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from qmoe_format.entries import AttachmentEntry, DictionaryEntry, TensorEntry
     from qmoe_format.errors import QMoEError
     from qmoe_format.reader import QMoEFile
+    from qmoe_format.runtime import load_model, load_tokenizer
     from qmoe_format.shards import ShardedFile, open
     from qmoe_format.unpacking import unpack
     from qmoe_format.writer import StackWriter, Writer
@@ -50,6 +54,8 @@ __all__ = [
     "Writer",
     "__version__",
     "convert",
+    "load_model",
+    "load_tokenizer",
     "open",
     "unpack",
 ]
@@ -67,6 +73,8 @@ _HOMES = {
     "TensorEntry": "entries",
     "Writer": "writer",
     "convert": "conversion",
+    "load_model": "runtime",
+    "load_tokenizer": "runtime",
     "open": "shards",
     "unpack": "unpacking",
 }

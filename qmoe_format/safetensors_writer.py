@@ -66,7 +66,7 @@ def write_sharded(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         for tensor in shard:
-            if tensor.name in weight_map or tensor.name == "__metadata__":
+            if tensor.name in weight_map:
                 raise QMoEError("duplicate", f"two tensors would have the name {tensor.name!r}")
             weight_map[tensor.name] = file
     for number, shard in enumerate(shards, 1):
@@ -84,11 +84,16 @@ def write_safetensors(
     tensors: Sequence[OutputTensor],
     written: Callable[[OutputTensor], None] = lambda tensor: None,
 ) -> None:
-    """Write one safetensors file; largest elements first, so that all are aligned."""
+    """Write one safetensors file; largest elements first, so that all are aligned.
+
+    Raises as ``write_sharded``.
+    """
     tensors = sorted(tensors, key=lambda tensor: -STORAGE[tensor.dtype].itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
+        if tensor.name in header:
+            raise QMoEError("duplicate", f"two tensors would have the name {tensor.name!r}")
         header[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": tensor.shape,

@@ -20,10 +20,16 @@ import numpy.typing as npt
 import qmoe_format
 from qmoe_format.checkpoints import adapter_for
 from qmoe_format.errors import QMoEError
+from qmoe_format.folder import CONFIG, DENSE, EXPERTS, marked, read_config, write_experts
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
 from qmoe_format.partial import sync_folder
-from qmoe_format.safetensors_writer import OutputTensor, write_new, write_sharded
+from qmoe_format.safetensors_writer import (
+    OutputTensor,
+    write_new,
+    write_safetensors,
+    write_sharded,
+)
 
 if TYPE_CHECKING:
     from qmoe_format import QMoEFile, ShardedFile
@@ -38,22 +44,26 @@ def unpack(
     folder: str | Path,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    compressed: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write every tensor under its name in the checkpoint, and the attachments.
 
-    Experts are dequantised. The folder appears when it is whole.
+    Experts are dequantised, or stay as they are if ``compressed``: such a folder is described in
+    ``qmoe_format.folder``. The folder appears when it is whole.
 
     Args:
         source: a ``.qmoe`` file, or the index file of shards.
         folder: where to; it must not be there, or be empty.
-        shard_bytes: the most bytes of tensors in one safetensors file.
+        shard_bytes: the most bytes of tensors in one safetensors file, unless ``compressed``.
+        compressed: leave the experts compressed.
         progress: called with the bytes done and to do.
 
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` is there;
             ``duplicate`` if two tensors or files would have one name.
-            ``not-found`` if there is no folder above; ``io``.
+            ``not-found`` if there is no folder above, or ``config.json`` is needed and not
+            attached; ``io``.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- "folder/.." has a name, too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -64,22 +74,34 @@ def unpack(
         os_errors(f"cannot write {folder}"),
         qmoe_format.open(source, memory_map=False) as file,
     ):
-        tensors = list(_tensors(file))
+        tensors = list(_tensors(file, stacks=not compressed))
         total = sum(tensor.nbytes for tensor in tensors)
+        if compressed:
+            total += sum(entry.stored_bytes for entry in file.tensors.values() if entry.stack)
         done = 0
 
-        def written(tensor: OutputTensor) -> None:
+        def report(size: int) -> None:
             nonlocal done
-            done += tensor.nbytes
+            done += size
             if progress:
                 progress(done, total)
+
+        def written(tensor: OutputTensor) -> None:
+            report(tensor.nbytes)
 
         unfinished = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.partial")
         unfinished.mkdir()
         try:
             for name in file.attachments:
-                write_new(unfinished / name, file.attachment(name))
-            write_sharded(unfinished, tensors, shard_bytes, written)
+                if not (compressed and name == CONFIG):
+                    write_new(unfinished / name, file.attachment(name))
+            if compressed:
+                config = json.dumps(marked(read_config(file)), indent=2).encode() + b"\n"
+                write_new(unfinished / CONFIG, config)
+                write_safetensors(unfinished / DENSE, tensors, written)
+                write_experts(file, unfinished / EXPERTS, report)
+            else:
+                write_sharded(unfinished, tensors, shard_bytes, written)
             sync_folder(unfinished)
             unfinished.rename(folder)
             sync_folder(folder.parent)
@@ -89,7 +111,7 @@ def unpack(
     return folder
 
 
-def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
+def _tensors(file: QMoEFile | ShardedFile, stacks: bool) -> Iterator[OutputTensor]:
     """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
 
     threads = cores()
@@ -108,6 +130,8 @@ def _tensors(file: QMoEFile | ShardedFile) -> Iterator[OutputTensor]:
         dtype, shape = entry.dtype, entry.shape
         if not entry.stack:
             yield OutputTensor(name, dtype, shape, partial(whole, name))
+        elif not stacks:
+            continue
         elif not entry.members and transposed:
             turned_shape = (shape[0], shape[2], shape[1])
             yield OutputTensor(name, dtype, turned_shape, partial(turned, name, range(shape[0])))

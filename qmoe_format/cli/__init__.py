@@ -197,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB"
     )
+    command.add_argument(
+        "--compressed",
+        action="store_true",
+        help="leave the experts in a .qmoe file beside one of safetensors with all the rest; "
+        "transformers loads this folder after import qmoe_format.runtime",
+    )
     command.set_defaults(run=commands.unpack)
 
     command = subparsers.add_parser(

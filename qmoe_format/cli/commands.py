@@ -105,9 +105,14 @@ def unpack(options: argparse.Namespace) -> None:
 
     with Progress("unpack", "B") as progress:
         folder = unpack(
-            options.file, options.folder, shard_bytes=options.shard_size, progress=progress
+            options.file,
+            options.folder,
+            shard_bytes=options.shard_size,
+            compressed=options.compressed,
+            progress=progress,
         )
-    print(f"{folder}: written; transformers loads it with from_pretrained")
+    needed = ", after import qmoe_format.runtime" if options.compressed else ""
+    print(f"{folder}: written; transformers loads it with from_pretrained{needed}")
 
 
 def generate(options: argparse.Namespace) -> None:

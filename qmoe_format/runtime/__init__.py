@@ -1,0 +1,19 @@
+"""Models of transformers whose experts stay compressed (needs torch and transformers).
+
+    from qmoe_format.runtime import load_model, load_tokenizer
+
+    model = load_model("model.qmoe")
+    tokenizer = load_tokenizer("model.qmoe")
+
+Once this is imported, ``from_pretrained`` also loads the folders that ``qmoe unpack --compressed``
+writes, and ``save_pretrained`` writes such folders again.
+"""
+
+from qmoe_format.conversion import require
+
+require("torch", "safetensors", "transformers")
+
+from qmoe_format.runtime.loading import load_model, load_tokenizer  # noqa: E402
+from qmoe_format.runtime.plugin import QMoEConfig  # noqa: E402
+
+__all__ = ["QMoEConfig", "load_model", "load_tokenizer"]

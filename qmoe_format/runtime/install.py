@@ -1,0 +1,114 @@
+"""Compressed experts in place of those that transformers builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qmoe_format.checkpoints import adapter_for
+from qmoe_format.errors import QMoEError
+from qmoe_format.families import family_for
+from qmoe_format.folder import METHOD
+from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
+from qmoe_format.runtime.stacks import Stack
+
+if TYPE_CHECKING:
+    from qmoe_format import QMoEFile, ShardedFile
+
+ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_forward)
+
+
+def build_without_experts(config: Any) -> None:
+    """Before a model is built: let it have no module for each expert.
+
+    Only Switch Transformers have. Elsewhere the experts of a layer are two parameters, and a model
+    is built where parameters take no memory.
+    """
+    if config.model_type != "switch_transformers":
+        return
+    from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+    experts = switch.SwitchTransformersExperts
+    if hasattr(experts, "init_with_experts"):
+        return
+
+    def init(self: Any, config: Any) -> None:
+        quantization = getattr(config, "quantization_config", None)
+        if getattr(quantization, "quant_method", None) == METHOD:
+            nn.ModuleDict.__init__(self)
+        else:
+            experts.init_with_experts(self, config)
+
+    experts.init_with_experts = experts.__init__
+    experts.__init__ = init
+
+
+def install(model: Any, file: QMoEFile | ShardedFile) -> None:
+    """Let every experts module of a model without weights use the stacks of ``file``.
+
+    Raises ``QMoEError``: ``checkpoint`` for an unknown family or experts of other shapes,
+    ``not-found`` if a stack is missing, ``argument`` for one that is not ``ternary-dict``.
+    """
+    described = {"model_type": model.config.model_type}
+    adapter = adapter_for(described)
+    family = family_for(described)
+    for path, module, inputs, output in _experts(model):
+        head = family.on_disk(path)
+        stacks = [
+            Stack(file, adapter.stack_name(head, matrix))
+            for matrix in (*family.inputs, family.output)
+        ]
+        compressed = CompressedExperts(tuple(stacks[:-1]), stacks[-1])
+        _check(file.path, compressed.inputs, inputs)
+        _check(file.path, (compressed.output,), output)
+        if isinstance(module, nn.ModuleDict):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            parent.experts = module = SwitchExperts(model.config)
+            parent._is_hf_initialized = True  # it would look for weights of experts
+        else:
+            del module.gate_up_proj, module.down_proj
+            module.config._experts_implementation = METHOD
+        module.compressed = compressed
+        module._is_hf_initialized = True
+
+
+Shape = tuple[int, int, int]
+"""Experts, out, in."""
+
+
+def _experts(model: Any) -> Iterator[tuple[str, Any, Shape, Shape]]:
+    """Path and module of each layer's experts, and the shapes of their inputs and outputs."""
+    config = model.config
+    for path, module in list(model.named_modules()):
+        if hasattr(module, "is_concatenated"):
+            yield (
+                path,
+                module,
+                *(
+                    _shape(parameter, module.is_transposed)
+                    for parameter in (module.gate_up_proj, module.down_proj)
+                ),
+            )
+        elif type(module).__name__ == "SwitchTransformersExperts":
+            inputs = config.num_experts, config.d_ff, config.d_model
+            yield path, module, inputs, (inputs[0], inputs[2], inputs[1])
+
+
+def _shape(parameter: Any, transposed: bool) -> Shape:
+    experts, rows, columns = parameter.shape
+    return (experts, columns, rows) if transposed else (experts, rows, columns)
+
+
+def _check(path: str, stacks: Sequence[Stack], expected: Shape) -> None:
+    """That a module's parameter has the experts of ``stacks``, their rows one after the other."""
+    rows = sum(stack.shape[1] for stack in stacks)
+    for stack in stacks:
+        if (stack.shape[0], rows, stack.shape[2]) != expected:
+            raise QMoEError(
+                "checkpoint",
+                f"{path}: stack {stack.name!r} is of shape {list(stack.shape)}, but by config.json "
+                f"experts are {list(expected)}; convert the checkpoint again",
+            )

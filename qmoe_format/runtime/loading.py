@@ -1,0 +1,125 @@
+"""A model and its tokenizer from one ``.qmoe`` file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+import qmoe_format
+from qmoe_format.checkpoints.elements import TORCH_DTYPES
+from qmoe_format.errors import QMoEError
+from qmoe_format.families import family_for
+from qmoe_format.folder import CONFIG, METHOD, read_config
+
+if TYPE_CHECKING:
+    from qmoe_format import QMoEFile, ShardedFile
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The ``PreTrainedModel`` of a ``.qmoe`` file, in evaluation mode.
+
+    The experts stay in the file, which is mapped: it must not be changed while the model is used.
+
+    Args:
+        path: a ``.qmoe`` file, or the index file of shards.
+        device: where everything else is, and where the model computes.
+        dtype: of everything else; None: the one in ``config.json``.
+
+    Raises:
+        QMoEError: the codes of ``open`` and of reading; ``not-found`` without ``config.json``;
+            ``checkpoint`` for a family that cannot be run, or if configuration and tensors do not
+            belong together.
+    """
+    with qmoe_format.open(path) as file, _attachments(file) as folder:
+        family = family_for(read_config(file))
+        state = {
+            name: _tensor(file, name) for name, entry in file.tensors.items() if not entry.stack
+        }
+        kinds = (
+            MODEL_FOR_CAUSAL_LM_MAPPING
+            if len(family.stages) == 1
+            else MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        )
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            config.quantization_config = {
+                "quant_method": METHOD,
+                "file": str(Path(path).absolute()),
+            }
+            model = kinds[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                generation_config=_generation_config(folder),
+            )
+        except QMoEError:
+            raise
+        except Exception as error:  # whatever transformers makes of a wrong config.json
+            raise QMoEError(
+                "checkpoint",
+                f"{file.path}: transformers cannot load this model ({error}); convert the "
+                "checkpoint again, or update transformers",
+            ) from error
+    model.name_or_path = model.config.name_or_path = os.fspath(path)
+    return model.to(device)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer that is attached to a ``.qmoe`` file.
+
+    Raises:
+        QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none that
+            transformers knows.
+    """
+    with qmoe_format.open(path) as file, _attachments(file) as folder:
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # as various as tokenizers are
+            raise QMoEError(
+                "not-found",
+                f"{file.path}: has no tokenizer that transformers can load ({error}); put its "
+                "files beside the checkpoint's config.json and convert it again",
+            ) from error
+
+
+@contextmanager
+def _attachments(file: QMoEFile | ShardedFile) -> Iterator[Path]:
+    """The attached files in a folder of their own, while it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in file.attachments:
+            (Path(folder) / name).write_bytes(file.attachment(name))
+        yield Path(folder)
+
+
+def _generation_config(folder: Path) -> Any:
+    """As ``from_pretrained`` finds it: old checkpoints have it in ``config.json``."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, CONFIG, _from_model_config=True)
+
+
+def _tensor(file: QMoEFile | ShardedFile, name: str) -> torch.Tensor:
+    array = file.read(name)
+    if not array.flags.writeable:  # a view of the file: whoever wrote to it would be killed
+        array = array.copy()
+    return torch.from_numpy(array).view(TORCH_DTYPES[file.tensors[name].dtype])
