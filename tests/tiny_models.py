@@ -117,9 +117,8 @@ def save_model(
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor += 0.1 * torch.randn(tensor.shape)
+    for tensor in (*model.parameters(), *model.buffers()):  # a router's bias is a buffer
+        tensor.data += 0.1 * torch.randn(tensor.shape)
     model.to(dtype).save_pretrained(folder)
     numbers = {token: number for number, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
