@@ -1,0 +1,106 @@
+"""``qmoe generate`` and ``qmoe eval``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+
+from qmoe_format import convert
+from qmoe_format.runtime import load_model, load_tokenizer
+from tests.conftest import Outcome
+from tests.tiny_models import WORDS, save_model
+
+Run = Callable[..., Outcome]
+PROMPT = "w1 w2 w3"
+
+
+@pytest.fixture(scope="module", params=["mixtral", "switch_transformers"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "checkpoint", request.param)
+
+
+@pytest.fixture(scope="module")
+def file(checkpoint: Path) -> Path:
+    return convert(checkpoint, checkpoint.parent / "m.qmoe")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(WORDS * 4))
+    return path
+
+
+def test_generate_writes_what_the_model_does(qmoe: Run, file: Path) -> None:
+    outcome = qmoe("generate", file, PROMPT, "--max-new-tokens", "9")
+    assert (outcome.code, outcome.err) == (0, "")
+    tokenizer = load_tokenizer(file)
+    encoded = tokenizer(PROMPT, return_tensors="pt")
+    model = load_model(file, dtype=torch.float32)
+    tokens = model.generate(**encoded, max_new_tokens=9)[0]
+    new = tokens if model.config.is_encoder_decoder else tokens[encoded.input_ids.shape[1] :]
+    assert outcome.out.split() == tokenizer.decode(new, skip_special_tokens=True).split()
+    assert outcome.out.strip()
+
+
+def test_temperature_draws_by_the_seed(qmoe: Run, file: Path) -> None:
+    def write(*options: str) -> str:
+        return qmoe("generate", file, PROMPT, "--max-new-tokens", "20", *options).out
+
+    drawn = [write("--temperature", "5", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert write("--seed", "1") == write()
+
+
+def test_eval_against_the_original(qmoe: Run, file: Path, checkpoint: Path, text: Path) -> None:
+    arguments = ["eval", file, "--text", text, "--against", checkpoint, "--sequence-length", "24"]
+    outcome = qmoe(*arguments, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(outcome.out)
+    compressed, original = found["cross_entropy"]["value"], found["original"]["value"]
+    assert found["gap"]["value"] == pytest.approx(compressed - original)
+    assert found["perplexity"] == pytest.approx(math.exp(compressed))
+    assert found["kl"]["value"] > 0
+    assert all(0 < error < 3 for error in found["output_errors"].values())
+
+    shown = qmoe(*arguments).out
+    assert f"{compressed:.5f}" in shown
+    assert f"{original:.5f}" in shown
+    assert all(name in shown for name in found["output_errors"])
+
+
+def test_eval_alone(qmoe: Run, file: Path, text: Path) -> None:
+    found = json.loads(qmoe("eval", file, "--text", text, "--samples", "2", "--json").out)
+    assert "original" not in found
+    assert found["tokens"] > 0
+    shown = qmoe("eval", file, "--text", text, "--samples", "2").out
+    assert "perplexity" in shown
+    assert "original" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", "no.qmoe", "x"], "not-found", "no.qmoe"),
+        (["generate", "{file}", ""], "argument", "no tokens"),
+        (["eval", "{file}", "--text", "no.jsonl"], "not-found", "no.jsonl"),
+        (["eval", "{file}", "--text", "{text}", "--against", "no"], "not-found", "original"),
+        (["eval", "{file}", "--text", "{text}", "--sequence-length", "1"], "argument", "2 or more"),
+        (["generate", "{file}", "x", "--device", "cuda:99"], "argument", "cuda:99"),
+    ],
+)
+def test_refusals(
+    qmoe: Run, file: Path, text: Path, arguments: list[str], code: str, words: str
+) -> None:
+    outcome = qmoe(*(part.format(file=file, text=text) for part in arguments))
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error[{code}]: ")
+    assert words in outcome.err

@@ -1,0 +1,134 @@
+"""Cross-entropy, KL and output errors against what transformers and the formulas say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from transformers import AutoTokenizer
+
+from qmoe_format import convert, unpack
+from qmoe_format.calibration.sequences import Batch, make_batches
+from qmoe_format.runtime import load_model
+from qmoe_format.runtime.evaluation import Mean, evaluate, perplexity
+from tests.tiny_models import WORDS, save_model
+from tests.tiny_models import load_model as load_original
+
+FAMILIES = ["mixtral", "switch_transformers"]
+TEXTS = [" ".join(WORDS[i % 60] for i in range(first, first + 50)) for first in (0, 17, 31)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any, Any, list[Batch]]:
+    """Original, compressed, dequantised, and batches, one of them with padding."""
+    folder = tmp_path_factory.mktemp("models")
+    source = save_model(folder / "checkpoint", request.param)
+    file = convert(source, folder / "m.qmoe")
+    original = load_original(source)
+    compressed = load_model(file, dtype=torch.float32)
+    dequantised = load_original(unpack(file, folder / "unpacked"))
+    batches = make_batches(
+        AutoTokenizer.from_pretrained(source),
+        original.config.to_dict(),
+        TEXTS,
+        sequence_length=24,
+        batch_size=2,
+    )
+    return original, compressed, dequantised, batches
+
+
+def loss_by_transformers(model: Any, batches: list[Batch]) -> float:
+    """What the model itself says of each sequence, without padding."""
+    total = tokens = 0
+    for batch in batches:
+        for row in range(len(batch.inputs.ids)):
+            ids = batch.inputs.ids[row][batch.inputs.attended[row]][None]
+            arguments = {"input_ids": ids, "labels": ids}
+            count = ids.shape[1] - 1
+            if batch.targets:
+                target = batch.targets.ids[row][batch.targets.attended[row]][None]
+                arguments |= {"decoder_input_ids": target[:, :-1], "labels": target[:, 1:]}
+                count = target.shape[1] - 1
+            with torch.no_grad():
+                total += float(model(**arguments).loss) * count
+            tokens += count
+    return total / tokens
+
+
+def test_cross_entropy_is_that_of_transformers(
+    models: tuple[Any, Any, Any, list[Batch]],
+) -> None:
+    _, compressed, dequantised, batches = models
+    done: list[tuple[int, int]] = []
+    found = evaluate(compressed, batches, progress=lambda *tokens: done.append(tokens))
+    assert found.cross_entropy.value == pytest.approx(
+        loss_by_transformers(dequantised, batches), rel=1e-5
+    )
+    assert found.original is None
+    assert found.output_errors == {}
+    assert done[-1] == (found.tokens, found.tokens)
+    assert [tokens for tokens, _ in done] == sorted(tokens for tokens, _ in done)
+
+
+def test_nothing_is_lost_to_the_same_weights(models: tuple[Any, Any, Any, list[Batch]]) -> None:
+    _, compressed, dequantised, batches = models
+    found = evaluate(compressed, batches, against=dequantised)
+    assert found.gap is not None
+    assert found.kl is not None
+    assert abs(found.gap.value) < 1e-5
+    assert abs(found.kl.value) < 1e-6
+    assert found.output_errors
+    assert max(found.output_errors.values()) < 1e-9
+
+
+def test_what_is_lost_to_the_original(models: tuple[Any, Any, Any, list[Batch]]) -> None:
+    original, compressed, dequantised, batches = models
+    found = evaluate(compressed, batches, against=original)
+    assert found.original is not None
+    assert found.gap is not None
+    assert found.kl is not None
+    assert found.original.value == pytest.approx(loss_by_transformers(original, batches), rel=1e-5)
+    assert found.gap.value == pytest.approx(found.cross_entropy.value - found.original.value)
+    assert found.kl.value > 1e-4
+
+    # Of the last layer's experts, from the dequantised model's own, given the same.
+    name = list(found.output_errors)[-1]
+    lost = there = 0.0
+
+    def compare(module: Any, arguments: Any, named: Any, output: torch.Tensor) -> None:
+        nonlocal lost, there
+        ours = dequantised.get_submodule(name)(*arguments, **named)
+        lost += float((output - ours).square().sum())
+        there += float(output.square().sum())
+
+    hook = original.get_submodule(name).register_forward_hook(compare, with_kwargs=True)
+    evaluate(original, batches)
+    hook.remove()
+    assert found.output_errors[name] == pytest.approx(lost / there, rel=1e-4)
+    assert 1e-3 < lost / there < 3
+
+
+def test_mean_weighs_tokens() -> None:
+    sums, tokens = torch.tensor([2.0, 9.0]).double(), torch.tensor([1.0, 3.0]).double()
+    mean = Mean.of(sums, tokens)
+    assert mean.value == pytest.approx(11 / 4)
+    assert mean.error == pytest.approx(math.hypot(2 - 11 / 4, 9 - 33 / 4) / 4)
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e4) == math.inf
+
+
+def test_hooks_do_not_stay(models: tuple[Any, Any, Any, list[Batch]], tmp_path: Path) -> None:
+    original, compressed, _, batches = models
+    evaluate(compressed, batches, against=original)
+    assert not any(module._forward_hooks for module in original.modules())
