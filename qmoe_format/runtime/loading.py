@@ -92,13 +92,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     with qmoe_format.open(path) as file, _attachments(file) as folder:
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Some classes make an empty vocabulary where there is none.
+            vocabularies = set(tokenizer.vocab_files_names.values())
+            if vocabularies and vocabularies.isdisjoint(file.attachments):
+                raise ValueError(f"there is none of {', '.join(sorted(vocabularies))}")
         except Exception as error:  # as various as tokenizers are
             raise QMoEError(
                 "not-found",
                 f"{file.path}: has no tokenizer that transformers can load ({error}); put its "
                 "files beside the checkpoint's config.json and convert it again",
             ) from error
+    return tokenizer
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""Tiny models of every family, converted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+
+import qmoe_format
+from tests.tiny_models import save_model
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A ``.qmoe`` file, the folder with compressed experts, and the same weights dequantised."""
+
+    file: Path
+    folder: Path
+    dense: Path
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    """``converted("mixtral")``, in float32, so that dequantised weights are exact."""
+    made: dict[str, Converted] = {}
+
+    def convert(model_type: str) -> Converted:
+        if model_type not in made:
+            base = tmp_path_factory.mktemp(model_type)
+            checkpoint = save_model(base / "checkpoint", model_type, torch.float32)
+            file = qmoe_format.convert(checkpoint, base / "m.qmoe", threads=1)
+            made[model_type] = Converted(
+                file,
+                qmoe_format.unpack(file, base / "compressed", compressed=True),
+                qmoe_format.unpack(file, base / "dense"),
+            )
+        return made[model_type]
+
+    return convert
+
+
+@pytest.fixture(params=["switch_transformers", "mixtral"])
+def model(request: pytest.FixtureRequest, converted: Callable[[str], Converted]) -> Converted:
+    """One with a module an expert in transformers, and one with fused experts."""
+    return converted(request.param)
