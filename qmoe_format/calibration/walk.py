@@ -49,7 +49,9 @@ class Walk:
     what they return; after the last, ``finish``.
 
     Attributes:
-        blocks: in order of execution, an encoder's before the decoder's.
+        blocks: in order of execution, an encoder's before the decoder's. After them those that a
+            checkpoint has for multi-token prediction and the model does not run: no token goes to
+            their experts.
         position: how many of them are done.
     """
 
@@ -83,6 +85,10 @@ class Walk:
         ]
         self.blocks = [self._stacks[part].described(number) for part, number in self._places]
         self.position = 0
+        for number in range(getattr(model.config, "num_mtp_layers", None) or 0):
+            block = self._stacks[-1].beyond(number)
+            if block.head in self._experts:
+                self.blocks.append(block)
         if heads := {block.head for block in self.blocks if block.head} ^ set(self._experts):
             raise QMoEError(
                 "checkpoint",
@@ -117,18 +123,15 @@ class Walk:
         Raises:
             QMoEError: ``value`` for hidden states that are NaN or infinite; ``io``.
         """
-        part, number = self._places[self.position]
-        stack = self._stacks[part]
         block = self.blocks[self.position]
         sweep(self._folder, self._needed(self.position))
         if block.head is None:
             return None
-        shape = stack.count, stack.top_k
-        files = (
-            self._rows("inputs", stack.count, stack.width),
-            self._rows("experts", *shape, torch.int64),
-            self._rows("weights", *shape),
-        )
+        if self.position >= len(self._places):
+            return self._nothing(block.head)
+        part, number = self._places[self.position]
+        stack = self._stacks[part]
+        files = self._routed(stack, stack.count)
         with ExitStack() as opened, stack.loaded(number):
             appends = [opened.enter_context(rows.writing()) for rows in files]
             for tokens, (inputs, *routing) in self._run(part, number):
@@ -150,6 +153,9 @@ class Walk:
         Raises:
             QMoEError: ``value`` for hidden states that are NaN or infinite; ``argument``; ``io``.
         """
+        if self.position >= len(self._places):
+            self.position += 1
+            return
         part, number = self._places[self.position]
         stack = self._stacks[part]
         block = self.blocks[self.position]
@@ -180,6 +186,23 @@ class Walk:
 
     def _rows(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Rows:
         return Rows(self._folder / f"{name}{SUFFIX}", rows, columns, dtype)
+
+    def _routed(self, stack: _Stack, count: int) -> tuple[Rows, Rows, Rows]:
+        """The files of what experts are given."""
+        return (
+            self._rows("inputs", count, stack.width),
+            self._rows("experts", count, stack.top_k, torch.int64),
+            self._rows("weights", count, stack.top_k),
+        )
+
+    def _nothing(self, head: str) -> Routed:
+        """What experts are given that no token goes to."""
+        files = self._routed(self._stacks[-1], 0)
+        for rows in files:
+            with rows.writing():
+                pass
+        counted = torch.zeros(0, dtype=torch.bool)
+        return Routed(*files, counted=counted, number=self._experts[head])
 
     def _hidden(self, part: int, number: int) -> Rows:
         """The hidden states before a block, or after a stack's last."""
@@ -304,8 +327,15 @@ class _Stack:
     def described(self, number: int) -> Block:
         name = f"{self.stage.stack}.{self.stage.blocks}.{number}"
         sparse = self._experts[number] is not None
-        head = self.family.on_disk(f"{name}.{self.stage.experts}") if sparse else None
-        return Block(name, head)
+        return Block(name, self._head(name) if sparse else None)
+
+    def beyond(self, number: int) -> Block:
+        """The block so many places after the last, if the checkpoint has it."""
+        name = f"{self.stage.stack}.{self.stage.blocks}.{len(self.blocks) + number}"
+        return Block(name, self._head(name))
+
+    def _head(self, block: str) -> str:
+        return self.family.on_disk(f"{block}.{self.stage.experts}")
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:

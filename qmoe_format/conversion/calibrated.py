@@ -409,7 +409,7 @@ def _norms(work: Work, number: int, tokens: int) -> Rows:
 def _write_norms(norms: Rows, hidden: Tensor, outputs: Tensor) -> None:
     """Of what went past the experts and what they return, as if at right angles."""
     with norms.writing() as append:
-        for first in range(0, len(hidden), 1 << 16):
+        for first in range(0, len(outputs), 1 << 16):
             parts = [each[first : first + (1 << 16)] for each in (hidden, outputs)]
             squares = [part.square().sum(1, keepdim=True) for part in parts]
             append((squares[0] + squares[1]).sqrt())

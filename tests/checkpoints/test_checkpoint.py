@@ -16,10 +16,11 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
 from qmoe_format.checkpoints import checkpoint as checkpoint_module
-from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.checkpoints.elements import TORCH_DTYPES, to_storage
 from qmoe_format.dtypes import STORAGE
+from tests.conftest import write_checkpoint
 
 Make = Callable[..., Path]
 HEAD = "encoder.block.1.layer.1.mlp.experts."
@@ -342,3 +343,112 @@ def test_experts_that_are_quantised_already(switch: Make) -> None:
 def test_nothing_like_an_expert_is_left_as_it_is(switch: Make, name: str) -> None:
     folder = switch(lambda state: state.update({HEAD + name: torch.zeros(6, 10)}))
     assert HEAD + name in refusal(folder)
+
+
+def fused(tmp_path: Path, model_type: str, *shapes: tuple[str, tuple[int, ...]]) -> Path:
+    """A checkpoint of zeros of a family that keeps the experts of a layer in one tensor."""
+    config = {"model_type": model_type, "num_local_experts": 3}
+    state = {f"model.layers.0.{name}": torch.zeros(shape) for name, shape in shapes}
+    return write_checkpoint(tmp_path / "fused", state, config)
+
+
+GRANITE = [
+    ("block_sparse_moe.router.layer.weight", (3, 4)),
+    ("block_sparse_moe.input_linear.weight", (3, 10, 4)),
+    ("block_sparse_moe.output_linear.weight", (3, 4, 5)),
+]
+GPT_OSS = [
+    ("mlp.router.weight", (3, 4)),
+    ("mlp.router.bias", (3,)),
+    ("mlp.experts.gate_up_proj", (3, 4, 10)),
+    ("mlp.experts.gate_up_proj_bias", (3, 10)),
+    ("mlp.experts.down_proj", (3, 5, 4)),
+    ("mlp.experts.down_proj_bias", (3, 4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shapes", "first"),
+    [("granitemoe", GRANITE, "input_linear"), ("gpt_oss", GPT_OSS, "gate_up_proj")],
+)
+def test_experts_in_one_tensor(tmp_path: Path, model_type: str, shapes: Any, first: str) -> None:
+    with open_checkpoint(fused(tmp_path, model_type, *shapes)) as checkpoint:
+        found = {stack.matrix: stack for stack in checkpoint.stacks}
+        assert len(found) == 2
+        assert found[first].name in checkpoint.tensors
+        assert (found[first].experts, found[first].rows, found[first].columns) == (3, 10, 4)
+        for stack in checkpoint.stacks:
+            assert checkpoint.read_expert(stack, 2).shape == (stack.rows, stack.columns)
+            assert stack.name not in checkpoint.others
+        assert len(checkpoint.others) == len(shapes) - 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shapes", "changed", "said"),
+    [
+        ("granitemoe", GRANITE, {1: (2, 10, 4)}, "there are 2 experts"),
+        ("granitemoe", GRANITE, {1: (10, 4)}, "has shape [10, 4]"),
+        ("granitemoe", GRANITE, {1: None}, "there is no tensor 'model.layers.0.block_sparse_moe.i"),
+        ("granitemoe", GRANITE, {1: None, 2: None}, "no expert weights found"),
+        ("granitemoe", GRANITE, {0: (4, 4)}, "the router beside"),
+        ("gpt_oss", GPT_OSS, {2: None}, "there is no tensor 'model.layers.0.mlp.experts.gate_up_"),
+    ],
+)
+def test_one_tensor_that_is_wrong(
+    tmp_path: Path, model_type: str, shapes: Any, changed: dict[int, Any], said: str
+) -> None:
+    changed_shapes = [
+        (name, changed.get(number, shape)) for number, (name, shape) in enumerate(shapes)
+    ]
+    kept = [(name, shape) for name, shape in changed_shapes if shape is not None]
+    assert said in refusal(fused(tmp_path, model_type, *kept))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shapes", "name"),
+    [
+        ("granitemoe", GRANITE, "block_sparse_moe.input_linear.weight_scale"),
+        ("granitemoe", GRANITE, "block_sparse_moe.input_linear_bias"),
+        ("granitemoe", GRANITE, "block_sparse_moe.experts.gate_up_proj"),
+        ("gpt_oss", GPT_OSS, "mlp.experts.gate_up_proj_blocks"),
+        ("gpt_oss", GPT_OSS, "mlp.experts.0.up_proj.weight"),
+        ("gpt_oss", GPT_OSS, "mlp.experts.up_proj_bias"),
+    ],
+)
+def test_nothing_like_a_part_of_experts_is_left_as_it_is(
+    tmp_path: Path, model_type: str, shapes: Any, name: str
+) -> None:
+    assert name in refusal(fused(tmp_path, model_type, *shapes, (name, (3, 4, 10))))
+
+
+@pytest.mark.parametrize(
+    "quantisation", [{"quant_method": "mxfp4"}, {"quant_method": "fp8"}, {}, "what?"]
+)
+def test_a_checkpoint_that_is_quantised_already(switch: Make, quantisation: Any) -> None:
+    config = {"model_type": "switch_transformers", "quantization_config": quantisation}
+    message = refusal(switch(config=config))
+    assert "quantised already" in message
+    if isinstance(quantisation, dict) and quantisation:
+        assert quantisation["quant_method"] in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "split"),
+    [
+        ("mixtral", "0.block_sparse_moe.experts.w1", ("0.block_sparse_moe.experts", "w1")),
+        (
+            "granitemoe",
+            "block_sparse_moe.input_linear.weight",
+            ("block_sparse_moe", "input_linear"),
+        ),
+        ("gpt_oss", "0.mlp.experts.gate_up_proj", ("0.mlp.experts", "gate_up_proj")),
+        ("mixtral", "0.block_sparse_moe.experts.w4", None),
+        ("mixtral", "0.block_sparse_moe.experts.0.w1.weight", None),
+        ("mixtral", "0.block_sparse_moe.gate.weight", None),
+        ("granitemoe", "0.shared_block_sparse_moe.input_linear.weight", None),
+        ("granitemoe", "0.block_sparse_moe.input_linear", None),
+        ("gpt_oss", "0.mlp.experts.gate_up_proj_bias", None),
+    ],
+)
+def test_names_of_stacks(model_type: str, name: str, split: tuple[str, str] | None) -> None:
+    assert ADAPTERS[model_type].split(name) == split

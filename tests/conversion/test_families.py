@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from qmoe_format.errors import QMoEError
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
@@ -141,3 +144,45 @@ def test_calibrated(
             assert 0 < difference < 0.5, name
         else:
             assert after[name].equal(original), name
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_experts_for_multi_token_prediction(
+    model_type: str,
+    folder_of: Callable[[str], Path],
+    converted: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Transformers does not run them, so that only their own weights can tell how to round them."""
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(model_type), folder)
+    state = load_file(folder / "model.safetensors")
+    further = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in state.items()
+        if "layers.1." in name
+    }
+    save_file(state | further, folder / "model.safetensors", metadata={"format": "pt"})
+    options: dict[str, dict[str, Any]] = {
+        "free.qmoe": {"calibration": None},
+        "qmoe.qmoe": {"recipe": "qmoe"},
+        "rd.qmoe": {"recipe": "rd", "rate_lambda": 0.02},
+    }
+    for name, settings in options.items():
+        file = converted(folder, name, samples=8, **settings)
+        unpacked = qmoe_format.unpack(file, tmp_path / f"unpacked-{name}")
+        after = load_file(unpacked / "model-00001-of-00001.safetensors")
+        assert after.keys() == state.keys() | further.keys()
+        for name, original in further.items():
+            if ".experts." in name:
+                error = (after[name] - original).float().square().sum()
+                assert 0 < error < 0.5 * original.float().square().sum()
+            else:
+                assert after[name].equal(original)
+        if settings.get("recipe"):
+            with qmoe_format.open(file) as opened:
+                report = read_report(opened)
+            for stack in report["stacks"]:
+                beyond = ".layers.2." in stack["name"]
+                assert all((e["tokens"] == 0) >= beyond for e in stack["experts"])
+                assert all(e["fallback"] for e in stack["experts"] if beyond)
