@@ -76,9 +76,12 @@ def write_experts(
             with writer.add_stack(
                 name, entry.shape, entry.dtype, entry.encoding, entry.members, **entry.parameters
             ) as stack:
+                done = 0
                 for expert in range(entry.shape[0]):
                     if entry.encoding == TERNARY_DICT.name:
                         stack.append(file.encoded(name, expert))
                     else:
                         stack.append(file.read_expert(name, expert))
-                    written(entry.stored_bytes // entry.extent_count)
+                    share = entry.stored_bytes * (expert + 1) // entry.shape[0] - done
+                    done += share
+                    written(share)

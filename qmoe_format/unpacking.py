@@ -76,7 +76,9 @@ def unpack(
     ):
         tensors = list(_tensors(file, stacks=not compressed))
         total = sum(tensor.nbytes for tensor in tensors)
+        changed = {}
         if compressed:
+            changed[CONFIG] = json.dumps(marked(read_config(file)), indent=2).encode() + b"\n"
             total += sum(entry.stored_bytes for entry in file.tensors.values() if entry.stack)
         done = 0
 
@@ -92,16 +94,13 @@ def unpack(
         unfinished = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.partial")
         unfinished.mkdir()
         try:
-            for name in file.attachments:
-                if not (compressed and name == CONFIG):
-                    write_new(unfinished / name, file.attachment(name))
             if compressed:
-                config = json.dumps(marked(read_config(file)), indent=2).encode() + b"\n"
-                write_new(unfinished / CONFIG, config)
-                write_safetensors(unfinished / DENSE, tensors, written)
                 write_experts(file, unfinished / EXPERTS, report)
+                write_safetensors(unfinished / DENSE, tensors, written)
             else:
                 write_sharded(unfinished, tensors, shard_bytes, written)
+            for name in file.attachments:
+                write_new(unfinished / name, changed.get(name) or file.attachment(name))
             sync_folder(unfinished)
             unfinished.rename(folder)
             sync_folder(folder.parent)
