@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -127,6 +129,22 @@ def save_model(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+def add_prediction_layer(folder: Path) -> dict[str, Tensor]:
+    """Give a checkpoint of ``save_model`` one layer more, for multi-token prediction.
+
+    Returns:
+        Its tensors by name.
+    """
+    state = load_file(folder / "model.safetensors")
+    further = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in state.items()
+        if "layers.1." in name
+    }
+    save_file(state | further, folder / "model.safetensors", metadata={"format": "pt"})
+    return further
 
 
 def load_model(folder: Path) -> Any:

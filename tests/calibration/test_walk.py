@@ -36,7 +36,7 @@ from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
 from qmoe_format.families import wiring
-from tests.tiny_models import CONFIGS, load_model, save_model
+from tests.tiny_models import CONFIGS, add_prediction_layer, load_model, save_model
 
 VOCABULARY = 50
 SWITCH: dict[str, Any] = {
@@ -244,6 +244,34 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         batches = random_batches(checkpoint)
         assert_like_the_model(checkpoint, batches, tmp_path / "walk", 5e-6)
+
+
+def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "deepseek_v3", torch.float32)
+    add_prediction_layer(folder)
+    (tmp_path / "walk").mkdir()
+    with open_checkpoint(folder) as checkpoint:
+        batches = random_batches(checkpoint)
+        walk = Walk(checkpoint, batches, tmp_path / "walk")
+        assert [block.name for block in walk.blocks] == [f"model.layers.{n}" for n in range(3)]
+        walk.start()
+        for _ in range(2):
+            step(walk, checkpoint)
+        end = walk.hidden().clone()
+        assert walk.blocks[2].head == "model.layers.2.mlp.experts"
+        for again in (walk, Walk(checkpoint, batches, tmp_path / "walk")):
+            again.start(2)
+            routed = step(again, checkpoint)
+            assert routed
+            assert (len(routed.inputs), len(routed.counted)) == (0, 0)
+            assert all(len(routed.tokens_of(expert)[0]) == 0 for expert in range(6))
+            assert again.position == 3
+            assert again.hidden().equal(end)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with open_checkpoint(folder) as checkpoint:
+        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
+        assert "model.layers.2.mlp.experts" in said
 
 
 @pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])

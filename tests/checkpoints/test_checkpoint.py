@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -452,3 +454,14 @@ def test_a_checkpoint_that_is_quantised_already(switch: Make, quantisation: Any)
 )
 def test_names_of_stacks(model_type: str, name: str, split: tuple[str, str] | None) -> None:
     assert ADAPTERS[model_type].split(name) == split
+
+
+def test_names_need_no_torch() -> None:
+    """``unpack`` has to know them."""
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'safetensors', 'transformers'])\n"
+        "import qmoe_format.unpacking\n"
+        "from qmoe_format.checkpoints import adapter_for\n"
+        "assert adapter_for({'model_type': 'gpt_oss'}).transposed"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
