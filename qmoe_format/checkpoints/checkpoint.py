@@ -152,9 +152,9 @@ def _check_not_quantised(config: Mapping[str, Any]) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     raise QMoEError(
         "checkpoint",
-        f"config.json: the weights are quantised already ({method}), and rounding twice would cost "
-        "more than it saves; take the model in a float type, or let transformers dequantise it "
-        "and save that",
+        f"config.json: the weights are quantised already ({method}); convert the model in a float "
+        "type, or load this one with transformers and dequantize=True in its quantization_config, "
+        "save_pretrained that, and convert it",
     )
 
 

@@ -40,6 +40,9 @@ def convert(
 ) -> Path:
     """Convert a checkpoint directory. The same input and settings give the same bytes.
 
+    Experts of layers for multi-token prediction are converted, too, but no text reaches them: they
+    are rounded by their own weights alone.
+
     Without calibration memory stays below 1 GiB plus twice the largest tensor; with it, one block
     without its experts, and a few GiB for experts and their Hessians, are in memory. Nothing
     appears at ``destination`` before it is whole, and what was there stays until then.
