@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import qmoe_format
@@ -37,16 +38,22 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True  # only a model that is compressed already can be loaded
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one call before the model is built."""
+        """The one call before weights are looked for and the model is built."""
         config.transformers_weights = DENSE
         build_without_experts(config)
         return config
 
+    update_tp_plan = update_attn_implementation  # that one call in older releases
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
-        self.file = qmoe_format.open(folder / self.quantization_config.file)
+        path = Path(self.quantization_config.file)
+        if checkpoint_files:
+            path = Path(checkpoint_files[0]).parent / path
+            if not path.exists():
+                _fetch(model.config.name_or_path, path)
+        self.file = qmoe_format.open(path)
         install(model, self.file)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -64,6 +71,12 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _fetch(model: str, path: Path) -> None:
+    """Into the cache ``…/models--NAME/snapshots/COMMIT``, where all else was downloaded to."""
+    if not Path(model).is_dir() and path.parent.parent.name == "snapshots":
+        cached_file(model, path.name, cache_dir=path.parents[3], revision=path.parent.name)
+
+
 def _check_complete(model: Any, path: str) -> None:
     """transformers marks what it has loaded, and initialises what is missing at random."""
     missing = [
@@ -75,7 +88,8 @@ def _check_complete(model: Any, path: str) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise QMoEError(
             "checkpoint",
-            f"{path}: there are no weights for {missing[0]}{more}; convert the checkpoint again",
+            f"{path}: there are no weights for {missing[0]}{more}; convert the checkpoint again, "
+            "or update transformers",
         )
 
 

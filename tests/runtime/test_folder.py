@@ -40,6 +40,8 @@ for path in map(Path, sys.argv[1:]):
 print(json.dumps(said))
 """
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture
 def copied(model: Converted, tmp_path: Path) -> Path:
@@ -192,6 +194,28 @@ def test_pushing_uploads_the_whole_folder(
 class Card:
     def save(self, path: str) -> None:
         pass
+
+
+def test_from_a_hub(model: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is in a repository transformers fetches only what it knows."""
+    repository = tmp_path / "models--someone--some-model"
+    snapshot = shutil.copytree(model.folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (snapshot / "experts.qmoe").unlink()
+    asked = []
+
+    def fetch(name: str, file: str, **options: Any) -> None:
+        asked.append((name, file, options["revision"], options["cache_dir"]))
+        shutil.copy(model.folder / file, snapshot)
+
+    monkeypatch.setattr("qmoe_format.runtime.plugin.cached_file", fetch)
+    kind = type(load_model(model.file))
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    for _ in range(2):  # downloaded, and from the cache
+        loaded = kind.from_pretrained("someone/some-model", **options)
+        assert torch.equal(logits(loaded), logits(load_model(model.file)))
+        assert asked == [("someone/some-model", "experts.qmoe", COMMIT, tmp_path)]
 
 
 def test_a_folder_without_its_experts(copied: Path) -> None:
