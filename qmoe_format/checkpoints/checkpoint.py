@@ -153,8 +153,9 @@ def _check_not_quantised(config: Mapping[str, Any]) -> None:
     raise QMoEError(
         "checkpoint",
         f"config.json: the weights are quantised already ({method}); convert the model in a float "
-        "type, or load this one with transformers and dequantize=True in its quantization_config, "
-        "save_pretrained that, and convert it",
+        "type. To make one: load this one with transformers and dequantize=True in its "
+        "quantization_config, put its state dict into a new model of its config, and save that "
+        "(saved as it is, experts would keep the names of quantised ones)",
     )
 
 
