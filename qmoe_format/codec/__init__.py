@@ -3,7 +3,7 @@
     encode, decode              int8 trits <-> ``EncodedTrits``
     encode_matrix, dequantize   the same with scales: ``EncodedMatrix`` -> float32
     dequantize_rows             some rows of it, into an array
-    matvec, matmul              y = W x without decoding W
+    matvec, matvecs, matmul     y = W x without decoding W
     fit_dictionary, standard_dictionary
 
 Numba is loaded by the first call that encodes, decodes or multiplies.
@@ -11,7 +11,7 @@ Numba is loaded by the first call that encodes, decodes or multiplies.
 
 from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
 from qmoe_format.codec.matrix import EncodedMatrix, dequantize, dequantize_rows, encode_matrix
-from qmoe_format.codec.product import matmul, matvec
+from qmoe_format.codec.product import Product, matmul, matvec, matvecs
 from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
 
@@ -20,6 +20,7 @@ __all__ = [
     "Dictionary",
     "EncodedMatrix",
     "EncodedTrits",
+    "Product",
     "Profile",
     "decode",
     "dequantize",
@@ -29,5 +30,6 @@ __all__ = [
     "fit_dictionary",
     "matmul",
     "matvec",
+    "matvecs",
     "standard_dictionary",
 ]

@@ -18,7 +18,7 @@ they stay in the first-level cache and a position fits 15 bits.
 
 Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or
 ``segment * 8 + reason``. None reads or writes outside its arrays whatever the segments hold, given
-that ``offsets`` ascend within ``segments`` and at least 8 bytes follow the last one.
+that ``lengths`` and ``shortest`` add up to what is in ``segments`` and at least 8 bytes follow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qmoe_format.codec.memory import TILE, add_tile, at, at_from, load16, load32, load64, store64
+from qmoe_format.codec.lanes import (
+    add_lanes,
+    add_scaled,
+    add_where,
+    as_float32,
+    deposit,
+    gather,
+    high_bits,
+    lane_sum,
+    ones,
+    zero_lanes,
+)
+from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
 
 OK = -1
 ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
@@ -38,8 +50,13 @@ ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
 CHUNK = np.uint64(32512)
 # Room for a chunk of non-zeros only, and for the words that the last entry writes beyond them.
 LIST_LENGTH = 32768 + 64
+CHUNK_WORDS = 32768 // 64 + 8
+BEYOND_X = 32  # elements of x that may be read behind its last one
 
-ONE, TWO, THREE, SEVEN, EIGHT = (np.uint64(n) for n in (1, 2, 3, 7, 8))
+ZERO, ONE, TWO, THREE, SIX, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 6, 7, 8))
+SIXTEEN, THIRTY_TWO, LAST, BYTE = (np.uint64(n) for n in (16, 32, 63, 255))
+WHOLE_BYTES = ~SEVEN
+HALF_WORD, ALL_ONES = np.uint64(0xFFFF_FFFF), np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 LANE = np.uint64(0xFFFF)
 HALF = np.float32(0.5)
 POSITION = np.uint16(0x7FFF)
@@ -120,6 +137,20 @@ def _make_scan(take: Any) -> Any:
 _scan_1, _scan_2, _scan_4 = _make_scan(_take_1), _make_scan(_take_2), _make_scan(_take_4)
 
 
+@njit(nogil=True, forceinline=True)
+def _positions(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
+    words = positions.shape[1]
+    if words == 1:
+        return _scan_1(
+            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+        )
+    if words == 2:
+        return _scan_2(
+            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+        )
+    return _scan_4(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found)
+
+
 @njit(nogil=True, cache=True, forceinline=True)
 def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
                 positions, steps, nonzeros, longest, sign_bytes, found, signs):  # fmt: skip
@@ -129,19 +160,9 @@ def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
     number of non-zeros.
     """
     limit = min(ahead, CHUNK)
-    words = positions.shape[1]
-    if words == 1:
-        left, passed, count = _scan_1(
-            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-        )
-    elif words == 2:
-        left, passed, count = _scan_2(
-            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-        )
-    else:
-        left, passed, count = _scan_4(
-            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-        )
+    left, passed, count = _positions(
+        segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+    )
     if passed < limit:
         return left, np.uint64(0), count
     if in_codeword:
@@ -159,8 +180,17 @@ def _next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
     return left, passed, count
 
 
+@njit(nogil=True, forceinline=True)
+def _beginning(segment, lengths, shortest):
+    """Where a segment begins, in bytes; ``lengths`` are those above the ``shortest``."""
+    begin = np.uint64(segment) * shortest
+    for before in range(segment):
+        begin += np.uint64(lengths[before])
+    return begin
+
+
 @njit(nogil=True, cache=True)
-def decode_segments(first, last, segments, offsets, width, in_codeword,
+def decode_segments(first, last, segments, lengths, shortest, width, in_codeword,
                     positions, steps, nonzeros, longest, sign_bytes, span,
                     totals, out):  # fmt: skip
     """Decode into ``out``, int8, flat; check the segments wholly ([E-9] to [E-12]).
@@ -169,12 +199,14 @@ def decode_segments(first, last, segments, offsets, width, in_codeword,
     """
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
+    behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
         target = out[segment * span : (segment + 1) * span]
         target[:] = 0
         weights = np.uint64(target.size)
-        begin = np.uint64(offsets[segment])
-        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
         place = seen = np.uint64(0)
         while place < weights:
             left, passed, count = _next_chunk(
@@ -201,12 +233,14 @@ def decode_segments(first, last, segments, offsets, width, in_codeword,
 
 
 @njit(nogil=True, cache=True)
-def find_unused_codeword(first, last, segments, offsets, width, span, weights, steps):
+def find_unused_codeword(first, last, segments, lengths, shortest, width, span, weights, steps):
     """Look for a codeword that the dictionary does not have ([D-5]); ``weights``: of the matrix."""
     mask = (ONE << width) - ONE
+    behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
-        begin = np.uint64(offsets[segment])
-        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
         ahead = min(span, weights - segment * span)
         while ahead > 0 and left >= width:
             left -= width
@@ -220,63 +254,207 @@ def find_unused_codeword(first, last, segments, offsets, width, span, weights, s
 @njit(nogil=True, cache=True, forceinline=True)
 def _first_at(found, start, stop, place):
     """The first of ``found[start:stop]``, which ascend, that is not below ``place``."""
-    if start == stop or found[stop - 1] < place:
-        return stop
-    while start < stop:
-        middle = (start + stop) >> 1
-        if found[middle] < place:
-            start = middle + 1
-        else:
-            stop = middle
+    count = stop - start
+    while count > 0:  # no branch on data: where a row ends cannot be foretold
+        half = (count + 1) >> 1
+        start += half * (np.int64(found[start + half - 1] & POSITION) < place)
+        count >>= 1
     return start
 
 
-@njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_segments(first, last, segments, offsets, width, in_codeword,
-                 positions, steps, nonzeros, longest, sign_bytes, span,
-                 columns, group_size, x, out):  # fmt: skip
-    """Sums of ``x`` float32 [columns] over the -1 and over the +1 trits of each row and group.
+@njit(nogil=True, forceinline=True)
+def _append(bits, base, held, place, mask):
+    """Set the ones of ``mask`` in ``bits`` from bit ``place`` on, behind all that are set.
 
-    ``out`` float32 [rows, groups, 2], zeroed. ``span`` is ``columns`` times the rows of a segment.
+    ``held`` is the word last written, at bit ``base``, a multiple of 8; returns the next of both.
     """
-    found = np.empty(LIST_LENGTH, np.uint16)
-    signs = np.empty(LIST_LENGTH, np.int8)
+    here = place & WHOLE_BYTES
+    held = (held >> (here - base)) | (mask << (place & SEVEN))
+    store64(bits, here >> THREE, held)
+    return here, held
+
+
+@njit(nogil=True, forceinline=True)
+def _mark(segments, begin, left, limit, width, masks, sizes, longest, bits):
+    """Set a bit of ``bits`` for each non-zero, until ``limit`` weights are passed.
+
+    Returns the bits left of the segment, and the weights passed.
+    """
+    code = (ONE << width) - ONE
+    place = base = held = ZERO
+    three, two = THREE * width, TWO * width
+    safe = limit - THREE * longest if limit > THREE * longest else ZERO
+    while place < safe and left >= three:
+        left -= three
+        word = load64(segments, begin + (left >> THREE)) >> (left & SEVEN)
+        a, b, c = (word >> two) & code, (word >> width) & code, word & code
+        second = np.uint64(at(sizes, a))
+        third = second + np.uint64(at(sizes, b))
+        mask = at(masks, a) | (at(masks, b) << second) | (at(masks, c) << third)
+        base, held = _append(bits, base, held, place, mask)
+        place += third + np.uint64(at(sizes, c))
+    while place < limit and left >= width:
+        left -= width
+        a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & code
+        base, held = _append(bits, base, held, place, at(masks, a))
+        place += np.uint64(at(sizes, a))
+    store64(bits, (base >> THREE) + EIGHT, ZERO)
+    return left, place
+
+
+@njit(nogil=True, cache=True)
+def _mark_signs(segments, begin, left, seen, passed, bits, minus):
+    """Set in ``minus`` the bits of those of ``bits`` whose sign is negative.
+
+    ``seen`` signs were used before; returns how many are now, or one more than ``left`` if there
+    are too few.
+    """
+    for word in range((passed + LAST) >> SIX):
+        mask = at(bits, word)
+        after = seen + ones(mask)
+        if after > left:
+            return left + ONE
+        signs = load64(segments, begin + (seen >> THREE)) >> (seen & SEVEN)
+        low = mask & HALF_WORD
+        negative = deposit(signs, low)
+        middle = seen + ones(low)
+        signs = load64(segments, begin + (middle >> THREE)) >> (middle & SEVEN)
+        negative |= deposit(signs, mask ^ low)
+        store64(minus, word << THREE, negative)
+        seen = after
+    return seen
+
+
+@njit(nogil=True, cache=True)
+def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
+              masks, negative, sizes, longest, span,
+              columns, group_size, row_scale, x, out):  # fmt: skip
+    """Products of rows and ``x`` float32 [columns + ``BEYOND_X``], into ``out`` float32 [rows].
+
+    ``row_scale`` as stored. ``span`` is ``columns`` times the rows of a segment.
+    """
+    bits = np.zeros(CHUNK_WORDS, np.uint64)
+    minus = np.zeros(CHUNK_WORDS, np.uint64)
+    groups, values = row_scale.shape[1], row_scale.shape[2]
+    behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
-        begin = np.uint64(offsets[segment])
-        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
         row = segment * (span // columns)
         weights = min(span, (out.shape[0] - row) * columns)
         place = np.int64(0)  # where the chunk begins in the segment
         row_start = np.int64(0)  # where the row does
         group = np.int64(0)
-        seen = np.uint64(0)
-        minus = plus = np.float32(0)
+        seen = ZERO
+        total = zero_lanes()  # of the row, scaled
+        plus_a = plus_b = minus_a = minus_b = zero_lanes()  # of the group
         while place < weights:
-            left, passed, count = _next_chunk(
-                segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs,
-            )  # fmt: skip
-            if passed == 0:
+            limit = min(np.uint64(weights - place), CHUNK)
+            before = left
+            left, passed = _mark(segments, begin, left, limit, width, masks, sizes, longest, bits)
+            if passed < limit:
+                return segment * 8 + ENDS_EARLY
+            if in_codeword:
+                _mark(segments, begin, before, limit, width, negative, sizes, longest, minus)
+            else:
+                seen = _mark_signs(segments, begin, left, seen, passed, bits, minus)
+                if seen > left:
+                    return segment * 8 + ENDS_EARLY
+            start = ZERO
+            while row_start < weights:
+                end = row_start + min((group + 1) * group_size, columns) - place
+                stop = np.uint64(min(end, np.int64(passed)))
+                column = np.uint64(place - row_start)  # of the chunk's first weight; may wrap
+                while start < stop:
+                    these = ALL_ONES >> (LAST - min(stop - start, THIRTY_TWO) + ONE)
+                    shift, byte = start & SEVEN, start >> THREE
+                    mask = (load64(bits, byte) >> shift) & these
+                    negatives = (load64(minus, byte) >> shift) & mask
+                    positives = mask ^ negatives
+                    plus_a = add_where(plus_a, positives, x, column + start)
+                    plus_b = add_where(plus_b, positives >> SIXTEEN, x, column + start + SIXTEEN)
+                    minus_a = add_where(minus_a, negatives, x, column + start)
+                    minus_b = add_where(minus_b, negatives >> SIXTEEN, x, column + start + SIXTEEN)
+                    start += THIRTY_TWO
+                start = stop
+                if end > np.int64(passed):
+                    break
+                high = as_float32(row_scale[row, group, values - 1])
+                low = as_float32(row_scale[row, group, 0])
+                if values == 1:
+                    low = -low
+                total = add_scaled(add_scaled(total, plus_a, high), plus_b, high)
+                total = add_scaled(add_scaled(total, minus_a, low), minus_b, low)
+                plus_a = plus_b = minus_a = minus_b = zero_lanes()
+                group += 1
+                if group == groups:
+                    out[row] = lane_sum(total)
+                    total = zero_lanes()
+                    group = 0
+                    row += 1
+                    row_start += columns
+            place += np.int64(passed)
+    return OK
+
+
+@njit(nogil=True, fastmath=REORDER, cache=True)
+def dot_sparse(first, last, segments, lengths, shortest, width, in_codeword,
+               positions, steps, nonzeros, longest, span,
+               columns, group_size, row_scale, x, out):  # fmt: skip
+    """``dot_dense`` for long entries: a gather of ``x`` at the non-zeros, sixteen at a time."""
+    found = np.empty(LIST_LENGTH, np.uint16)
+    groups, values = row_scale.shape[1], row_scale.shape[2]
+    behind = _beginning(first, lengths, shortest)
+    for segment in range(first, last):
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
+        row = segment * (span // columns)
+        weights = min(span, (out.shape[0] - row) * columns)
+        place = np.int64(0)
+        row_start = np.int64(0)
+        group = np.int64(0)
+        seen = ZERO
+        total = zero_lanes()
+        plus = minus = zero_lanes()
+        while place < weights:
+            limit = min(np.uint64(weights - place), CHUNK)
+            left, passed, count = _positions(
+                segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
+            )
+            if passed < limit or (not in_codeword and seen + count > left):
                 return segment * 8 + ENDS_EARLY
             start = np.int64(0)
             while row_start < weights:
                 end = row_start + min((group + 1) * group_size, columns) - place
                 stop = _first_at(found, start, np.int64(count), end)
-                column = np.uint64(place - row_start)  # of the chunk's first weight; may wrap
-                for j in range(np.uint64(start), np.uint64(stop)):
-                    # A product where a choice would do: it is the form that LLVM vectorises.
-                    is_plus = HALF + HALF * np.float32(at(signs, j))
-                    value = at_from(x, column, at(found, j))
-                    plus += value * is_plus
-                    minus += value * (np.float32(1) - is_plus)
+                column = np.uint64(place - row_start)
+                while start < stop:
+                    these = ALL_ONES >> (LAST - np.uint64(min(stop - start, 16)) + ONE)
+                    if in_codeword:
+                        negatives = high_bits(found, np.uint64(start)) & these
+                    else:
+                        bit = seen + np.uint64(start)
+                        signs = load64(segments, begin + (bit >> THREE)) >> (bit & SEVEN)
+                        negatives = signs & these
+                    some = gather(x, column, found, np.uint64(start), these)
+                    plus = add_lanes(plus, some, these ^ negatives)
+                    minus = add_lanes(minus, some, negatives)
+                    start += 16
                 start = stop
                 if end > np.int64(passed):
                     break
-                out[row, group, 0] = minus
-                out[row, group, 1] = plus
-                minus = plus = np.float32(0)
+                high = as_float32(row_scale[row, group, values - 1])
+                low = as_float32(row_scale[row, group, 0])
+                if values == 1:
+                    low = -low
+                total = add_scaled(add_scaled(total, plus, high), minus, low)
+                plus = minus = zero_lanes()
                 group += 1
-                if group == out.shape[1]:
+                if group == groups:
+                    out[row] = lane_sum(total)
+                    total = zero_lanes()
                     group = 0
                     row += 1
                     row_start += columns
@@ -286,7 +464,7 @@ def dot_segments(first, last, segments, offsets, width, in_codeword,
 
 
 @njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
+def dot_segments_tile(first, last, segments, lengths, shortest, width, in_codeword,
                       positions, steps, nonzeros, longest, sign_bytes, span,
                       columns, group_size, x, out):  # fmt: skip
     """``dot_segments`` for ``TILE`` tokens: ``x`` [columns, TILE], ``out`` [rows, groups, 2, TILE].
@@ -296,9 +474,11 @@ def dot_segments_tile(first, last, segments, offsets, width, in_codeword,
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
     sums = np.zeros((4, 2, TILE), np.float32)
+    behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
-        begin = np.uint64(offsets[segment])
-        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
         row = segment * (span // columns)
         weights = min(span, (out.shape[0] - row) * columns)
         place = np.int64(0)
@@ -362,7 +542,7 @@ def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
 
 
 @njit(nogil=True, cache=True)
-def weights_of_segments(first, last, segments, offsets, width, in_codeword,
+def weights_of_segments(first, last, segments, lengths, shortest, width, in_codeword,
                         positions, steps, nonzeros, longest, sign_bytes, span,
                         columns, group_size, low_high, column_scale, first_row, out):  # fmt: skip
     """Weights ([V-1], [V-2]) of as many rows as ``out`` has, float32 [rows, columns], zeroed.
@@ -372,9 +552,11 @@ def weights_of_segments(first, last, segments, offsets, width, in_codeword,
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
     flat = out.reshape(-1)
+    behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
-        begin = np.uint64(offsets[segment])
-        left = EIGHT * (np.uint64(offsets[segment + 1]) - begin)
+        begin = behind
+        behind += shortest + np.uint64(lengths[segment])
+        left = EIGHT * (behind - begin)
         row = segment * (span // columns)
         weights = min(span, (low_high.shape[0] - row) * columns)
         place = np.int64(0)

@@ -6,15 +6,19 @@ each row and group, and the row scales are applied to the two sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.matrix import EncodedMatrix
-from qmoe_format.codec.segments import run, segment_arguments
+from qmoe_format.codec.segments import Call, run, run_all, segment_arguments
 from qmoe_format.dtypes import to_float32
 from qmoe_format.errors import QMoEError
+
+Product = tuple[EncodedMatrix, npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""W, x and the y to be written of a ``matvec``."""
 
 
 def matvec(
@@ -28,14 +32,40 @@ def matvec(
     Raises ``QMoEError``: ``argument`` for shapes or types that do not fit, ``malformed`` for a
     segment that ends early. Other damage is for ``decode`` to find.
     """
-    from qmoe_format.codec.kernels import dot_segments
-
-    scaled = _scaled(matrix, _checked(x, (matrix.columns,), "x"))
     out = _output(out, (matrix.rows,))
-    sums = np.zeros((matrix.rows, matrix.groups, 2), np.float32)
-    run(dot_segments, range(matrix.trits.count), threads, *_arguments(matrix), scaled, sums)
-    np.einsum("rgs,rgs->r", sums, matrix.low_high(), out=out)
+    matvecs([(matrix, x, out)], threads)
     return out
+
+
+def matvecs(products: Sequence[Product], threads: int = 1) -> None:
+    """``matvec`` of each (matrix, x, out), with threads started once for all. Raises as it does."""
+    run_all([_call(*product) for product in products if product[2].size], threads)
+
+
+def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> Call:
+    from qmoe_format.codec.kernels import BEYOND_X, dot_dense, dot_sparse
+    from qmoe_format.codec.tables import tables
+
+    padded = np.zeros(matrix.columns + BEYOND_X, np.float32)
+    padded[: matrix.columns] = _scaled(matrix, _checked(x, (matrix.columns,), "x"))
+    _checked(out, (matrix.rows,), "out")
+    if not matrix.columns:
+        out[:] = 0
+    trits, dictionary = matrix.trits, matrix.dictionary
+    row_scale = matrix.row_scale
+    if matrix.scale_dtype == "F16":
+        row_scale = row_scale.astype(np.float32)
+    columns = max(matrix.columns, 1)  # an empty row is never reached, only divided by
+    look_up = tables(dictionary)
+    kernel, entries = dot_sparse, (look_up.positions, look_up.steps, look_up.nonzeros)
+    if look_up.masks.size:
+        kernel, entries = dot_dense, (look_up.masks, look_up.negative, look_up.sizes)
+    return kernel, range(trits.count), (
+        trits.segments, trits.lengths, np.uint64(trits.length_base),
+        np.uint64(dictionary.width), dictionary.signs == "codeword",
+        *entries, np.uint64(dictionary.max_length), trits.rows_per_segment * trits.columns,
+        columns, matrix.group_size or columns, row_scale, padded, out,
+    )  # fmt: skip
 
 
 def matmul(

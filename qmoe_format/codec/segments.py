@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,11 +172,10 @@ def decode(
     totals = np.zeros(encoded.count, np.int64)
     look_up = tables(encoded.dictionary)
     if look_up.used < 1 << encoded.dictionary.width:
-        segments, offsets, width = arguments[:3]
         span = encoded.rows_per_segment * encoded.columns
         run(
             kernels.find_unused_codeword, range(encoded.count), threads,
-            segments, offsets, width, span, flat.size, look_up.steps,
+            *arguments[:4], span, flat.size, look_up.steps,
         )  # fmt: skip
     run(kernels.decode_segments, range(encoded.count), threads, *arguments, totals, flat)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
@@ -193,7 +193,8 @@ def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
     look_up = tables(encoded.dictionary)
     return (
         encoded.segments,
-        encoded.offsets(),
+        encoded.lengths,
+        np.uint64(encoded.length_base),
         np.uint64(encoded.dictionary.width),
         encoded.dictionary.signs == "codeword",
         look_up.positions,
@@ -205,16 +206,30 @@ def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
     )
 
 
+Call = tuple[Any, range, tuple[Any, ...]]
+"""A kernel, the segments it is for, and its arguments after their first and last."""
+
+
 def run(kernel: Any, segments: range, threads: int, *arguments: Any) -> None:
     """``kernel(first, last, *arguments)`` over ``segments``; raise what it found wrong."""
+    run_all([(kernel, segments, arguments)], threads)
+
+
+def run_all(calls: Sequence[Call], threads: int) -> None:
+    """All of ``calls``; each thread has its share of every one's segments."""
     from qmoe_format.codec import kernels
 
-    start = segments.start
-    for status in in_parts(
-        len(segments),
-        threads,
-        lambda first, last: int(kernel(start + first, start + last, *arguments)),
-    ):
+    most = max((len(segments) for _, segments, _ in calls), default=0)
+    parts = max(1, min(threads, most))
+
+    def work(first: int, last: int) -> int:
+        for kernel, segments, arguments in calls:
+            share = segments[len(segments) * first // parts : len(segments) * last // parts]
+            if share and (status := int(kernel(share[0], share[-1] + 1, *arguments))) != kernels.OK:
+                return status
+        return kernels.OK
+
+    for status in in_parts(parts, parts, work):
         if status != kernels.OK:
             segment, reason = divmod(status, 8)
             code, message = {

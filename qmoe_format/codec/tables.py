@@ -14,6 +14,9 @@ from qmoe_format.codec.dictionary import Dictionary
 # A step of one weight in each of the four 16-bit lanes of a word of positions.
 LANES = np.uint64(0x0001_0001_0001_0001)
 SIGN_BIT = np.uint64(0x8000)
+# Weights of the longest entry for which there are masks: three of them, shifted by up to 7 bits,
+# fit one word, with a bit to spare.
+MASK_LENGTH = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,10 @@ class Tables:
                    bit 15 of a lane set where the sign is part of the codeword and negative
     ``steps``      uint64 [2^w]: the entry's length in all four lanes; 0 for an unused codeword
     ``nonzeros``   uint8 [2^w]
+    ``masks``      uint64 [2^w]: a bit for each non-zero; empty if entries are longer than
+                   ``MASK_LENGTH``
+    ``negative``   uint64 [2^w]: those of these bits whose sign, in the codeword, is minus
+    ``sizes``      uint8 [2^w]: weights of the entries
     ``children``   int32 [n, 2]: inner node after a zero / a non-zero, or ``~leaf``
     ``codewords``  uint16 [leaves]: a leaf's first codeword
     """
@@ -31,6 +38,9 @@ class Tables:
     positions: npt.NDArray[np.uint64]
     steps: npt.NDArray[np.uint64]
     nonzeros: npt.NDArray[np.uint8]
+    masks: npt.NDArray[np.uint64]
+    negative: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint8]
     children: npt.NDArray[np.int32]
     codewords: npt.NDArray[np.uint16]
     used: int
@@ -49,7 +59,28 @@ def tables(dictionary: Dictionary) -> Tables:
     codewords = np.zeros(size, np.uint16)
     in_codeword = dictionary.signs == "codeword"
     inner, used = _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords)
-    return Tables(positions, steps, nonzeros, children[:inner], codewords[: inner + 1], used)
+    sizes = (steps & np.uint64(255)).astype(np.uint8)
+    return Tables(
+        positions, steps, nonzeros, *_masks(positions, sizes, nonzeros), sizes,
+        children[:inner], codewords[: inner + 1], used,
+    )  # fmt: skip
+
+
+def _masks(
+    positions: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.uint8],
+    nonzeros: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """``masks`` and ``negative``."""
+    if sizes.max() > MASK_LENGTH:
+        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+    masks, negative = np.zeros((2, len(sizes)), np.uint64)
+    for k in range(int(nonzeros.max())):
+        place = positions[:, k >> 2] >> np.uint64(16 * (k & 3))
+        bit = (nonzeros > k).astype(np.uint64) << (place & np.uint64(255))
+        masks |= bit
+        negative |= bit * (place >> np.uint64(15) & np.uint64(1))
+    return masks, negative
 
 
 @njit(cache=True)

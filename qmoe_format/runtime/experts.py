@@ -44,7 +44,7 @@ class CompressedExperts:
         ):
             raise QMoEError(
                 "argument",
-                f"stacks {[*self.inputs, self.output]} are not the inputs and the output of a layer",
+                f"{[*self.inputs, self.output]} are not the inputs and the output of a layer",
             )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -178,4 +178,5 @@ def _few_on_gpu(
     y = expert_matvec(compressed.output.upload(device), y.contiguous(), chosen)
     if biases:
         y = y + biases[1][index]
-    return (y * weights[..., None]).sum(dim=1, dtype=torch.float32).to(x.dtype)
+    total: torch.Tensor = (y * weights[..., None]).sum(dim=1, dtype=torch.float32)
+    return total.to(x.dtype)

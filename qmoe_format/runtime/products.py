@@ -7,7 +7,7 @@ decoded into a buffer of bounded size, which a dense product takes: no expert is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ import torch
 from qmoe_format import codec
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.stacks import Stack
-
-if TYPE_CHECKING:
-    from qmoe_format.codec import EncodedMatrix
 
 FEW = 48
 SCRATCH = 8 << 20  # bytes of decoded weights at a time
@@ -70,9 +67,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
-        dx = torch.zeros(
-            (len(dy), ctx.stacks[0].shape[2]), dtype=torch.float32, device=dy.device
-        )
+        dx = torch.zeros((len(dy), ctx.stacks[0].shape[2]), dtype=torch.float32, device=dy.device)
         for stack, columns in _side_by_side(ctx.stacks):
             for expert, first, last in ctx.groups:
                 for rows, weights in _decoded(stack, expert, dy):
@@ -81,31 +76,27 @@ class _GroupedLinear(torch.autograd.Function):
         return dx.to(dy.dtype), None, None
 
 
-def _on_cpu(
-    stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...]
-) -> torch.Tensor:
+def _on_cpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
     given = x.detach().to(torch.float32).contiguous()
     y = torch.empty((len(x), sum(stack.shape[1] for stack in stacks)), dtype=torch.float32)
     x_array, y_array = given.numpy(), y.numpy()
+    single: list[codec.Product] = []
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             if last - first > FEW:
                 for rows, weights in _decoded(stack, expert, given):
                     torch.mm(given[first:last], weights.T, out=y[first:last, columns][:, rows])
-                continue
-            matrix = stack.matrix(expert)
-            if last - first == 1:
-                codec.matvec(matrix, x_array[first], y_array[first, columns], stack.threads)
-            else:
+            elif last - first > 1:
                 y_array[first:last, columns] = codec.matmul(
-                    matrix, x_array[first:last], threads=stack.threads
+                    stack.matrix(expert), x_array[first:last], threads=stack.threads
                 )
+            elif last > first:
+                single.append((stack.matrix(expert), x_array[first], y_array[first, columns]))
+    codec.matvecs(single, stacks[0].threads)
     return y.to(x.dtype)
 
 
-def _on_gpu(
-    stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...]
-) -> torch.Tensor:
+def _on_gpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
     from qmoe_format import gpu
 
     given = x.detach().contiguous()
@@ -129,9 +120,7 @@ def _side_by_side(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, slice]]:
         start += stack.shape[1]
 
 
-def _decoded(
-    stack: Stack, expert: int, like: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _decoded(stack: Stack, expert: int, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of W and their weights, in one buffer that the next ones overwrite.
 
     On the CPU float32; on a GPU the whole of W, of the type of ``like``.

@@ -26,9 +26,7 @@ class Stack:
     stack of ``ternary-dict`` matrices.
     """
 
-    def __init__(
-        self, file: QMoEFile | ShardedFile, name: str, threads: int | None = None
-    ) -> None:
+    def __init__(self, file: QMoEFile | ShardedFile, name: str, threads: int | None = None) -> None:
         entry = file.tensors.get(name)
         if entry is None:
             raise QMoEError("not-found", f"{file.path} has no stack {name!r}: look at .tensors")

@@ -19,6 +19,7 @@ def write_stacks(
 ) -> dict[str, torch.Tensor]:
     """Write random stacks [experts, rows, columns]; return their weights, float32."""
     weights = {}
+    low_high = np.array([-0.2, 0.2], np.float32)
     rng = np.random.default_rng(0)
     with qmoe_format.Writer(path) as writer:
         for number, (name, shape) in enumerate(sorted(shapes.items())):
@@ -26,7 +27,7 @@ def write_stacks(
             matrices = [
                 encode_matrix(
                     random_trits(rows, columns, zero_fraction, 100 * number + expert),
-                    from_float32(0.2 * rng.random((rows, 1, 2), np.float32) * [-1, 1], "BF16"),
+                    from_float32(rng.random((rows, 1, 2), np.float32) * low_high, "BF16"),
                     from_float32(0.5 + rng.random(columns, np.float32), "BF16"),
                 )
                 for expert in range(experts)

@@ -60,9 +60,7 @@ def compressed(file: QMoEFile, *inputs: str) -> CompressedExperts:
 
 def mixtral(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
     """A layer of Mixtral with two stacks for gate and up, and the dense one."""
-    config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS
-    )
+    config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
     layer, reference = MixtralExperts(config), MixtralExperts(config)
     reference.gate_up_proj.data = torch.cat([dense["gate"], dense["up"]], dim=1)
@@ -133,9 +131,7 @@ def test_bfloat16(file: QMoEFile, dense: Dense, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_gradients_of_tokens_and_of_the_routing(
-    file: QMoEFile, dense: Dense, tokens: int
-) -> None:
+def test_gradients_of_tokens_and_of_the_routing(file: QMoEFile, dense: Dense, tokens: int) -> None:
     layer, reference = gpt_oss(file, dense)
     index, weights = routing(tokens)
     results = []
