@@ -61,9 +61,8 @@ def install(model: Any, file: QMoEFile | ShardedFile) -> None:
             Stack(file, adapter.stack_name(head, matrix))
             for matrix in (*family.inputs, family.output)
         ]
-        compressed = CompressedExperts(tuple(stacks[:-1]), stacks[-1])
-        _check(file.path, compressed.inputs, inputs)
-        _check(file.path, (compressed.output,), output)
+        _check(file.path, stacks[:-1], inputs)
+        _check(file.path, stacks[-1:], output)
         if isinstance(module, nn.ModuleDict):
             parent = model.get_submodule(path.rpartition(".")[0])
             parent.experts = module = SwitchExperts(model.config)
@@ -71,7 +70,7 @@ def install(model: Any, file: QMoEFile | ShardedFile) -> None:
         else:
             del module.gate_up_proj, module.down_proj
             module.config._experts_implementation = METHOD
-        module.compressed = compressed
+        module.compressed = CompressedExperts(tuple(stacks[:-1]), stacks[-1])
         module._is_hf_initialized = True
 
 

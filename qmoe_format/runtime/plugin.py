@@ -58,8 +58,7 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         _check_complete(model, self.file.path)
-        del model.config.transformers_weights
-        self.quantization_config.file = EXPERTS
+        self.quantization_config.file = EXPERTS  # as it will be where the model is saved
         model.save_pretrained = partial(_save, self.file, model, model.save_pretrained)
 
     def is_serializable(self) -> bool:

@@ -34,13 +34,13 @@ def rewritten(source: Path, path: Path, change: Change) -> Path:
             writer.add_attachment(name, data)
         for name, entry in tensors.items():
             if not entry.stack:
-                writer.add_tensor(name, file.read(name), entry.dtype)
+                writer.add_tensor(name, file.read(entry.name), entry.dtype)
                 continue
             with writer.add_stack(
                 name, entry.shape, entry.dtype, entry.encoding, entry.members
             ) as stack:
                 for expert in range(entry.shape[0]):
-                    stack.append(file.encoded(name, expert))
+                    stack.append(file.encoded(entry.name, expert))
     return path
 
 
@@ -65,6 +65,10 @@ def refusal(call: Callable[[], object], code: str) -> str:
 def test_everything_but_experts_is_loaded_and_nothing_else_is_kept(model: Converted) -> None:
     loaded = load_model(model.file)
     assert not loaded.training
+    assert loaded.config.quantization_config.to_dict() == {
+        "quant_method": "qmoe",
+        "file": "experts.qmoe",
+    }
     with qmoe_format.open(model.file) as file:
         dense = {name for name, entry in file.tensors.items() if not entry.stack}
         size = sum(file.tensors[name].item.size for name in dense)
@@ -284,6 +288,18 @@ def test_experts_of_another_shape(
     model: Converted, tmp_path: Path, changes: dict[str, int]
 ) -> None:
     path = rewritten(model.file, tmp_path / "m.qmoe", configured(**changes))
+    assert "but by config.json experts are" in refusal(lambda: load_model(path), "checkpoint")
+
+
+@pytest.mark.parametrize(("place", "taken"), [(0, 1), (1, 0)])
+def test_stacks_in_each_others_place(
+    model: Converted, tmp_path: Path, place: int, taken: int
+) -> None:
+    def change(attachments: dict[str, Any], tensors: dict[str, Any]) -> None:
+        names = [name for name, entry in tensors.items() if entry.stack][:2]
+        tensors[names[place]] = tensors[names[taken]]
+
+    path = rewritten(model.file, tmp_path / "m.qmoe", change)
     assert "but by config.json experts are" in refusal(lambda: load_model(path), "checkpoint")
 
 
