@@ -46,8 +46,15 @@ def load_model(
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` without ``config.json``;
             ``checkpoint`` for a family that cannot be run, or if configuration and tensors do not
-            belong together.
+            belong together; ``argument`` for a device that torch cannot use.
     """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise QMoEError(
+            "argument", f"device {device} cannot be used ({reason}); try cpu or cuda"
+        ) from error
     with qmoe_format.open(path) as file, _attachments(file) as folder:
         family = family_for(read_config(file))
         state = {

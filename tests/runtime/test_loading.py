@@ -303,6 +303,24 @@ def test_stacks_in_each_others_place(
     assert "but by config.json experts are" in refusal(lambda: load_model(path), "checkpoint")
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_there_is_not(model: Converted, device: str) -> None:
+    assert device in refusal(lambda: load_model(model.file, device=device), "argument")
+
+
+def test_stacks_and_tensors_beyond_the_last_layer_are_left_out(
+    converted: Callable[[str], Converted], tmp_path: Path
+) -> None:
+    """Such as those for multi-token prediction."""
+    file = converted("deepseek_v3").file
+    with qmoe_format.open(file) as opened:
+        layers = json.loads(opened.attachment("config.json"))["num_hidden_layers"]
+    path = rewritten(file, tmp_path / "m.qmoe", configured(num_hidden_layers=layers - 1))
+    loaded = load_model(path)
+    assert len(loaded.model.layers) == layers - 1
+    assert logits(loaded).isfinite().all()
+
+
 def test_experts_alone_are_no_model(model: Converted) -> None:
     said = refusal(lambda: load_model(model.folder / "experts.qmoe"), "checkpoint")
     assert "there are no weights for" in said
