@@ -16,6 +16,8 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 import qmoe_format
@@ -33,8 +35,8 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> Any:
-    """The ``PreTrainedModel`` of a ``.qmoe`` file, in evaluation mode.
+) -> PreTrainedModel:
+    """The model of a ``.qmoe`` file, in evaluation mode.
 
     The experts stay in the file, which is mapped: it must not be changed while the model is used.
 
@@ -66,7 +68,7 @@ def load_model(
             else MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
         )
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             config.quantization_config = {
                 "quant_method": METHOD,
                 "file": str(Path(path).absolute()),
@@ -90,7 +92,7 @@ def load_model(
     return model.to(device)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that is attached to a ``.qmoe`` file.
 
     Raises:
@@ -99,7 +101,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     with qmoe_format.open(path) as file, _attachments(file) as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Some classes make an empty vocabulary where there is none.
             vocabularies = set(tokenizer.vocab_files_names.values())
             if vocabularies and vocabularies.isdisjoint(file.attachments):

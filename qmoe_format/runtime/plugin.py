@@ -113,5 +113,6 @@ def _save(
     save(folder, is_main_process, state_dict, **options)
     if is_main_process:
         path = Path(folder) / CONFIG
-        path.write_text(json.dumps(marked(json.loads(path.read_text())), indent=2) + "\n")
+        config = marked(json.loads(path.read_text("utf-8")))
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_experts(file, Path(folder) / EXPERTS)

@@ -257,6 +257,21 @@ def test_a_file_without_a_tokenizer(model: Converted, tmp_path: Path) -> None:
     assert "no tokenizer" in refusal(lambda: load_tokenizer(path), "not-found")
 
 
+def test_no_code_of_others_is_run(model: Converted, tmp_path: Path) -> None:
+    def change(attachments: dict[str, Any], tensors: dict[str, Any]) -> None:
+        kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+        configured(auto_map=dict.fromkeys(kinds, "theirs.Theirs"))(attachments, tensors)
+        own = json.loads(attachments["tokenizer_config.json"])
+        own |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs"] * 2}}
+        attachments["tokenizer_config.json"] = json.dumps(own).encode()
+        attachments["theirs.py"] = f"open({str(tmp_path / 'run')!r}, 'w')".encode()
+
+    path = rewritten(model.file, tmp_path / "m.qmoe", change)
+    assert torch.equal(logits(load_model(path)), logits(load_model(model.file)))
+    assert load_tokenizer(path)("w3 w5").input_ids == [6, 8]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_family_that_cannot_be_run(model: Converted, tmp_path: Path) -> None:
     path = rewritten(model.file, tmp_path / "m.qmoe", configured(model_type="llama4_text"))
     said = refusal(lambda: load_model(path), "checkpoint")
