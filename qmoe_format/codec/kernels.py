@@ -36,12 +36,14 @@ from qmoe_format.codec.lanes import (
     as_float32,
     deposit,
     gather,
+    has_avx512,
     high_bits,
     lane_sum,
     ones,
     zero_lanes,
 )
 from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
+from qmoe_format.codec.tables import MASK_LENGTH
 
 OK = -1
 ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
@@ -50,13 +52,18 @@ ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
 CHUNK = np.uint64(32512)
 # Room for a chunk of non-zeros only, and for the words that the last entry writes beyond them.
 LIST_LENGTH = 32768 + 64
+# A mask and, above it, the size of its entry, as in ``Tables.masks``.
+MASK_BITS, MASK = np.uint64(MASK_LENGTH), np.uint64((1 << MASK_LENGTH) - 1)
 CHUNK_WORDS = 32768 // 64 + 8
+# Where vectors take masks, and bits are deposited fast: AVX2 makes dot_dense 1.1 times as fast as
+# dot_sparse, not 1.4, and the first processors of AMD with BMI2 many times slower.
+HAS_MASKS = has_avx512()
 BEYOND_X = 32  # elements of x that may be read behind its last one
 
 ZERO, ONE, TWO, THREE, SIX, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 6, 7, 8))
-SIXTEEN, THIRTY_TWO, LAST, BYTE = (np.uint64(n) for n in (16, 32, 63, 255))
+SIXTEEN, THIRTY_TWO, LAST = (np.uint64(n) for n in (16, 32, 63))
 WHOLE_BYTES = ~SEVEN
-HALF_WORD, ALL_ONES = np.uint64(0xFFFF_FFFF), np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 LANE = np.uint64(0xFFFF)
 HALF = np.float32(0.5)
 POSITION = np.uint16(0x7FFF)
@@ -275,7 +282,7 @@ def _append(bits, base, held, place, mask):
 
 
 @njit(nogil=True, forceinline=True)
-def _mark(segments, begin, left, limit, width, masks, sizes, longest, bits):
+def _mark(segments, begin, left, limit, width, masks, longest, bits):
     """Set a bit of ``bits`` for each non-zero, until ``limit`` weights are passed.
 
     Returns the bits left of the segment, and the weights passed.
@@ -287,51 +294,32 @@ def _mark(segments, begin, left, limit, width, masks, sizes, longest, bits):
     while place < safe and left >= three:
         left -= three
         word = load64(segments, begin + (left >> THREE)) >> (left & SEVEN)
-        a, b, c = (word >> two) & code, (word >> width) & code, word & code
-        second = np.uint64(at(sizes, a))
-        third = second + np.uint64(at(sizes, b))
-        mask = at(masks, a) | (at(masks, b) << second) | (at(masks, c) << third)
+        a = np.uint64(at(masks, (word >> two) & code))
+        b = np.uint64(at(masks, (word >> width) & code))
+        c = np.uint64(at(masks, word & code))
+        second = a >> MASK_BITS
+        third = second + (b >> MASK_BITS)
+        mask = (a & MASK) | ((b & MASK) << second) | ((c & MASK) << third)
         base, held = _append(bits, base, held, place, mask)
-        place += third + np.uint64(at(sizes, c))
+        place += third + (c >> MASK_BITS)
     while place < limit and left >= width:
         left -= width
-        a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & code
-        base, held = _append(bits, base, held, place, at(masks, a))
-        place += np.uint64(at(sizes, a))
+        code_word = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & code
+        a = np.uint64(at(masks, code_word))
+        base, held = _append(bits, base, held, place, a & MASK)
+        place += a >> MASK_BITS
     store64(bits, (base >> THREE) + EIGHT, ZERO)
     return left, place
 
 
-@njit(nogil=True, cache=True)
-def _mark_signs(segments, begin, left, seen, passed, bits, minus):
-    """Set in ``minus`` the bits of those of ``bits`` whose sign is negative.
-
-    ``seen`` signs were used before; returns how many are now, or one more than ``left`` if there
-    are too few.
-    """
-    for word in range((passed + LAST) >> SIX):
-        mask = at(bits, word)
-        after = seen + ones(mask)
-        if after > left:
-            return left + ONE
-        signs = load64(segments, begin + (seen >> THREE)) >> (seen & SEVEN)
-        low = mask & HALF_WORD
-        negative = deposit(signs, low)
-        middle = seen + ones(low)
-        signs = load64(segments, begin + (middle >> THREE)) >> (middle & SEVEN)
-        negative |= deposit(signs, mask ^ low)
-        store64(minus, word << THREE, negative)
-        seen = after
-    return seen
-
-
-@njit(nogil=True, cache=True)
+@njit(nogil=True, fastmath=REORDER, cache=True)
 def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
-              masks, negative, sizes, longest, span,
+              masks, negative, longest, span,
               columns, group_size, row_scale, x, out):  # fmt: skip
     """Products of rows and ``x`` float32 [columns + ``BEYOND_X``], into ``out`` float32 [rows].
 
-    ``row_scale`` as stored. ``span`` is ``columns`` times the rows of a segment.
+    For short entries: a bit for each weight, and an addition under a mask for each sixteen of
+    them. ``row_scale`` as stored. ``span`` is ``columns`` times the rows of a segment.
     """
     bits = np.zeros(CHUNK_WORDS, np.uint64)
     minus = np.zeros(CHUNK_WORDS, np.uint64)
@@ -351,16 +339,11 @@ def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
         plus_a = plus_b = minus_a = minus_b = zero_lanes()  # of the group
         while place < weights:
             limit = min(np.uint64(weights - place), CHUNK)
-            before = left
-            left, passed = _mark(segments, begin, left, limit, width, masks, sizes, longest, bits)
+            if in_codeword:
+                _mark(segments, begin, left, limit, width, negative, longest, minus)
+            left, passed = _mark(segments, begin, left, limit, width, masks, longest, bits)
             if passed < limit:
                 return segment * 8 + ENDS_EARLY
-            if in_codeword:
-                _mark(segments, begin, before, limit, width, negative, sizes, longest, minus)
-            else:
-                seen = _mark_signs(segments, begin, left, seen, passed, bits, minus)
-                if seen > left:
-                    return segment * 8 + ENDS_EARLY
             start = ZERO
             while row_start < weights:
                 end = row_start + min((group + 1) * group_size, columns) - place
@@ -368,9 +351,16 @@ def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
                 column = np.uint64(place - row_start)  # of the chunk's first weight; may wrap
                 while start < stop:
                     these = ALL_ONES >> (LAST - min(stop - start, THIRTY_TWO) + ONE)
-                    shift, byte = start & SEVEN, start >> THREE
-                    mask = (load64(bits, byte) >> shift) & these
-                    negatives = (load64(minus, byte) >> shift) & mask
+                    mask = (load64(bits, start >> THREE) >> (start & SEVEN)) & these
+                    if in_codeword:
+                        negatives = load64(minus, start >> THREE) >> (start & SEVEN)
+                        negatives &= mask
+                    else:
+                        signs = load64(segments, begin + (seen >> THREE)) >> (seen & SEVEN)
+                        negatives = deposit(signs, mask)
+                        seen += ones(mask)
+                        if seen > left:
+                            return segment * 8 + ENDS_EARLY
                     positives = mask ^ negatives
                     plus_a = add_where(plus_a, positives, x, column + start)
                     plus_b = add_where(plus_b, positives >> SIXTEEN, x, column + start + SIXTEEN)

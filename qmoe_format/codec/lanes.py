@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-ZERO, ONE = np.uint64(0), np.uint64(1)
 WIDTH = 16
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 _WORD = ir.IntType(64)
+
+
+def has_avx512() -> bool:
+    """Whether kernels are compiled for a processor with AVX-512 (and BMI2, as all of them)."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return "+avx512f" in features and "+bmi2" in features
 
 
 class Lanes(types.Type):  # type: ignore[misc]
@@ -184,25 +189,14 @@ def ones(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def deposit(typing_context: Any, bits: Any, mask: Any) -> Any:
-    """The lowest of ``bits``, one after the other, at the places where ``mask`` has ones."""
+    """The lowest of ``bits``, one after the other, at the places where ``mask`` has ones.
+
+    An instruction of x86 (BMI2).
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if "+bmi2" in context.codegen().magic_tuple()[2]:
-            kind = ir.FunctionType(_WORD, [_WORD, _WORD])
-            pdep = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.bmi.pdep.64")
-            return builder.call(pdep, args)
-        return context.compile_internal(builder, _deposit, signature, args)
+        kind = ir.FunctionType(_WORD, [_WORD, _WORD])
+        pdep = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.bmi.pdep.64")
+        return builder.call(pdep, args)
 
     return types.uint64(types.uint64, types.uint64), generate
-
-
-def _deposit(bits: Any, mask: Any) -> Any:
-    """The same where there is no instruction for it."""
-    placed = ZERO
-    while mask:
-        lowest = mask & (~mask + ONE)
-        if bits & ONE:
-            placed |= lowest
-        bits >>= ONE
-        mask ^= lowest
-    return placed

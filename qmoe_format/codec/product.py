@@ -43,7 +43,7 @@ def matvecs(products: Sequence[Product], threads: int = 1) -> None:
 
 
 def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> Call:
-    from qmoe_format.codec.kernels import BEYOND_X, dot_dense, dot_sparse
+    from qmoe_format.codec.kernels import BEYOND_X, HAS_MASKS, dot_dense, dot_sparse
     from qmoe_format.codec.tables import tables
 
     padded = np.zeros(matrix.columns + BEYOND_X, np.float32)
@@ -57,9 +57,10 @@ def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np
         row_scale = row_scale.astype(np.float32)
     columns = max(matrix.columns, 1)  # an empty row is never reached, only divided by
     look_up = tables(dictionary)
-    kernel, entries = dot_sparse, (look_up.positions, look_up.steps, look_up.nonzeros)
-    if look_up.masks.size:
-        kernel, entries = dot_dense, (look_up.masks, look_up.negative, look_up.sizes)
+    kernel: Any = dot_sparse
+    entries: tuple[Any, ...] = (look_up.positions, look_up.steps, look_up.nonzeros)
+    if look_up.masks.size and HAS_MASKS:
+        kernel, entries = dot_dense, (look_up.masks, look_up.negative)
     return kernel, range(trits.count), (
         trits.segments, trits.lengths, np.uint64(trits.length_base),
         np.uint64(dictionary.width), dictionary.signs == "codeword",

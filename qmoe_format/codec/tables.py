@@ -27,10 +27,10 @@ class Tables:
                    bit 15 of a lane set where the sign is part of the codeword and negative
     ``steps``      uint64 [2^w]: the entry's length in all four lanes; 0 for an unused codeword
     ``nonzeros``   uint8 [2^w]
-    ``masks``      uint64 [2^w]: a bit for each non-zero; empty if entries are longer than
-                   ``MASK_LENGTH``
-    ``negative``   uint64 [2^w]: those of these bits whose sign, in the codeword, is minus
-    ``sizes``      uint8 [2^w]: weights of the entries
+    ``masks``      uint32 [2^w]: a bit for each non-zero, and the entry's length from bit
+                   ``MASK_LENGTH`` up; empty if there are longer entries
+    ``negative``   uint32 [2^w]: the same with bits of those non-zeros only whose sign is part of
+                   the codeword and negative
     ``children``   int32 [n, 2]: inner node after a zero / a non-zero, or ``~leaf``
     ``codewords``  uint16 [leaves]: a leaf's first codeword
     """
@@ -38,9 +38,8 @@ class Tables:
     positions: npt.NDArray[np.uint64]
     steps: npt.NDArray[np.uint64]
     nonzeros: npt.NDArray[np.uint8]
-    masks: npt.NDArray[np.uint64]
-    negative: npt.NDArray[np.uint64]
-    sizes: npt.NDArray[np.uint8]
+    masks: npt.NDArray[np.uint32]
+    negative: npt.NDArray[np.uint32]
     children: npt.NDArray[np.int32]
     codewords: npt.NDArray[np.uint16]
     used: int
@@ -59,27 +58,27 @@ def tables(dictionary: Dictionary) -> Tables:
     codewords = np.zeros(size, np.uint16)
     in_codeword = dictionary.signs == "codeword"
     inner, used = _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords)
-    sizes = (steps & np.uint64(255)).astype(np.uint8)
     return Tables(
-        positions, steps, nonzeros, *_masks(positions, sizes, nonzeros), sizes,
+        positions, steps, nonzeros, *_masks(positions, steps, nonzeros),
         children[:inner], codewords[: inner + 1], used,
     )  # fmt: skip
 
 
 def _masks(
     positions: npt.NDArray[np.uint64],
-    sizes: npt.NDArray[np.uint8],
+    steps: npt.NDArray[np.uint64],
     nonzeros: npt.NDArray[np.uint8],
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
     """``masks`` and ``negative``."""
+    sizes = (steps & np.uint64(255)).astype(np.uint32)
     if sizes.max() > MASK_LENGTH:
-        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-    masks, negative = np.zeros((2, len(sizes)), np.uint64)
+        return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+    masks, negative = (sizes << np.uint32(MASK_LENGTH) for _ in range(2))
     for k in range(int(nonzeros.max())):
-        place = positions[:, k >> 2] >> np.uint64(16 * (k & 3))
-        bit = (nonzeros > k).astype(np.uint64) << (place & np.uint64(255))
+        place = (positions[:, k >> 2] >> np.uint64(16 * (k & 3))).astype(np.uint16)
+        bit = (nonzeros > k) * (np.uint32(1) << (place & np.uint16(31)))
         masks |= bit
-        negative |= bit * (place >> np.uint64(15) & np.uint64(1))
+        negative |= bit * (place >> np.uint16(15))
     return masks, negative
 
 
