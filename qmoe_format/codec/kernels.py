@@ -40,9 +40,10 @@ from qmoe_format.codec.lanes import (
     high_bits,
     lane_sum,
     ones,
+    store_lanes,
     zero_lanes,
 )
-from qmoe_format.codec.memory import TILE, add_tile, at, load16, load32, load64, store64
+from qmoe_format.codec.memory import at, load16, load32, load64, store64
 from qmoe_format.codec.tables import MASK_LENGTH
 
 OK = -1
@@ -454,16 +455,13 @@ def dot_sparse(first, last, segments, lengths, shortest, width, in_codeword,
 
 
 @njit(nogil=True, fastmath=REORDER, cache=True)
-def dot_segments_tile(first, last, segments, lengths, shortest, width, in_codeword,
-                      positions, steps, nonzeros, longest, sign_bytes, span,
-                      columns, group_size, x, out):  # fmt: skip
-    """``dot_segments`` for ``TILE`` tokens: ``x`` [columns, TILE], ``out`` [rows, groups, 2, TILE].
-
-    Four accumulators a sign, taken in turn: an addition need not wait for the one before it.
-    """
+def dot_tile(first, last, segments, lengths, shortest, width, in_codeword,
+             positions, steps, nonzeros, longest, sign_bytes, span,
+             columns, group_size, row_scale, x, out):  # fmt: skip
+    """``dot_dense`` for sixteen tokens, one a lane: ``x`` [columns, 16], ``out`` [rows, 16]."""
     found = np.empty(LIST_LENGTH, np.uint16)
     signs = np.empty(LIST_LENGTH, np.int8)
-    sums = np.zeros((4, 2, TILE), np.float32)
+    groups, values = row_scale.shape[1], row_scale.shape[2]
     behind = _beginning(first, lengths, shortest)
     for segment in range(first, last):
         begin = behind
@@ -474,8 +472,9 @@ def dot_segments_tile(first, last, segments, lengths, shortest, width, in_codewo
         place = np.int64(0)
         row_start = np.int64(0)
         group = np.int64(0)
-        seen = np.uint64(0)
-        sums[:] = 0
+        seen = ZERO
+        total = zero_lanes()
+        plus_a = plus_b = minus_a = minus_b = zero_lanes()
         while place < weights:
             left, passed, count = _next_chunk(
                 segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
@@ -488,23 +487,36 @@ def dot_segments_tile(first, last, segments, lengths, shortest, width, in_codewo
                 end = row_start + min((group + 1) * group_size, columns) - place
                 stop = _first_at(found, start, np.int64(count), end)
                 column = np.uint64(place - row_start)
-                for j in range(np.uint64(start), np.uint64(stop)):
-                    sign = np.uint64(at(signs, j) > 0)
-                    total = ((j & THREE) * TWO + sign) * np.uint64(TILE)
-                    source = (column + np.uint64(at(found, j))) * np.uint64(TILE)
-                    add_tile(sums, total, x, source)
+                j, pairs = np.uint64(start), np.uint64(stop - (stop - start) % 2)
+                while j < pairs:
+                    negative = np.uint64(at(signs, j) >> 7)  # all ones, or none
+                    source = (column + np.uint64(at(found, j))) * SIXTEEN
+                    plus_a = add_where(plus_a, ~negative, x, source)
+                    minus_a = add_where(minus_a, negative, x, source)
+                    negative = np.uint64(at(signs, j + ONE) >> 7)
+                    source = (column + np.uint64(at(found, j + ONE))) * SIXTEEN
+                    plus_b = add_where(plus_b, ~negative, x, source)
+                    minus_b = add_where(minus_b, negative, x, source)
+                    j += TWO
+                if j < np.uint64(stop):
+                    negative = np.uint64(at(signs, j) >> 7)
+                    source = (column + np.uint64(at(found, j))) * SIXTEEN
+                    plus_a = add_where(plus_a, ~negative, x, source)
+                    minus_a = add_where(minus_a, negative, x, source)
                 start = stop
                 if end > np.int64(passed):
                     break
-                for sign in range(2):
-                    for token in range(TILE):
-                        out[row, group, sign, token] = (
-                            sums[0, sign, token] + sums[1, sign, token]
-                            + sums[2, sign, token] + sums[3, sign, token]
-                        )  # fmt: skip
-                sums[:] = 0
+                high = as_float32(row_scale[row, group, values - 1])
+                low = as_float32(row_scale[row, group, 0])
+                if values == 1:
+                    low = -low
+                total = add_scaled(add_scaled(total, plus_a, high), plus_b, high)
+                total = add_scaled(add_scaled(total, minus_a, low), minus_b, low)
+                plus_a = plus_b = minus_a = minus_b = zero_lanes()
                 group += 1
-                if group == out.shape[1]:
+                if group == groups:
+                    store_lanes(out, np.uint64(row) * SIXTEEN, total)
+                    total = zero_lanes()
                     group = 0
                     row += 1
                     row_start += columns

@@ -150,6 +150,19 @@ def add_scaled(typing_context: Any, sums: Any, others: Any, factor: Any) -> Any:
 
 
 @intrinsic
+def store_lanes(typing_context: Any, array: Any, start: Any, sums: Any) -> Any:
+    """``array[start : start + 16] = sums``, flat."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        target = builder.bitcast(builder.gep(data, [args[1]]), _VECTOR.as_pointer())
+        builder.store(args[2], target).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64, sums), generate
+
+
+@intrinsic
 def lane_sum(typing_context: Any, sums: Any) -> Any:
     """All sixteen together, float32."""
 

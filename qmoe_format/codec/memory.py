@@ -13,8 +13,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-TILE = 16  # tokens that the small-batch product handles at a time: 64 bytes of float32
-
 
 def _address(
     context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int
@@ -61,43 +59,6 @@ def at(typing_context: Any, array: Any, index: Any) -> Any:
         return builder.load(builder.gep(data, [args[1]]))
 
     return array.dtype(array, types.uint64), generate
-
-
-@intrinsic
-def at_from(typing_context: Any, array: Any, base: Any, index: Any) -> Any:
-    """``array[base + index]`` for uint16 ``index``; ``base`` may be before the array.
-
-    Two steps of addressing: so LLVM sees indices of 16 bits and gathers 16 elements at a time,
-    where the sum of 64 bits would make it 8.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        start = builder.gep(data, [args[1]])
-        return builder.load(builder.gep(start, [builder.zext(args[2], ir.IntType(64))]))
-
-    return array.dtype(array, types.uint64, types.uint16), generate
-
-
-@intrinsic
-def add_tile(typing_context: Any, sums: Any, to: Any, values: Any, start: Any) -> Any:
-    """``sums[to : to + TILE] += values[start : start + TILE]``, flat float32, one vector each."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(ir.FloatType(), TILE).as_pointer()
-
-        def pointer(array_type: Any, array: Any, index: Any) -> Any:
-            data = context.make_array(array_type)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [index]), vector)
-
-        target = pointer(signature.args[0], args[0], args[1])
-        source = pointer(signature.args[2], args[2], args[3])
-        left, right = builder.load(target), builder.load(source)
-        left.align = right.align = 4
-        builder.store(builder.fadd(left, right), target).align = 4
-        return context.get_dummy_value()
-
-    return types.void(sums, types.uint64, values, types.uint64), generate
 
 
 load16 = _make_load(16)

@@ -52,9 +52,6 @@ def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np
     if not matrix.columns:
         out[:] = 0
     trits, dictionary = matrix.trits, matrix.dictionary
-    row_scale = matrix.row_scale
-    if matrix.scale_dtype == "F16":
-        row_scale = row_scale.astype(np.float32)
     columns = max(matrix.columns, 1)  # an empty row is never reached, only divided by
     look_up = tables(dictionary)
     kernel: Any = dot_sparse
@@ -65,7 +62,7 @@ def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np
         trits.segments, trits.lengths, np.uint64(trits.length_base),
         np.uint64(dictionary.width), dictionary.signs == "codeword",
         *entries, np.uint64(dictionary.max_length), trits.rows_per_segment * trits.columns,
-        columns, matrix.group_size or columns, row_scale, padded, out,
+        columns, matrix.group_size or columns, _row_scale(matrix), padded, out,
     )  # fmt: skip
 
 
@@ -79,28 +76,31 @@ def matmul(
 
     For small batches: the work grows with tokens x non-zeros. Raises as ``matvec``.
     """
-    from qmoe_format.codec.kernels import dot_segments_tile
-    from qmoe_format.codec.memory import TILE
+    from qmoe_format.codec.kernels import dot_tile
+    from qmoe_format.codec.lanes import WIDTH
 
     tokens = x.shape[0] if x.ndim == 2 else -1
     scaled = _scaled(matrix, _checked(x, (tokens, matrix.columns), "x"))
     out = _output(out, (tokens, matrix.rows))
-    low_high = matrix.low_high()
-    every = range(matrix.trits.count)
-    tile = np.zeros((matrix.columns, TILE), np.float32)
-    sums = np.zeros((matrix.rows, matrix.groups, 2, TILE), np.float32)
-    for first in range(0, tokens, TILE):
-        part = slice(first, min(first + TILE, tokens))
+    columns = max(matrix.columns, 1)
+    tile = np.zeros((columns, WIDTH), np.float32)
+    sums = np.zeros((matrix.rows, WIDTH), np.float32)
+    for first in range(0, tokens, WIDTH):
+        part = slice(first, min(first + WIDTH, tokens))
         count = part.stop - first
-        tile[:, :count] = scaled[part].T
-        run(dot_segments_tile, every, threads, *_arguments(matrix), tile, sums)
-        np.einsum("rgst,rgs->tr", sums[..., :count], low_high, out=out[part])
+        tile[: matrix.columns, :count] = scaled[part].T
+        run(
+            dot_tile, range(matrix.trits.count), threads,
+            *segment_arguments(matrix.trits), columns, matrix.group_size or columns,
+            _row_scale(matrix), tile, sums,
+        )  # fmt: skip
+        out[part] = sums[:, :count].T
     return out
 
 
-def _arguments(matrix: EncodedMatrix) -> tuple[Any, ...]:
-    columns = max(matrix.columns, 1)  # an empty row is never reached, only divided by
-    return (*segment_arguments(matrix.trits), columns, matrix.group_size or columns)
+def _row_scale(matrix: EncodedMatrix) -> npt.NDArray[Any]:
+    """As kernels take them: bf16 bits, or float32."""
+    return matrix.row_scale.astype(np.float32) if matrix.scale_dtype == "F16" else matrix.row_scale
 
 
 def _scaled(matrix: EncodedMatrix, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
