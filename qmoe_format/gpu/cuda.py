@@ -123,12 +123,13 @@ def _kernel(number: int, source: str, name: str) -> Any:
     try:
         return compiled.get_function(name)
     except (ImportError, RuntimeError) as error:
-        if "nvrtc" not in str(error).lower():
+        if not any(what in str(error).lower() for what in ("nvrtc", "cuda headers")):
             raise
         raise QMoEError(
             "dependency",
-            f"CuPy does not find NVRTC, the compiler of kernels ({error}): "
-            "pip install nvidia-cuda-nvrtc-cu12 for CUDA 12, nvidia-cuda-nvrtc for CUDA 13",
+            f"CuPy does not find what it compiles kernels with ({error}): for CUDA 12 "
+            "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12, for CUDA 13 "
+            "nvidia-cuda-nvrtc nvidia-cuda-runtime",
         ) from error
 
 

@@ -87,17 +87,22 @@ def test_out_of_memory(cupy: FakeCupy, stack: gpu.DeviceStack) -> None:
         assert "free_all_blocks" in message
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["CuPy failed to load libnvrtc.so.12", "Failed to find CUDA headers. Please install"],
+)
 def test_no_compiler(
-    cupy: FakeCupy, stack: gpu.DeviceStack, monkeypatch: pytest.MonkeyPatch
+    cupy: FakeCupy, stack: gpu.DeviceStack, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     class Module:
         def get_function(self, name: str) -> Any:
-            raise RuntimeError("CuPy failed to load libnvrtc.so.12")
+            raise RuntimeError(said)
 
     monkeypatch.setattr(cupy, "RawModule", lambda **_: Module())
     code, message = refusal(lambda: gpu.matvec(stack[0], cupy.empty((COLUMNS,), np.float16)))
     assert code == "dependency"
-    assert "pip install nvidia-cuda-nvrtc" in message
+    assert said in message
+    assert "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12" in message
 
 
 # -- Arrays ----------------------------------------------------------------------------------------
