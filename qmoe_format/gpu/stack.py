@@ -75,8 +75,9 @@ def upload(
 ) -> DeviceStack:
     """Copy one matrix, or several of one shape and form, to a GPU as they are coded.
 
-    ``device``: its number, CuPy's current one if None. ``stream``: a CuPy stream, the current one
-    if None; the copy is asynchronous on it, and the matrices may be dropped when this returns.
+    ``device``: its number, CuPy's current one if None. ``stream``: a CuPy stream; the copy is
+    asynchronous on it, and whoever uses the stack on another one has to wait for it. If None, the
+    copy is done when this returns. The matrices may be dropped then in either case.
 
     Raises ``QMoEError``: ``dependency``, ``device`` (no CuPy, no GPU), ``memory``, ``argument``
     for no matrix or matrices that do not fit each other, ``limit`` for a segment of more than 2^26
@@ -93,6 +94,8 @@ def upload(
             with cuda.device_memory():
                 buffer = cupy.zeros(layout.bytes, np.uint8)
             _copy(cupy, layout, sequence, buffer, on)
+        if stream is None:  # no one knows on which stream the stack will be used first
+            on.synchronize()
     return DeviceStack(number, Stack(layout, layout.arrays(buffer)))
 
 

@@ -48,9 +48,14 @@ class Stream:
 
     ptr: int = 0
     capturing: bool = False
+    waits: int = 0
 
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None:
+        """Nothing is left to wait for."""
+        self.waits += 1
 
     def is_capturing(self) -> bool:
         """Whether a graph is being recorded."""

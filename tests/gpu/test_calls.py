@@ -14,7 +14,7 @@ from qmoe_format.gpu import packing
 from qmoe_format.gpu import stack as stacks
 from tests.codec.strategies import random_trits
 from tests.gpu import shim
-from tests.gpu.fake_cupy import FakeCupy
+from tests.gpu.fake_cupy import FakeCupy, Stream
 
 pytestmark = shim.needs_compiler
 
@@ -54,6 +54,17 @@ def test_upload_puts_there_what_packing_says(
     assert stack.bytes == packed.layout.bytes
     assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
     assert stack[-1].expert == 3
+
+
+def test_upload_waits_unless_a_stream_is_given(
+    cupy: FakeCupy, members: list[EncodedMatrix]
+) -> None:
+    """torch's streams do not wait for CuPy's."""
+    gpu.upload(members)
+    assert cupy.stream.waits == 1
+    given = Stream()
+    gpu.upload(members, stream=given)
+    assert (cupy.stream.waits, given.waits) == (1, 0)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
