@@ -215,6 +215,7 @@ def layer(kind: Kind = BF16) -> tuple[gpu.DeviceStack, Shape, Any, Any, Any]:
     x = on_gpu(vectors(kind, shape, 20), kind.dtype)
     experts = gpu.require().asarray(np.arange(40, dtype=np.int32).reshape(20, 2) % 4)
     weights = on_gpu(np.full((20, 2), 0.5, np.float32), kind.dtype)
+    gpu.require().cuda.Device().synchronize()  # other streams will use them
     return stack, shape, x, experts, weights
 
 
@@ -269,13 +270,13 @@ def test_the_current_stream_of_cupy() -> None:
     cupy = gpu.require()
     stack, _, x, _, _ = layer()
     expected = gpu.matmul(stack[0], x).get()
-    slow = cupy.random.random((4000, 4000))
+    slow = cupy.ones(1 << 27, "float32")
     late = cupy.zeros_like(x)
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
-        for _ in range(10):
-            slow = slow @ slow * 1e-3
+        for _ in range(100):
+            slow *= 0.99
         late[:] = x
         y = gpu.matmul(stack[0], late)
     stream.synchronize()
