@@ -245,13 +245,9 @@ def compare(records: Records, settings: Settings) -> dict[str, Any]:
         if record.get("asked_bits")
     ]
     found["bits off by"] = max(misses, default=None)
-    slowest = max(
-        (r for r in records.values() if r.get("recipe") == "rd"),
-        key=lambda record: float(record["seconds"]),
-        default={},
-    )
-    found["seconds"] = slowest.get("seconds")
-    found["quantizer_seconds"] = slowest.get("quantizer_seconds")
+    ours = records.get(OURS, {})
+    found["seconds"] = ours.get("seconds")
+    found["quantizer_seconds"] = ours.get("quantizer_seconds")
     return found
 
 
