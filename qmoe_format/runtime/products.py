@@ -25,6 +25,7 @@ ALONE = 2
 # non-zeros a weight.
 DENSE = 17.0
 SCRATCH = 8 << 20  # bytes of decoded weights at a time
+GPU_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPU_FEW = 64  # tokens of one expert: what gpu.matmul is meant for
 
 
@@ -74,12 +75,11 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
-        dx = torch.zeros((len(dy), ctx.stacks[0].shape[2]), dtype=torch.float32, device=dy.device)
+        dx = dy.new_zeros((len(dy), ctx.stacks[0].shape[2]), dtype=torch.float32)
         for stack, columns in _side_by_side(ctx.stacks):
             for expert, first, last in ctx.groups:
-                for rows, weights in _decoded(stack, expert, dy):
-                    part = dy[first:last, columns][:, rows].to(weights.dtype)
-                    dx[first:last] += part @ weights
+                for rows, weights in _decoded(stack, expert, dx):
+                    dx[first:last] += dy[first:last, columns][:, rows].to(dx.dtype) @ weights
         return dx.to(dy.dtype), None, None
 
 
@@ -107,8 +107,9 @@ def _on_cpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...
 def _on_gpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
     from qmoe_format import gpu
 
-    given = x.detach().contiguous()
-    y = x.new_empty((len(x), sum(stack.shape[1] for stack in stacks)))
+    dtype = x.dtype if x.dtype in GPU_TYPES else torch.float32
+    given = x.detach().to(dtype).contiguous()
+    y = given.new_empty((len(x), sum(stack.shape[1] for stack in stacks)))
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             if last - first > GPU_FEW:
@@ -117,7 +118,7 @@ def _on_gpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...
             else:
                 device = stack.upload(x.get_device())
                 y[first:last, columns] = gpu.matmul(device[expert], given[first:last])
-    return y
+    return y.to(x.dtype)
 
 
 def _side_by_side(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, slice]]:
@@ -131,7 +132,7 @@ def _side_by_side(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, slice]]:
 def _decoded(stack: Stack, expert: int, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of W and their weights, in one buffer that the next ones overwrite.
 
-    On the CPU float32; on a GPU the whole of W, of the type of ``like``.
+    Of the type and on the device of ``like``; on a GPU the whole of W at once.
     """
     _, rows, columns = stack.shape
     if like.is_cuda:
@@ -139,7 +140,7 @@ def _decoded(stack: Stack, expert: int, like: torch.Tensor) -> Iterator[tuple[sl
 
         weights = like.new_empty((rows, columns))
         device = stack.upload(like.get_device())
-        gpu.decode(device[expert], _GPU_NAMES[like.dtype], out=weights)
+        gpu.decode(device[expert], out=weights)
         yield slice(0, rows), weights
         return
     matrix = stack.matrix(expert)
@@ -149,6 +150,3 @@ def _decoded(stack: Stack, expert: int, like: torch.Tensor) -> Iterator[tuple[sl
         part = buffer[: min(together, rows - first)]
         codec.dequantize_rows(matrix, first, part, stack.threads)
         yield slice(first, first + len(part)), torch.from_numpy(part)
-
-
-_GPU_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -1,0 +1,190 @@
+"""Layers of compressed experts on a GPU: what is called, on the shim's CPU; and on a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qmoe_format
+from qmoe_format import gpu
+from qmoe_format.gpu.stack import DeviceStack
+from qmoe_format.reader import QMoEFile
+from qmoe_format.runtime.experts import experts_forward
+from qmoe_format.runtime.products import linear
+from qmoe_format.runtime.stacks import Stack
+from tests.gpu import shim
+from tests.gpu.conftest import cupy  # noqa: F401 -- a fixture
+from tests.gpu.fake_cupy import FakeCupy
+
+from .files import write_stacks
+from .test_experts import EXPERTS, HIDDEN, SHAPES, Dense, gpt_oss, mixtral, random, routing
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (gpu.available() and torch.cuda.is_available()), reason="torch or CuPy finds no GPU"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dense]:
+    path = tmp_path_factory.mktemp("device") / "layer.qmoe"
+    return path, write_stacks(path, SHAPES)
+
+
+@pytest.fixture
+def file(written: tuple[Path, Dense]) -> Iterator[Any]:
+    with qmoe_format.open(written[0]) as file:
+        yield file
+
+
+@pytest.fixture
+def dense(written: tuple[Path, Dense]) -> Dense:
+    return written[1]
+
+
+class Tensor(torch.Tensor):
+    """On the CPU, and says that it is on a GPU."""
+
+    is_cuda = property(lambda _: True)
+
+    def get_device(self) -> int:
+        """The GPU."""
+        return 0
+
+
+def to_gpu(tensor: torch.Tensor) -> Any:
+    return tensor.detach().clone().as_subclass(Tensor).requires_grad_(tensor.requires_grad)
+
+
+Calls = list[str]
+
+
+@pytest.fixture
+def calls(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> Calls:  # noqa: F811
+    """Calls of ``qmoe_format.gpu`` take ``Tensor``, and are written down."""
+    made: Calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def array(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        assert isinstance(value, Tensor), "this is on the CPU"
+        plain = value.detach().as_subclass(torch.Tensor)
+        bits = plain.view(torch.int16).numpy().view(np.uint16) if is_bf16(plain) else plain.numpy()
+        return cupy.asarray(bits)
+
+    def is_bf16(tensor: torch.Tensor) -> bool:
+        return tensor.dtype == torch.bfloat16
+
+    def wrap(name: str) -> Callable[..., Any]:
+        real = getattr(gpu, name)
+
+        def call(stack: Any, *arguments: Any, out: Any = None) -> Any:
+            made.append(name)
+            if out is not None:  # decode
+                dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[out.dtype]
+                result = real(stack, dtype)
+            else:
+                result = real(stack, *map(array, arguments))
+            bits = torch.from_numpy(np.ascontiguousarray(result.view(np.ndarray)))
+            tensor = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
+            return tensor.as_subclass(Tensor) if out is None else out.copy_(tensor)
+
+        return call
+
+    for name in ("matmul", "expert_matvec", "decode"):
+        monkeypatch.setattr(gpu, name, wrap(name))
+    return made
+
+
+@shim.needs_compiler
+@pytest.mark.parametrize("family", [mixtral, gpt_oss])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_few_tokens_take_one_call_a_stack(
+    file: QMoEFile, dense: Dense, calls: Calls, family: Callable[..., Any], tokens: int
+) -> None:
+    layer, reference = family(file, dense)
+    x, (index, weights) = random(tokens, HIDDEN), routing(tokens)
+    index[-1, -1] = EXPERTS - 1
+    with torch.no_grad():
+        want = reference(x, index, weights)
+        y = experts_forward(layer, to_gpu(x), to_gpu(index), to_gpu(weights))
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), want, rtol=1e-4, atol=1e-5)
+    assert calls == ["expert_matvec"] * (len(layer.compressed.inputs) + 1)
+
+
+@shim.needs_compiler
+def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense, calls: Calls) -> None:
+    layer, reference = mixtral(file, dense)
+    x, (index, weights) = random(4, HIDDEN), routing(4)
+    index[1], index[2, 0] = EXPERTS, EXPERTS
+    with torch.no_grad():
+        want = reference(x, index, weights)
+        y = experts_forward(layer, to_gpu(x), to_gpu(index), to_gpu(weights))
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), want)
+
+
+@shim.needs_compiler
+@pytest.mark.parametrize(("tokens", "way"), [(3, "matmul"), (70, "decode")])
+def test_linear(file: QMoEFile, dense: Dense, calls: Calls, tokens: int, way: str) -> None:
+    """Few tokens are multiplied from the codewords, many with W decoded."""
+    x = random(tokens, HIDDEN)
+    y = linear(Stack(file, "up"), to_gpu(x), 1)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), x @ dense["up"][1].T)
+    assert calls == [way]
+
+
+@shim.needs_compiler
+def test_a_stack_is_uploaded_once(
+    file: QMoEFile, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[int] = []
+    real = gpu.upload
+
+    def upload(matrices: Any, device: int) -> DeviceStack:
+        uploads.append(device)
+        return real(matrices, device=device)
+
+    monkeypatch.setattr(gpu, "upload", upload)
+    stack = Stack(file, "gate")
+    for _ in range(2):
+        linear(stack, to_gpu(random(2, HIDDEN)), 0)
+    assert uploads == [0]
+    assert len(stack.upload(0)) == EXPERTS
+
+
+@pytest.mark.parametrize("family", [mixtral, gpt_oss])
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestOnAGpu:
+    """As transformers on the CPU, in float32."""
+
+    pytestmark = on_a_gpu
+
+    def test_a_layer(
+        self,
+        file: QMoEFile,
+        dense: Dense,
+        family: Callable[..., Any],
+        tokens: int,
+        recording: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        layer, reference = family(file, dense)
+        x, (index, weights) = random(tokens, HIDDEN).to(dtype), routing(tokens)
+        given = x.cuda().requires_grad_(recording)
+        y = experts_forward(layer.cuda(), given, index.cuda(), weights.cuda())
+        want = reference(x.float(), index, weights)
+        room = {torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype] * want.abs().max()
+        assert (y.detach().cpu().float() - want).abs().max() <= room
+        if recording:
+            (dx,) = torch.autograd.grad(y.float().sum(), given)
+            assert torch.isfinite(dx).all()
