@@ -6,6 +6,9 @@ import contextlib
 import ctypes
 import gc
 import os
+from typing import Any
+
+from qmoe_format.errors import QMoEError
 
 
 def cores() -> int:
@@ -13,6 +16,19 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_device(device: Any) -> None:
+    """``argument`` for a device that torch cannot use here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise QMoEError(
+            "argument", f"device {str(device)!r} cannot be used ({reason}); try cpu or cuda"
+        ) from error
 
 
 def release_memory() -> None:

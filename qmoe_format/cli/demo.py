@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import textwrap
 import time
@@ -11,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import qmoe_format
+from qmoe_format.cli.models import quiet
 from qmoe_format.cli.tables import summary, tensor_table
 from qmoe_format.cli.text import size
-from qmoe_format.conversion import convert, require
+from qmoe_format.conversion import convert
 from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
-from qmoe_format.unpacking import unpack
 
 PROMPTS = ("The LORD is my shepherd;", "And Moses said unto the children of Israel,")
 
 
 def demo(source: Path | None = None) -> None:
-    """Convert, verify, inspect and unpack ``source``, and let the model write before and after.
+    """Convert, verify and inspect ``source``, and let the model write before and after.
 
     Without ``source`` the model of the package is taken.
     """
-    require("torch", "safetensors", "transformers")
+    quiet()
     if source is None:
         with resources.as_file(resources.files(qmoe_format) / "demo") as folder:
             _demo(folder)
@@ -56,14 +55,12 @@ def _demo(source: Path) -> None:
     _say("\n".join([*tensor_table(description, compressed_only=True), ""]))
     _say("\n".join(summary(description)))
 
-    _begin("Generate", "what the model makes of a prompt, before and after")
-    with tempfile.TemporaryDirectory(prefix="qmoe-demo-") as scratch:
-        original = _load(source)
-        compressed = _load(unpack(target, Path(scratch) / "unpacked"))
-        for prompt in PROMPTS:
-            _say(f"prompt:     {prompt}")
-            _say(f"original:   {_continuation(*original, prompt)}")
-            _say(f"compressed: {_continuation(*compressed, prompt)}\n")
+    _begin("Generate", "what the model makes of a prompt, before, and with compressed experts")
+    original, compressed = _models(source, target)
+    for prompt in PROMPTS:
+        _say(f"prompt:     {prompt}")
+        _say(f"original:   {_continuation(*original, prompt)}")
+        _say(f"compressed: {_continuation(*compressed, prompt)}\n")
 
     print(f"The file is {target}\nLook into it with: qmoe inspect {target}")
 
@@ -76,22 +73,21 @@ def _say(text: str) -> None:
     print(textwrap.indent(text, "  "), flush=True)
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model, in float32: bfloat16 is slow on many CPUs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _models(source: Path, target: Path) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Tokenizer and model of both, in float32: bfloat16 is slow on many CPUs."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.utils import logging
+
+    from qmoe_format.runtime import load_model, load_tokenizer
 
     # So small a model is fastest on one thread, and very slow on two if other programs are busy.
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+    original = AutoModelForSeq2SeqLM.from_pretrained(
+        source, dtype=torch.float32, local_files_only=True
     )
-    return tokenizer, model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    compressed = load_model(target, dtype=torch.float32)
+    return (tokenizer, original.eval()), (load_tokenizer(target), compressed)
 
 
 def _continuation(tokenizer: Any, model: Any, prompt: str) -> str:

@@ -13,7 +13,7 @@ from qmoe_format.errors import QMoEError
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The tokenizer and the compressed model of ``options.file``."""
-    _quiet()
+    quiet()
     from qmoe_format.runtime import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(options.file)
@@ -43,8 +43,11 @@ def dtype(options: argparse.Namespace) -> Any:
     return name and getattr(torch, name)
 
 
-def _quiet() -> None:
-    """Nothing but what goes wrong is to be read beside a model's text."""
+def quiet() -> None:
+    """Let transformers say nothing beside a model's text but what goes wrong.
+
+    Raises ``QMoEError``: ``dependency`` without it.
+    """
     require("torch", "safetensors", "transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

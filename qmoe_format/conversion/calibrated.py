@@ -46,7 +46,7 @@ from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.state import Work, describe_checkpoint
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import wiring
-from qmoe_format.machine import release_memory
+from qmoe_format.machine import check_device, release_memory
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration as Statistics
 from qmoe_format.quantize.hessian import relative_error
@@ -86,7 +86,7 @@ class CalibratedConversion:
         Raises:
             QMoEError: what is wrong with text, tokenizer or device.
         """
-        _check_device(calibration.device)
+        check_device(calibration.device)
         self._checkpoint = checkpoint
         self._destination = destination
         self._recipe = recipe
@@ -424,16 +424,6 @@ def _again(control: RateControl | None, record: BlockRecord) -> float | None:
     if control is None or record["value"] is None:
         return None
     return control.again(record["value"], record["stored"], record["dictionaries"])
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QMoEError(
-            "argument", f"device {device!r} cannot be used ({reason}); try cpu or cuda"
-        ) from error
 
 
 def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:

@@ -25,6 +25,7 @@ from qmoe_format.checkpoints.elements import TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import family_for
 from qmoe_format.folder import CONFIG, METHOD, read_config
+from qmoe_format.machine import check_device
 
 if TYPE_CHECKING:
     from qmoe_format import QMoEFile, ShardedFile
@@ -50,13 +51,7 @@ def load_model(
             ``checkpoint`` for a family that cannot be run, or if configuration and tensors do not
             belong together; ``argument`` for a device that torch cannot use.
     """
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QMoEError(
-            "argument", f"device {device} cannot be used ({reason}); try cpu or cuda"
-        ) from error
+    check_device(device)
     with qmoe_format.open(path) as file, _attachments(file) as folder:
         family = family_for(read_config(file))
         state = {
