@@ -12,9 +12,19 @@ instead of one that decides weight by weight:
                    +----------^--+------^------+          count, the next store overwrites the rest
                          next store     next store
 
-and then one short loop over the lists: a gather and a multiply-add a non-zero (vectorised), or a
-store. Zeros cost nothing. Lists hold one chunk of a segment, at most ``CHUNK`` weights, so that
-they stay in the first-level cache and a position fits 15 bits.
+and then one short loop over the lists: a store a non-zero, or a gather of sixteen elements of x,
+added to two sums under the masks that their signs are. Zeros cost nothing. Lists hold one chunk of
+a segment, at most ``CHUNK`` weights, so that they stay in the first-level cache and a position fits
+15 bits.
+
+Where zeros are few (up to about 63 % in codewords of 12 bits) entries are short, and the product of
+one token takes another way: three entries at a time become a bit for each weight, the signs of 32
+weights are deposited at their non-zeros, and x is added under masks of sixteen bits. It costs the
+same for every weight, and no gather. On one core with AVX-512, 4096 x 1536, ns a weight:
+
+    zeros      50 %    60 %    64 %    70 %    75 %   88.5 %    95 %     dense bf16
+    gathers    0.46    0.36    0.32    0.29    0.26    0.15     0.10     0.29, of the memory
+    masks      0.26    0.26
 
 Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or
 ``segment * 8 + reason``. None reads or writes outside its arrays whatever the segments hold, given
@@ -61,16 +71,12 @@ CHUNK_WORDS = 32768 // 64 + 8
 HAS_MASKS = has_avx512()
 BEYOND_X = 32  # elements of x that may be read behind its last one
 
-ZERO, ONE, TWO, THREE, SIX, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 6, 7, 8))
+ZERO, ONE, TWO, THREE, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 7, 8))
 SIXTEEN, THIRTY_TWO, LAST = (np.uint64(n) for n in (16, 32, 63))
 WHOLE_BYTES = ~SEVEN
 ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 LANE = np.uint64(0xFFFF)
-HALF = np.float32(0.5)
 POSITION = np.uint16(0x7FFF)
-
-# Sums may be taken in vectors, in any order [M-1].
-REORDER = {"reassoc", "contract", "nsz"}
 
 
 def _sign_bytes() -> npt.NDArray[np.uint64]:
@@ -313,7 +319,7 @@ def _mark(segments, begin, left, limit, width, masks, longest, bits):
     return left, place
 
 
-@njit(nogil=True, fastmath=REORDER, cache=True)
+@njit(nogil=True, cache=True)
 def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
               masks, negative, longest, span,
               columns, group_size, row_scale, x, out):  # fmt: skip
@@ -389,7 +395,7 @@ def dot_dense(first, last, segments, lengths, shortest, width, in_codeword,
     return OK
 
 
-@njit(nogil=True, fastmath=REORDER, cache=True)
+@njit(nogil=True, cache=True)
 def dot_sparse(first, last, segments, lengths, shortest, width, in_codeword,
                positions, steps, nonzeros, longest, span,
                columns, group_size, row_scale, x, out):  # fmt: skip
@@ -454,7 +460,7 @@ def dot_sparse(first, last, segments, lengths, shortest, width, in_codeword,
     return OK
 
 
-@njit(nogil=True, fastmath=REORDER, cache=True)
+@njit(nogil=True, cache=True)
 def dot_tile(first, last, segments, lengths, shortest, width, in_codeword,
              positions, steps, nonzeros, longest, sign_bytes, span,
              columns, group_size, row_scale, x, out):  # fmt: skip

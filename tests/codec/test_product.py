@@ -18,9 +18,12 @@ from qmoe_format.codec import (
     encode,
     encode_matrix,
     fit_dictionary,
+    kernels,
     matmul,
     matvec,
+    matvecs,
 )
+from qmoe_format.codec.tables import tables
 from qmoe_format.dtypes import STORAGE, from_float32, to_float32
 from qmoe_format.errors import QMoEError
 
@@ -134,6 +137,51 @@ def test_rows_that_there_are_not() -> None:
         with pytest.raises(QMoEError) as error:
             dequantize_rows(matrix, first, out)  # type: ignore[arg-type]
         assert error.value.code == "argument"
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("signs", ["plane", "codeword"])
+@pytest.mark.parametrize("group_size", [0, 7, 100])
+def test_both_ways_of_short_entries(
+    masks: bool, signs: str, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of several rows and of several chunks; a last one of fewer rows."""
+    if masks and not kernels.HAS_MASKS:
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(kernels, "HAS_MASKS", masks)
+    chosen = dictionary(0.5, 12, signs)
+    assert tables(chosen).masks.size
+    for rows, columns, together in ((11, 333, 4), (3, 40_001, 2)):
+        groups = -(-columns // group_size) if group_size else 1
+        scale = np.random.default_rng(0).standard_normal((rows, groups, 2)).astype(np.float32)
+        matrix = encode_matrix(
+            random_trits(rows, columns, 0.6),
+            scale,
+            scale_dtype="F32",
+            group_size=group_size,
+            dictionary=chosen,
+            rows_per_segment=together,
+        )
+        x = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
+        assert within_tolerance(matrix, x, matvec(matrix, x[0])[None])
+
+
+def test_several_products_at_once() -> None:
+    """Threads share each of them, also one with fewer segments than threads."""
+    shapes = ((40, 64), (1, 300), (0, 5), (7, 0), (333, 96))
+    x = np.random.default_rng(0).standard_normal(300).astype(np.float32)
+    products = []
+    for rows, columns in shapes:
+        trits = random_trits(rows, columns, 0.885)
+        scale = np.ones((rows, 1, 1), np.float32)
+        matrix = encode_matrix(trits, scale, scale_dtype="F32", rows_per_segment=3)
+        products.append((matrix, x[:columns], np.full(rows, np.nan, np.float32)))
+    for threads in (1, 3):
+        matvecs(products, threads)
+        for matrix, part, out in products:
+            assert np.array_equal(out, matvec(matrix, part))
+            out[:] = np.nan
+    matvecs([])
 
 
 def test_long_rows_and_both_sign_modes() -> None:
