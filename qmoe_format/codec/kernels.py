@@ -315,7 +315,6 @@ def _mark(segments, begin, left, limit, width, masks, longest, bits):
         a = np.uint64(at(masks, code_word))
         base, held = _append(bits, base, held, place, a & MASK)
         place += a >> MASK_BITS
-    store64(bits, (base >> THREE) + EIGHT, ZERO)
     return left, place
 
 
