@@ -24,6 +24,7 @@ ALONE = 2
 # 5.2 / 4.8 ms dense, 128 tokens 14 / 7 ms and 9 / 9 ms: even at about this many tokens times
 # non-zeros a weight.
 DENSE = 17.0
+PER_THREAD = 1 << 18  # weights that a core multiplies while another thread is woken: 50 us
 SCRATCH = 8 << 20  # bytes of decoded weights at a time
 GPU_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPU_FEW = 64  # tokens of one expert: what gpu.matmul is meant for
@@ -100,7 +101,8 @@ def _on_cpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...
                 codec.matmul(
                     matrix, x_array[first:last], y_array[first:last, columns], stack.threads
                 )
-    codec.matvecs(single, stacks[0].threads)
+    size = sum(matrix.rows * matrix.columns for matrix, _, _ in single)
+    codec.matvecs(single, min(stacks[0].threads, 1 + size // PER_THREAD))
     return y.to(x.dtype)
 
 

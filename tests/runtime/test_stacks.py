@@ -75,7 +75,14 @@ def test_only_used_experts_are_read(file: QMoEFile, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("tokens", [0, 1, products.ALONE, 17, MANY])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_linear(file: QMoEFile, dense: dict[str, torch.Tensor], tokens: int, threads: int) -> None:
+def test_linear(
+    file: QMoEFile,
+    dense: dict[str, torch.Tensor],
+    tokens: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "PER_THREAD", 1)
     x = random(tokens, COLUMNS)
     y = linear(Stack(file, "gate", threads), x, 2)
     torch.testing.assert_close(y, x @ dense["gate"][2].T)
