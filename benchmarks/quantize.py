@@ -8,6 +8,9 @@ Writes benchmarks/results/quantize.json, after every file that is measured, and 
 its size once more with few sequences. ``evaluation`` says what is measured. Bits are total bits of
 the expert weights in the file, with dictionaries, scales and lengths.
 
+Seconds are those of a conversion on its own for ``rd`` at qmoe's size only: later files of a model
+take over what it measured before it began.
+
 "At the baseline's bits" and "bits at the baseline's error" are relative to ``qmoe`` and
 interpolated between the sizes of ``rd`` (one of them is within 2 % of the baseline's), the
 logarithm of the error being linear in the bits.
@@ -16,9 +19,11 @@ logarithm of the error being linear in the bits.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
+import shutil
 import tempfile
 import threading
 import time
@@ -34,6 +39,7 @@ from benchmarks import report
 from benchmarks.evaluation import DATA, Evaluation
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.conversion import Calibration
+from qmoe_format.conversion.calibrated import CalibratedConversion
 from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
 from qmoe_format.quantize import Recipe
@@ -127,6 +133,30 @@ def quantizer_timed() -> Iterator[Stopwatch]:
 
     with mock.patch.object(Recipe, "quantize", timed):
         yield watch
+
+
+@contextmanager
+def plans_shared(folder: Path) -> Iterator[None]:
+    """What a conversion measures before it begins does not depend on the size asked for: let only
+    the first of a model and a text do it."""
+    plan = CalibratedConversion._plan
+
+    def shared(self: Any, work: Any, walk: Any, blocks: Any) -> Any:
+        told = work.load("state")
+        for what in ("bits per weight", "lambda"):
+            told.pop(what)
+        kept = folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        for path in kept.glob("*"):
+            shutil.copy(path, work.folder)
+        found = plan(self, work, walk, blocks)
+        if not kept.exists():
+            kept.mkdir()
+            for path in (*work.folder.glob("plan-*.json"), *work.folder.glob("*.norms")):
+                shutil.copy(path, kept)
+        return found
+
+    with mock.patch.object(CalibratedConversion, "_plan", shared):
+        yield
 
 
 def convert(model: str, job: Job, asked: float | None, path: Path) -> Record:
@@ -396,8 +426,9 @@ def run(models: Sequence[str], settings: Settings, resume: bool, save: bool) -> 
         if save:
             report.save("quantize", {"settings": stated, "models": results})
 
-    for model in models:
-        measure_model(model, settings, results[model], save_now)
+    with tempfile.TemporaryDirectory() as folder, plans_shared(Path(folder)):
+        for model in models:
+            measure_model(model, settings, results[model], save_now)
     if save:
         plot(results, settings, report.RESULTS / "quantize.png")
     for model in models:

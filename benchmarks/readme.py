@@ -103,11 +103,34 @@ def quality(models: dict[str, Any]) -> str:
     )
 
 
+def speeds_of_models(results: list[dict[str, Any]]) -> str:
+    """Tokens a second and memory of compressed models, and their ratios to bf16."""
+    rows = []
+    for result in results:
+        for way, figures in result["ways"].items():
+            median = {what: value["median"] for what, value in figures.items() if value}
+            ratio = result.get("speed_to_bf16", {}).get(way)
+            rows.append(
+                [
+                    f"{result['case']}, {way}",
+                    f"{result['expert_weights'] / 1e9:.2f} G",
+                    f"{median['load_seconds']:.1f} s",
+                    f"{median['prefill_seconds'] * 1e3:.0f} ms",
+                    f"{median['tokens_per_second']:.1f}",
+                    "" if ratio is None else f"{ratio:.2f} ×",
+                    f"{median['peak_resident_bytes'] / 1e9:.2f} GB",
+                ]
+            )
+    return table(
+        "model, way | expert weights | load | prompt | tokens/s | to bf16 | peak memory", rows
+    )
+
+
 def figures() -> str:
     """The text between the marks."""
-    codec, opening, memory, quantize = (
+    codec, opening, memory, quantize, runtime = (
         json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("codec", "opening", "convert_memory", "quantize")
+        for name in ("codec", "opening", "convert_memory", "quantize", "runtime")
     )
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
@@ -148,6 +171,12 @@ of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QM
 *few* means 40 sequences of calibration text; `rd` was asked for the bits that `qmoe` came to.
 
 {quality(quantize["models"])}
+
+Running models on the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
+at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
+two trained models', weights are random; memory counts the mapped pages of the file.
+
+{speeds_of_models(runtime["results"])}
 """
 
 
