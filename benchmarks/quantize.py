@@ -275,9 +275,8 @@ def compare(records: Records, settings: Settings) -> dict[str, Any]:
         if record.get("asked_bits")
     ]
     found["bits off by"] = max(misses, default=None)
-    ours = records.get(OURS, {})
-    found["seconds"] = ours.get("seconds")
-    found["quantizer_seconds"] = ours.get("quantizer_seconds")
+    for what in ("seconds", "quantizer_seconds"):
+        found[what] = records.get(OURS, {}).get(what)
     return found
 
 

@@ -108,7 +108,7 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         for way, figures in result["ways"].items():
-            median = {what: value["median"] for what, value in figures.items() if value}
+            median = {what: value["median"] for what, value in figures.items()}
             ratio = result.get("speed_to_bf16", {}).get(way)
             rows.append(
                 [

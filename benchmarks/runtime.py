@@ -251,29 +251,25 @@ def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any
         "ways": ways,
     }
     if THEIRS[0] in ways:
-        theirs = ways[THEIRS[0]]
-        result["speed_to_bf16"] = {
-            way: each["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"]
-            for way, each in ways.items()
-        }
-        result["peak_memory_to_bf16"] = {
-            way: each["peak_resident_bytes"]["median"] / theirs["peak_resident_bytes"]["median"]
-            for way, each in ways.items()
-        }
+        for name, what in (
+            ("speed_to_bf16", "tokens_per_second"),
+            ("peak_memory_to_bf16", "peak_resident_bytes"),
+        ):
+            theirs = ways[THEIRS[0]][what]["median"]
+            result[name] = {way: each[what]["median"] / theirs for way, each in ways.items()}
     return result
 
 
-def _medians(results: list[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
-    """Median, least and most of each figure."""
+def _medians(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median, least and most of each figure that there is."""
     return {
-        what: None
-        if value is None
-        else {
+        what: {
             "median": statistics.median(each[what] for each in results),
             "least": min(each[what] for each in results),
             "most": max(each[what] for each in results),
         }
         for what, value in results[0].items()
+        if value is not None
     }
 
 

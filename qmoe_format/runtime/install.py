@@ -74,6 +74,17 @@ def install(model: Any, file: QMoEFile | ShardedFile) -> None:
         module._is_hf_initialized = True
 
 
+def upload(model: Any, device: int) -> None:
+    """Copy the experts of a model to a GPU, where its layers find them; raises as ``Stack.upload``.
+
+    Otherwise a layer does so when it is first used there.
+    """
+    for module in model.modules():
+        if hasattr(module, "compressed"):
+            for stack in (*module.compressed.inputs, module.compressed.output):
+                stack.upload(device)
+
+
 Shape = tuple[int, int, int]
 """Experts, out, in."""
 

@@ -26,6 +26,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.families import family_for
 from qmoe_format.folder import CONFIG, METHOD, read_config
 from qmoe_format.machine import check_device
+from qmoe_format.runtime.install import upload
 
 if TYPE_CHECKING:
     from qmoe_format import QMoEFile, ShardedFile
@@ -43,13 +44,14 @@ def load_model(
 
     Args:
         path: a ``.qmoe`` file, or the index file of shards.
-        device: where everything else is, and where the model computes.
-        dtype: of everything else; None: the one in ``config.json``.
+        device: where the model computes. On a GPU the experts are copied there, compressed.
+        dtype: of everything but the experts; None: the one in ``config.json``.
 
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` without ``config.json``;
             ``checkpoint`` for a family that cannot be run, or if configuration and tensors do not
-            belong together; ``argument`` for a device that torch cannot use.
+            belong together; ``argument`` for a device that torch cannot use; on a GPU also
+            ``dependency``, ``device`` and ``memory``.
     """
     check_device(device)
     with qmoe_format.open(path) as file, _attachments(file) as folder:
@@ -84,7 +86,10 @@ def load_model(
                 "checkpoint again, or update transformers",
             ) from error
     model.name_or_path = model.config.name_or_path = os.fspath(path)
-    return model.to(device)
+    model.to(device)
+    if model.device.type == "cuda":
+        upload(model, model.device.index)
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from qmoe_format.encodings import TERNARY_DICT
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import cores
@@ -70,5 +68,4 @@ class Stack:
 
             every = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
             stack = self._on_gpu[device] = gpu.upload(every, device=device)
-            torch.cuda.synchronize(device)  # it is used on whatever stream torch works on
         return stack

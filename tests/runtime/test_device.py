@@ -70,7 +70,6 @@ Calls = list[str]
 def calls(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> Calls:  # noqa: F811
     """Calls of ``qmoe_format.gpu`` take ``Tensor``, and are written down."""
     made: Calls = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def array(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -47,7 +47,7 @@ def models(
 
 def loss_by_transformers(model: Any, batches: list[Batch]) -> float:
     """What the model itself says of each sequence, without padding."""
-    total = tokens = 0
+    total, tokens = 0.0, 0
     for batch in batches:
         for row in range(len(batch.inputs.ids)):
             ids = batch.inputs.ids[row][batch.inputs.attended[row]][None]
