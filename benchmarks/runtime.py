@@ -286,6 +286,7 @@ def main() -> None:
     if options.way:
         print(json.dumps(work(options.way, options.path, options.device)))
         return
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
     results = []
     for case in CASES:
         if options.case and case.name not in options.case:
@@ -293,9 +294,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             results.append(measure(case, Path(folder), options.device, options.rounds))
         print(json.dumps(results[-1], indent=1), flush=True)
-    suffix = "" if options.device == "cpu" else f"_{options.device}"
-    if not options.case:
-        report.save(f"runtime{suffix}", {"results": results})
+        if not options.case:
+            report.save(f"runtime{suffix}", {"rounds": options.rounds, "results": results})
 
 
 if __name__ == "__main__":
