@@ -2,7 +2,8 @@
 
     python -m benchmarks.runtime [--case NAME ...] [--folder FOLDER] [--device cuda] [--rounds N]
 
-Writes benchmarks/results/runtime.json (runtime_cuda.json) and removes what it made. The models:
+Writes benchmarks/results/runtime.json (runtime_cuda.json), keeping other cases that it has, and
+removes what it made. The models:
 
     switch-mini, mixtral-mini   the two small trained ones, in cache on most machines
     switch-base-16              the dimensions of switch-base, 16 experts, random weights: 1.1 G
@@ -286,16 +287,18 @@ def main() -> None:
     if options.way:
         print(json.dumps(work(options.way, options.path, options.device)))
         return
-    suffix = "" if options.device == "cpu" else f"_{options.device}"
-    results = []
+    name = "runtime" if options.device == "cpu" else f"runtime_{options.device}"
+    path = report.RESULTS / f"{name}.json"
+    saved = json.loads(path.read_text())["results"] if path.exists() else []
+    results = {result["case"]: result for result in saved}
     for case in CASES:
         if options.case and case.name not in options.case:
             continue
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            results.append(measure(case, Path(folder), options.device, options.rounds))
-        print(json.dumps(results[-1], indent=1), flush=True)
-        if not options.case:
-            report.save(f"runtime{suffix}", {"rounds": options.rounds, "results": results})
+            results[case.name] = measure(case, Path(folder), options.device, options.rounds)
+        print(json.dumps(results[case.name], indent=1), flush=True)
+        ordered = [results[each.name] for each in CASES if each.name in results]
+        report.save(name, {"results": ordered})
 
 
 if __name__ == "__main__":
