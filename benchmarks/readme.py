@@ -172,6 +172,8 @@ of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QM
 
 {quality(quantize["models"])}
 
+![KL, loss gap and output error against bits a weight](benchmarks/results/quantize.png)
+
 Running models on the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
 at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
 two trained models', weights are random; memory counts the mapped pages of the file.

@@ -130,7 +130,7 @@ BAD: dict[str, tuple[Change, dict[str, Any] | None, str, list[str]]] = {
         lambda state: None,
         {"model_type": "llama"},
         "checkpoint",
-        ["'llama'", "mixtral, switch_transformers"],
+        ["'llama'", "mixtral", "switch_transformers"],
     ),
     "hole": (
         lambda state: state.pop(HEAD + "expert_1.wi.weight"),
