@@ -126,11 +126,28 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
     )
 
 
+def scale(run: dict[str, Any]) -> str:
+    """Speed and memory of the recipes on experts of large models."""
+    rows = [
+        [
+            f"{result['layer']}, {result['recipe']}",
+            f"{result['gparam_per_hour']:.2f}",
+            f"{result['hours_for_1.6T']:,.0f} h",
+            f"{result['peak_resident_bytes'] / 1e9:.1f} GB",
+        ]
+        for result in run["results"]
+    ]
+    return table("layer, recipe | Gparam/h | 1.6 T in | peak memory", rows)
+
+
 def figures() -> str:
     """The text between the marks."""
-    codec, opening, memory, quantize, runtime = (
+    codec, opening, memory, quantize, large, runtime = (
         json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("codec", "opening", "convert_memory", "quantize", "runtime")
+        for name in (
+            *("codec", "opening", "convert_memory"),
+            *("quantize", "quantize_scale", "runtime"),
+        )
     )
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
@@ -139,6 +156,7 @@ def figures() -> str:
     least, most = f"{min(packed):.1f}", f"{max(packed):.1f}"
     opened = opening["milliseconds"]["open and take an expert"]["median"]
     converted = memory["results"][0]
+    threads = large["runs"]["cpu"]["threads"]
     size = f"{converted['checkpoint_bytes'] / 1e9:.1f} GB"
     peak = f"{converted['convert']['peak_resident_bytes'] / 1e9:.2f} GB"
     return f"""\
@@ -173,6 +191,13 @@ of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QM
 {quality(quantize["models"])}
 
 ![KL, loss gap and output error against bits a weight](benchmarks/results/quantize.png)
+
+Quantising experts of the size of switch-c-2048's, and of a modern gated model's (7168 × 2048), on
+{threads} core, without running the model (`python -m benchmarks.quantize_scale`). The paper's 1.6 T
+parameters took 16 hours on one A6000, 100 Gparam/h; `rd` at that size needs a GPU, where it has not
+run yet.
+
+{scale(large["runs"]["cpu"])}
 
 Running models on the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
 at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
