@@ -249,6 +249,7 @@ def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any
         "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
         "file_bytes": file.stat().st_size,
         "convert_seconds": round(converted, 1),
+        "rounds": rounds,
         "ways": ways,
     }
     if THEIRS[0] in ways:

@@ -144,10 +144,7 @@ def _tensors(file: QMoEFile | ShardedFile, stacks: bool) -> Iterator[OutputTenso
 
 def _transposed(file: QMoEFile | ShardedFile) -> bool:
     """Whether the checkpoint's own tensors of many experts are ``[experts, in, out]``."""
-    if "config.json" not in file.attachments:
-        return False
-    config = file.attachment("config.json")
     try:
-        return adapter_for(json.loads(config)).transposed
-    except (ValueError, AttributeError, RecursionError):  # of no family that is known
+        return adapter_for(read_config(file)).transposed
+    except QMoEError:  # of no family that is known
         return False

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from qmoe_format._version import __version__
+from qmoe_format.checkpoints import ADAPTERS
 from qmoe_format.cli import commands
 from qmoe_format.cli.text import natural, parse_size, positive, positive_real
 from qmoe_format.errors import QMoEError
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="compress a Hugging Face checkpoint",
         description="Compress the experts of a Hugging Face checkpoint (safetensors or .bin) of "
-        "the Switch Transformers or Mixtral family; everything else is kept as it is.",
+        f"one of these types: {', '.join(sorted(ADAPTERS))}. Everything else is kept as it is.",
         epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
     )
     command.add_argument("source", metavar="SRC", type=Path, help="folder with config.json")

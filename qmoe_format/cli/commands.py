@@ -122,6 +122,9 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from qmoe_format.cli.models import quiet
+
+    quiet()  # before what needs torch is imported
     from qmoe_format.cli.evaluation import run
 
     run(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,3 +110,15 @@ def test_refusals(
     assert outcome.code == 1
     assert outcome.err.startswith(f"error[{code}]: ")
     assert words in outcome.err
+
+
+@pytest.mark.parametrize("arguments", [["generate", "m.qmoe", "x"], ["eval", "m.qmoe", "--text=t"]])
+def test_without_torch(qmoe: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    for module in [name for name in sys.modules if name.startswith("qmoe_format.c")]:
+        if module.startswith(("qmoe_format.calibration", "qmoe_format.cli.evaluation")):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outcome = qmoe(*arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error[dependency]: ")
+    assert "pip install 'qmoe-format[convert]'" in outcome.err
