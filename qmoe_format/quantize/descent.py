@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmoe_format.quantize.gptq import GROUP, gptq
+from qmoe_format.quantize.gptq import GROUP, by_halves, gptq
 from qmoe_format.quantize.hessian import inverse_factor
 
 
@@ -43,37 +43,27 @@ def descend(
     experts, columns, _ = trits.shape
     factors = _group_factors(hessian)
 
-    def carry(target: slice, source: slice) -> None:
-        """Take off G at some columns what moved at others."""
-        for expert in range(experts):
-            gradient[expert, target].addmm_(
-                hessian[expert, target, source], moves[expert, source], alpha=-1
-            )
+    def columns_of(groups: slice) -> slice:
+        return slice(groups.start * GROUP, min(groups.stop * GROUP, columns))
 
-    def sweep(first: int, last: int) -> None:
-        """Over groups ``first`` to ``last``, by halves as in gptq.py."""
-        if last - first == 1:
-            group = slice(first * GROUP, min(last * GROUP, columns))
+    for part, other in by_halves(0, len(factors), 1):
+        group = columns_of(part)
+        if other is None:
             moves[:, group] = _move(
                 trits[:, group],
                 gradient[:, group],
                 hessian[:, group, group],
-                factors[first],
+                factors[part.start],
                 scale,
                 column_scale[:, group],
                 price,
             )
-            carry(group, group)
-            return
-        middle = (first + last) // 2
-        left = slice(first * GROUP, middle * GROUP)
-        right = slice(middle * GROUP, min(last * GROUP, columns))
-        sweep(first, middle)
-        carry(right, left)
-        sweep(middle, last)
-        carry(left, right)
-
-    sweep(0, len(factors))
+        # What moved here is taken off G here or there.
+        target = group if other is None else columns_of(other)
+        for expert in range(experts):
+            gradient[expert, target].addmm_(
+                hessian[expert, target, group], moves[expert, group], alpha=-1
+            )
 
 
 def _group_factors(hessian: Tensor) -> list[Tensor]:

@@ -14,6 +14,8 @@ expert's result does not depend on which others are in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -79,17 +81,33 @@ def gptq(
             torch.div(x - rounded, d, out=errors[:, i])
             rest[:, i + 1 : end] -= factor[:, i, i + 1 : end, None] * errors[:, i, None]
 
-    def halves(start: int, end: int) -> None:
-        if end - start <= GROUP:
-            one_by_one(start, end)
-            return
-        middle = (start + end) // 2
-        halves(start, middle)
+    def carry(left: slice, right: slice) -> None:
         for expert, u in enumerate(factor):
-            rest[expert, middle:end].addmm_(
-                u[start:middle, middle:end].T, errors[expert, start:middle], alpha=-1
-            )
-        halves(middle, end)
+            rest[expert, right].addmm_(u[left, right].T, errors[expert, left], alpha=-1)
 
-    halves(0, weights.shape[1])
+    for part, other in by_halves(0, weights.shape[1], GROUP):
+        if other is None:
+            one_by_one(part.start, part.stop)
+        elif part.start < other.start:
+            carry(part, other)
     return trits
+
+
+def by_halves(start: int, end: int, most: int) -> Iterator[tuple[slice, slice | None]]:
+    """The steps of a pass from ``start`` to ``end`` in which products join halves.
+
+    (part, None): decide a part, of at most ``most``. (left, right), as soon as the left half is
+    decided, and (right, left), as soon as the right one is: tell the one what the other decided.
+
+    A generator rather than a function within its user that calls itself: such a function is a
+    reference cycle, which keeps all that it works with until the garbage collector comes by.
+    """
+    if end - start <= most:
+        yield slice(start, end), None
+        return
+    middle = (start + end) // 2
+    left, right = slice(start, middle), slice(middle, end)
+    yield from by_halves(start, middle, most)
+    yield left, right
+    yield from by_halves(middle, end, most)
+    yield right, left

@@ -87,6 +87,7 @@ def quantize_rd(
             state.weights, ready.factor, None, state.scale, state.column_scale, first_price
         )
         bits = _code_bits(state.trits)
+        state.measure()
         state.refit(columns=step > 0)
     generator = torch.Generator().manual_seed(0)
     for step in range(ROUNDS):
@@ -138,10 +139,14 @@ class _State:
         self.hessian = self.hessian[:, order][:, :, order]
         self.order = self.order[order]
 
+    def measure(self) -> None:
+        """The gradient anew."""
+        self.gradient = _products(self.hessian, self.weights - self._quantized())
+
     def refit(self, columns: bool) -> None:
-        """Least-squares scales of rows, and of columns if asked; brings the gradient up to date."""
+        """Least-squares scales of rows, and of columns if asked; keeps the gradient up to date."""
+        self._refit_rows()
         if columns:
-            self._refit_rows()
             self.column_scale = torch.stack(
                 [
                     refit_columns(*each)
@@ -151,12 +156,14 @@ class _State:
                     )
                 ]
             )  # fmt: skip
-        self._refit_rows()
+            self.measure()
+            self._refit_rows()
 
     def _refit_rows(self) -> None:
-        quantized = self.trits * self.scale[:, None] * self.column_scale[:, :, None]
-        self.gradient = _products(self.hessian, self.weights - quantized)
-        self.scale = refit_rows(quantized, self.gradient, self.target, self.scale)
+        self.scale = refit_rows(self._quantized(), self.gradient, self.target, self.scale)
+
+    def _quantized(self) -> Tensor:
+        return self.trits * self.scale[:, None] * self.column_scale[:, :, None]
 
     def _stretch(self) -> None:
         """Scale row j so that q.Hw = w.Hw.
@@ -174,6 +181,7 @@ class _State:
         """Round the column scales, refit the rows to them, round those."""
         self.reorder(self.order.argsort())
         self.column_scale = self.column_scale.to(dtype).float()
+        self.measure()
         self._refit_rows()
         self._stretch()
         used = self.trits.any(1) & (self.scale > 0)

@@ -56,12 +56,14 @@ def refit_columns(
         ``[columns]``, the type of ``column_scale``.
     """
     a = trits * scale
-    normal = (a @ a.T) * hessian
+    normal = (a @ a.T).mul_(hessian)
     aim = (a * target).sum(1)
     diagonal = normal.diagonal()
     ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
     # float32 is enough: the ridge is far above its rounding.
-    factor, failed = torch.linalg.cholesky_ex(normal + ridge.diag())
+    ridged = normal.clone()
+    ridged.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(ridged)
     new = torch.cholesky_solve((aim + ridge * column_scale)[:, None], factor)[:, 0]
     ratio = new / column_scale
     new = torch.where((ratio > 0.1) & (ratio < 10), new, column_scale)

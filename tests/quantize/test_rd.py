@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 
@@ -467,3 +468,24 @@ def test_refusals(weights: Tensor, scale_dtype: str, code: str) -> None:
     with pytest.raises(QMoEError) as caught:
         quantize_rd(weights, scale_dtype, calibrated([correlated(9, 4)]), Rate(0.1, 1.0))
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("recipe", ["qmoe", "rd"])
+def test_no_tensor_waits_for_the_garbage_collector(recipe: str) -> None:
+    """A reference cycle would: 20 rounds with a Hessian of 7168 columns each were 18 GB."""
+    calibration = calibrated([correlated(200, 70)])
+    weights = random(1, 40, 70)
+    gc.collect()
+    gc.disable()
+    try:
+        if recipe == "rd":
+            quantize_rd(weights, "BF16", calibration, Rate(0.05, 1.0))
+        else:
+            quantize_qmoe(weights, "BF16", calibration)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [each for each in gc.garbage if isinstance(each, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
