@@ -61,25 +61,23 @@ def gptq(
         if price is None:
             return torch.where(value == 0, torch.inf, value / 2)
         # Where the value is 0 this is infinite, or NaN, which nothing is greater than.
-        return value / 2 + (price * (d * d / 2)) / value
+        return value / 2 + price[:, None] * (d * d / 2) / value
 
-    def one_by_one(start: int, end: int) -> None:
-        for i in range(start, end):
-            x, d = rest[:, i], spread[:, i, None]
-            value = high if column_scale is None else high * column_scale[:, i, None]
-            top = threshold(value, d)
-            trit = trits[:, i]
-            torch.gt(x, top, out=trit)
-            if low is None:
-                trit -= torch.lt(x, -top, out=torch.empty_like(trit))
-                rounded = trit * value
-            else:
-                below = low if column_scale is None else low * column_scale[:, i, None]
-                is_low = torch.lt(x, -threshold(-below, d), out=torch.empty_like(trit))
-                rounded = trit * value + is_low * below
-                trit -= is_low
-            torch.div(x - rounded, d, out=errors[:, i])
-            rest[:, i + 1 : end] -= factor[:, i, i + 1 : end, None] * errors[:, i, None]
+    def one_by_one(part: slice) -> None:
+        x, wrong, d = rest[:, part], errors[:, part], spread[:, part, None]
+        factors = factor[:, part, part, None]
+        scales = torch.ones_like(d) if column_scale is None else column_scale[:, part, None]
+        up = high[:, None] * scales
+        down = up if low is None else -low[:, None] * scales
+        top = threshold(up, d)
+        bottom = top if low is None else threshold(down, d)
+        for i, trit in enumerate(trits[:, part].unbind(1)):
+            torch.gt(x[:, i], top[:, i], out=trit)
+            minus = torch.lt(x[:, i], -bottom[:, i], out=torch.empty_like(trit))
+            rounded = trit * up[:, i] - minus * down[:, i]
+            trit -= minus
+            torch.div(x[:, i] - rounded, d[:, i], out=wrong[:, i])
+            x[:, i + 1 :].sub_(factors[:, i, i + 1 :] * wrong[:, i, None])
 
     def carry(left: slice, right: slice) -> None:
         for expert, u in enumerate(factor):
@@ -87,7 +85,7 @@ def gptq(
 
     for part, other in by_halves(0, weights.shape[1], GROUP):
         if other is None:
-            one_by_one(part.start, part.stop)
+            one_by_one(part)
         elif part.start < other.start:
             carry(part, other)
     return trits

@@ -91,7 +91,7 @@ def quantize_rd(
         state.refit(columns=step > 0)
     generator = torch.Generator().manual_seed(0)
     for step in range(ROUNDS):
-        state.reorder(torch.randperm(columns, generator=generator))
+        state.reorder(torch.randperm(columns, generator=generator).to(weights.device))
         raised = 1 + (FIRST_PRICE - 1) * max(0.0, 1 - 2 * (step + 1) / ROUNDS)
         descend(
             state.trits, state.gradient, state.hessian, state.scale, state.column_scale,
@@ -130,13 +130,17 @@ class _State:
         self.scale = (self.weights / self.column_scale[:, :, None]).square().mean(1).sqrt()
         self.trits = torch.zeros_like(self.weights)
         self.gradient = self.target
-        self.order = torch.arange(self.weights.shape[1])
+        self.order = torch.arange(self.weights.shape[1], device=hessian.device)
 
     def reorder(self, order: Tensor) -> None:
         """Put the columns into another order."""
         for name in ("weights", "target", "gradient", "trits", "column_scale"):
             setattr(self, name, getattr(self, name)[:, order])
-        self.hessian = self.hessian[:, order][:, :, order]
+        # Twice as fast as indexing all of them at once.
+        hessian = torch.empty_like(self.hessian)
+        for before, after in zip(self.hessian, hessian, strict=True):
+            torch.index_select(before.index_select(0, order), 1, order, out=after)
+        self.hessian = hessian
         self.order = self.order[order]
 
     def measure(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 ROW_RIDGE = 1e-4
 COLUMN_RIDGE = 1e-3
+STEPS = 8  # of conjugate gradients
 
 
 def refit_rows(quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tensor) -> Tensor:
@@ -44,6 +45,8 @@ def refit_columns(
     """Column scales of one expert that minimise the error.
 
     With A = diag(r) T, the error's normal equations are ((A^T A) o H) c = v, v_i = A_i . (WH)_i.
+    Their diagonal is large, so a few steps of conjugate gradients with it as preconditioner, from
+    the present scales on, are as good as a solution, and much faster.
 
     Args:
         trits: ``[columns, rows]``.
@@ -60,16 +63,31 @@ def refit_columns(
     aim = (a * target).sum(1)
     diagonal = normal.diagonal()
     ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
-    # float32 is enough: the ridge is far above its rounding.
-    ridged = normal.clone()
-    ridged.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    new = torch.cholesky_solve((aim + ridge * column_scale)[:, None], factor)[:, 0]
+    diagonal += ridge
+    aim += ridge * column_scale
+    new = _conjugate_gradients(normal, aim, column_scale)
     ratio = new / column_scale
     new = torch.where((ratio > 0.1) & (ratio < 10), new, column_scale)
 
     def error(c: Tensor) -> Tensor:
         return (c * (normal @ c - 2 * aim)).sum(dtype=torch.float64)
 
-    better = (failed == 0) & (error(new) < error(column_scale))
-    return torch.where(better, new, column_scale)
+    return torch.where(error(new) < error(column_scale), new, column_scale)
+
+
+def _conjugate_gradients(matrix: Tensor, aim: Tensor, start: Tensor) -> Tensor:
+    """x with ``matrix @ x`` near ``aim``, for a positive definite matrix."""
+    x = start
+    rest = aim - matrix @ x
+    inverse = 1 / matrix.diagonal()
+    tiny = torch.finfo(matrix.dtype).tiny  # where nothing is left to be done
+    direction = inverse * rest
+    square = (rest * direction).sum()
+    for _ in range(STEPS):
+        product = matrix @ direction
+        step = square / (direction * product).sum().clamp(min=tiny)
+        x = x + step * direction
+        rest = rest - step * product
+        before, square = square, (rest * inverse * rest).sum()
+        direction = inverse * rest + square / before.clamp(min=tiny) * direction
+    return x
