@@ -1,4 +1,4 @@
-"""Write the figures of benchmarks/results into README.md, between its two marks.
+"""Write the figures of benchmarks/results into benchmarks/README.md, the main ones into README.md.
 
 python -m benchmarks.readme
 """
@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+ALL = Path(__file__).with_name("README.md")
 MARKS = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
 FAST, SIZE, QMOE = "ours fast (12 bit)", "ours size (16 bit)", "QMoE"
 SOURCES = {
@@ -140,14 +141,76 @@ def scale(run: dict[str, Any]) -> str:
     return table("layer, recipe | Gparam/h | 1.6 T in | peak memory", rows)
 
 
-def figures() -> str:
-    """The text between the marks."""
-    codec, opening, memory, quantize, large, runtime = (
-        json.loads((RESULTS / f"{name}.json").read_text())
-        for name in (
-            *("codec", "opening", "convert_memory"),
-            *("quantize", "quantize_scale", "runtime"),
+def results(*names: str) -> list[dict[str, Any]]:
+    """What the scripts of these names have written."""
+    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+
+
+def main_figures() -> str:
+    """What stands in README.md between its marks."""
+    codec, quantize, runtime = results("codec", "quantize", "runtime")
+    (sizes,) = (
+        record["schemes"]
+        for record in codec["sizes"]
+        if (record["source"], record["columns"]) == ("iid 0.885", 3072)
+    )
+    speeds = {
+        record["work"]: record["weights_per_second"] / 1e9
+        for record in codec["speeds"]
+        if record["source"] == "iid 0.885"
+    }
+    ratios = codec["ratios"][f"iid 0.885, {FAST}"]
+    rows = [
+        [
+            "bits a weight in all, 88.5 % zeros, 3072 wide",
+            f"{sizes[FAST]['total']:.3f}",
+            f"{sizes[QMOE]['total']:.3f}: QMoE's dictionary",
+        ],
+        [
+            "decoding, 10⁹ weights/s on one core",
+            f"{speeds[f'{FAST}: decode, 1 thread']:.1f}",
+            f"{ratios['decode / zstd to int8']:.1f} × zstd, "
+            f"{ratios['decode / QMoE']:.1f} × QMoE's codewords",
+        ],
+        [
+            "y = W x from the codewords, 8192 × 14336, one core, 10⁹ weights/s",
+            f"{speeds[f'{FAST}: matvec, 1 thread']:.1f}",
+            f"{ratios['matvec / torch bf16']:.2f} × torch with dense bf16",
+        ],
+    ]
+    for model, found in quantize["models"].items():
+        files = found["files"]
+        ours, qmoe, rtn = (files[label] for label in ("rd at qmoe's", "qmoe", "rtn"))
+        rows.append(
+            [
+                f"{model} at {ours['bits']:.2f} bits: KL(bf16 ‖ file), nats a token",
+                f"{ours['kl']:.5f}",
+                f"{qmoe['kl']:.5f}: QMoE's recipe; {rtn['kl']:.5f}: rounding, "
+                f"{rtn['bits']:.2f} bits",
+            ]
         )
+    (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
+    shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
+    for what, key, digits, scale in [
+        ("a Mixtral of 0.7 G expert weights on 2 cores: tokens/s", "tokens_per_second", 1, 1),
+        ("its peak memory, GB", "peak_resident_bytes", 2, 1e-9),
+    ]:
+        own, bf16, fp32 = (f"{way[key]['median'] * scale:.{digits}f}" for way in shown)
+        rows.append([what, own, f"{bf16}: transformers in bf16; {fp32}: in fp32"])
+    return f"""\
+From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["cores"]} cores.
+[benchmarks/README.md](benchmarks/README.md) has all figures, those where we are behind included.
+
+{table("what | `.qmoe` | beside it", rows)}
+
+![KL, loss gap and output error against bits a weight](benchmarks/results/quantize.png)
+"""
+
+
+def all_figures() -> str:
+    """The text of benchmarks/README.md."""
+    codec, opening, memory, quantize, large, runtime = results(
+        "codec", "opening", "convert_memory", "quantize", "quantize_scale", "runtime"
     )
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
@@ -160,8 +223,13 @@ def figures() -> str:
     size = f"{converted['checkpoint_bytes'] / 1e9:.1f} GB"
     peak = f"{converted['convert']['peak_resident_bytes'] / 1e9:.2f} GB"
     return f"""\
-Measured by the scripts in `benchmarks/` on a shared machine with {codec["machine"]["cores"]} cores;
-processor and versions stand in `benchmarks/results/*.json`. Speeds vary by a third from run to run.
+# Figures
+
+Measured by the scripts in this folder on a shared machine with {codec["machine"]["cores"]} cores;
+processor and versions stand in `results/*.json`. Speeds vary by a third from run to run. This text
+is made by `python -m benchmarks.readme`.
+
+## Codec
 
 Bits a weight (`python -m benchmarks.codec`). *Payload* is codewords and signs; *total* adds
 lengths, offsets, two bf16 scales a row, the dictionary and alignment. zstd is level 19 over the
@@ -169,7 +237,7 @@ better of 2-bit and base-3 packing; QMoE is its published dictionary and greedy 
 
 {sizes(codec["sizes"])}
 
-![Payload above entropy against the share of zeros](benchmarks/results/codec.png)
+![Payload above entropy against the share of zeros](results/codec.png)
 
 Speed of the profile `fast` on one thread, in 10⁹ weights/s and as ratios within the run. Decoding
 is to int8, beside zstd's decompression unpacked to int8 (leaving the trits packed, zstd is
@@ -182,6 +250,8 @@ Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at
 index, that expert and its dictionary (`python -m benchmarks.opening`). Converting a checkpoint of
 {size} peaks at {peak} of memory (`python -m benchmarks.convert_memory`).
 
+## Quantizer
+
 What conversion loses (`python -m benchmarks.quantize`), on two small models that were really
 trained, all of the calibration text and all of the evaluation text: the gap of the cross-entropy to
 the bf16 checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is
@@ -190,7 +260,7 @@ of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QM
 
 {quality(quantize["models"])}
 
-![KL, loss gap and output error against bits a weight](benchmarks/results/quantize.png)
+![KL, loss gap and output error against bits a weight](results/quantize.png)
 
 Quantising experts of the size of switch-c-2048's, and of a modern gated model's (7168 × 2048), on
 {threads} core, without running the model (`python -m benchmarks.quantize_scale`). The paper's 1.6 T
@@ -199,7 +269,9 @@ run yet.
 
 {scale(large["runs"]["cpu"])}
 
-Running models on the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
+## Running models
+
+On the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
 at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
 two trained models', weights are random; memory counts the mapped pages of the file.
 
@@ -211,8 +283,9 @@ def with_figures(text: str) -> str:
     """``text`` of README.md with what stands between the marks made anew."""
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    return before + MARKS[0] + "\n" + figures() + "\n" + MARKS[1] + after
+    return before + MARKS[0] + "\n" + main_figures() + "\n" + MARKS[1] + after
 
 
 if __name__ == "__main__":
     README.write_text(with_figures(README.read_text()))
+    ALL.write_text(all_figures())

@@ -162,7 +162,7 @@ def qmoe_process() -> Run:
 
     def run(*arguments: str | Path) -> Outcome:
         command = [sys.executable, "-m", "qmoe_format.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -13,11 +13,14 @@ One thread, fixed seeds and a fixed number of steps.
 
 import argparse
 import hashlib
+import json
 import math
+import random
 import re
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +35,12 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
+import qmoe_format
+from qmoe_format.cli.demo import BITS
+from qmoe_format.conversion import Calibration
+from qmoe_format.inspection import describe
+from qmoe_format.runtime import load_model
+
 PAD, EOS, UNK = 0, 1, 2
 VOCABULARY = 1024
 EXPERTS = 8
@@ -41,6 +50,8 @@ TEST_PROMPT = 16
 HELD_OUT = 20  # one chapter in so many is never trained on
 BATCH = 32
 PEAK_RATE = 4e-3
+CALIBRATION_PASSAGES, CALIBRATION_WORDS = 400, 45  # as long as PASSAGE, or a little longer
+CALIBRATION_PROMPT = (3, 20)  # words
 SHORT_STEPS, SHORT_BATCH, SHORT_PROMPT, SHORT_CONTINUATION = 1000, 64, (4, 12), 4
 PROMPTS = (
     "The LORD is my shepherd;",
@@ -110,6 +121,20 @@ def passages(ids: Tensor, starts: Tensor, prompt: int, length: int) -> tuple[Ten
     return torch.cat([rows[:, :prompt], ends], 1), rows
 
 
+def calibration_text(texts: list[str]) -> str:
+    """A prompt and its passage a line, from chapters that the model was trained on."""
+    generator = random.Random(0)
+    lines: list[str] = []
+    while len(lines) < CALIBRATION_PASSAGES:
+        words = generator.choice(texts).split()
+        start = generator.randrange(len(words))
+        passage = words[start : start + CALIBRATION_WORDS]
+        prompt = passage[: generator.randint(*CALIBRATION_PROMPT)]
+        if len(passage) == CALIBRATION_WORDS:
+            lines.append(json.dumps({"text": " ".join(prompt), "target": " ".join(passage)}))
+    return "\n".join(lines) + "\n"
+
+
 def train(model: nn.Module, ids: Tensor, steps: int) -> None:
     torch.manual_seed(0)
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -141,9 +166,7 @@ def train(model: nn.Module, ids: Tensor, steps: int) -> None:
 
 
 @torch.inference_mode()
-def held_out_loss(
-    model: SwitchTransformersForConditionalGeneration, ids: Tensor
-) -> tuple[float, dict[str, list[int]]]:
+def held_out_loss(model: Any, ids: Tensor) -> tuple[float, dict[str, list[int]]]:
     """Nats a token after the prompt, and how many tokens each expert got."""
     starts = torch.arange(0, len(ids) - PASSAGE, PASSAGE)
     counts = {"encoder": torch.zeros(EXPERTS), "decoder": torch.zeros(EXPERTS)}
@@ -164,39 +187,32 @@ def held_out_loss(
     return total / tokens, {part: row.int().tolist() for part, row in counts.items()}
 
 
-def ternary(weight: Tensor) -> Tensor:
-    """Every weight to the nearest of its row's minimum, zero and maximum."""
-    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    return high * (weight > high / 2) + low * (weight < low / 2)
-
-
-def with_experts(
-    folder: Path, change: Callable[[Tensor], Tensor]
-) -> SwitchTransformersForConditionalGeneration:
-    model = SwitchTransformersForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.copy_(change(parameter))
-    return model.eval()
+def compressed(folder: Path, **options: Any) -> tuple[float, Any]:
+    """Bits of an expert weight, and the model, as ``qmoe_format.convert`` makes it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = qmoe_format.convert(folder, Path(temporary) / "demo.qmoe", threads=1, **options)
+        with qmoe_format.open(path) as file:
+            bits = describe(file)["totals"]["experts"]["total_bits_per_weight"]
+        return bits or 0.0, load_model(path, dtype=torch.float32)
 
 
 def report(folder: Path, ids: Tensor, training: str) -> str:
     """The folder's README: provenance, scores and samples, all of the model as it was saved."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = with_experts(folder, lambda w: w)
-    rounded = with_experts(folder, ternary)
-    loss, counts = held_out_loss(model, ids)
-    scores = {
-        "as trained (bf16)": loss,
-        "experts rounded to low, 0, high a row": held_out_loss(rounded, ids)[0],
-        "experts all zero": held_out_loss(with_experts(folder, torch.zeros_like), ids)[0],
-    }
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    calibration = Calibration(folder / "calibration.jsonl", target_column="target")
+    small_bits, small = compressed(folder, calibration=calibration, bits_per_weight=BITS)
+    rounded_bits, rounded = compressed(folder)
+    loss, counts = held_out_loss(model.eval(), ids)
+    scores = [
+        ("as trained (bf16)", 16.0, loss),
+        ("`rd` with `calibration.jsonl`", small_bits, held_out_loss(small, ids)[0]),
+        ("`rtn`: rounded to low, 0, high a row", rounded_bits, held_out_loss(rounded, ids)[0]),
+    ]
     experts = [p for n, p in model.named_parameters() if ".experts." in n]
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".md"}
-    zeros = sum((ternary(p) == 0).sum().item() for p in experts) / sum(p.numel() for p in experts)
 
-    def continued(model: SwitchTransformersForConditionalGeneration, prompt: str) -> str:
+    def continued(model: Any, prompt: str) -> str:
         output = model.generate(**tokenizer(prompt, return_tensors="pt"))
         return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
@@ -216,11 +232,12 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         f"Loss on the held-out chapters, in passages of {PASSAGE} tokens of which the first",
         f"{TEST_PROMPT} are the prompt: nats a token after the prompt.",
         "",
-        "| experts | loss |",
-        "|---|---|",
-        *(f"| {name} | {score:.3f} |" for name, score in scores.items()),
+        "| experts | bits a weight | loss |",
+        "|---|---|---|",
+        *(f"| {name} | {bits:.3f} | {score:.3f} |" for name, bits, score in scores),
         "",
-        f"Rounded, {zeros:.1%} of the expert weights are zero. Tokens by expert, held-out text:",
+        f"`calibration.jsonl` has {CALIBRATION_PASSAGES} prompts and passages that the model was",
+        "trained on. Tokens by expert, held-out text:",
         "",
         *(f"- {part}: {', '.join(map(str, row))}" for part, row in counts.items()),
         "",
@@ -231,31 +248,17 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         lines += [
             f"- **{prompt}**",
             f"  - trained: {continued(model, prompt)}",
-            f"  - rounded: {continued(rounded, prompt)}",
+            f"  - rd: {continued(small, prompt)}",
+            f"  - rtn: {continued(rounded, prompt)}",
         ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
-    arguments = parser.parse_args()
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    raw = arguments.text.read_bytes()
-    found = chapters(raw.decode())
-    kept = [text for i, text in enumerate(found) if i % HELD_OUT]
-    tokenizer = train_tokenizer(kept)
-
-    def encode(texts: list[str]) -> Tensor:
-        batches = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return torch.from_numpy(np.concatenate(batches))
-
-    ids = encode(kept)
-    print(f"{len(kept)} chapters, {len(ids)} tokens", flush=True)
+def trained(
+    arguments: argparse.Namespace, tokenizer: Any, ids: Tensor, documents: int, raw: bytes
+) -> str:
+    """Train and save a model; returns what the folder's README says of that."""
+    print(f"{len(ids)} tokens", flush=True)
     model = SwitchTransformersForConditionalGeneration(configuration())
     train(model, ids, arguments.steps)
 
@@ -263,16 +266,47 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
     long_steps = arguments.steps - SHORT_STEPS
-    training = f"""\
+    return f"""\
 Trained from scratch by tools/train_demo_model.py: {SHORT_STEPS:,} steps of short passages, then
 {long_steps:,} of {BATCH} passages of {PASSAGE} tokens; torch {torch.__version__}, transformers
 {transformers.__version__}. The text is the King James Version, in the public domain (Debian package
-bible-kjv-text 4.38): {len(found):,} chapters, of which every {HELD_OUT}th is held out. sha256 of
+bible-kjv-text 4.38): {documents:,} chapters, of which every {HELD_OUT}th is held out. sha256 of
 the text file: `{hashlib.sha256(raw).hexdigest()}`.
 Model and tokenizer are under the licence of this package, Apache-2.0."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument(
+        "--keep", action="store_true", help="the model that is there; write the rest anew"
+    )
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    raw = arguments.text.read_bytes()
+    found = chapters(raw.decode())
+    kept = [text for i, text in enumerate(found) if i % HELD_OUT]
+    tokenizer: Any = train_tokenizer(kept)
+    if arguments.keep:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+
+    def encode(texts: list[str]) -> Tensor:
+        batches = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return torch.from_numpy(np.concatenate(batches))
+
+    readme = arguments.folder / "README.md"
+    if arguments.keep:
+        training = readme.read_text().split("\n\n")[2]
+    else:
+        training = trained(arguments, tokenizer, encode(kept), len(found), raw)
+    (arguments.folder / "calibration.jsonl").write_text(calibration_text(kept))
     held_out = encode([text for i, text in enumerate(found) if i % HELD_OUT == 0])
     text = report(arguments.folder, held_out, training)
-    (arguments.folder / "README.md").write_text(text)
+    readme.write_text(text)
     print(text)
 
 

@@ -1,14 +1,9 @@
 """Text to the sequences of tokens that a model was trained on.
 
 Documents are tokenised without special tokens, joined with the end-of-sequence token between them,
-and cut into windows; the last, short one is kept. A causal model gets them as they are. An
-encoder-decoder gets T5's span corruption (arXiv 1910.10683, section 3.1.4): of a window's tokens
-15 % are taken out in spans of 3 on average; in the encoder's input a sentinel stands for each
-span, and the decoder reads sentinel, span, sentinel, span, ...
-
-    window   a b c d e f g h
-    encoder  a b <extra_id_0> e f g <extra_id_1> </s>
-    decoder  <start> <extra_id_0> c d <extra_id_1> h
+and cut into windows; the last, short one is kept. A causal model gets them as they are, an
+encoder-decoder with T5's span corruption, see ``spans``. An encoder-decoder that was trained for
+something else is given pairs: what the encoder reads, and what the decoder writes for it.
 """
 
 from __future__ import annotations
@@ -16,25 +11,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe_format.calibration.spans import Ids, corrupt, sentinels, window_length
+from qmoe_format.calibration.text import read_pairs, read_texts
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOISE_DENSITY = 0.15
-MEAN_SPAN = 3
 ENCODER_LENGTH = 256
 CAUSAL_LENGTH = 2048
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +64,25 @@ def default_sequence_length(config: Mapping[str, Any]) -> int:
     return min(CAUSAL_LENGTH, config.get("max_position_embeddings") or CAUSAL_LENGTH)
 
 
+def read_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    path: str | Path,
+    *,
+    column: str = "text",
+    target_column: str | None = None,
+    **options: Any,
+) -> list[Batch]:
+    """``make_batches``, or with a ``target_column`` ``make_pair_batches``, of a file of text.
+
+    Raises:
+        QMoEError: as these, and as ``text.read_texts``.
+    """
+    if target_column is None:
+        return make_batches(tokenizer, config, read_texts(path, column), **options)
+    return make_pair_batches(tokenizer, config, read_pairs(path, column, target_column), **options)
+
+
 def make_batches(
     tokenizer: PreTrainedTokenizerBase,
     config: Mapping[str, Any],
@@ -102,6 +113,84 @@ def make_batches(
         QMoEError: ``argument`` for numbers out of range or text without a token; ``checkpoint`` if
             the tokenizer lacks a token that is needed or does not fit the model.
     """
+    length = _length(config, sequence_length, samples, seed, batch_size)
+    corrupted = bool(config.get("is_encoder_decoder"))
+    end = _end(tokenizer)
+    ids = _tokenize(tokenizer, texts, end)
+    size = window_length(length) if corrupted else length
+    chosen = _choose(-(-len(ids) // size), samples, seed)
+    inputs = [ids[number * size : (number + 1) * size] for number in chosen]
+    if not corrupted:
+        return _batches(tokenizer, config, inputs, None, [], batch_size, mask_special_tokens)
+    start = _start(config)
+    marks = sentinels(tokenizer, min(size, len(ids)))
+    targets: list[Ids] = []
+    for place, number in enumerate(chosen):
+        generator = np.random.default_rng((seed, number))
+        inputs[place], labels = corrupt(inputs[place], marks, end, generator)
+        targets.append(np.concatenate([[start], labels[:-1]]))
+    return _batches(
+        tokenizer, config, inputs, targets, [start, *marks], batch_size, mask_special_tokens
+    )
+
+
+def make_pair_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    pairs: Iterable[tuple[str, str]],
+    *,
+    sequence_length: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    mask_special_tokens: bool = False,
+) -> list[Batch]:
+    """Make calibration batches of pairs, for an encoder-decoder.
+
+    Each text gets the special tokens that the tokenizer gives it; both are cut to
+    ``sequence_length``.
+
+    Args:
+        pairs: what the encoder reads, and what the decoder is to write.
+
+    Others, and errors, as ``make_batches``; also ``argument`` for a model without an encoder.
+    """
+    if not config.get("is_encoder_decoder"):
+        raise QMoEError(
+            "argument",
+            f"a target_column is for encoder-decoders; {config.get('model_type')} has no encoder",
+        )
+    length = _length(config, sequence_length, samples, seed, batch_size)
+    start = _start(config)
+    options = {"truncation": True, "max_length": length, "split_special_tokens": True}
+    inputs: list[Ids] = []
+    targets: list[Ids] = []
+    for text, target in pairs:
+        inputs.append(np.array(tokenizer(text, **options).input_ids, np.int64))
+        labels = tokenizer(text_target=target, **options).input_ids
+        targets.append(np.array([start, *labels[:-1]], np.int64))
+    if not inputs:
+        raise QMoEError("argument", "there is no pair of text and target; give some")
+    chosen = _choose(len(inputs), samples, seed)
+    return _batches(
+        tokenizer,
+        config,
+        [inputs[number] for number in chosen],
+        [targets[number] for number in chosen],
+        [start],
+        batch_size,
+        mask_special_tokens,
+    )
+
+
+def _length(
+    config: Mapping[str, Any],
+    sequence_length: int | None,
+    samples: int | None,
+    seed: int,
+    batch_size: int,
+) -> int:
+    """Of a sequence; checks the numbers."""
     if sequence_length is None:
         sequence_length = default_sequence_length(config)
     for name, value, least in [
@@ -112,98 +201,20 @@ def make_batches(
     ]:
         if value is not None and value < least:
             raise QMoEError("argument", f"{name} is {value}; it has to be {least} or more")
-    corrupted = bool(config.get("is_encoder_decoder"))
-    longest = None if corrupted else config.get("max_position_embeddings")
+    longest = None if config.get("is_encoder_decoder") else config.get("max_position_embeddings")
     if longest and sequence_length > longest:
         raise QMoEError(
             "argument", f"sequence_length is {sequence_length}; the model reads up to {longest}"
         )
-    end = _required(tokenizer.eos_token_id, "the tokenizer has no end-of-sequence token")
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    special = {*tokenizer.all_special_ids, end}
-
-    ids = _tokenize(tokenizer, texts, end)
-    size = window_length(sequence_length) if corrupted else sequence_length
-    chosen = np.arange(-(-len(ids) // size))
-    if samples is not None and samples < len(chosen):
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, samples, replace=False))
-    inputs = [ids[number * size : (number + 1) * size] for number in chosen.tolist()]
-    targets: list[Ids] = []
-    if corrupted:
-        start = _required(
-            config.get("decoder_start_token_id"), "config.json has no decoder_start_token_id"
-        )
-        sentinels = _sentinels(tokenizer, _noise(min(size, len(ids)))[1])
-        special |= {start, *sentinels}
-        for place, number in enumerate(chosen.tolist()):
-            inputs[place], labels = corrupt(
-                inputs[place], sentinels, end, np.random.default_rng((seed, number))
-            )
-            targets.append(np.concatenate([[start], labels[:-1]]))
-
-    largest = max(int(sequence.max()) for sequence in [*inputs, *targets])
-    if largest >= (config.get("vocab_size") or largest + 1):
-        raise QMoEError(
-            "checkpoint",
-            f"the tokenizer gives token {largest}, the model's vocabulary has "
-            f"{config['vocab_size']}; give the tokenizer that belongs to the model",
-        )
-    left_out = special if mask_special_tokens else set()
-    batches = []
-    for first in range(0, len(inputs), batch_size):
-        part = slice(first, first + batch_size)
-        batches.append(
-            Batch(
-                _pad(inputs[part], padding, left_out),
-                _pad(targets[part], padding, left_out) if corrupted else None,
-            )
-        )
-    return batches
+    return sequence_length
 
 
-def window_length(encoder_length: int) -> int:
-    """The shortest window that span corruption makes an encoder input of that length: 283 for 256.
-
-    T5 takes the longest, which is one token longer for some lengths, 284 for 256; both are 568 for
-    its own 512.
-    """
-    for length in count(1):
-        noise, spans = _noise(length)
-        if length - noise + spans + 1 >= encoder_length:
-            break
-    return length
-
-
-def corrupt(
-    window: Ids, sentinels: Sequence[int], end: int, generator: np.random.Generator
-) -> tuple[Ids, Ids]:
-    """The encoder's input and the decoder's labels; each ends with ``end``."""
-    noise, spans = _noise(len(window))
-    taken = _segments(noise, spans, generator)
-    kept = _segments(len(window) - noise, spans, generator)
-    bounds = np.cumsum(np.stack([kept, taken], axis=1).ravel())[:-1]
-    pieces = np.split(window, bounds)
-    encoder: list[Ids | list[int]] = []
-    labels: list[Ids | list[int]] = []
-    for sentinel, before, span in zip(sentinels, pieces[::2], pieces[1::2], strict=False):
-        encoder += [before, [sentinel]]
-        labels += [[sentinel], span]
-    return np.concatenate([*encoder, [end]]), np.concatenate([*labels, [end]])
-
-
-def _noise(length: int) -> tuple[int, int]:
-    """Of a window: how many tokens are taken out, in how many spans; at least one in one."""
-    noise = max(1, round(length * NOISE_DENSITY))
-    return noise, max(1, round(noise / MEAN_SPAN))
-
-
-def _segments(total: int, parts: int, generator: np.random.Generator) -> Ids:
-    """Lengths, 1 or more, that add up to ``total``; each such division equally likely.
-
-    ``total`` may also be 0 in one part: a window of one token keeps none.
-    """
-    cuts = 1 + np.sort(generator.choice(max(0, total - 1), parts - 1, replace=False))
-    return np.diff(np.concatenate([[0], cuts, [total]]))
+def _choose(number: int, samples: int | None, seed: int) -> list[int]:
+    """Numbers of the sequences to take, in order."""
+    if samples is None or samples >= number:
+        return list(range(number))
+    chosen = np.random.default_rng(seed).choice(np.arange(number), samples, replace=False)
+    return sorted(chosen.tolist())
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int) -> Ids:
@@ -221,27 +232,34 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int
     return np.array(ids, dtype=np.int64)
 
 
-def _sentinels(tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
-    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ...; in T5 they descend from the last id."""
-    found: list[int] = []
-    for number in range(needed):
-        token = tokenizer.convert_tokens_to_ids(f"<extra_id_{number}>")
-        if token is None or token == tokenizer.unk_token_id:
-            break
-        found.append(token)
-    if not found:
+def _batches(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    inputs: Sequence[Ids],
+    targets: Sequence[Ids] | None,
+    special: Iterable[int],
+    batch_size: int,
+    masked: bool,
+) -> list[Batch]:
+    """``special``: tokens that are, beside the tokenizer's own; all are left out if ``masked``."""
+    largest = max(int(sequence.max()) for sequence in [*inputs, *(targets or [])])
+    if largest >= (config.get("vocab_size") or largest + 1):
         raise QMoEError(
             "checkpoint",
-            "the tokenizer has no token <extra_id_0>, and an encoder-decoder is calibrated with "
-            "T5's span corruption only; use a recipe that needs no text",
+            f"the tokenizer gives token {largest}, the model's vocabulary has "
+            f"{config['vocab_size']}; give the tokenizer that belongs to the model",
         )
-    if len(found) < needed:
-        raise QMoEError(
-            "argument",
-            f"sequences of this length need {needed} sentinels, the tokenizer has {len(found)}: "
-            "choose a shorter sequence_length",
+    end = _end(tokenizer)
+    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    left_out = {*tokenizer.all_special_ids, end, *special} if masked else set()
+    parts = [slice(first, first + batch_size) for first in range(0, len(inputs), batch_size)]
+    return [
+        Batch(
+            _pad(inputs[part], padding, left_out),
+            _pad(targets[part], padding, left_out) if targets else None,
         )
-    return found
+        for part in parts
+    ]
 
 
 def _pad(sequences: Sequence[Ids], padding: int, left_out: Iterable[int]) -> Tokens:
@@ -252,6 +270,16 @@ def _pad(sequences: Sequence[Ids], padding: int, left_out: Iterable[int]) -> Tok
         attended[row, : len(sequence)] = True
     counted = attended & ~np.isin(ids, list(left_out))
     return Tokens(torch.from_numpy(ids), torch.from_numpy(attended), torch.from_numpy(counted))
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+    return _required(tokenizer.eos_token_id, "the tokenizer has no end-of-sequence token")
+
+
+def _start(config: Mapping[str, Any]) -> int:
+    return _required(
+        config.get("decoder_start_token_id"), "config.json has no decoder_start_token_id"
+    )
 
 
 def _required(token: int | None, missing: str) -> int:

@@ -1,11 +1,11 @@
-"""Calibration text: documents from a ``.jsonl``, ``.txt`` or ``.parquet`` file, one at a time."""
+"""Calibration text from a ``.jsonl``, ``.txt`` or ``.parquet`` file, one document at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,41 @@ def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
             column, or if there is no text at all; ``dependency`` if pyarrow is needed and not
             there; ``io``.
     """
-    path = _file(path)
+    return (text for (text,) in _read(path, [column]))
+
+
+def read_pairs(path: str | Path, column: str, target: str) -> Iterator[tuple[str, str]]:
+    """What an encoder is to read and what the decoder is to write for it, from two columns.
+
+    Pairs of which one is blank are left out. Else as ``read_texts``; a ``.txt`` file, which has no
+    columns, is refused.
+    """
+    if column == target:
+        raise QMoEError("argument", f"text and target are both the column {column!r}; give two")
+    if Path(path).suffix.lower() == ".txt":
+        raise QMoEError("argument", f"{path}: has no columns; give a .jsonl or .parquet file")
+    return ((text, wanted) for text, wanted in _read(path, [column, target]))
+
+
+def text_sha256(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal; ``not-found``, ``argument`` or ``io``."""
+    path = text_file(path)
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_file(path: str | Path) -> Path:
+    """``path``, if it is a file; raises ``QMoEError``: ``not-found``, ``argument``."""
+    path = Path(path)
+    if path.is_dir():
+        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
+    if not path.exists():
+        raise QMoEError("not-found", f"{path}: no such file; give a file of text")
+    return path
+
+
+def _read(path: str | Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
+    path = text_file(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise QMoEError(
@@ -36,37 +70,22 @@ def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
         )
     if read is _read_parquet:
         _parquet()
-    return _with_text(read(path, column), path)
+    return _with_text(read(path, columns), path)
 
 
-def text_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal; ``not-found``, ``argument`` or ``io``."""
-    path = _file(path)
-    with os_errors(f"cannot read {path}"), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
-    if not path.exists():
-        raise QMoEError("not-found", f"{path}: no such file; give a file of text")
-    return path
-
-
-def _with_text(texts: Iterator[str], path: Path) -> Iterator[str]:
+def _with_text(documents: Iterator[Sequence[str]], path: Path) -> Iterator[Sequence[str]]:
     empty = True
     with os_errors(f"cannot read {path}"):
-        for text in texts:
-            if text and not text.isspace():
+        for document in documents:
+            if all(text and not text.isspace() for text in document):
                 empty = False
-                yield text
+                yield document
     if empty:
         raise QMoEError("argument", f"{path}: has no text; give a file with some")
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
+    example = ", ".join(f'"{column}": "…"' for column in columns)
     for where, line in _lines(path):
         if line.isspace():
             continue
@@ -79,35 +98,41 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
         if not isinstance(document, dict):
             raise QMoEError(
                 "argument",
-                f'{where}: not a JSON object; each line has to be one, like {{"{column}": "…"}}',
+                f"{where}: not a JSON object; each line has to be one, like {{{example}}}",
             )
-        if column not in document:
-            raise _no_column(where, column, list(document))
-        yield _checked(document[column], column, where)
+        for column in columns:
+            if column not in document:
+                raise _no_column(where, column, list(document))
+        yield [_checked(document[column], column, where) for column in columns]
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
+def _read_txt(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
     paragraph: list[str] = []
     for _, line in _lines(path):
         if line.isspace():
-            yield "".join(paragraph).rstrip("\n")
+            yield ["".join(paragraph).rstrip("\n")]
             paragraph.clear()
         else:
             paragraph.append(line)
-    yield "".join(paragraph).rstrip("\n")
+    yield ["".join(paragraph).rstrip("\n")]
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
     parquet = _parquet()
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _no_column(str(path), column, file.schema_arrow.names)
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    raise _no_column(str(path), column, file.schema_arrow.names)
             row = 0
-            for batch in file.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(columns=list(columns)):
+                for values in zip(*(batch[column].to_pylist() for column in columns), strict=True):
                     row += 1
-                    yield _checked(value, column, f"{path}, row {row}")
+                    where = f"{path}, row {row}"
+                    yield [
+                        _checked(value, column, where)
+                        for value, column in zip(values, columns, strict=True)
+                    ]
     except QMoEError:
         raise
     except ValueError as error:  # pyarrow's ArrowInvalid is one
@@ -127,7 +152,7 @@ def _parquet() -> Any:
         ) from error
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Sequence[str]]]] = {
     ".jsonl": _read_jsonl,
     ".txt": _read_txt,
     ".parquet": _read_parquet,

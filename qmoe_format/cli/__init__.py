@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         help="measure how well a compressed model predicts a text",
         description="Cross-entropy and perplexity of a compressed model on a text, a token after "
-        "those before it; of an encoder-decoder, on T5's span corruption.",
+        "those before it; of an encoder-decoder, on T5's span corruption or on given targets.",
         epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
     )
     command.add_argument("file", metavar="FILE", type=Path)
@@ -270,6 +270,12 @@ def _add_text_options(to: argparse._ActionsContainer) -> None:
     """How a text becomes sequences of tokens."""
     to.add_argument(
         "--text-column", metavar="NAME", help="key or column of the text (default: text)"
+    )
+    to.add_argument(
+        "--target-column",
+        metavar="NAME",
+        help="that of what an encoder-decoder is to write for each text (default: T5's span "
+        "corruption of the text)",
     )
     to.add_argument(
         "--sequence-length",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Fields of Calibration, and the options that set them.
 CALIBRATION = {
     "column": "text_column",
+    "target_column": "target_column",
     "sequence_length": "sequence_length",
     "samples": "samples",
     "seed": "seed",

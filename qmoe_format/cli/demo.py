@@ -11,26 +11,23 @@ from typing import Any
 
 import qmoe_format
 from qmoe_format.cli.models import quiet
-from qmoe_format.cli.tables import summary, tensor_table
+from qmoe_format.cli.progress import Progress
+from qmoe_format.cli.tables import quality_tables, summary, tensor_table
 from qmoe_format.cli.text import size
-from qmoe_format.conversion import convert
+from qmoe_format.conversion import Calibration, convert
+from qmoe_format.conversion.report import read_report
 from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
 
+BITS = 1.0  # a weight, scales included; of so narrow experts these alone are 0.2
 PROMPTS = ("The LORD is my shepherd;", "And Moses said unto the children of Israel,")
 
 
-def demo(source: Path | None = None) -> None:
-    """Convert, verify and inspect ``source``, and let the model write before and after.
-
-    Without ``source`` the model of the package is taken.
-    """
+def demo() -> None:
+    """Convert, verify and inspect the package's model, and let it write before and after."""
     quiet()
-    if source is None:
-        with resources.as_file(resources.files(qmoe_format) / "demo") as folder:
-            _demo(folder)
-    else:
-        _demo(source)
+    with resources.as_file(resources.files(qmoe_format) / "demo") as folder:
+        _demo(folder)
 
 
 def _demo(source: Path) -> None:
@@ -38,13 +35,20 @@ def _demo(source: Path) -> None:
         raise QMoEError("not-found", f"{source}: the demo's model is not there; install again")
     target = Path(tempfile.mkdtemp(prefix="qmoe-demo-")) / "demo.qmoe"
 
-    _begin("Convert", "round the experts' weights to three values a row, and code them")
+    _begin("Convert", f"let the model read some text, make its experts {BITS:g} bit a weight")
     started = time.perf_counter()
-    convert(source, target)
+    with Progress("convert", "weights") as progress:
+        convert(
+            source,
+            target,
+            calibration=Calibration(source / "calibration.jsonl", target_column="target"),
+            bits_per_weight=BITS,
+            progress=progress,
+        )
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     _say(
         f"{size(before)} of weights became {target.name}, {size(target.stat().st_size)}, "
-        f"in {time.perf_counter() - started:.1f} s"
+        f"in {time.perf_counter() - started:.0f} s"
     )
     with qmoe_format.open(target) as file:
         _begin("Verify", "checksums, every codeword, every byte of padding")
@@ -52,7 +56,9 @@ def _demo(source: Path) -> None:
         _say(f"{target.name} is good")
         _begin("Inspect", "what was compressed; everything else is kept as it was")
         description = describe(file)
+        quality = read_report(file)
     _say("\n".join([*tensor_table(description, compressed_only=True), ""]))
+    _say("\n".join([*quality_tables(quality), ""]))
     _say("\n".join(summary(description)))
 
     _begin("Generate", "what the model makes of a prompt, before, and with compressed experts")

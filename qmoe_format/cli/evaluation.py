@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 
-from qmoe_format.calibration.sequences import default_sequence_length, make_batches
-from qmoe_format.calibration.text import read_texts
+from qmoe_format.calibration.sequences import default_sequence_length, read_batches
+from qmoe_format.calibration.text import text_file
 from qmoe_format.cli import models
 from qmoe_format.cli.progress import Progress
 from qmoe_format.cli.text import table
@@ -18,14 +18,16 @@ TOKENS_AT_ONCE = 2048
 
 def run(options: argparse.Namespace) -> None:
     """Print the figures that ``options`` ask for."""
-    texts = read_texts(options.text, options.text_column or "text")
+    text_file(options.text)  # before a large model is loaded
     tokenizer, model = models.load(options)
     config = model.config.to_dict()
     length = options.sequence_length or default_sequence_length(config)
-    batches = make_batches(
+    batches = read_batches(
         tokenizer,
         config,
-        texts,
+        options.text,
+        column=options.text_column or "text",
+        target_column=options.target_column,
         sequence_length=length,
         samples=options.samples,
         seed=options.seed or 0,

@@ -7,13 +7,11 @@ the size of the model and the text. Every finished block is on disk, see ``state
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +19,18 @@ from torch import Tensor
 import qmoe_format
 from qmoe_format._version import __version__
 from qmoe_format.calibration.buffer import Routed, Rows
-from qmoe_format.calibration.sequences import Batch, default_sequence_length, make_batches
-from qmoe_format.calibration.text import read_texts, text_sha256
+from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
+from qmoe_format.calibration.text import text_sha256
 from qmoe_format.calibration.walk import Block, Walk
 from qmoe_format.checkpoints import Checkpoint, ExpertStack
-from qmoe_format.codec import PROFILES, EncodedMatrix
-from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
-from qmoe_format.conversion.layer import Layer, experts_part
-from qmoe_format.conversion.parallel import batches, side_by_side, threads_within, torch_threads
+from qmoe_format.codec import PROFILES
+from qmoe_format.conversion.block import BlockRecord, quantize_block
+from qmoe_format.conversion.layer import Layer
+from qmoe_format.conversion.parallel import torch_threads
 from qmoe_format.conversion.plan import RateControl, StackPlan, plan_layer
 from qmoe_format.conversion.progress import Counter, Progress
 from qmoe_format.conversion.report import (
     REPORT_NAME,
-    ExpertQuality,
     Quality,
     StackQuality,
     dump_report,
@@ -48,21 +45,10 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.families import wiring
 from qmoe_format.machine import check_device, release_memory
 from qmoe_format.quantize import Recipe
-from qmoe_format.quantize.hessian import Calibration as Statistics
-from qmoe_format.quantize.hessian import relative_error
 from qmoe_format.quantize.rd import Rate
 from qmoe_format.writer import Writer
 
-ATTEMPTS = 5  # at the last block, until the file has the size asked for
-
-
-class BlockRecord(TypedDict):
-    """What is known of a finished block: reports and bytes by stack, dictionaries by number."""
-
-    value: float | None
-    stacks: dict[str, StackQuality]
-    stored: dict[str, int]
-    dictionaries: dict[str, int]
+ATTEMPTS = 5  # at a block, see ``RateControl.again``
 
 
 class CalibratedConversion:
@@ -129,6 +115,7 @@ class CalibratedConversion:
             "profile": self._profile_name,
             "text": self._text_sha256,
             "text column": calibration.column,
+            "target column": calibration.target_column,
             "sequence length": calibration.sequence_length,
             "samples": calibration.samples,
             "seed": calibration.seed,
@@ -193,14 +180,16 @@ class CalibratedConversion:
             if routed := walk.collect():
                 norms = _norms(work, number, len(routed.inputs)) if control else None
                 layer = self._layer(block, routed, norms)
-                outputs = None if is_last else routed.outputs()
                 value = control.choose() if control else None
-                for _ in range(ATTEMPTS if is_last else 1):
+                for _ in range(ATTEMPTS):
                     counter.stage = block.name
+                    outputs = None if is_last else routed.outputs()
                     rate = Rate(value, control.reference) if control and value else None
                     staged = partial(_staged, work, number)
-                    record = self._block(layer, rate, staged, outputs, counter)
-                    value = _again(control, record) if is_last else None
+                    record = quantize_block(
+                        layer, self._recipe, self._profile, rate, staged, outputs, counter
+                    )
+                    value = _again(control, record)
                     if value is None:
                         break
             if not is_last:
@@ -221,101 +210,6 @@ class CalibratedConversion:
             device=self._calibration.device,
             threads=self._threads,
         )
-
-    def _block(
-        self,
-        layer: Layer,
-        rate: Rate | None,
-        staged: Callable[[str], Path],
-        outputs: Tensor | None,
-        counter: Counter,
-    ) -> BlockRecord:
-        """Quantise a block's experts into files of their own, one a stack."""
-        value = float(rate.lam) if rate else None
-        record = BlockRecord(value=value, stacks={}, stored={}, dictionaries={})
-        with ExitStack() as opened:
-            writers = {}
-            for matrix, stack in layer.stacks.items():
-                writer = opened.enter_context(Writer(staged(matrix)))
-                writers[matrix] = begin_stack(writer, stack)
-                quality = StackQuality(
-                    {"name": stack.name, "lambda": rounded(value), "experts": []}
-                )
-                record["stacks"][stack.name] = quality
-                record["stored"][stack.name] = 0
-            stage = counter.stage
-            for group in layer.groups():
-                counter.stage = f"{stage}, expert {group.start + 1} of {layer.experts}"
-                weights = layer.weights(group)
-                statistics = layer.calibration(weights, group)
-                for matrix, stack in layer.stacks.items():
-                    for coded, report in self._stack(
-                        layer, stack, group, weights[matrix], statistics[matrix], rate
-                    ):
-                        writers[matrix].append(coded)
-                        record["stacks"][stack.name]["experts"].append(report)
-                        record["stored"][stack.name] += stored_bytes(coded)
-                        record["dictionaries"][str(grid_step(coded))] = dictionary_bytes(
-                            coded.dictionary
-                        )
-                        counter.add(stack.rows * stack.columns)
-                if outputs is not None:
-                    layer.add_outputs(weights, group, outputs)
-                del weights, statistics
-                release_memory()
-        return record
-
-    def _stack(
-        self,
-        layer: Layer,
-        stack: ExpertStack,
-        group: range,
-        weights: Tensor,
-        statistics: Statistics,
-        rate: Rate | None,
-    ) -> Iterator[tuple[EncodedMatrix, ExpertQuality]]:
-        """Quantise some experts of a stack; ``weights`` become what a reader will get."""
-        scale_dtype = self._recipe.scale_dtype(stack.dtype)
-        within = threads_within(layer.elements, self._threads)
-
-        def work(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
-            part = slice(batch.start, batch.stop)
-            own = experts_part(statistics, part)
-            numbers = group[part]
-            try:
-                quantized = self._recipe.quantize(weights[part], scale_dtype, own, rate)
-            except QMoEError as error:
-                where = f"{stack.name!r}, with experts counted from {numbers.start}"
-                raise QMoEError(error.code, f"{where}: {error}") from error
-            values = quantized.weights.dequantize()
-            errors = relative_error(weights[part], values, own.sums).tolist()
-            weights[part] = values
-            # Where nothing reached an expert, there is nothing that could have gone wrong.
-            reached = (own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0).tolist()
-            done = []
-            for place, expert in enumerate(numbers):
-                if reached[place] and not math.isfinite(errors[place]):
-                    raise QMoEError(
-                        "value",
-                        f"tensor {stack.member(expert)!r}: its error on the calibration text is "
-                        f"{errors[place]}; look for huge weights in the checkpoint, or take the "
-                        "recipe rtn",
-                    )
-                coded = encode(quantized.weights, place, scale_dtype, self._profile, within)
-                report = ExpertQuality(
-                    tokens=int(own.tokens[place]),
-                    damping=rounded(quantized.damping[place]),
-                    fallback=quantized.fallback[place],
-                    relative_error=rounded(errors[place]) if reached[place] else None,
-                    bits=8 * stored_bytes(coded) / (stack.rows * stack.columns),
-                )
-                done.append((coded, report))
-            return done
-
-        elements = stack.rows * stack.columns + stack.columns**2
-        parts = batches(range(len(group)), elements, self._threads)
-        for done in side_by_side(work, parts, layer.elements, self._threads):
-            yield from done
 
     def _assemble(self, work: Work, records: Sequence[BlockRecord]) -> None:
         """Write report and file."""
@@ -366,6 +260,7 @@ class CalibratedConversion:
                 "profile": self._profile_name,
                 "text_sha256": self._text_sha256,
                 "text_column": calibration.column,
+                "target_column": calibration.target_column,
                 "sequence_length": calibration.sequence_length or default_sequence_length(config),
                 "samples": calibration.samples,
                 "seed": calibration.seed,
@@ -429,7 +324,6 @@ def _again(control: RateControl | None, record: BlockRecord) -> float | None:
 def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
     from transformers import AutoTokenizer
 
-    texts = read_texts(calibration.text, calibration.column)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
     except Exception as error:  # whatever wrong files make of transformers
@@ -438,10 +332,12 @@ def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
             f"{checkpoint.folder}: transformers cannot load its tokenizer ({error}); fetch the "
             "tokenizer's files again",
         ) from error
-    return make_batches(
+    return read_batches(
         tokenizer,
         checkpoint.config,
-        texts,
+        calibration.text,
+        column=calibration.column,
+        target_column=calibration.target_column,
         sequence_length=calibration.sequence_length,
         samples=calibration.samples,
         seed=calibration.seed,

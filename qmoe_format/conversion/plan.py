@@ -38,6 +38,7 @@ PRICES = tuple(0.0002 * 5**step for step in range(7))
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
+DRIFT = 2.0  # lambda for the first block may be off by this factor, seen from its end
 
 
 class StackPlan(TypedDict):
@@ -104,7 +105,11 @@ class RateControl:
     def again(
         self, value: float, stored: Mapping[str, int], dictionaries: Mapping[str, int]
     ) -> float | None:
-        """Lambda for another attempt at the last block; None if it was good enough.
+        """Lambda for another attempt at a block; None if it was good enough.
+
+        The first block shows how much larger experts become than was measured. It is done again if
+        that asks for quite another lambda, as those to come could not make up for it; the last one,
+        until the whole is as large as asked for.
 
         Args:
             value: lambda that was taken.
@@ -115,6 +120,10 @@ class RateControl:
             return None
         new = sum({**self._dictionaries, **dictionaries}.values()) + sum(stored.values())
         new -= sum(self._dictionaries.values())
+        better = self._solve(new / self._expected(value, stored))
+        if self._plans.keys() - self._stored.keys() - stored.keys():
+            is_off = max(better / value, value / better) > DRIFT
+            return better if is_off and not self._stored else None
         over = 8 * (self._total() + new) / self._weights / self._asked - 1
         if abs(over) <= CLOSE:
             return None
@@ -124,7 +133,6 @@ class RateControl:
         if low and high:
             part = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             return math.exp(low[0] + part * (high[0] - low[0]))
-        better = self._solve(new / self._expected(value, stored))
         return None if better == value else better
 
     def finish(

@@ -16,6 +16,8 @@ class Calibration:
     Attributes:
         text: a ``.jsonl``, ``.txt`` or ``.parquet`` file.
         column: the key or column of the text in it.
+        target_column: that of what the decoder is to write for each text, for an encoder-decoder
+            that was not trained, or not only, to fill in spans.
         sequence_length: tokens the model reads at once; by default 256 for an encoder, otherwise
             2048 or the most it can read.
         samples: how many sequences to choose; by default all.
@@ -28,6 +30,7 @@ class Calibration:
 
     text: str | Path
     column: str = "text"
+    target_column: str | None = None
     sequence_length: int | None = None
     samples: int | None = None
     seed: int = 0

@@ -22,16 +22,17 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qmoe_format.calibration.sequences import (
     Batch,
     Tokens,
-    corrupt,
     default_sequence_length,
     make_batches,
-    window_length,
+    make_pair_batches,
 )
+from qmoe_format.calibration.spans import corrupt, window_length
 from qmoe_format.calibration.text import read_texts
 
 PAD, END, UNKNOWN, WORDS = 0, 1, 2, 3  # the word "7" is token WORDS + 7
@@ -310,6 +311,59 @@ def test_the_start_token_is_masked() -> None:
     assert batch.targets.counted.any()
 
 
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def test_pairs_as_the_model_reads_them() -> None:
+    tokenizer = make_tokenizer(sentinels=0)
+    pairs = [(text(1, 2, 3), text(7, 8)), (text(4), text(*range(20, 40))), (text(5), text(6))]
+    first, last = make_pair_batches(
+        tokenizer, ENCODER_DECODER, pairs, sequence_length=6, batch_size=2
+    )
+    assert rows(first.inputs) == [[WORDS + n for n in (1, 2, 3)], [WORDS + 4]]
+    assert first.targets is not None
+    # The decoder begins with its start token, and does not read what it is to write last.
+    assert rows(first.targets) == [[START, WORDS + 7], [START, *range(WORDS + 20, WORDS + 25)]]
+    assert rows(last.inputs) == [[WORDS + 5]]
+
+
+def test_special_tokens_of_pairs_are_added_and_masked() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", END)]
+    )
+    arguments = (tokenizer, ENCODER_DECODER, [("1 2 3", "4 5")])
+    (batch,) = make_pair_batches(*arguments, sequence_length=3, mask_special_tokens=True)
+    assert batch.targets is not None
+    assert rows(batch.inputs) == [[WORDS + 1, WORDS + 2, END]]
+    assert rows(batch.targets) == [[START, WORDS + 4, WORDS + 5]]
+    assert batch.inputs.counted.tolist() == [[True, True, False]]
+    assert batch.targets.counted.tolist() == [[False, True, True]]
+
+
+def test_some_pairs_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [(text(n), text(n + 100, n)) for n in range(50)]
+    batches = make_pair_batches(tokenizer, ENCODER_DECODER, pairs, samples=20, seed=1)
+    chosen = [row[0] - WORDS for row in inputs(batches)]
+    assert len(set(chosen)) == 20
+    assert chosen == sorted(chosen)
+    targets = [row for batch in batches if batch.targets for row in rows(batch.targets)]
+    assert targets == [[START, WORDS + n + 100] for n in chosen]
+    others = make_pair_batches(tokenizer, ENCODER_DECODER, pairs, samples=20, seed=2)
+    assert inputs(others) != inputs(batches)
+
+
+def test_pairs_are_for_encoder_decoders(tokenizer: PreTrainedTokenizerFast) -> None:
+    cases: list[tuple[dict[str, Any], list[tuple[str, str]], str]] = [
+        (CAUSAL, [("1", "2")], "mixtral has no encoder"),
+        (ENCODER_DECODER, [], "no pair"),
+    ]
+    for config, pairs, reason in cases:
+        with pytest.raises(QMoEError, match=reason) as caught:
+            make_pair_batches(tokenizer, config, pairs)
+        assert caught.value.code == "argument"
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -338,6 +392,7 @@ def test_longer_than_the_model_reads(tokenizer: PreTrainedTokenizerFast) -> None
 def test_no_sentinels() -> None:
     message = refusal("checkpoint", make_tokenizer(sentinels=0), ENCODER_DECODER, ["1 2 3"])
     assert "<extra_id_0>" in message
+    assert "target_column" in message
 
 
 def test_too_few_sentinels() -> None:

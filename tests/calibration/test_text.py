@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmoe_format.calibration.text import read_texts, text_sha256
+from qmoe_format.calibration.text import read_pairs, read_texts, text_sha256
 from qmoe_format.errors import QMoEError
 
 
@@ -47,6 +47,27 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_another_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "no", "body": "yes"}\n')
     assert list(read_texts(path, "body")) == ["yes"]
+
+
+def test_pairs(tmp_path: Path) -> None:
+    lines = [("a", "b"), (" ", "c"), ("d", ""), ("e\n", "f")]
+    content = "\n".join(json.dumps({"q": q, "id": 1, "answer": a}) for q, a in lines)
+    path = write(tmp_path / "a.jsonl", content)
+    assert list(read_pairs(path, "q", "answer")) == [("a", "b"), ("e\n", "f")]
+    for columns, reason in [
+        (("q", "target"), "no column 'target'"),
+        (("text", "answer"), "no column 'text'"),
+        (("q", "id"), "'id' is int, not text"),
+        (("q", "q"), "both the column 'q'"),
+    ]:
+        with pytest.raises(QMoEError, match=reason) as caught:
+            list(read_pairs(path, *columns))
+        assert caught.value.code == "argument"
+    with pytest.raises(QMoEError, match="has no columns") as caught:
+        read_pairs(write(tmp_path / "a.txt", "a"), "q", "answer")
+    assert caught.value.code == "argument"
+    with pytest.raises(QMoEError, match="has no text"):
+        list(read_pairs(write(path, '{"q": "a", "answer": " "}'), "q", "answer"))
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
@@ -142,4 +163,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert "row 1: 'id' is int, not text" in refusal(path, "id")
     assert "row 42: 'text' is NoneType" in refusal(store(text=[*texts[:41], None, *texts[42:]]))
     assert "has no text" in refusal(store(text=["", " "]))
+    answers: list[object] = [str(i) for i in range(50)]
+    store(answer=answers, text=[*texts])
+    assert list(read_pairs(path, "text", "answer")) == list(zip(texts, answers, strict=True))
     assert "not a parquet file" in refusal(write(path, b"PAR1 and so on"))

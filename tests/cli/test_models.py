@@ -88,6 +88,17 @@ def test_eval_alone(qmoe: Run, file: Path, text: Path) -> None:
     assert "original" not in shown
 
 
+def test_eval_on_given_targets(qmoe: Run, file: Path, checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "pairs.jsonl"
+    text.write_text('{"text": "w1 w2 w3", "answer": "w4 w5 w6"}\n' * 3)
+    outcome = qmoe("eval", file, "--text", text, "--target-column", "answer", "--json")
+    if "mixtral" in (checkpoint / "config.json").read_text():
+        assert outcome.err.startswith("error[argument]: ")
+        assert "no encoder" in outcome.err
+    else:
+        assert json.loads(outcome.out)["tokens"] == 3 * 2  # the last of the target is not read
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from qmoe_format.calibration.sequences import make_batches
+from qmoe_format.calibration.sequences import make_batches, read_batches
 from qmoe_format.calibration.text import read_texts
 from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion import layer as layers
@@ -112,6 +112,28 @@ def test_a_file_that_transformers_runs(
     wanted = outputs(model, batches)
     rounded = converted(model, "r.qmoe", recipe="rtn", calibration=None)
     unpack(rounded, tmp_path / "rounded")
+    distance = far(outputs(tmp_path / "unpacked", batches), wanted)
+    assert distance < far(outputs(tmp_path / "rounded", batches), wanted)
+
+
+def test_an_encoder_decoder_with_its_own_targets(
+    switch_folder: Path, text: Path, converted: Convert, tmp_path: Path
+) -> None:
+    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    pairs = [{"text": line[: len(line) // 2], "answer": line} for line in lines]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    file = converted(switch_folder, text=path, target_column="answer", rate_lambda=0.002)
+    report = report_of(file)
+    assert report["settings"]["target_column"] == "answer"
+    assert report["totals"]["sequences"] == len(pairs)
+    assert all(each["tokens"] for stack in report["stacks"] for each in stack["experts"])
+    unpack(file, tmp_path / "unpacked")
+    unpack(converted(switch_folder, "r.qmoe", recipe="rtn", calibration=None), tmp_path / "rounded")
+    tokenizer = AutoTokenizer.from_pretrained(switch_folder)
+    config = json.loads((switch_folder / "config.json").read_text())
+    batches = read_batches(tokenizer, config, path, target_column="answer")
+    wanted = outputs(switch_folder, batches)
     distance = far(outputs(tmp_path / "unpacked", batches), wanted)
     assert distance < far(outputs(tmp_path / "rounded", batches), wanted)
 

@@ -30,7 +30,8 @@ EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|down_proj|expert_\d+\.w[io]\.w
 @pytest.fixture(autouse=True)
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the time that tiny models take is that of the garbage collector."""
-    monkeypatch.setattr("qmoe_format.conversion.calibrated.release_memory", lambda: None)
+    for module in ("block", "calibrated"):
+        monkeypatch.setattr(f"qmoe_format.conversion.{module}.release_memory", lambda: None)
 
 
 @pytest.fixture(params=sorted(CONFIGS))

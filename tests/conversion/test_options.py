@@ -90,7 +90,7 @@ def test_everything_on_the_command_line(
     direct = convert(
         switch_folder,
         tmp_path / "direct.qmoe",
-        calibration=Calibration(text, "text", 24, 9, 3, 2.5, True, "cpu"),
+        calibration=Calibration(text, "text", None, 24, 9, 3, 2.5, True, "cpu"),
         rate_lambda=0.1,
         threads=1,
     )

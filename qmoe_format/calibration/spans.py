@@ -1,0 +1,101 @@
+"""T5's span corruption (arXiv 1910.10683, section 3.1.4), what an encoder-decoder is trained on.
+
+Of a window's tokens 15 % are taken out in spans of 3 on average; in the encoder's input a sentinel
+stands for each span, and the decoder reads sentinel, span, sentinel, span, ...
+
+    window   a b c d e f g h
+    encoder  a b <extra_id_0> e f g <extra_id_1> </s>
+    decoder  <start> <extra_id_0> c d <extra_id_1> h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qmoe_format.errors import QMoEError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOISE_DENSITY = 0.15
+MEAN_SPAN = 3
+
+Ids = NDArray[np.int64]
+
+
+def sentinels(tokenizer: PreTrainedTokenizerBase, window: int) -> list[int]:
+    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., as many as a window of that length needs.
+
+    In T5 they descend from the last id. Raises ``QMoEError``: ``checkpoint`` if the tokenizer has
+    none, ``argument`` if it has too few.
+    """
+    _, needed = _noise(window)
+    found: list[int] = []
+    for number in range(needed):
+        token = tokenizer.convert_tokens_to_ids(f"<extra_id_{number}>")
+        if token is None or token == tokenizer.unk_token_id:
+            break
+        found.append(token)
+    if not found:
+        raise QMoEError(
+            "checkpoint",
+            "the tokenizer has no token <extra_id_0>, so the model was not trained on T5's span "
+            "corruption: give text with a target_column, what the decoder is to write",
+        )
+    if len(found) < needed:
+        raise QMoEError(
+            "argument",
+            f"sequences of this length need {needed} sentinels, the tokenizer has {len(found)}: "
+            "choose a shorter sequence_length",
+        )
+    return found
+
+
+def window_length(encoder_length: int) -> int:
+    """The shortest window that span corruption makes an encoder input of that length: 283 for 256.
+
+    T5 takes the longest, which is one token longer for some lengths, 284 for 256; both are 568 for
+    its own 512.
+    """
+    for length in count(1):
+        noise, spans = _noise(length)
+        if length - noise + spans + 1 >= encoder_length:
+            break
+    return length
+
+
+def corrupt(
+    window: Ids, sentinels: Sequence[int], end: int, generator: np.random.Generator
+) -> tuple[Ids, Ids]:
+    """The encoder's input and the decoder's labels; each ends with ``end``."""
+    noise, spans = _noise(len(window))
+    taken = _segments(noise, spans, generator)
+    kept = _segments(len(window) - noise, spans, generator)
+    bounds = np.cumsum(np.stack([kept, taken], axis=1).ravel())[:-1]
+    pieces = np.split(window, bounds)
+    encoder: list[Ids | list[int]] = []
+    labels: list[Ids | list[int]] = []
+    for sentinel, before, span in zip(sentinels, pieces[::2], pieces[1::2], strict=False):
+        encoder += [before, [sentinel]]
+        labels += [[sentinel], span]
+    return np.concatenate([*encoder, [end]]), np.concatenate([*labels, [end]])
+
+
+def _noise(length: int) -> tuple[int, int]:
+    """Of a window: how many tokens are taken out, in how many spans; at least one in one."""
+    noise = max(1, round(length * NOISE_DENSITY))
+    return noise, max(1, round(noise / MEAN_SPAN))
+
+
+def _segments(total: int, parts: int, generator: np.random.Generator) -> Ids:
+    """Lengths, 1 or more, that add up to ``total``; each such division equally likely.
+
+    ``total`` may also be 0 in one part: a window of one token keeps none.
+    """
+    cuts = 1 + np.sort(generator.choice(max(0, total - 1), parts - 1, replace=False))
+    return np.diff(np.concatenate([[0], cuts, [total]]))
