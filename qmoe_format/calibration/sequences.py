@@ -166,11 +166,13 @@ def make_pair_batches(
     inputs: list[Ids] = []
     targets: list[Ids] = []
     for text, target in pairs:
-        inputs.append(np.array(tokenizer(text, **options).input_ids, np.int64))
+        read = tokenizer(text, **options).input_ids
         labels = tokenizer(text_target=target, **options).input_ids
-        targets.append(np.array([start, *labels[:-1]], np.int64))
+        if read:
+            inputs.append(np.array(read, np.int64))
+            targets.append(np.array([start, *labels[:-1]], np.int64))
     if not inputs:
-        raise QMoEError("argument", "there is no pair of text and target; give some")
+        raise QMoEError("argument", "no pair of text and target has a token; give some")
     chosen = _choose(len(inputs), samples, seed)
     return _batches(
         tokenizer,

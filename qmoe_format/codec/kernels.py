@@ -66,8 +66,8 @@ LIST_LENGTH = 32768 + 64
 # A mask and, above it, the size of its entry, as in ``Tables.masks``.
 MASK_BITS, MASK = np.uint64(MASK_LENGTH), np.uint64((1 << MASK_LENGTH) - 1)
 CHUNK_WORDS = 32768 // 64 + 8
-# Where vectors take masks, and bits are deposited fast: AVX2 makes dot_dense 1.1 times as fast as
-# dot_sparse, not 1.4, and the first processors of AMD with BMI2 many times slower.
+# Where vectors take masks, and bits are deposited fast. With AVX2 dot_dense gains little over
+# dot_sparse, and on the first processors of AMD with BMI2 it loses by far.
 HAS_MASKS = has_avx512()
 BEYOND_X = 32  # elements of x that may be read behind its last one
 

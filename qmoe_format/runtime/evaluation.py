@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_format.calibration.sequences import Batch
+from qmoe_format.errors import QMoEError
 
 Progress = Callable[[int, int], None]
 """Called with the tokens done and the tokens there are."""
@@ -68,9 +69,11 @@ def evaluate(
         progress: told after each batch.
 
     Raises:
-        QMoEError: what reading the experts finds wrong.
+        QMoEError: ``argument`` if there is nothing to predict; what reading experts finds wrong.
     """
     total = sum(int(_targets(batch)[1].sum()) for batch in batches)
+    if not total:
+        raise QMoEError("argument", "the text has nothing to predict; give a longer one")
     rows: list[Tensor] = []  # [sequences, 4]: tokens, losses of both, KL
     with _output_errors(model, against) as errors:
         for batch in batches:

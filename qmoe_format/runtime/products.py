@@ -16,15 +16,14 @@ from qmoe_format import codec
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.stacks import Stack
 
-# Up to as many tokens of one expert are multiplied one by one. On one core of a Xeon with AVX-512,
-# 3072 x 768 with 60 / 88.5 % zeros: a token 0.6 / 0.4 ms, sixteen together 1.7 / 0.9 ms.
+# How many tokens of one expert are multiplied in which way; benchmarks/products.py measures it.
+# Up to so many one by one.
 ALONE = 2
-# The product from the codewords takes time for each non-zero of each sixteen tokens, the dense one
-# for each weight, decoding it first. There, 32 tokens take 3.9 / 2.0 ms from the codewords and
-# 5.2 / 4.8 ms dense, 128 tokens 14 / 7 ms and 9 / 9 ms: even at about this many tokens times
-# non-zeros a weight.
+# From the codewords, sixteen tokens at once take time for each non-zero; the dense product takes it
+# for each weight, and for decoding it first. They are even at about so many tokens times non-zeros
+# a weight.
 DENSE = 17.0
-PER_THREAD = 1 << 18  # weights that a core multiplies while another thread is woken: 50 us
+PER_THREAD = 1 << 18  # weights for which it is worth to wake another thread
 SCRATCH = 8 << 20  # bytes of decoded weights at a time
 GPU_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPU_FEW = 64  # tokens of one expert: what gpu.matmul is meant for

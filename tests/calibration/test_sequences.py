@@ -357,6 +357,7 @@ def test_pairs_are_for_encoder_decoders(tokenizer: PreTrainedTokenizerFast) -> N
     cases: list[tuple[dict[str, Any], list[tuple[str, str]], str]] = [
         (CAUSAL, [("1", "2")], "mixtral has no encoder"),
         (ENCODER_DECODER, [], "no pair"),
+        (ENCODER_DECODER, [("", "1"), (" ", "2")], "no pair"),
     ]
     for config, pairs, reason in cases:
         with pytest.raises(QMoEError, match=reason) as caught:

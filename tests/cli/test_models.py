@@ -97,6 +97,9 @@ def test_eval_on_given_targets(qmoe: Run, file: Path, checkpoint: Path, tmp_path
         assert "no encoder" in outcome.err
     else:
         assert json.loads(outcome.out)["tokens"] == 3 * 2  # the last of the target is not read
+        text.write_text('{"text": "w1", "answer": "w2"}')
+        outcome = qmoe("eval", file, "--text", text, "--target-column", "answer")
+        assert outcome.err.startswith("error[argument]: the text has nothing to predict")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""From how many tokens of an expert on which kind of product is the fastest on a CPU.
+
+    python -m benchmarks.products
+
+Writes benchmarks/results/products.json: microseconds on one core of the three ways that
+``runtime.products`` chooses from by ``ALONE`` and ``DENSE``, and what its choice takes beside the
+best of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from qmoe_format import codec
+from qmoe_format.runtime.products import ALONE, DENSE, SCRATCH
+
+SHAPES = ((3072, 768), (768, 3072), (3584, 1024))
+ZEROS = (0.6, 0.885, 0.95)
+TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
+ROUNDS = 15
+
+
+def ways(matrix: codec.EncodedMatrix, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Y = X W^T of as many tokens, in three ways."""
+    x = np.random.default_rng(1).standard_normal((tokens, matrix.columns)).astype(np.float32)
+    y = np.empty((tokens, matrix.rows), np.float32)
+    together = max(1, SCRATCH // (4 * matrix.columns))
+    buffer = np.empty((min(together, matrix.rows), matrix.columns), np.float32)
+
+    def dense() -> None:
+        for first in range(0, matrix.rows, together):
+            part = buffer[: min(together, matrix.rows - first)]
+            codec.dequantize_rows(matrix, first, part, 1)
+            columns = torch.from_numpy(y)[:, first : first + len(part)]
+            torch.mm(torch.from_numpy(x), torch.from_numpy(part).T, out=columns)
+
+    single = [(matrix, x[i], y[i]) for i in range(tokens)]
+    return {
+        "one by one": partial(codec.matvecs, single, 1),
+        "sixteen together": partial(codec.matmul, matrix, x, y, 1),
+        "decoded, dense": dense,
+    }
+
+
+def chosen(tokens: int, zero_fraction: float) -> str:
+    """The way that the runtime takes."""
+    if tokens <= ALONE:
+        return "one by one"
+    return "decoded, dense" if tokens * (1 - zero_fraction) > DENSE else "sixteen together"
+
+
+def main() -> None:
+    """Run everything."""
+    torch.set_num_threads(1)
+    results = []
+    for rows, columns in SHAPES:
+        for share in ZEROS:
+            p = [share, (1 - share) / 2, (1 - share) / 2]
+            trits = np.random.default_rng(0).choice([0, 1, -1], (rows, columns), p=p)
+            scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
+            matrix = codec.encode_matrix(trits.astype(np.int8), scales)
+            for tokens in TOKENS:
+                seconds = report.medians(ways(matrix, tokens), ROUNDS)
+                took = {way: 1e6 * each["median"] for way, each in seconds.items()}
+                choice = chosen(tokens, matrix.trits.zero_fraction)
+                result = {
+                    "shape": [rows, columns],
+                    "zeros": share,
+                    "tokens": tokens,
+                    "microseconds": {way: round(each, 1) for way, each in took.items()},
+                    "chosen": choice,
+                    "chosen / best": round(took[choice] / min(took.values()), 2),
+                }
+                results.append(result)
+                print(
+                    f"{rows} x {columns}, {share:5.1%} zeros, {tokens:3} tokens: "
+                    + "  ".join(f"{way} {each:8.0f} us" for way, each in took.items())
+                    + f"  {choice}: {result['chosen / best']:.2f} x the best",
+                    flush=True,
+                )
+    report.save("products", {"results": results})
+
+
+if __name__ == "__main__":
+    main()
