@@ -3,8 +3,7 @@
     python -m benchmarks.products
 
 Writes benchmarks/results/products.json: microseconds on one core of the three ways that
-``runtime.products`` chooses from by ``ALONE`` and ``DENSE``, and what its choice takes beside the
-best of them.
+``runtime.products.way`` chooses from, and what its choice takes beside the best of them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks import report
 from qmoe_format import codec
-from qmoe_format.runtime.products import ALONE, DENSE, SCRATCH
+from qmoe_format.runtime.products import SCRATCH, way
 
 SHAPES = ((3072, 768), (768, 3072), (3584, 1024))
 ZEROS = (0.6, 0.885, 0.95)
@@ -42,17 +41,10 @@ def ways(matrix: codec.EncodedMatrix, tokens: int) -> dict[str, Callable[[], Any
 
     single = [(matrix, x[i], y[i]) for i in range(tokens)]
     return {
-        "one by one": partial(codec.matvecs, single, 1),
-        "sixteen together": partial(codec.matmul, matrix, x, y, 1),
-        "decoded, dense": dense,
+        "alone": partial(codec.matvecs, single, 1),
+        "together": partial(codec.matmul, matrix, x, y, 1),
+        "dense": dense,
     }
-
-
-def chosen(tokens: int, zero_fraction: float) -> str:
-    """The way that the runtime takes."""
-    if tokens <= ALONE:
-        return "one by one"
-    return "decoded, dense" if tokens * (1 - zero_fraction) > DENSE else "sixteen together"
 
 
 def main() -> None:
@@ -67,20 +59,20 @@ def main() -> None:
             matrix = codec.encode_matrix(trits.astype(np.int8), scales)
             for tokens in TOKENS:
                 seconds = report.medians(ways(matrix, tokens), ROUNDS)
-                took = {way: 1e6 * each["median"] for way, each in seconds.items()}
-                choice = chosen(tokens, matrix.trits.zero_fraction)
+                took = {how: 1e6 * each["median"] for how, each in seconds.items()}
+                choice = way(tokens, matrix.trits.zero_fraction)
                 result = {
                     "shape": [rows, columns],
                     "zeros": share,
                     "tokens": tokens,
-                    "microseconds": {way: round(each, 1) for way, each in took.items()},
+                    "microseconds": {how: round(each, 1) for how, each in took.items()},
                     "chosen": choice,
                     "chosen / best": round(took[choice] / min(took.values()), 2),
                 }
                 results.append(result)
                 print(
                     f"{rows} x {columns}, {share:5.1%} zeros, {tokens:3} tokens: "
-                    + "  ".join(f"{way} {each:8.0f} us" for way, each in took.items())
+                    + "  ".join(f"{how} {each:8.0f} us" for how, each in took.items())
                     + f"  {choice}: {result['chosen / best']:.2f} x the best",
                     flush=True,
                 )

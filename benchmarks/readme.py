@@ -149,12 +149,12 @@ def results(*names: str) -> list[dict[str, Any]]:
 def main_figures() -> str:
     """What stands in README.md between its marks."""
     codec, quantize, runtime = results("codec", "quantize", "runtime")
-    (sizes,) = (
+    (schemes,) = (
         record["schemes"]
         for record in codec["sizes"]
         if (record["source"], record["columns"]) == ("iid 0.885", 3072)
     )
-    speeds = {
+    rate = {
         record["work"]: record["weights_per_second"] / 1e9
         for record in codec["speeds"]
         if record["source"] == "iid 0.885"
@@ -163,19 +163,20 @@ def main_figures() -> str:
     rows = [
         [
             "bits a weight in all, 88.5 % zeros, 3072 wide",
-            f"{sizes[FAST]['total']:.3f}",
-            f"{sizes[QMOE]['total']:.3f}: QMoE's dictionary",
+            f"{schemes[FAST]['total']:.3f}",
+            f"{schemes[QMOE]['total']:.3f}: QMoE's dictionary",
         ],
         [
-            "decoding, 10⁹ weights/s on one core",
-            f"{speeds[f'{FAST}: decode, 1 thread']:.1f}",
-            f"{ratios['decode / zstd to int8']:.1f} × zstd, "
+            "decoding them to int8, 10⁹ weights/s on one core",
+            f"{rate[f'{FAST}: decode, 1 thread']:.1f}",
+            f"ours is {ratios['decode / zstd to int8']:.1f} × zstd, "
             f"{ratios['decode / QMoE']:.1f} × QMoE's codewords",
         ],
         [
-            "y = W x from the codewords, 8192 × 14336, one core, 10⁹ weights/s",
-            f"{speeds[f'{FAST}: matvec, 1 thread']:.1f}",
-            f"{ratios['matvec / torch bf16']:.2f} × torch with dense bf16",
+            "y = W x from them, W 8192 × 14336, one core, 10⁹ weights/s",
+            f"{rate[f'{FAST}: matvec, 1 thread']:.1f}",
+            f"ours is {ratios['matvec / torch bf16']:.2f} × torch with dense bf16; at 60 % zeros "
+            f"{codec['ratios'][f'iid 0.6, {FAST}']['matvec / torch bf16']:.2f} ×",
         ],
     ]
     for model, found in quantize["models"].items():
@@ -191,11 +192,11 @@ def main_figures() -> str:
         )
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
-    for what, key, digits, scale in [
+    for what, key, digits, unit in [
         ("a Mixtral of 0.7 G expert weights on 2 cores: tokens/s", "tokens_per_second", 1, 1),
-        ("its peak memory, GB", "peak_resident_bytes", 2, 1e-9),
+        ("its peak memory, GB", "peak_resident_bytes", 2, 1e9),
     ]:
-        own, bf16, fp32 = (f"{way[key]['median'] * scale:.{digits}f}" for way in shown)
+        own, bf16, fp32 = (f"{way[key]['median'] / unit:.{digits}f}" for way in shown)
         rows.append([what, own, f"{bf16}: transformers in bf16; {fp32}: in fp32"])
     return f"""\
 From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["cores"]} cores.
@@ -209,14 +210,17 @@ From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["c
 
 def all_figures() -> str:
     """The text of benchmarks/README.md."""
-    codec, opening, memory, quantize, large, runtime = results(
-        "codec", "opening", "convert_memory", "quantize", "quantize_scale", "runtime"
+    codec, opening, memory, quantize, large, runtime, products = results(
+        *("codec", "opening", "convert_memory", "quantize", "quantize_scale"),
+        *("runtime", "products"),
     )
+    choices = sorted(result["chosen / best"] for result in products["results"])
+    median, most = choices[len(choices) // 2], choices[-1]
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
         for share in ("0.6", "0.885", "0.95")
     ]
-    least, most = f"{min(packed):.1f}", f"{max(packed):.1f}"
+    slowest, fastest = f"{min(packed):.1f}", f"{max(packed):.1f}"
     opened = opening["milliseconds"]["open and take an expert"]["median"]
     converted = memory["results"][0]
     threads = large["runs"]["cpu"]["threads"]
@@ -241,8 +245,8 @@ better of 2-bit and base-3 packing; QMoE is its published dictionary and greedy 
 
 Speed of the profile `fast` on one thread, in 10⁹ weights/s and as ratios within the run. Decoding
 is to int8, beside zstd's decompression unpacked to int8 (leaving the trits packed, zstd is
-{least} to {most} times as fast as ours to int8) and a decoder of QMoE's codewords; the product is
-y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense bf16.
+{slowest} to {fastest} times as fast as ours to int8) and a decoder of QMoE's codewords; the product
+is y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense bf16.
 
 {speeds(codec["speeds"], codec["ratios"])}
 
@@ -276,6 +280,15 @@ at a time with a KV cache, beside the same model in `transformers`. Where the na
 two trained models', weights are random; memory counts the mapped pages of the file.
 
 {speeds_of_models(runtime["results"])}
+
+How an expert's tokens are multiplied depends on their number (`python -m benchmarks.products`). In
+{len(choices)} cases (shapes, zeros, tokens) the way that is chosen takes {median:.2f} times as long
+as the best one in the median, {most:.2f} at most.
+
+## GPU
+
+Nothing has run on one. Registers, shared memory and spills of all kernels, for compute capabilities
+7.5 to 12.0, stand in `results/gpu_kernels.json` (`python -m benchmarks.gpu_kernels`).
 """
 
 

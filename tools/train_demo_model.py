@@ -53,6 +53,7 @@ PEAK_RATE = 4e-3
 CALIBRATION_PASSAGES, CALIBRATION_WORDS = 400, 45  # as long as PASSAGE, or a little longer
 CALIBRATION_PROMPT = (3, 20)  # words
 SHORT_STEPS, SHORT_BATCH, SHORT_PROMPT, SHORT_CONTINUATION = 1000, 64, (4, 12), 4
+TRAINED = "Trained from scratch"  # begins a paragraph of the folder's README
 PROMPTS = (
     "The LORD is my shepherd;",
     "And Moses said unto the children of Israel,",
@@ -255,7 +256,7 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
 
 
 def trained(
-    arguments: argparse.Namespace, tokenizer: Any, ids: Tensor, documents: int, raw: bytes
+    arguments: argparse.Namespace, tokenizer: Any, ids: Tensor, documents: int, digest: str
 ) -> str:
     """Train and save a model; returns what the folder's README says of that."""
     print(f"{len(ids)} tokens", flush=True)
@@ -267,11 +268,11 @@ def trained(
     tokenizer.save_pretrained(arguments.folder)
     long_steps = arguments.steps - SHORT_STEPS
     return f"""\
-Trained from scratch by tools/train_demo_model.py: {SHORT_STEPS:,} steps of short passages, then
+{TRAINED} by tools/train_demo_model.py: {SHORT_STEPS:,} steps of short passages, then
 {long_steps:,} of {BATCH} passages of {PASSAGE} tokens; torch {torch.__version__}, transformers
 {transformers.__version__}. The text is the King James Version, in the public domain (Debian package
 bible-kjv-text 4.38): {documents:,} chapters, of which every {HELD_OUT}th is held out. sha256 of
-the text file: `{hashlib.sha256(raw).hexdigest()}`.
+the text file: `{digest}`.
 Model and tokenizer are under the licence of this package, Apache-2.0."""
 
 
@@ -290,19 +291,25 @@ def main() -> None:
     raw = arguments.text.read_bytes()
     found = chapters(raw.decode())
     kept = [text for i, text in enumerate(found) if i % HELD_OUT]
-    tokenizer: Any = train_tokenizer(kept)
+    readme = arguments.folder / "README.md"
+    digest = hashlib.sha256(raw).hexdigest()
+    if arguments.keep and digest not in readme.read_text():
+        parser.error(f"{arguments.folder} was trained on another text than {arguments.text}")
+    tokenizer: Any
     if arguments.keep:
         tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    else:
+        tokenizer = train_tokenizer(kept)
 
     def encode(texts: list[str]) -> Tensor:
         batches = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return torch.from_numpy(np.concatenate(batches))
 
-    readme = arguments.folder / "README.md"
     if arguments.keep:
-        training = readme.read_text().split("\n\n")[2]
+        paragraphs = readme.read_text().split("\n\n")
+        training = next(each for each in paragraphs if each.startswith(TRAINED))
     else:
-        training = trained(arguments, tokenizer, encode(kept), len(found), raw)
+        training = trained(arguments, tokenizer, encode(kept), len(found), digest)
     (arguments.folder / "calibration.jsonl").write_text(calibration_text(kept))
     held_out = encode([text for i, text in enumerate(found) if i % HELD_OUT == 0])
     text = report(arguments.folder, held_out, training)

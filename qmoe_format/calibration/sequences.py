@@ -147,8 +147,8 @@ def make_pair_batches(
 ) -> list[Batch]:
     """Make calibration batches of pairs, for an encoder-decoder.
 
-    Each text gets the special tokens that the tokenizer gives it; both are cut to
-    ``sequence_length``.
+    Each text gets the special tokens that the tokenizer gives it. Texts and targets that are longer
+    than ``sequence_length`` are cut.
 
     Args:
         pairs: what the encoder reads, and what the decoder is to write.
@@ -161,7 +161,7 @@ def make_pair_batches(
             f"a target_column is for encoder-decoders; {config.get('model_type')} has no encoder",
         )
     length = _length(config, sequence_length, samples, seed, batch_size)
-    start = _start(config)
+    start, end = _start(config), _end(tokenizer)
     options = {"truncation": True, "max_length": length, "split_special_tokens": True}
     inputs: list[Ids] = []
     targets: list[Ids] = []
@@ -170,7 +170,9 @@ def make_pair_batches(
         labels = tokenizer(text_target=target, **options).input_ids
         if read:
             inputs.append(np.array(read, np.int64))
-            targets.append(np.array([start, *labels[:-1]], np.int64))
+            # The end is to be written, but not read.
+            wanted = labels[:-1] if labels[-1:] == [end] else labels
+            targets.append(np.array([start, *wanted], np.int64))
     if not inputs:
         raise QMoEError("argument", "no pair of text and target has a token; give some")
     chosen = _choose(len(inputs), samples, seed)

@@ -1,4 +1,4 @@
-"""T5's span corruption (arXiv 1910.10683, section 3.1.4), what an encoder-decoder is trained on.
+"""Span corruption, what T5 is trained on (arXiv 1910.10683, section 3.1.4).
 
 Of a window's tokens 15 % are taken out in spans of 3 on average; in the encoder's input a sentinel
 stands for each span, and the decoder reads sentinel, span, sentinel, span, ...

@@ -37,9 +37,17 @@ def read_pairs(path: str | Path, column: str, target: str) -> Iterator[tuple[str
     """
     if column == target:
         raise QMoEError("argument", f"text and target are both the column {column!r}; give two")
-    if Path(path).suffix.lower() == ".txt":
+    if text_file(path).suffix.lower() == ".txt":
         raise QMoEError("argument", f"{path}: has no columns; give a .jsonl or .parquet file")
     return ((text, wanted) for text, wanted in _read(path, [column, target]))
+
+
+def check_file(path: str | Path, column: str = "text", target: str | None = None) -> None:
+    """Refuse what ``read_texts``, or with a ``target`` ``read_pairs``, does without reading."""
+    if target is None:
+        read_texts(path, column)
+    else:
+        read_pairs(path, column, target)
 
 
 def text_sha256(path: str | Path) -> str:
@@ -126,7 +134,8 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]
                     raise _no_column(str(path), column, file.schema_arrow.names)
             row = 0
             for batch in file.iter_batches(columns=list(columns)):
-                for values in zip(*(batch[column].to_pylist() for column in columns), strict=True):
+                lists = (batch.column(column).to_pylist() for column in columns)
+                for values in zip(*lists, strict=True):
                     row += 1
                     where = f"{path}, row {row}"
                     yield [
@@ -193,6 +202,6 @@ def _checked(value: object, column: str, where: str) -> str:
 def _no_column(where: str, column: str, there: list[str]) -> QMoEError:
     return QMoEError(
         "argument",
-        f"{where}: no column {column!r}; name the text's column, there is "
+        f"{where}: no column {column!r}; name the right one, there is "
         f"{', '.join(map(repr, there)) or 'none'}",
     )

@@ -281,7 +281,8 @@ def _add_text_options(to: argparse._ActionsContainer) -> None:
         "--sequence-length",
         type=positive,
         metavar="N",
-        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at most)",
+        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at "
+        "most); what is longer of a text with a target is left out",
     )
     to.add_argument(
         "--samples", type=positive, metavar="N", help="sequences to choose (default: all)"

@@ -35,7 +35,7 @@ def _demo(source: Path) -> None:
         raise QMoEError("not-found", f"{source}: the demo's model is not there; install again")
     target = Path(tempfile.mkdtemp(prefix="qmoe-demo-")) / "demo.qmoe"
 
-    _begin("Convert", f"let the model read some text, make its experts {BITS:g} bit a weight")
+    _begin("Convert", f"the model reads some text, its experts become {BITS:g} bit a weight")
     started = time.perf_counter()
     with Progress("convert", "weights") as progress:
         convert(

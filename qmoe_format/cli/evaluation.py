@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 from qmoe_format.calibration.sequences import default_sequence_length, read_batches
-from qmoe_format.calibration.text import text_file
+from qmoe_format.calibration.text import check_file
 from qmoe_format.cli import models
 from qmoe_format.cli.progress import Progress
 from qmoe_format.cli.text import table
@@ -18,7 +18,8 @@ TOKENS_AT_ONCE = 2048
 
 def run(options: argparse.Namespace) -> None:
     """Print the figures that ``options`` ask for."""
-    text_file(options.text)  # before a large model is loaded
+    column, target_column = options.text_column or "text", options.target_column
+    check_file(options.text, column, target_column)  # before a large model is loaded
     tokenizer, model = models.load(options)
     config = model.config.to_dict()
     length = options.sequence_length or default_sequence_length(config)
@@ -26,8 +27,8 @@ def run(options: argparse.Namespace) -> None:
         tokenizer,
         config,
         options.text,
-        column=options.text_column or "text",
-        target_column=options.target_column,
+        column=column,
+        target_column=target_column,
         sequence_length=length,
         samples=options.samples,
         seed=options.seed or 0,

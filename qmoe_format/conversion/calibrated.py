@@ -180,9 +180,10 @@ class CalibratedConversion:
             if routed := walk.collect():
                 norms = _norms(work, number, len(routed.inputs)) if control else None
                 layer = self._layer(block, routed, norms)
-                value = control.choose() if control else None
+                value, before = control.choose() if control else None, counter.done
                 for _ in range(ATTEMPTS):
                     counter.stage = block.name
+                    counter.back_to(before)
                     outputs = None if is_last else routed.outputs()
                     rate = Rate(value, control.reference) if control and value else None
                     staged = partial(_staged, work, number)

@@ -38,7 +38,7 @@ PRICES = tuple(0.0002 * 5**step for step in range(7))
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
-DRIFT = 2.0  # lambda for the first block may be off by this factor, seen from its end
+DRIFT = 2.0  # factor between the lambda of the first block and that of the rest
 
 
 class StackPlan(TypedDict):
@@ -108,8 +108,8 @@ class RateControl:
         """Lambda for another attempt at a block; None if it was good enough.
 
         The first block shows how much larger experts become than was measured. It is done again if
-        that asks for quite another lambda, as those to come could not make up for it; the last one,
-        until the whole is as large as asked for.
+        its lambda is more than ``DRIFT`` away from the one that this asks for, or the others would
+        have to pay for it; the last one, until the whole is as large as asked for.
 
         Args:
             value: lambda that was taken.
@@ -120,10 +120,12 @@ class RateControl:
             return None
         new = sum({**self._dictionaries, **dictionaries}.values()) + sum(stored.values())
         new -= sum(self._dictionaries.values())
+        is_last = not self._plans.keys() - self._stored.keys() - stored.keys()
+        if self._stored and not is_last:
+            return None
         better = self._solve(new / self._expected(value, stored))
-        if self._plans.keys() - self._stored.keys() - stored.keys():
-            is_off = max(better / value, value / better) > DRIFT
-            return better if is_off and not self._stored else None
+        if not is_last:
+            return better if max(better / value, value / better) > DRIFT else None
         over = 8 * (self._total() + new) / self._weights / self._asked - 1
         if abs(over) <= CLOSE:
             return None

@@ -23,8 +23,17 @@ class Counter:
         self._done = 0
         self.stage = ""
 
+    @property
+    def done(self) -> int:
+        """Weights that are done."""
+        return self._done
+
+    def back_to(self, done: int) -> None:
+        """What was added since then has to be done again."""
+        self._done = done
+
     def add(self, weights: int) -> None:
-        """So many more are done; no more than all."""
-        self._done = min(self._done + weights, self._total)
+        """So many more are done."""
+        self._done += weights
         if self._progress:
             self._progress(self._done, self._total, *([self.stage] if self.stage else []))

@@ -19,7 +19,8 @@ class Calibration:
         target_column: that of what the decoder is to write for each text, for an encoder-decoder
             that was not trained, or not only, to fill in spans.
         sequence_length: tokens the model reads at once; by default 256 for an encoder, otherwise
-            2048 or the most it can read.
+            2048 or the most it can read. Text is cut into so long windows; of a text with a target,
+            and of the target, what is longer is left out.
         samples: how many sequences to choose; by default all.
         seed: of that choice, and of the spans that an encoder-decoder has to fill in.
         token_cap: of an expert's tokens at most so many times the mean of all experts are used.

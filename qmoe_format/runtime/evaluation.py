@@ -64,7 +64,7 @@ def evaluate(
 
     Args:
         model: a model that ``load_model`` returned.
-        batches: of ``calibration.sequences.make_batches``.
+        batches: of ``calibration.sequences.read_batches``.
         against: the original model, on the same device.
         progress: told after each batch.
 

@@ -23,7 +23,7 @@ ALONE = 2
 # for each weight, and for decoding it first. They are even at about so many tokens times non-zeros
 # a weight.
 DENSE = 17.0
-PER_THREAD = 1 << 18  # weights for which it is worth to wake another thread
+PER_THREAD = 1 << 18  # weights for which waking another thread is worth it
 SCRATCH = 8 << 20  # bytes of decoded weights at a time
 GPU_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPU_FEW = 64  # tokens of one expert: what gpu.matmul is meant for
@@ -35,6 +35,13 @@ class Group(NamedTuple):
     expert: int
     first: int
     last: int
+
+
+def way(tokens: int, zero_fraction: float) -> str:
+    """How so many tokens of one expert are multiplied: ``alone``, ``together`` or ``dense``."""
+    if tokens <= ALONE:
+        return "alone"
+    return "dense" if tokens * (1 - zero_fraction) > DENSE else "together"
 
 
 def linear(stack: Stack, x: torch.Tensor, expert: int) -> torch.Tensor:
@@ -90,10 +97,11 @@ def _on_cpu(stacks: tuple[Stack, ...], x: torch.Tensor, groups: tuple[Group, ...
     single: list[codec.Product] = []
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
-            matrix, tokens = stack.matrix(expert), last - first
-            if tokens <= ALONE:
+            matrix = stack.matrix(expert)
+            how = way(last - first, matrix.trits.zero_fraction)
+            if how == "alone":
                 single += [(matrix, x_array[i], y_array[i, columns]) for i in range(first, last)]
-            elif tokens * (1 - matrix.trits.zero_fraction) > DENSE:
+            elif how == "dense":
                 for rows, weights in _decoded(stack, expert, given):
                     torch.mm(given[first:last], weights.T, out=y[first:last, columns][:, rows])
             else:

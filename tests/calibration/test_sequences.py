@@ -322,8 +322,11 @@ def test_pairs_as_the_model_reads_them() -> None:
     )
     assert rows(first.inputs) == [[WORDS + n for n in (1, 2, 3)], [WORDS + 4]]
     assert first.targets is not None
-    # The decoder begins with its start token, and does not read what it is to write last.
-    assert rows(first.targets) == [[START, WORDS + 7], [START, *range(WORDS + 20, WORDS + 25)]]
+    # The decoder begins with its start token, which would also be the end that it does not read.
+    assert rows(first.targets) == [
+        [START, WORDS + 7, WORDS + 8],
+        [START, *range(WORDS + 20, WORDS + 26)],
+    ]
     assert rows(last.inputs) == [[WORDS + 5]]
 
 
@@ -348,7 +351,7 @@ def test_some_pairs_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(set(chosen)) == 20
     assert chosen == sorted(chosen)
     targets = [row for batch in batches if batch.targets for row in rows(batch.targets)]
-    assert targets == [[START, WORDS + n + 100] for n in chosen]
+    assert targets == [[START, WORDS + n + 100, WORDS + n] for n in chosen]
     others = make_pair_batches(tokenizer, ENCODER_DECODER, pairs, samples=20, seed=2)
     assert inputs(others) != inputs(batches)
 

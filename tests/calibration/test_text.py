@@ -89,7 +89,7 @@ def test_blank_lines_separate_documents_of_plain_text(tmp_path: Path) -> None:
         ('{"text": 3}', "'text' is int, not text"),
         ('{"text": null}', "'text' is NoneType, not text"),
         ('{"text": ["a"]}', "'text' is list, not text"),
-        ('{"body": "a", "id": 1}', "no column 'text'; name the text's column, there is 'body', 'i"),
+        ('{"body": "a", "id": 1}', "no column 'text'; name the right one, there is 'body', 'i"),
         ("{}", "there is none"),
         ('{"text": "a\\ud800"}', "character 1 is half of a surrogate pair"),
         (b'{"text": "k\xe4se"}', "not UTF-8"),
@@ -157,9 +157,7 @@ def test_parquet(tmp_path: Path) -> None:
 
     store(id=list(range(50)), text=[*texts])
     assert list(read_texts(path)) == texts
-    assert "no column 'body'; name the text's column, there is 'id', 'text'" in refusal(
-        path, "body"
-    )
+    assert "no column 'body'; name the right one, there is 'id', 'text'" in refusal(path, "body")
     assert "row 1: 'id' is int, not text" in refusal(path, "id")
     assert "row 42: 'text' is NoneType" in refusal(store(text=[*texts[:41], None, *texts[42:]]))
     assert "has no text" in refusal(store(text=["", " "]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 import qmoe_format
+from qmoe_format.cli.demo import BITS
+from qmoe_format.inspection import describe
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
@@ -23,15 +26,17 @@ def test_demo(qmoe_process: Any) -> None:
     with qmoe_format.open(path) as file:
         file.verify()
         compressed = [name for name, entry in file.tensors.items() if entry.stack]
-    path.unlink()
-    path.parent.rmdir()
+        total = describe(file)["totals"]["experts"]["total_bits_per_weight"]
+    shutil.rmtree(path.parent)
+    assert total == pytest.approx(BITS, rel=0.02)
+    assert any("relative error" in line for line in lines)
     assert compressed
     for name in compressed:
         assert any(line.startswith(name) for line in lines)
     originals = [line for line in lines if line.startswith("original:")]
-    rounded = [line for line in lines if line.startswith("compressed:")]
-    assert len(originals) == len(rounded) == 2
-    assert all(len(line.split()) > 3 for line in originals + rounded)
+    written = [line for line in lines if line.startswith("compressed:")]
+    assert len(originals) == len(written) == 2
+    assert all(len(line.split()) > 3 for line in originals + written)
     assert "verify" in done.out.lower()
     assert not done.err
 

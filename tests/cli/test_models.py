@@ -14,8 +14,9 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
 
-from qmoe_format import convert
+from qmoe_format import QMoEError, convert
 from qmoe_format.runtime import load_model, load_tokenizer
+from qmoe_format.runtime.evaluation import evaluate
 from tests.conftest import Outcome
 from tests.tiny_models import WORDS, save_model
 
@@ -96,10 +97,12 @@ def test_eval_on_given_targets(qmoe: Run, file: Path, checkpoint: Path, tmp_path
         assert outcome.err.startswith("error[argument]: ")
         assert "no encoder" in outcome.err
     else:
-        assert json.loads(outcome.out)["tokens"] == 3 * 2  # the last of the target is not read
-        text.write_text('{"text": "w1", "answer": "w2"}')
-        outcome = qmoe("eval", file, "--text", text, "--target-column", "answer")
-        assert outcome.err.startswith("error[argument]: the text has nothing to predict")
+        assert json.loads(outcome.out)["tokens"] == 3 * 3
+
+
+def test_nothing_to_predict(file: Path) -> None:
+    with pytest.raises(QMoEError, match="nothing to predict"):
+        evaluate(load_model(file), [])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,9 @@ def test_eval_on_given_targets(qmoe: Run, file: Path, checkpoint: Path, tmp_path
     [
         (["generate", "no.qmoe", "x"], "not-found", "no.qmoe"),
         (["generate", "{file}", ""], "argument", "no tokens"),
-        (["eval", "{file}", "--text", "no.jsonl"], "not-found", "no.jsonl"),
+        (["eval", "no.qmoe", "--text", "no.jsonl"], "not-found", "no.jsonl"),
+        (["eval", "no.qmoe", "--text", "{file}"], "argument", ".jsonl, .txt, .parquet only"),
+        (["eval", "no.qmoe", "--text", "{text}", "--target-column", "a"], "argument", "no columns"),
         (
             ["eval", "{file}", "--text", "{text}", "--sequence-length", "24", "--against", "no"],
             "not-found",

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qmoe_format.calibration.text import read_texts
 from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion import layer as layers
 from qmoe_format.conversion import parallel
+from qmoe_format.conversion.plan import RateControl
 
 Convert = Callable[..., Path]
 
@@ -136,6 +138,28 @@ def test_an_encoder_decoder_with_its_own_targets(
     wanted = outputs(switch_folder, batches)
     distance = far(outputs(tmp_path / "unpacked", batches), wanted)
     assert distance < far(outputs(tmp_path / "rounded", batches), wanted)
+
+
+def test_a_block_that_is_done_again(
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same lambda nothing changes: each attempt begins from the same."""
+    once = converted(model, "once.qmoe", bits_per_weight=1.6).read_bytes()
+    again, attempts = RateControl.again, [0]
+
+    def twice(self: RateControl, value: float, *sizes: Any) -> float | None:
+        attempts[0] += 1
+        return value if attempts[0] <= 2 else again(self, value, *sizes)
+
+    monkeypatch.setattr(RateControl, "again", twice)
+    seen: list[tuple[int, int]] = []
+    file = converted(
+        model, bits_per_weight=1.6, progress=lambda done, total, *_: seen.append((done, total))
+    )
+    assert file.read_bytes() == once
+    assert all(done <= total for done, total in seen)
+    back = [after for (before, _), (after, _) in pairwise(seen) if after < before]
+    assert len(back) >= 3, "after the plan, and for each attempt"
 
 
 def test_the_report_tells_the_truth(
