@@ -34,7 +34,7 @@ from qmoe_format.quantize.rd import ABSOLUTE, Rate
 DEFAULT_LAMBDA = 0.05
 LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # what can be asked for is in between
 SLACK = 10.0  # so many times beyond may be needed to get it
-PRICES = tuple(0.0002 * 5**step for step in range(7))
+PRICES = tuple(8e-6 * 5**step for step in range(9))
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
