@@ -84,6 +84,7 @@ def quality(models: dict[str, Any]) -> str:
         for label, record in files.items():
             baseline = files.get("qmoe, few" if "few" in label else "qmoe", {})
             if "bits" not in record or "bits" not in baseline:
+                rows.append([f"{model}, {label}", "not reached", *[""] * 5])
                 continue
             error = record["output_error"]["geometric_mean"]
             rows.append(

@@ -123,12 +123,12 @@ class RateControl:
         is_last = not self._plans.keys() - self._stored.keys() - stored.keys()
         if self._stored and not is_last:
             return None
+        over = 8 * (self._total() + new) / self._weights / self._asked - 1
+        if is_last and abs(over) <= CLOSE:
+            return None
         better = self._solve(new / self._expected(value, stored))
         if not is_last:
             return better if max(better / value, value / better) > DRIFT else None
-        over = 8 * (self._total() + new) / self._weights / self._asked - 1
-        if abs(over) <= CLOSE:
-            return None
         self._attempts.append((math.log(value), over))
         low = max((each for each in self._attempts if each[1] > 0), default=None)
         high = min((each for each in self._attempts if each[1] < 0), default=None)

@@ -8,7 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Called with the weights done and to do; ``stage`` says where in the model that is.
 
-    A calibrated conversion may count twice: first while it plans, then again from zero.
+    A calibrated conversion may count twice: first while it plans, then again from zero. Where a
+    block is done again, it goes back to where that began.
     """
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
