@@ -39,7 +39,7 @@ from qmoe_format.conversion.encoding import encode, stored_bytes
 from qmoe_format.machine import cores
 from qmoe_format.quantize import recipe as find_recipe
 from qmoe_format.quantize.hessian import Calibration
-from qmoe_format.quantize.rd import Rate, typical_energy
+from qmoe_format.quantize.rd import Rate, weighted_energies
 
 PARAMETERS = 1.6e12
 PAPER = {"hardware": "one A6000", "gparam_per_hour": 100.0, "hours": 16.0}
@@ -155,7 +155,7 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
         with done.phase("quantizer", device):
             rate = None
             if recipe.rated:
-                reference = typical_energy(weights, calibration).log().mean().exp()
+                reference = weighted_energies(weights, calibration).mean(1).log().mean().exp()
                 rate = Rate(LAMBDA, float(reference))
             ternary = recipe.quantize(weights, "BF16", calibration, rate).weights
         with done.phase("coding", device):

@@ -144,14 +144,14 @@ class Layer:
         return found
 
     def energies(self, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
-        """``quantize.rd.typical_energy`` of each matrix, from its outputs: no Hessian is needed.
+        """``quantize.rd.weighted_energies`` of each matrix, from its outputs: no Hessian is needed.
 
         Args:
             weights: the experts' original ones.
             experts: their numbers.
 
         Returns:
-            float64 ``[experts]`` by matrix.
+            float64 ``[experts, rows]`` by matrix.
         """
         stacks, output = self.stacks, self._wiring.output
         squares = {
@@ -174,7 +174,7 @@ class Layer:
         for _ in side_by_side(add, range(len(experts)), self.elements, self.threads):
             pass
         return {
-            matrix: (squares[matrix] / stack.columns * found[matrix].importance()).mean(1)
+            matrix: squares[matrix] / stack.columns * found[matrix].importance()
             for matrix, stack in stacks.items()
         }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TypedDict
 
@@ -29,28 +30,32 @@ from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Calibration
-from qmoe_format.quantize.rd import ABSOLUTE, Rate
+from qmoe_format.quantize.rd import ABSOLUTE, TRUST, Rate
 
 DEFAULT_LAMBDA = 0.05
 LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # what can be asked for is in between
 SLACK = 10.0  # so many times beyond may be needed to get it
 PRICES = tuple(8e-6 * 5**step for step in range(9))
+QUANTILES = 16
+LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
-DRIFT = 2.0  # factor between the lambda of the first block and that of the rest
+DRIFT = 2.0  # factor between the lambda of a block and that of the ones after it
 
 
 class StackPlan(TypedDict):
     """What was measured of a stack.
 
-    ``energies``: of each expert, 0 without tokens. ``bytes`` and ``places``: of an expert, and of
-    its dictionary on their grid, where lambda is each of ``PRICES`` and the reference the expert's
-    own energy. ``dictionary``: bytes of one. The last three are empty if no number of bits was
-    asked for.
+    ``energies``: of each expert, 0 without tokens. ``spread``: logarithms of the energies of an
+    expert's rows over its own, ``QUANTILES`` of them. ``bytes`` and ``places``: of an expert, and
+    of its dictionary on their grid, where lambda is each of ``PRICES`` and the reference the
+    expert's own energy. ``dictionary``: bytes of one. The last three are empty if no number of bits
+    was asked for.
     """
 
     energies: list[float]
+    spread: list[float]
     bytes: list[float]
     places: list[float]
     dictionary: float
@@ -107,9 +112,9 @@ class RateControl:
     ) -> float | None:
         """Lambda for another attempt at a block; None if it was good enough.
 
-        The first block shows how much larger experts become than was measured. It is done again if
-        its lambda is more than ``DRIFT`` away from the one that this asks for, or the others would
-        have to pay for it; the last one, until the whole is as large as asked for.
+        Every block shows how much larger experts become than was measured. It is done again if the
+        others would have to pay for that with a lambda more than ``DRIFT`` away from its own; the
+        last one, until the whole is as large as asked for.
 
         Args:
             value: lambda that was taken.
@@ -118,24 +123,23 @@ class RateControl:
         """
         if self._asked is None:
             return None
-        new = sum({**self._dictionaries, **dictionaries}.values()) + sum(stored.values())
-        new -= sum(self._dictionaries.values())
-        is_last = not self._plans.keys() - self._stored.keys() - stored.keys()
-        if self._stored and not is_last:
+        after = copy(self)
+        after.finish(value, stored, dictionaries)
+        if self._plans.keys() - after._stored.keys():
+            better = self._solve(after._total() / after._measured)
+            drift = abs(math.log(after.choose() / value))
+            return better if drift > math.log(DRIFT) and not _same(better, value) else None
+        over = after.bits / self._asked - 1
+        if abs(over) <= CLOSE:
             return None
-        over = 8 * (self._total() + new) / self._weights / self._asked - 1
-        if is_last and abs(over) <= CLOSE:
-            return None
-        better = self._solve(new / self._expected(value, stored))
-        if not is_last:
-            return better if max(better / value, value / better) > DRIFT else None
+        better = self._solve((after._total() - self._total()) / self._expected(value, stored))
         self._attempts.append((math.log(value), over))
         low = max((each for each in self._attempts if each[1] > 0), default=None)
         high = min((each for each in self._attempts if each[1] < 0), default=None)
         if low and high:
             part = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             return math.exp(low[0] + part * (high[0] - low[0]))
-        return None if better == value else better
+        return None if _same(better, value) else better
 
     def finish(
         self, value: float, stored: Mapping[str, int], dictionaries: Mapping[str, int]
@@ -143,8 +147,8 @@ class RateControl:
         """A block is done, see ``again``."""
         if self._asked is not None:
             self._measured += self._expected(value, stored)
-        self._stored |= stored
-        self._dictionaries |= dictionaries
+        self._stored = {**self._stored, **stored}
+        self._dictionaries = {**self._dictionaries, **dictionaries}
 
     def check(self) -> None:
         """Raise ``QMoEError("value")`` if the whole has not become as large as asked for."""
@@ -194,8 +198,16 @@ class RateControl:
     def _own_prices(self, plan: StackPlan, value: float) -> NDArray[np.float64]:
         """The lambda, in logarithms, that would be the same with each expert's own reference."""
         energies = np.array([each if each > 0 else self.reference for each in plan["energies"]])
-        logs: NDArray[np.float64] = np.log(value) + ABSOLUTE * np.log(self.reference / energies)
+        shift = np.log(self.reference / energies)[:, None]
+        rows = -np.array(plan["spread"])
+        most = math.log(TRUST)
+        own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
+        logs: NDArray[np.float64] = math.log(value) + own.mean(1) - measured.mean()
         return logs
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=0.02)
 
 
 def plan_layer(
@@ -207,11 +219,13 @@ def plan_layer(
         A plan by name of stack.
     """
     energies: dict[str, list[float]] = {matrix: [] for matrix in layer.stacks}
+    spreads: dict[str, list[Tensor]] = {matrix: [] for matrix in layer.stacks}
     wanted = sorted(_sample(layer)) if measure else []
     samples: dict[str, list[_Sample]] = {matrix: [] for matrix in layer.stacks}
     for group in layer.groups():
         weights = layer.weights(group)
-        for matrix, own in layer.energies(weights, group).items():
+        for matrix, rows in layer.energies(weights, group).items():
+            own = rows.mean(1)
             if not torch.isfinite(own).all():
                 raise QMoEError(
                     "value",
@@ -219,6 +233,7 @@ def plan_layer(
                     "outputs on the calibration text are NaN or infinite; repair the model",
                 )
             energies[matrix] += own.tolist()
+            spreads[matrix].append(_spread(rows[own > 0]))
         for expert in (each for each in wanted if each in group):
             place = expert - group.start
             own_weights = {matrix: tensor[place : place + 1] for matrix, tensor in weights.items()}
@@ -227,7 +242,10 @@ def plan_layer(
                 samples[matrix].append(sample)
     plans = {}
     for matrix, stack in layer.stacks.items():
-        plan = StackPlan(energies=energies[matrix], bytes=[], places=[], dictionary=0.0)
+        spread = torch.cat(spreads[matrix]).mean(0).nan_to_num().tolist()
+        plan = StackPlan(
+            energies=energies[matrix], spread=spread, bytes=[], places=[], dictionary=0.0
+        )
         if measure:
             matrices = _encoded(layer, stack, samples[matrix], recipe, profile)
             for step in range(len(PRICES)):
@@ -239,6 +257,13 @@ def plan_layer(
             plan["dictionary"] = _mean([dictionary_bytes(each.dictionary) for each in matrices])
         plans[stack.name] = plan
     return plans
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """See ``StackPlan``: float64 ``[experts, QUANTILES]`` from ``[experts, rows]``."""
+    shares = (rows / rows.mean(1, keepdim=True)).clamp(min=LEAST_SHARE).log()
+    middles = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
+    return shares.quantile(middles, dim=1).T
 
 
 class _Sample:

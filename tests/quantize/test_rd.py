@@ -18,7 +18,7 @@ from torch import Tensor
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Calibration
 from qmoe_format.quantize.qmoe import quantize_qmoe
-from qmoe_format.quantize.rd import Rate, quantize_rd, typical_energy
+from qmoe_format.quantize.rd import Rate, quantize_rd, weighted_energies
 from qmoe_format.quantize.ternary import Quantized
 from tests.quantize.problems import (
     REAL,
@@ -61,7 +61,7 @@ def check(result: Quantized, weights: Tensor) -> Tensor:
 
 def rate_of(weights: Tensor, calibration: Calibration, lam: float) -> Rate:
     """As of a model that is these experts."""
-    return Rate(lam, float(typical_energy(weights, calibration).mean()))
+    return Rate(lam, float(weighted_energies(weights, calibration).mean()))
 
 
 def error(weights: Tensor, values: Tensor, calibration: Calibration) -> float:
@@ -298,7 +298,7 @@ def test_huge_and_tiny_inputs_in_float32(factor: float) -> None:
     assert result.weights.trits.any()
 
 
-def test_typical_energy() -> None:
+def test_weighted_energies() -> None:
     weights, inputs = random(2, 6, 10), [correlated(50, 10, e) for e in range(2)]
     calibration = Calibration.zeros(2, 10, 6)
     for expert, each in enumerate(inputs):
@@ -306,20 +306,21 @@ def test_typical_energy() -> None:
         calibration.weigh(expert, 1 + random(50, 6, seed=expert).abs())
     sums = array(calibration.sums)
     rho = calibration.row_importance.numpy() / 50
-    expected = (energy(array(weights), sums) / 10 * rho).mean(1)
-    result = typical_energy(weights, calibration)
+    expected = energy(array(weights), sums) / 10 * rho
+    result = weighted_energies(weights, calibration)
     assert result.dtype == torch.float64
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
-def test_typical_energy_of_huge_and_tiny_numbers(factor: float) -> None:
+def test_weighted_energies_of_huge_and_tiny_numbers(factor: float) -> None:
     weights, inputs = random(1, 6, 10), correlated(50, 10).double()
     calibration = calibrated([inputs], torch.float64)
-    usual = float(typical_energy(weights, calibration))
-    scaled = float(typical_energy(weights * factor, calibration))
+    usual = float(weighted_energies(weights, calibration).mean())
+    scaled = float(weighted_energies(weights * factor, calibration).mean())
     assert scaled / factor**2 == pytest.approx(usual, rel=1e-4)
-    scaled = float(typical_energy(weights, calibrated([inputs * factor], torch.float64)))
+    huge = calibrated([inputs * factor], torch.float64)
+    scaled = float(weighted_energies(weights, huge).mean())
     assert scaled / factor**2 == pytest.approx(usual, rel=1e-4)
 
 
