@@ -102,5 +102,5 @@ def test_outputs_and_energies(layers: tuple[Layer, Layer]) -> None:
     assert returned[0].abs().min() > 0
     separate, fused = energies
     torch.testing.assert_close(fused["output_linear"], separate["w2"])
-    mean = (separate["w1"] + separate["w3"]) / 2
-    torch.testing.assert_close(fused["input_linear"], mean)
+    both = torch.cat([separate["w1"], separate["w3"]], 1)
+    torch.testing.assert_close(fused["input_linear"], both)
