@@ -196,7 +196,8 @@ class RateControl:
         return total
 
     def _own_prices(self, plan: StackPlan, value: float) -> NDArray[np.float64]:
-        """The lambda, in logarithms, that would be the same with each expert's own reference."""
+        """The lambda, in logarithms, that would be the same with each expert's own reference: the
+        mean of its rows', which ``TRUST`` bounds."""
         energies = np.array([each if each > 0 else self.reference for each in plan["energies"]])
         shift = np.log(self.reference / energies)[:, None]
         rows = -np.array(plan["spread"])
