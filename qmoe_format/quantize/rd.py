@@ -7,8 +7,7 @@ every decision weighs the two. Weights are row scale x trit x column scale.
 2. Rounds of descent, the columns in a new order each time, at a price that falls to the full one:
    to let non-zeros come where they help most ends better than to take them away where they do not.
 After each, the price of a code is brought up to date and scales are refitted by least squares.
-Least squares leaves weights too short, above all where inputs are rare: see ``_State.measure``,
-and ``_State._stretch`` at the end.
+At the end the rows are made as long again as they were: least squares leaves them too short.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ PASSES = 3
 START_SHARE = 0.3  # of the price, in the passes
 ROUNDS = 20
 FIRST_PRICE = 3.0  # of the rounds, falling to 1 in the first half of them
-ABSOLUTE = 0.30  # see Rate
-LENGTHEN = 0.24  # see _State.measure
+ABSOLUTE = 0.35  # see Rate
 MOST_STRETCH = 1.3
 TRUST = 30.0
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
@@ -77,7 +75,7 @@ def quantize_rd(
         return quantize_rtn(weights, scale_dtype)
     experts, _, columns = weights.shape
     share = columns / calibration.tokens.clamp(min=1).double()
-    damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.015)
+    damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.03)
     ready = factored(calibration, damping)
     state = _State(weights, _eased(ready, damping, later))
     price = _prices(state, calibration, ready, rate)
@@ -110,9 +108,8 @@ class _State:
     Attributes:
         weights: W^T over its largest magnitude, float32 ``[experts, columns, rows]``.
         hessian: ``[experts, columns, columns]``.
-        exact: H W^T.
-        target: that, and some of W^T, see ``measure``.
-        gradient: target - H Q^T.
+        target: H W^T.
+        gradient: H (W - Q)^T.
         trits: float32, as ``weights``.
         scale: ``[experts, rows]``.
         column_scale: ``[experts, columns]``, of mean 1 in the logarithm.
@@ -125,19 +122,19 @@ class _State:
         scaled = weights.double() / self.largest[:, None, None]
         self.weights = scaled.float().transpose(1, 2).contiguous()
         self.hessian = hessian
-        self.exact = _products(hessian, self.weights)
-        self.energy = (self.weights * self.exact).mean(1)
+        self.target = _products(hessian, self.weights)
+        self.energy = (self.weights * self.target).mean(1)
         rms = self.weights.square().mean(2).sqrt()
         rms += 1e-3 * rms.amax(1, keepdim=True) + 1e-30
         self.column_scale = rms / rms.log().mean(1, keepdim=True).exp()
         self.scale = (self.weights / self.column_scale[:, :, None]).square().mean(1).sqrt()
         self.trits = torch.zeros_like(self.weights)
-        self.measure()
+        self.gradient = self.target
         self.order = torch.arange(self.weights.shape[1], device=hessian.device)
 
     def reorder(self, order: Tensor) -> None:
         """Put the columns into another order."""
-        for name in ("weights", "exact", "target", "gradient", "trits", "column_scale"):
+        for name in ("weights", "target", "gradient", "trits", "column_scale"):
             setattr(self, name, getattr(self, name)[:, order])
         # Twice as fast as indexing all of them at once.
         hessian = torch.empty_like(self.hessian)
@@ -147,22 +144,8 @@ class _State:
         self.order = self.order[order]
 
     def measure(self) -> None:
-        """Target and gradient anew.
-
-        The least error for its bits makes Q too short (reverse water-filling, Cover and Thomas,
-        Elements of Information Theory, 10.3.3): along an eigenvector of H with the eigenvalue h by
-        a share that goes with 1/h. What a model has learnt about rare inputs lies where h is small;
-        to say less of that hardly counts as error, but raises the loss in first order. So the
-        target is W (H + k), which is W made longer by the share k/h; k goes with what w.q falls
-        short of w.w.
-        """
-        quantized = self._quantized()
-        product = _products(self.hessian, quantized)
-        length = self.weights.square().sum(1)
-        short = 1 - (self.weights * quantized).sum(1) / length.clamp(min=1e-30)
-        longer = LENGTHEN * torch.where(length > 0, short, 0.0).clamp(0, 1)
-        self.target = self.exact + longer[:, None] * self.weights
-        self.gradient = self.target - product
+        """The gradient anew."""
+        self.gradient = _products(self.hessian, self.weights - self._quantized())
 
     def refit(self, columns: bool) -> None:
         """Least-squares scales of rows, and of columns if asked; keeps the gradient up to date."""
@@ -189,14 +172,14 @@ class _State:
     def _stretch(self) -> None:
         """Scale row j so that q.Hw = w.Hw.
 
-        Least squares alone has q.Hw = q.Hq = (1 - e) w.Hw, if e is the row's relative error: its
-        output is too small by that share, and what the layers after it compute from several such
-        outputs is too small by more. To set it right adds only about e^2 to the error.
+        With the least-squares scale q.Hw = q.Hq = (1 - e) w.Hw, if e is the row's relative error:
+        its output is too small by that share, and what the layers after it compute from several
+        such outputs is too small by more. To set it right adds only about e^2 to the error.
         """
-        aim = self.energy * self.weights.shape[1]
+        aim = (self.weights * self.target).sum(1)
         found = (self.weights * (self.target - self.gradient)).sum(1)
         ratio = aim / torch.where(found > 0, found, aim)
-        self.scale *= torch.nan_to_num(ratio, nan=1.0).clamp(1 / MOST_STRETCH, MOST_STRETCH)
+        self.scale *= torch.nan_to_num(ratio, nan=1.0).clamp(1.0, MOST_STRETCH)
 
     def finish(self, dtype: torch.dtype) -> TernaryWeights:
         """Round the column scales, refit the rows to them, round those."""
