@@ -332,7 +332,7 @@ def line(label: str, record: Record) -> str:
         f"{record['loss_gap']:+.5f} ±{record['loss_gap_error']:.5f}  "
         f"{record['kl']:.3e} ±{record['kl_error']:.0e}  "
         f"{_number(error['geometric_mean'])}  {means}  "
-        f"{record['seconds']:.0f} ({record['quantizer_seconds'] or math.nan:.0f})"
+        f"{record['seconds']:.0f} ({record['quantizer_seconds']:.0f})"
     )
 
 

@@ -47,11 +47,11 @@ DRIFT = 2.0  # factor between the lambda of a block and that of the ones after i
 class StackPlan(TypedDict):
     """What was measured of a stack.
 
-    ``energies``: of each expert, 0 without tokens. ``spread``: logarithms of the energies of an
-    expert's rows over its own, ``QUANTILES`` of them. ``bytes`` and ``places``: of an expert, and
-    of its dictionary on their grid, where lambda is each of ``PRICES`` and the reference the
-    expert's own energy. ``dictionary``: bytes of one. The last three are empty if no number of bits
-    was asked for.
+    ``energies``: of each expert, 0 without tokens. ``spread``: quantiles of the logarithm of a
+    row's energy over its expert's, the mean of the experts that have tokens. ``bytes`` and
+    ``places``: of an expert, and of its dictionary on their grid, where lambda is each of
+    ``PRICES`` and the reference the expert's own energy. ``dictionary``: bytes of one. The last
+    three are empty if no number of bits was asked for.
     """
 
     energies: list[float]
@@ -208,6 +208,7 @@ class RateControl:
 
 
 def _same(one: float, other: float) -> bool:
+    """Whether another attempt with this lambda would be for nothing."""
     return math.isclose(one, other, rel_tol=0.02)
 
 
