@@ -22,8 +22,8 @@ def refit_rows(quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tenso
 
     Args:
         quantized: Q^T, ``[experts, columns, rows]``.
-        gradient: H (W - Q)^T, the same shape.
-        target: H W^T, the same shape.
+        gradient: target - H Q^T, the same shape.
+        target: H W^T, or what stands for it, the same shape.
         scale: ``[experts, rows]``.
 
     Returns:
@@ -51,7 +51,7 @@ def refit_columns(
     Args:
         trits: ``[columns, rows]``.
         hessian: ``[columns, columns]``.
-        target: H W^T, ``[columns, rows]``.
+        target: H W^T, or what stands for it, ``[columns, rows]``.
         scale: ``[rows]``.
         column_scale: ``[columns]``, the present ones.
 
