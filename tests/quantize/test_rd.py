@@ -162,6 +162,15 @@ def test_rare_inputs_are_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left > 1.1 * share_left()
 
 
+def test_what_no_input_reaches_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs = random(1, 60, 48, seed=5), correlated(2000, 48)
+    basis = torch.linalg.eigh(inputs.T @ inputs).eigenvectors
+    calibration = calibrated([inputs @ basis * (torch.arange(48) < 16).add(0.01) @ basis.T])
+    found = error_at(0.9, weights, calibration)
+    monkeypatch.setattr(rd, "MOST_LENGTHEN", 0.0)
+    assert found < 1.5 * error_at(0.9, weights, calibration)
+
+
 def test_more_important_rows_get_more_bits() -> None:
     weights, inputs = random(1, 40, 48, seed=5), correlated(300, 48)
     importance = torch.ones(300, 40)
