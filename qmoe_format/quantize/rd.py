@@ -112,8 +112,8 @@ class _State:
         weights: W^T over its largest magnitude, float32 ``[experts, columns, rows]``.
         hessian: ``[experts, columns, columns]``.
         exact: H W^T.
-        seen: W^T without what lies where no inputs were: W^T - d (H' + d I)^-1 W^T, with H' for
-            the Hessian without damping and d for GPTQ's.
+        seen: W^T where inputs were: H' (H' + d I)^-1 W^T = W^T - d (H' + d I)^-1 W^T, H' being the
+            Hessian without damping and d GPTQ's damping.
         target: H W^T and a little of ``seen``, see ``measure``.
         gradient: target - H Q^T.
         trits: float32, as ``weights``.
