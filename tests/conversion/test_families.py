@@ -148,7 +148,7 @@ def test_calibrated(
     for name, original in before.items():
         if EXPERTS.fullmatch(name):
             difference = (after[name] - original).square().sum() / original.square().sum()
-            assert 0 < difference < 0.5, name
+            assert 0 < difference < 0.6, name
         else:
             assert after[name].equal(original), name
 
