@@ -31,8 +31,8 @@ START_SHARE = 0.3  # of the price, in the passes
 ROUNDS = 20
 FIRST_PRICE = 3.0  # of the rounds, falling to 1 in the first half of them
 ABSOLUTE = 0.30  # see Rate
-LENGTHEN = 8.0  # see _State.measure, both
-MOST_LENGTHEN = 0.8
+LENGTHEN = 8.0  # of D / s^2, see _State.measure
+MOST_LENGTHEN = 0.8  # of what a row falls short
 MOST_STRETCH = 1.3
 TRUST = 30.0
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
@@ -160,7 +160,8 @@ class _State:
         the share D / (h s^2), where D is the error of a column and s^2 the mean square of a weight.
         What a model has learnt about rare inputs lies where h is small; to say less of that hardly
         counts as error, but raises the loss in first order. So the target is H W and k times what
-        inputs have ``seen`` of W; k goes with D / s^2, and with the share that W.Q falls short.
+        inputs have ``seen`` of W. k goes with D / s^2, which leaves small errors alone, but not
+        beyond the share that w.q falls short of w.w.
         """
         quantized = self._quantized()
         product = _products(self.hessian, quantized)
