@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qmoe_format.errors import QMoEError
@@ -29,6 +30,17 @@ def check_device(device: Any) -> None:
         raise QMoEError(
             "argument", f"device {str(device)!r} cannot be used ({reason}); try cpu or cuda"
         ) from error
+
+
+def flushing_thread() -> ThreadPoolExecutor:
+    """A thread in which torch takes numbers below 1.2e-38 for 0.
+
+    A softmax has many of them, and a processor needs about a hundred cycles for each. The mode is a
+    thread's own, and goes over to those that torch starts from it.
+    """
+    import torch
+
+    return ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
 
 
 def release_memory() -> None:

@@ -26,6 +26,7 @@ from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import Family, Stage, family_for
+from qmoe_format.machine import flushing_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,7 @@ class _Stack:
         self.width: int = model.config.hidden_size
         self._checkpoint = checkpoint
         self._device = device
+        self._thread = flushing_thread()
         self._module = model.get_submodule(stage.stack)
         if stage.rotary:
             made = type(self._module.get_submodule(stage.rotary))(config=self._module.config)
@@ -379,14 +381,16 @@ class _Stack:
             wanted = None if answer is None else _padded(answer, tokens.attended)
             experts.answer = None if wanted is None else wanted.flatten(0, 1)
         self._current, self._states = number, states
+        inputs = {"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}
+        mask = tokens.attended.long()
+        return self._thread.submit(
+            self._call, **inputs, **(more or {}), attention_mask=mask
+        ).result()
+
+    @torch.no_grad()
+    def _call(self, **inputs: Tensor) -> Any:
         try:
-            return self._module(
-                **({"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}),
-                **(more or {}),
-                attention_mask=tokens.attended.long(),
-                use_cache=False,
-                return_dict=True,
-            ).last_hidden_state
+            return self._module(**inputs, use_cache=False, return_dict=True).last_hidden_state
         except _Reached as reached:
             return reached.value
 

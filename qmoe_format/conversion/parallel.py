@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 # Experts at least this large are handled one at a time, by all threads; smaller ones side by side.
 LARGE_EXPERT = 1 << 24
-BATCH_ELEMENTS = 1 << 23
+BATCH_ELEMENTS = 1 << 24
 
 
 def threads_within(elements: int, threads: int) -> int:
@@ -24,10 +24,13 @@ def threads_within(elements: int, threads: int) -> int:
 def batches(items: range, elements: int, threads: int) -> list[range]:
     """Divide items, which are about so many elements each, among threads.
 
-    In batches, because a quantizer takes many small steps, and large enough ones cost no overhead.
+    In batches, because a quantizer takes many small steps, and large enough ones cost no overhead;
+    as many for each thread, or some would wait for the last.
     """
     shared = -(-len(items) // threads)
-    size = max(1, min(shared, BATCH_ELEMENTS // max(elements, 1)))
+    most = max(1, BATCH_ELEMENTS // max(elements, 1))
+    rounds = max(1, -(-shared // most))
+    size = max(1, -(-shared // rounds))
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
