@@ -70,12 +70,15 @@ def gptq(
         up = high[:, None] * scales
         down = up if low is None else -low[:, None] * scales
         top = threshold(up, d)
-        bottom = top if low is None else threshold(down, d)
+        bottom = -(top if low is None else threshold(down, d))
         for i, trit in enumerate(trits[:, part].unbind(1)):
             torch.gt(x[:, i], top[:, i], out=trit)
-            minus = torch.lt(x[:, i], -bottom[:, i], out=torch.empty_like(trit))
-            rounded = trit * up[:, i] - minus * down[:, i]
-            trit -= minus
+            minus = torch.lt(x[:, i], bottom[:, i], out=torch.empty_like(trit))
+            if low is None:
+                rounded = trit.sub_(minus) * up[:, i]
+            else:
+                rounded = trit * up[:, i] - minus * down[:, i]
+                trit -= minus
             torch.div(x[:, i] - rounded, d[:, i], out=wrong[:, i])
             x[:, i + 1 :].sub_(factors[:, i, i + 1 :] * wrong[:, i, None])
 

@@ -91,7 +91,8 @@ def quantize_rd(
         )
         bits = _code_bits(state.trits)
         state.measure()
-        state.refit(columns=step > 0)
+        if step:
+            state.refit_columns()
     generator = torch.Generator().manual_seed(0)
     for step in range(ROUNDS):
         state.reorder(torch.randperm(columns, generator=generator).to(weights.device))
@@ -101,7 +102,8 @@ def quantize_rd(
             raised * price * bits,
         )  # fmt: skip
         bits = _code_bits(state.trits)
-        state.refit(columns=True)
+        state.refit_rows()
+        state.refit_columns()
     return Quantized(state.finish(dtype), ready.damping, ready.fallback)
 
 
@@ -114,12 +116,13 @@ class _State:
         exact: H W^T.
         seen: W^T where inputs were: H' (H' + d I)^-1 W^T = W^T - d (H' + d I)^-1 W^T, H' being the
             Hessian without damping and d GPTQ's damping.
+        energy: E_j, ``[experts, rows]``.
+        square: w_j w_j, ``[experts, rows]``.
         target: H W^T and a little of ``seen``, see ``measure``.
         gradient: target - H Q^T.
         trits: float32, as ``weights``.
         scale: ``[experts, rows]``.
         column_scale: ``[experts, columns]``, of mean 1 in the logarithm.
-        energy: E_j, ``[experts, rows]``.
     """
 
     def __init__(self, weights: Tensor, ready: Factored, hessian: Tensor) -> None:
@@ -129,7 +132,8 @@ class _State:
         self.weights = scaled.float().transpose(1, 2).contiguous()
         self.hessian = hessian
         self.exact = _products(hessian, self.weights)
-        self.energy = (self.weights * self.exact).mean(1)
+        self.energy = _dots(self.weights, self.exact) / weights.shape[2]
+        self.square = _dots(self.weights, self.weights).clamp(min=1e-30)
         damping = [1.0 if d is None else d for d in ready.damping]  # 1: without H nothing was seen
         unseen = _products(ready.factor.mT, _products(ready.factor, self.weights))
         self.seen = self.weights - torch.tensor(damping).to(unseen)[:, None, None] * unseen
@@ -138,13 +142,13 @@ class _State:
         self.column_scale = rms / rms.log().mean(1, keepdim=True).exp()
         self.scale = (self.weights / self.column_scale[:, :, None]).square().mean(1).sqrt()
         self.trits = torch.zeros_like(self.weights)
-        self.measure()
+        self.target = self.exact
         self.order = torch.arange(self.weights.shape[1], device=hessian.device)
 
     def reorder(self, order: Tensor) -> None:
         """Put the columns into another order."""
         for name in ("weights", "seen", "exact", "target", "gradient", "trits", "column_scale"):
-            setattr(self, name, getattr(self, name)[:, order])
+            setattr(self, name, getattr(self, name).index_select(1, order))
         # Twice as fast as indexing all of them at once.
         hessian = torch.empty_like(self.hessian)
         for before, after in zip(self.hessian, hessian, strict=True):
@@ -152,8 +156,21 @@ class _State:
         self.hessian = hessian
         self.order = self.order[order]
 
+    def refit_rows(self) -> None:
+        """Least-squares scales of rows; leaves target and gradient as they are."""
+        quantized = self._quantized()
+        aim = _dots(quantized, self.target)
+        self.scale = self.scale * refit_rows(aim - _dots(quantized, self.gradient), aim)
+
+    def refit_columns(self) -> None:
+        """Least-squares scales of columns, then of rows; target and gradient anew."""
+        pieces = (self.trits, self.hessian, self.target, self.scale, self.column_scale)
+        refitted = [refit_columns(*each) for each in zip(*pieces, strict=True)]
+        self.column_scale = torch.stack(refitted)
+        self.measure()
+
     def measure(self) -> None:
-        """Target and gradient anew.
+        """Target and gradient anew, and least-squares scales of rows for them.
 
         The least error for its bits makes Q too short (reverse water-filling, Cover and Thomas,
         Elements of Information Theory, 10.3.3): along an eigenvector of H with the eigenvalue h by
@@ -165,31 +182,14 @@ class _State:
         """
         quantized = self._quantized()
         product = _products(self.hessian, quantized)
-        length = self.weights.square().sum(1).clamp(min=1e-30)
-        error = ((self.weights - quantized) * (self.exact - product)).sum(1)
-        short = 1 - (self.weights * quantized).sum(1) / length
-        longer = torch.minimum(LENGTHEN * error / length, MOST_LENGTHEN * short).clamp(min=0)
+        own, aim = _dots(quantized, product), _dots(quantized, self.exact)
+        error = self.energy * self.weights.shape[1] - 2 * aim + own
+        short = 1 - _dots(quantized, self.weights) / self.square
+        longer = torch.minimum(LENGTHEN * error / self.square, MOST_LENGTHEN * short).clamp(min=0)
+        ratio = refit_rows(own, aim + longer * _dots(quantized, self.seen))
+        self.scale = self.scale * ratio
         self.target = self.exact + longer[:, None] * self.seen
-        self.gradient = self.target - product
-
-    def refit(self, columns: bool) -> None:
-        """Least-squares scales of rows, and of columns if asked; keeps the gradient up to date."""
-        self._refit_rows()
-        if columns:
-            self.column_scale = torch.stack(
-                [
-                    refit_columns(*each)
-                    for each in zip(
-                        self.trits, self.hessian, self.target, self.scale, self.column_scale,
-                        strict=True,
-                    )
-                ]
-            )  # fmt: skip
-            self.measure()
-            self._refit_rows()
-
-    def _refit_rows(self) -> None:
-        self.scale = refit_rows(self._quantized(), self.gradient, self.target, self.scale)
+        self.gradient = self.target - product.mul_(ratio[:, None])
 
     def _quantized(self) -> Tensor:
         return self.trits * self.scale[:, None] * self.column_scale[:, :, None]
@@ -211,7 +211,6 @@ class _State:
         self.reorder(self.order.argsort())
         self.column_scale = self.column_scale.to(dtype).float()
         self.measure()
-        self._refit_rows()
         self._stretch()
         used = self.trits.any(1) & (self.scale > 0)
         scale = (torch.where(used, self.scale, 0.0).double() * self.largest[:, None]).to(dtype)
@@ -283,6 +282,11 @@ def _code_bits(trits: Tensor) -> Tensor:
     size = trits[0].numel()
     nonzero = trits.count_nonzero(dim=(1, 2)).double()
     return (torch.log2((size - nonzero + 0.5) / (nonzero + 0.5)) + 1).clamp(min=0).float()[:, None]
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    """Dot product of each row of two of the state's matrices: ``[experts, rows]``."""
+    return torch.stack([(a * b).sum(0) for a, b in zip(one, other, strict=True)])
 
 
 def _products(hessian: Tensor, matrices: Tensor) -> Tensor:

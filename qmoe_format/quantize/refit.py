@@ -15,28 +15,16 @@ COLUMN_RIDGE = 1e-3
 STEPS = 8  # of conjugate gradients
 
 
-def refit_rows(quantized: Tensor, gradient: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """Row scales that minimise the error; a product with H is not needed.
-
-    For row j, q = r_j a:  r_j <- r_j (q.WH + e) / (q.QH + e),  QH = WH - G.
+def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
+    """By what to multiply row scales to minimise the error.
 
     Args:
-        quantized: Q^T, ``[experts, columns, rows]``.
-        gradient: target - H Q^T, the same shape.
-        target: H W^T, or what stands for it, the same shape.
-        scale: ``[experts, rows]``.
-
-    Returns:
-        The new scales, ``[experts, rows]``; ``gradient`` is brought up to date.
+        own: q.QH of each row, ``[experts, rows]``.
+        aim: q.WH, or with what stands for WH, the same shape.
     """
-    product = target - gradient
-    own = (quantized * product).sum(1)
-    aim = (quantized * target).sum(1)
     ridge = ROW_RIDGE * (own + own.mean(1, keepdim=True))
     ratio = (aim + ridge) / (own + ridge)
-    ratio = torch.where((ratio > 0.05) & (ratio < 20), ratio, 1.0)
-    torch.sub(target, product.mul_(ratio[:, None]), out=gradient)
-    return scale * ratio
+    return torch.where((ratio > 0.05) & (ratio < 20), ratio, 1.0)
 
 
 def refit_columns(

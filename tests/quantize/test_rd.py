@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import rd
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Calibration, factored
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rd import Rate, quantize_rd, weighted_energies
 from qmoe_format.quantize.ternary import Quantized
@@ -75,6 +75,24 @@ def example(
 ) -> tuple[Tensor, Calibration]:
     inputs = [correlated(tokens, columns, seed + 10 * e) for e in range(experts)]
     return random(experts, rows, columns, seed=seed), calibrated(inputs)
+
+
+def test_gradient_and_scales_belong_together() -> None:
+    weights, calibration = example(experts=3, rows=20, columns=40)
+    ready = factored(calibration, torch.full((3,), 0.1))
+    state = rd._State(weights, ready, ready.hessian.clone())
+    state.trits = torch.where(state.weights.abs() > 0.3, state.weights.sign(), 0.0)
+    state.scale *= 3
+    state.measure()
+    state.reorder(torch.randperm(40, generator=torch.Generator().manual_seed(2)))
+    for refit in (state.refit_rows, state.refit_columns):
+        refit()
+        quantized = state.trits * state.scale[:, None] * state.column_scale[:, :, None]
+        # Least squares: what is left is at right angles to each row.
+        product = state.hessian @ quantized
+        own = (quantized * product).sum(1)
+        assert ((quantized * (state.target - product)).sum(1).abs() < 1e-3 * own).all()
+    torch.testing.assert_close(state.gradient, state.target - product, rtol=1e-4, atol=1e-4)
 
 
 def test_bits_fall_as_lambda_rises() -> None:
