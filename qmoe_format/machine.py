@@ -35,8 +35,8 @@ def check_device(device: Any) -> None:
 def flushing_thread() -> ThreadPoolExecutor:
     """A thread in which torch takes numbers below 1.2e-38 for 0.
 
-    A softmax has many of them, and a processor needs about a hundred cycles for each. The mode is a
-    thread's own, and goes over to those that torch starts from it.
+    A softmax has many of them, and processors are slow with each. The mode is a thread's own, and
+    goes over to those that torch starts from it.
     """
     import torch
 
