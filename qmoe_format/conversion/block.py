@@ -138,7 +138,6 @@ def _quantize(
             done.append((coded, report))
         return done
 
-    elements = stack.rows * stack.columns + stack.columns**2
-    parts = batches(range(len(group)), elements, layer.threads)
+    parts = batches(range(len(group)), stack.rows, stack.columns, layer.threads)
     for done in side_by_side(work, parts, layer.elements, layer.threads):
         yield from done

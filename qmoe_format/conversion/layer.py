@@ -19,7 +19,7 @@ from qmoe_format.quantize.importance import derivatives, importance
 
 # Weights and Hessians of a group; a quantizer needs a few times as much again.
 GROUP_BYTES = 1 << 28
-CHUNK_ELEMENTS = 1 << 24  # of the widest activation that is in memory at once
+CHUNK_ELEMENTS = 1 << 20  # of the widest activation that is in memory at once
 
 Weights = dict[str, Tensor]
 

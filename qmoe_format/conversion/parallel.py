@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 # Experts at least this large are handled one at a time, by all threads; smaller ones side by side.
 LARGE_EXPERT = 1 << 24
 BATCH_ELEMENTS = 1 << 24
+LINE = 16  # float32 in a cache line
 
 
 def threads_within(elements: int, threads: int) -> int:
@@ -21,12 +22,17 @@ def threads_within(elements: int, threads: int) -> int:
     return threads if elements >= LARGE_EXPERT else 1
 
 
-def batches(items: range, elements: int, threads: int) -> list[range]:
-    """Divide items, which are about so many elements each, among threads.
+def batches(items: range, rows: int, columns: int, threads: int) -> list[range]:
+    """Divide experts, each a matrix and its Hessian, among threads.
 
     In batches, because a quantizer takes many small steps, and large enough ones cost no overhead;
-    as many for each thread, or some would wait for the last.
+    as many for each thread, or some would wait for the last. One at a time where matrices in a
+    batch would not all begin with a cache line: on AMD's processors MKL adds up in another order
+    there, and what becomes of an expert must not depend on its place.
     """
+    if rows * columns % LINE or columns**2 % LINE:
+        return [items[place : place + 1] for place in range(len(items))]
+    elements = rows * columns + columns**2
     shared = -(-len(items) // threads)
     most = max(1, BATCH_ELEMENTS // max(elements, 1))
     rounds = max(1, -(-shared // most))

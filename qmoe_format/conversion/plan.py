@@ -325,7 +325,7 @@ def _encoded(
         ternary = recipe.quantize(weights, scale_dtype, calibration, rate).weights
         return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
 
-    elements = samples[0].weights.numel() + stack.columns**2
-    items = batches(range(number * len(PRICES)), elements, layer.threads)
-    done = side_by_side(work, items, elements, layer.threads)
+    rows, columns = samples[0].weights.shape
+    items = batches(range(number * len(PRICES)), rows, columns, layer.threads)
+    done = side_by_side(work, items, rows * columns + columns**2, layer.threads)
     return [each for batch in done for each in batch]

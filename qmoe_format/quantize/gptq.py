@@ -9,7 +9,8 @@ The columns are halved again and again: what the left half got wrong reaches the
 matrix product, so nearly all work is done by large products whatever the shape.
 
 Every elementwise operation rounds once and each expert has its matrix products for itself, so an
-expert's result does not depend on which others are in the batch.
+expert's result does not depend on which others are in the batch; on processors where the order of a
+product's sums depends on how its matrices lie in memory (MKL on AMD's), if all experts lie alike.
 """
 
 from __future__ import annotations

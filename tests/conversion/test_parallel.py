@@ -10,14 +10,22 @@ from qmoe_format.conversion.parallel import BATCH_ELEMENTS, batches
 
 @given(
     number=st.integers(0, 300),
-    elements=st.integers(1, 2 * BATCH_ELEMENTS),
+    rows=st.integers(1, 400).map(lambda lines: 4 * lines),
+    columns=st.integers(1, 1200).map(lambda lines: 4 * lines),
     threads=st.integers(1, 9),
 )
-def test_all_threads_have_as_much_to_do(number: int, elements: int, threads: int) -> None:
-    parts = batches(range(number), elements, threads)
+def test_all_threads_have_as_much_to_do(number: int, rows: int, columns: int, threads: int) -> None:
+    parts = batches(range(number), rows, columns, threads)
     assert [item for part in parts for item in part] == list(range(number))
     sizes = [len(part) for part in parts]
-    assert all(size == 1 or size * elements <= BATCH_ELEMENTS for size in sizes)
+    assert all(size == 1 or size * (rows + columns) * columns <= BATCH_ELEMENTS for size in sizes)
     longest = max((sum(sizes[thread::threads]) for thread in range(threads)), default=0)
     # A batch more than its share at most: the last one of a thread is cut short.
     assert longest <= -(-number // threads) + len(sizes[::threads])
+
+
+@given(rows=st.integers(1, 400), columns=st.integers(1, 400))
+def test_all_matrices_of_a_batch_begin_with_a_cache_line(rows: int, columns: int) -> None:
+    for part in batches(range(9), rows, columns, 2):
+        for size in (rows * columns, columns * columns):
+            assert all(4 * size * place % 64 == 0 for place in range(len(part)))

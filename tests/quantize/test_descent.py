@@ -136,7 +136,8 @@ def test_from_the_best_of_all_it_does_not_move() -> None:
 
 
 def test_experts_do_not_matter_to_each_other() -> None:
-    problem = Problem.of(3, 11, 83, seed=5)
+    # Each expert's matrices fill whole cache lines, see ``conversion.parallel.batches``.
+    problem = Problem.of(3, 12, 84, seed=5)
     price = 0.1 * problem.scale
     trits, gradient = sweep(problem, price)
     for expert in range(3):
