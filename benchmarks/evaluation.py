@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import qmoe_format
 from qmoe_format.dtypes import to_float32
 from qmoe_format.families import Wiring, family_for, wiring
-from qmoe_format.quantize.hessian import Calibration, relative_error
+from qmoe_format.quantize.hessian import Statistics, relative_error
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EVALUATION_TEXT = DATA / "text" / "eval.jsonl"
@@ -92,7 +92,7 @@ class Evaluation:
         self._matrices = _matrices(self._model, config)
         self._original = {name: torch.stack(w) for name, w in self._matrices.items()}
         self._sums = {
-            name: Calibration.zeros(len(weights), weights.shape[2])
+            name: Statistics.zeros(len(weights), weights.shape[2])
             for name, weights in self._original.items()
         }
         self._run_original(config)

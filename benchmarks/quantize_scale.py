@@ -38,7 +38,7 @@ from qmoe_format.codec import PROFILES
 from qmoe_format.conversion.encoding import encode, stored_bytes
 from qmoe_format.machine import cores
 from qmoe_format.quantize import recipe as find_recipe
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rd import Rate, weighted_energies
 
 PARAMETERS = 1.6e12
@@ -133,15 +133,15 @@ def random_inputs(expert: int, columns: int, tokens: int, device: str) -> Iterat
 def quantize_group(case: Case, name: str, experts: range, settings: Settings, done: Done) -> None:
     """All matrices of some experts, from inputs to bytes."""
     recipe, device = find_recipe(name), settings.device
-    before: tuple[int, Calibration] | None = None
+    before: tuple[int, Statistics] | None = None
     for rows, columns in case.shapes.values():
         with done.phase("random numbers", device):
             weights = random_weights(experts, rows, columns, device)
         # Matrices that are multiplied with the same tokens share a Hessian.
         if before and before[0] == columns:
-            calibration = before[1]
+            statistics = before[1]
         else:
-            calibration = Calibration.zeros(len(experts), columns, device=device)
+            statistics = Statistics.zeros(len(experts), columns, device=device)
             for place, expert in enumerate(experts):
                 inputs = random_inputs(expert, columns, settings.tokens, device)
                 while True:
@@ -150,14 +150,14 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
                     if some is None:
                         break
                     with done.phase("Hessians", device):
-                        calibration.add(place, some)
-            before = columns, calibration
+                        statistics.add(place, some)
+            before = columns, statistics
         with done.phase("quantizer", device):
             rate = None
             if recipe.rated:
-                reference = weighted_energies(weights, calibration).mean(1).log().mean().exp()
+                reference = weighted_energies(weights, statistics).mean(1).log().mean().exp()
                 rate = Rate(LAMBDA, float(reference))
-            ternary = recipe.quantize(weights, "BF16", calibration, rate).weights
+            ternary = recipe.quantize(weights, "BF16", statistics, rate).weights
         with done.phase("coding", device):
             threads = max(1, settings.threads // settings.workers)
             for place in range(len(experts)):

@@ -21,8 +21,7 @@ from qmoe_format.conversion.rest import begin_stack
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import release_memory
 from qmoe_format.quantize import Recipe
-from qmoe_format.quantize.hessian import Calibration as Statistics
-from qmoe_format.quantize.hessian import relative_error
+from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.rd import Rate
 from qmoe_format.writer import Writer
 
@@ -72,7 +71,7 @@ def quantize_block(
         for group in layer.groups():
             counter.stage = f"{stage}, expert {group.start + 1} of {layer.experts}"
             weights = layer.weights(group)
-            statistics = layer.calibration(weights, group)
+            statistics = layer.statistics(weights, group)
             for matrix, stack in layer.stacks.items():
                 for coded, report in _quantize(
                     layer, stack, group, weights[matrix], statistics[matrix], recipe, profile, rate

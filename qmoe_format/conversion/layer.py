@@ -14,7 +14,7 @@ from qmoe_format.checkpoints import Checkpoint, ExpertStack
 from qmoe_format.conversion.parallel import side_by_side
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import Wiring
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.importance import derivatives, importance
 
 # Weights and Hessians of a group; a quantizer needs a few times as much again.
@@ -114,7 +114,7 @@ class Layer:
             chosen = chosen[torch.arange(self._most) * len(chosen) // self._most]
         return positions[chosen], gates[chosen]
 
-    def calibration(self, weights: Weights, experts: Sequence[int]) -> dict[str, Calibration]:
+    def statistics(self, weights: Weights, experts: Sequence[int]) -> dict[str, Statistics]:
         """What their tokens say about each matrix of some experts.
 
         Args:
@@ -123,7 +123,7 @@ class Layer:
         """
         first, output = self._wiring.inputs[0], self._wiring.output
         found = {
-            matrix: Calibration.zeros(
+            matrix: Statistics.zeros(
                 len(experts), self.stacks[matrix].columns, self._weighed(matrix), device=self.device
             )
             for matrix in (first, output)
@@ -159,7 +159,7 @@ class Layer:
             for matrix, stack in stacks.items()
         }
         # Of no columns: tokens and importance only.
-        found = {m: Calibration.zeros(len(experts), 0, self._weighed(m)) for m in stacks}
+        found = {m: Statistics.zeros(len(experts), 0, self._weighed(m)) for m in stacks}
 
         def add(place: int) -> None:
             for inputs, gates, positions in self._chunks(*self.tokens(experts[place])):
@@ -185,7 +185,7 @@ class Layer:
 
     def _weigh(
         self,
-        found: dict[str, Calibration],
+        found: dict[str, Statistics],
         weights: Weights,
         place: int,
         before: Sequence[Tensor],
@@ -242,10 +242,10 @@ class Layer:
             yield inputs, gates[first : first + size].to(self.device), some
 
 
-def experts_part(calibration: Calibration, part: slice) -> Calibration:
+def experts_part(statistics: Statistics, part: slice) -> Statistics:
     """That of some of the experts; a view."""
-    return Calibration(
-        calibration.sums[part],
-        calibration.tokens[part],
-        calibration.row_importance[part],
+    return Statistics(
+        statistics.sums[part],
+        statistics.tokens[part],
+        statistics.row_importance[part],
     )

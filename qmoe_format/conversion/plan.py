@@ -29,7 +29,7 @@ from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rd import ABSOLUTE, TRUST, Rate
 
 DEFAULT_LAMBDA = 0.05
@@ -239,8 +239,8 @@ def plan_layer(
         for expert in (each for each in wanted if each in group):
             place = expert - group.start
             own_weights = {matrix: tensor[place : place + 1] for matrix, tensor in weights.items()}
-            for matrix, calibration in layer.calibration(own_weights, [expert]).items():
-                sample = _Sample(own_weights[matrix][0], calibration, energies[matrix][expert])
+            for matrix, statistics in layer.statistics(own_weights, [expert]).items():
+                sample = _Sample(own_weights[matrix][0], statistics, energies[matrix][expert])
                 samples[matrix].append(sample)
     plans = {}
     for matrix, stack in layer.stacks.items():
@@ -273,18 +273,18 @@ class _Sample:
 
     Attributes:
         weights: ``[rows, columns]``.
-        calibration: of a batch of one; the sums are over the expert's energy, so that a reference
+        statistics: of a batch of one; the sums are over the expert's energy, so that a reference
             of 1 is the expert's own.
     """
 
-    def __init__(self, weights: Tensor, calibration: Calibration, energy: float) -> None:
+    def __init__(self, weights: Tensor, statistics: Statistics, energy: float) -> None:
         number = min(SAMPLE_ROWS, len(weights))
         rows = torch.arange(number, device=weights.device) * len(weights) // number
         self.weights = weights[rows]
-        importance = calibration.row_importance
-        self.calibration = replace(
-            calibration,
-            sums=calibration.sums / (energy or 1.0),
+        importance = statistics.row_importance
+        self.statistics = replace(
+            statistics,
+            sums=statistics.sums / (energy or 1.0),
             row_importance=importance[:, rows.cpu()] if importance.shape[1] > 1 else importance,
         )
 
@@ -315,14 +315,14 @@ def _encoded(
 
     def work(batch: range) -> list[EncodedMatrix]:
         own = [samples[each % number] for each in batch]
-        calibration = Calibration(
-            torch.cat([each.calibration.sums for each in own]),
-            torch.cat([each.calibration.tokens for each in own]),
-            torch.cat([each.calibration.row_importance for each in own]),
+        statistics = Statistics(
+            torch.cat([each.statistics.sums for each in own]),
+            torch.cat([each.statistics.tokens for each in own]),
+            torch.cat([each.statistics.row_importance for each in own]),
         )
         weights = torch.stack([each.weights for each in own])
         rate = Rate(torch.tensor([PRICES[each // number] for each in batch]), 1.0)
-        ternary = recipe.quantize(weights, scale_dtype, calibration, rate).weights
+        ternary = recipe.quantize(weights, scale_dtype, statistics, rate).weights
         return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
 
     rows, columns = samples[0].weights.shape

@@ -18,7 +18,7 @@ MOST_DAMPING = 100.0
 
 
 @dataclass(slots=True)
-class Calibration:
+class Statistics:
     """What the calibration tokens say about one matrix of each of some experts.
 
     Attributes:
@@ -40,7 +40,7 @@ class Calibration:
         rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> Calibration:
+    ) -> Statistics:
         """Of no tokens yet; ``rows`` is 1 where they do not differ in importance."""
         return cls(
             torch.zeros(experts, columns, columns, dtype=dtype, device=device),
@@ -87,7 +87,7 @@ class Factored:
     fallback: list[str | None]
 
 
-def factored(calibration: Calibration, damping: Tensor) -> Factored:
+def factored(statistics: Statistics, damping: Tensor) -> Factored:
     """H = S / unit + d I for each expert, and its factor, in float32.
 
     Where H is not positive definite, d grows tenfold until it is. An expert without tokens, or
@@ -96,19 +96,19 @@ def factored(calibration: Calibration, damping: Tensor) -> Factored:
     Args:
         damping: ``[experts]``, d as a fraction of the mean diagonal.
     """
-    hessian = calibration.sums.new_empty(calibration.sums.shape, dtype=torch.float32)
+    hessian = statistics.sums.new_empty(statistics.sums.shape, dtype=torch.float32)
     factor = torch.empty_like(hessian)
     unit = torch.ones(len(hessian), dtype=torch.float64)
     used: list[float | None] = []
     why: list[str | None] = []
-    for expert, sums in enumerate(calibration.sums):
+    for expert, sums in enumerate(statistics.sums):
         mean = float(sums.diagonal().double().mean())
         d = float(damping[expert])
         reason = None
         if not torch.isfinite(sums).all():
             reason = "Hessian is not finite"
         elif not mean > 0:
-            reason = "inputs are all zero" if calibration.tokens[expert] else "no tokens"
+            reason = "inputs are all zero" if statistics.tokens[expert] else "no tokens"
         while reason is None:
             hessian[expert] = damped(sums, d)
             try:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize.gptq import gptq
-from qmoe_format.quantize.hessian import Calibration, factored
+from qmoe_format.quantize.hessian import Statistics, factored
 from qmoe_format.quantize.rtn import min_max, quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights
 
 DAMPING = 0.1
 
 
-def quantize_qmoe(weights: Tensor, scale_dtype: str, calibration: Calibration) -> Quantized:
+def quantize_qmoe(weights: Tensor, scale_dtype: str, statistics: Statistics) -> Quantized:
     """Quantise a batch of experts' matrices ``[experts, rows, columns]``.
 
     Raises:
@@ -28,7 +28,7 @@ def quantize_qmoe(weights: Tensor, scale_dtype: str, calibration: Calibration) -
     if not weights.numel():
         return quantize_rtn(weights, scale_dtype)
     scales = min_max(weights, scale_dtype)
-    ready = factored(calibration, torch.full((len(weights),), DAMPING))
+    ready = factored(statistics, torch.full((len(weights),), DAMPING))
     # GPTQ's decisions do not depend on the unit; of weights near 1 no square overflows.
     largest = weights.abs().amax((1, 2)).double()
     largest = torch.where(largest > 0, largest, 1.0)[:, None]

@@ -22,7 +22,7 @@ from torch import Tensor
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.gptq import gptq
-from qmoe_format.quantize.hessian import Calibration, Factored, factored, row_energies
+from qmoe_format.quantize.hessian import Factored, Statistics, factored, row_energies
 from qmoe_format.quantize.refit import refit_columns, refit_rows
 from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
@@ -62,9 +62,7 @@ class Rate:
     reference: float
 
 
-def quantize_rd(
-    weights: Tensor, scale_dtype: str, calibration: Calibration, rate: Rate
-) -> Quantized:
+def quantize_rd(weights: Tensor, scale_dtype: str, statistics: Statistics, rate: Rate) -> Quantized:
     """Quantise a batch of experts' matrices.
 
     Args:
@@ -79,11 +77,11 @@ def quantize_rd(
     if not weights.numel():
         return quantize_rtn(weights, scale_dtype)
     experts, _, columns = weights.shape
-    share = columns / calibration.tokens.clamp(min=1).double()
+    share = columns / statistics.tokens.clamp(min=1).double()
     damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.015)
-    ready = factored(calibration, damping)
+    ready = factored(statistics, damping)
     state = _State(weights, ready, _eased(ready, damping, later))
-    price = _prices(state, calibration, ready, rate)
+    price = _prices(state, statistics, ready, rate)
     state.scale *= _first_threshold(price, state.energy.mean(1, keepdim=True))
     bits = torch.full((experts, 1), FIRST_BITS, device=weights.device)
     for step in range(PASSES):
@@ -246,12 +244,12 @@ def _eased(ready: Factored, damping: Tensor, later: Tensor) -> Tensor:
     return hessian
 
 
-def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate) -> Tensor:
+def _prices(state: _State, statistics: Statistics, ready: Factored, rate: Rate) -> Tensor:
     """What a bit costs each row, in units of the state's Hessian and weights."""
     energy = state.energy.double().cpu()
     # E_j of Rate, in its own units.
     own = energy * (ready.unit * state.largest.square().cpu())[:, None]
-    relative = (rate.reference / (own * calibration.importance()).clamp(min=1e-300)) ** ABSOLUTE
+    relative = (rate.reference / (own * statistics.importance()).clamp(min=1e-300)) ** ABSOLUTE
     # A share that is far off the others' is not believed.
     lam = torch.as_tensor(rate.lam, dtype=torch.float64).view(-1, 1)
     share = lam * relative.clamp(1 / TRUST, TRUST)
@@ -262,16 +260,16 @@ def _prices(state: _State, calibration: Calibration, ready: Factored, rate: Rate
     return (share * energy).to(state.energy)
 
 
-def weighted_energies(weights: Tensor, calibration: Calibration) -> Tensor:
+def weighted_energies(weights: Tensor, statistics: Statistics) -> Tensor:
     """E_j rho_j of ``Rate``, float64 ``[experts, rows]``.
 
     Args:
         weights: ``[experts, rows, columns]``.
     """
     energies = torch.stack(
-        [row_energies(w, s) for w, s in zip(weights, calibration.sums, strict=True)]
+        [row_energies(w, s) for w, s in zip(weights, statistics.sums, strict=True)]
     ).cpu()
-    return energies * calibration.importance()
+    return energies * statistics.importance()
 
 
 def _first_threshold(price: Tensor, energy: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from qmoe_format.errors import QMoEError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qmoe_format.quantize.hessian import Calibration
+    from qmoe_format.quantize.hessian import Statistics
     from qmoe_format.quantize.rd import Rate
     from qmoe_format.quantize.ternary import Quantized
 
@@ -23,8 +23,8 @@ class Recipe:
     Attributes:
         name: what a user types.
         summary: one line for people.
-        calibrated: whether it needs ``Calibration``, so text.
-        rated: whether it takes a ``Rate``; its calibration weighs rows by importance.
+        calibrated: whether it needs ``Statistics``, so calibration text.
+        rated: whether it takes a ``Rate``; its statistics weigh rows by importance.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Recipe:
         self,
         weights: Tensor,
         scale_dtype: str,
-        calibration: Calibration | None = None,
+        statistics: Statistics | None = None,
         rate: Rate | None = None,
     ) -> Quantized:
         """Quantise a batch of experts' matrices ``[experts, rows, columns]``.
 
         Raises:
-            QMoEError: ``argument`` for other shapes and types, and without the calibration or the
+            QMoEError: ``argument`` for other shapes and types, and without the statistics or the
                 rate that the recipe needs; ``value`` for weights that are NaN, infinite, or beyond
                 the scale's type.
         """
@@ -54,17 +54,20 @@ class Recipe:
             from qmoe_format.quantize.rtn import quantize_rtn
 
             return quantize_rtn(weights, scale_dtype)
-        if calibration is None:
-            raise QMoEError("argument", f"recipe {self.name!r} needs a calibration")
+        if statistics is None:
+            raise QMoEError(
+                "argument",
+                f"recipe {self.name!r} needs statistics; give those of calibration tokens",
+            )
         if not self.rated:
             from qmoe_format.quantize.qmoe import quantize_qmoe
 
-            return quantize_qmoe(weights, scale_dtype, calibration)
+            return quantize_qmoe(weights, scale_dtype, statistics)
         if rate is None:
-            raise QMoEError("argument", f"recipe {self.name!r} needs a rate")
+            raise QMoEError("argument", f"recipe {self.name!r} needs a rate; give rate=Rate(...)")
         from qmoe_format.quantize.rd import quantize_rd
 
-        return quantize_rd(weights, scale_dtype, calibration, rate)
+        return quantize_rd(weights, scale_dtype, statistics, rate)
 
 
 RECIPES: Mapping[str, Recipe] = {

@@ -224,16 +224,16 @@ def test_rows_are_weighed_by_what_they_matter(
     switch_folder: Path, text: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipe rd weighs tokens by router weight over the length of the hidden states."""
-    from qmoe_format.quantize.hessian import Calibration
+    from qmoe_format.quantize.hessian import Statistics
 
-    weigh = Calibration.weigh
+    weigh = Statistics.weigh
     given: list[tuple[int, Tensor]] = []
 
-    def noted(self: Calibration, expert: int, importance: Tensor) -> None:
+    def noted(self: Statistics, expert: int, importance: Tensor) -> None:
         given.append((expert, importance))
         weigh(self, expert, importance)
 
-    monkeypatch.setattr(Calibration, "weigh", noted)
+    monkeypatch.setattr(Statistics, "weigh", noted)
     converted(switch_folder, recipe="rd", rate_lambda=0.1)
     block = "encoder.block.1"
     head = f"{block}.layer.1.mlp.experts"

@@ -79,7 +79,7 @@ def layers(tmp_path: Path) -> tuple[Layer, Layer]:
 
 def test_one_matrix_is_weighed_like_two(layers: tuple[Layer, Layer]) -> None:
     everyone = range(EXPERTS)
-    separate, fused = (layer.calibration(layer.weights(everyone), everyone) for layer in layers)
+    separate, fused = (layer.statistics(layer.weights(everyone), everyone) for layer in layers)
     both = [separate["w1"].row_importance, separate["w3"].row_importance]
     assert not both[0].allclose(both[1])
     torch.testing.assert_close(fused["input_linear"].row_importance, torch.cat(both, 1))

@@ -136,8 +136,8 @@ def test_energies_are_those_of_the_hessians(
 
     def compared(self: Layer, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
         found = energies(self, weights, experts)
-        for matrix, calibration in self.calibration(weights, experts).items():
-            expected = weighted_energies(weights[matrix], calibration)
+        for matrix, statistics in self.statistics(weights, experts).items():
+            expected = weighted_energies(weights[matrix], statistics)
             torch.testing.assert_close(found[matrix], expected, rtol=1e-4, atol=0)
             seen.append(matrix)
         return found

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qmoe_format.quantize.hessian import Calibration, inverse_factor
+from qmoe_format.quantize.hessian import Statistics, inverse_factor
 
 Array = npt.NDArray[np.float64]
 
@@ -35,9 +35,9 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
     return (mixed / math.sqrt(columns) + 0.3 * random(tokens, 1, seed=seed + 3)) * spread
 
 
-def calibrated(inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Calibration:
+def calibrated(inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Statistics:
     """One expert for each."""
-    result = Calibration.zeros(len(inputs), inputs[0].shape[1], dtype=dtype)
+    result = Statistics.zeros(len(inputs), inputs[0].shape[1], dtype=dtype)
     for expert, each in enumerate(inputs):
         result.add(expert, each)
     return result

@@ -15,7 +15,7 @@ import torch
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import gptq as module
 from qmoe_format.quantize.gptq import GROUP, gptq
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rtn import min_max, round_to_nearest
 from tests.quantize.problems import (
@@ -172,9 +172,9 @@ def test_ties_of_the_choice_go_to_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_without_tokens_it_is_rounding(dtype: torch.dtype) -> None:
     weights = random(3, 20, 70, seed=8, dtype=dtype)
-    calibration = Calibration.zeros(3, 70)
-    calibration.add(1, correlated(100, 70))
-    result = quantize_qmoe(weights, "BF16", calibration)
+    statistics = Statistics.zeros(3, 70)
+    statistics.add(1, correlated(100, 70))
+    result = quantize_qmoe(weights, "BF16", statistics)
     rounded = round_to_nearest(weights)
     assert result.fallback == ["no tokens", None, "no tokens"]
     assert result.damping[0] is None
@@ -220,8 +220,8 @@ def test_the_other_experts_do_not_matter(rows: int) -> None:
     inputs = [correlated(1 + 40 * e, 67, e) for e in range(5)]
     together = quantize_qmoe(weights, "BF16", calibrated(inputs)).weights
     for some in ([0], [3], [4, 2], [1, 0, 4]):
-        calibration = calibrated([inputs[e] for e in some])
-        part = quantize_qmoe(weights[some], "BF16", calibration).weights
+        statistics = calibrated([inputs[e] for e in some])
+        part = quantize_qmoe(weights[some], "BF16", statistics).weights
         assert torch.equal(part.trits, together.trits[some])
         assert torch.equal(part.row_scale, together.row_scale[some])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize.hessian import (
-    Calibration,
+    Statistics,
     damped,
     factored,
     inverse_factor,
@@ -25,28 +25,28 @@ from tests.quantize.problems import array, calibrated, correlated, energy, rando
 
 
 def test_of_no_tokens() -> None:
-    calibration = Calibration.zeros(3, 5)
-    calibration.add(1, torch.zeros(0, 5))
-    assert not calibration.sums.any()
-    assert calibration.tokens.tolist() == [0, 0, 0]
-    assert calibration.sums.shape == (3, 5, 5)
-    assert calibration.sums.dtype == torch.float32
+    statistics = Statistics.zeros(3, 5)
+    statistics.add(1, torch.zeros(0, 5))
+    assert not statistics.sums.any()
+    assert statistics.tokens.tolist() == [0, 0, 0]
+    assert statistics.sums.shape == (3, 5, 5)
+    assert statistics.sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [1, 2, 37, 100_000])
 def test_sums_of_tokens(tokens: int, dtype: torch.dtype) -> None:
     inputs = correlated(tokens, 6)
-    calibration = Calibration.zeros(2, 6, dtype=dtype)
-    calibration.add(1, inputs)
-    assert calibration.sums.dtype == dtype
-    assert calibration.tokens.tolist() == [0, tokens]
-    assert not calibration.sums[0].any()
+    statistics = Statistics.zeros(2, 6, dtype=dtype)
+    statistics.add(1, inputs)
+    assert statistics.sums.dtype == dtype
+    assert statistics.tokens.tolist() == [0, tokens]
+    assert not statistics.sums[0].any()
     x = array(inputs)
     expected = sum((np.outer(each, each) for each in x[:50]), x[50:].T @ x[50:])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     np.testing.assert_allclose(
-        array(calibration.sums[1]), expected, atol=tolerance * np.abs(expected).max()
+        array(statistics.sums[1]), expected, atol=tolerance * np.abs(expected).max()
     )
 
 
@@ -59,21 +59,21 @@ def test_sums_of_tokens(tokens: int, dtype: torch.dtype) -> None:
 def test_chunks_add_up(cuts: list[int], dtype: torch.dtype, rows: int) -> None:
     inputs = correlated(60, 7).to(dtype)
     importance = random(60, rows, seed=9).square() if rows else None
-    calibration = Calibration.zeros(2, 7, max(rows, 1), dtype=torch.float64)
+    statistics = Statistics.zeros(2, 7, max(rows, 1), dtype=torch.float64)
     edges = [0, *sorted(cuts), 60]
     for start, end in itertools.pairwise(edges):
         part = slice(start, end)
-        calibration.add(1, inputs[part])
+        statistics.add(1, inputs[part])
         if importance is not None:
-            calibration.weigh(1, importance[part])
+            statistics.weigh(1, importance[part])
     x = array(inputs)
-    np.testing.assert_allclose(array(calibration.sums[1]), x.T @ x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(array(statistics.sums[1]), x.T @ x, rtol=1e-5, atol=1e-5)
     counts = np.ones((60, 1)) if importance is None else array(importance)
     expected = np.maximum(counts.mean(0), 1e-3 * counts.mean())
-    np.testing.assert_allclose(calibration.importance()[1].numpy(), expected, rtol=1e-5)
-    assert calibration.tokens.tolist() == [0, 60]
-    assert not calibration.sums[0].any()
-    assert not calibration.row_importance[0].any()
+    np.testing.assert_allclose(statistics.importance()[1].numpy(), expected, rtol=1e-5)
+    assert statistics.tokens.tolist() == [0, 60]
+    assert not statistics.sums[0].any()
+    assert not statistics.row_importance[0].any()
 
 
 @given(
@@ -99,8 +99,8 @@ def test_the_factor_has_the_type_of_the_hessian() -> None:
         inverse_factor(-torch.eye(3))
 
 
-def calibration_of(sums: Tensor, tokens: list[int]) -> Calibration:
-    result = Calibration.zeros(len(sums), sums.shape[1])
+def statistics_of(sums: Tensor, tokens: list[int]) -> Statistics:
+    result = Statistics.zeros(len(sums), sums.shape[1])
     result.sums.copy_(sums)
     result.tokens.copy_(torch.tensor(tokens))
     return result
@@ -116,24 +116,24 @@ def check(sums: Tensor, hessian: Tensor, factor: Tensor, damping: float) -> None
 
 
 def test_damping_is_a_share_of_the_mean_diagonal() -> None:
-    calibration = calibrated([correlated(50, 9, e) * 10**e for e in range(3)])
-    result = factored(calibration, torch.tensor([0.1, 0.5, 0.02]))
+    statistics = calibrated([correlated(50, 9, e) * 10**e for e in range(3)])
+    result = factored(statistics, torch.tensor([0.1, 0.5, 0.02]))
     assert result.damping == pytest.approx([0.1, 0.5, 0.02])
     assert result.fallback == [None] * 3
-    diagonals = calibration.sums.diagonal(dim1=1, dim2=2)
+    diagonals = statistics.sums.diagonal(dim1=1, dim2=2)
     np.testing.assert_allclose(result.unit.numpy(), array(diagonals).mean(1), rtol=1e-6)
     assert result.unit.dtype == torch.float64
     for expert, damping in enumerate([0.1, 0.5, 0.02]):
-        check(calibration.sums[expert], result.hessian[expert], result.factor[expert], damping)
+        check(statistics.sums[expert], result.hessian[expert], result.factor[expert], damping)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_fewer_tokens_than_columns(tokens: int) -> None:
-    calibration = calibrated([correlated(tokens, 30)])
-    result = factored(calibration, torch.tensor([0.1]))
+    statistics = calibrated([correlated(tokens, 30)])
+    result = factored(statistics, torch.tensor([0.1]))
     assert result.fallback == [None]
     assert result.damping == pytest.approx([0.1])
-    check(calibration.sums[0], result.hessian[0], result.factor[0], 0.1)
+    check(statistics.sums[0], result.hessian[0], result.factor[0], 0.1)
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
@@ -150,7 +150,7 @@ def test_huge_and_tiny_inputs_in_float64(scale: float) -> None:
 def test_damping_grows_tenfold_until_it_is_enough() -> None:
     # Not a sum of squares, as rounding may leave it: of mean 0.5, so H = diag(2, 2, 2, -2) + d.
     sums = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))[None].repeat(2, 1, 1)
-    result = factored(calibration_of(sums, [4, 4]), torch.tensor([0.1, 3.0]))
+    result = factored(statistics_of(sums, [4, 4]), torch.tensor([0.1, 3.0]))
     assert result.damping == pytest.approx([10, 3])
     assert result.fallback == [None, None]
     check(sums[0], result.hessian[0], result.factor[0], 10)
@@ -169,7 +169,7 @@ UNUSABLE = {
 def test_fallbacks_are_named_and_leave_the_others_alone(why: str) -> None:
     sums, tokens = UNUSABLE[why]
     good = calibrated([correlated(20, 3), correlated(20, 3, 5)])
-    both = calibration_of(torch.stack([good.sums[0], sums, good.sums[1]]), [20, tokens, 20])
+    both = statistics_of(torch.stack([good.sums[0], sums, good.sums[1]]), [20, tokens, 20])
     damping = torch.tensor([0.1, 0.1, 0.1])
     result = factored(both, damping)
     assert result.fallback == [None, why, None]
@@ -185,16 +185,16 @@ def test_fallbacks_are_named_and_leave_the_others_alone(why: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (2, 1)])
 def test_one_number_that_is_not_finite(bad: float, place: tuple[int, int]) -> None:
-    calibration = calibrated([correlated(20, 3)])
-    calibration.sums[0][place] = bad
-    result = factored(calibration, torch.tensor([0.1]))
+    statistics = calibrated([correlated(20, 3)])
+    statistics.sums[0][place] = bad
+    result = factored(statistics, torch.tensor([0.1]))
     assert result.fallback == ["Hessian is not finite"]
     assert torch.isfinite(result.hessian).all()
 
 
 def test_inputs_whose_squares_overflow() -> None:
-    calibration = calibrated([correlated(20, 3) * 1e30])
-    assert factored(calibration, torch.tensor([0.1])).fallback == ["Hessian is not finite"]
+    statistics = calibrated([correlated(20, 3) * 1e30])
+    assert factored(statistics, torch.tensor([0.1])).fallback == ["Hessian is not finite"]
 
 
 def test_damped_does_not_know_the_unit() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from torch import Tensor
 
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.importance import derivatives, importance
 from tests.quantize.problems import array, correlated, energy, random
 
@@ -97,14 +97,12 @@ def test_the_product_is_exact_where_tokens_are_alike() -> None:
     inputs = correlated(tokens, columns)
     derivative = random(rows, seed=3).abs()[None].expand(tokens, rows)
     counts = importance(derivative, random(5, rows, seed=4), torch.full((tokens,), 0.7))
-    calibration = Calibration.zeros(1, columns, rows, dtype=torch.float64)
+    statistics = Statistics.zeros(1, columns, rows, dtype=torch.float64)
     for start in (0, 20):
         part = slice(start, start + 20 if start == 0 else tokens)
-        calibration.add(0, inputs[part])
-        calibration.weigh(0, counts[part])
+        statistics.add(0, inputs[part])
+        statistics.weigh(0, counts[part])
     off = random(rows, columns, seed=5)
     true = (array(counts) * array(inputs @ off.T) ** 2).sum(0)
-    rho = array(calibration.importance()[0])
-    np.testing.assert_allclose(
-        rho * energy(array(off), array(calibration.sums[0])), true, rtol=1e-5
-    )
+    rho = array(statistics.importance()[0])
+    np.testing.assert_allclose(rho * energy(array(off), array(statistics.sums[0])), true, rtol=1e-5)

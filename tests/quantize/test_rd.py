@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import rd
-from qmoe_format.quantize.hessian import Calibration, factored
+from qmoe_format.quantize.hessian import Statistics, factored
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rd import Rate, quantize_rd, weighted_energies
 from qmoe_format.quantize.ternary import Quantized
@@ -60,26 +60,26 @@ def check(result: Quantized, weights: Tensor) -> Tensor:
     return values
 
 
-def rate_of(weights: Tensor, calibration: Calibration, lam: float) -> Rate:
+def rate_of(weights: Tensor, statistics: Statistics, lam: float) -> Rate:
     """As of a model that is these experts."""
-    return Rate(lam, float(weighted_energies(weights, calibration).mean()))
+    return Rate(lam, float(weighted_energies(weights, statistics).mean()))
 
 
-def error(weights: Tensor, values: Tensor, calibration: Calibration) -> float:
-    w, sums = array(weights), array(calibration.sums)
+def error(weights: Tensor, values: Tensor, statistics: Statistics) -> float:
+    w, sums = array(weights), array(statistics.sums)
     return float(energy(w - array(values), sums).sum() / energy(w, sums).sum())
 
 
 def example(
     experts: int = 2, rows: int = 48, columns: int = 64, tokens: int = 400, seed: int = 0
-) -> tuple[Tensor, Calibration]:
+) -> tuple[Tensor, Statistics]:
     inputs = [correlated(tokens, columns, seed + 10 * e) for e in range(experts)]
     return random(experts, rows, columns, seed=seed), calibrated(inputs)
 
 
 def test_gradient_and_scales_belong_together() -> None:
-    weights, calibration = example(experts=3, rows=20, columns=40)
-    ready = factored(calibration, torch.full((3,), 0.1))
+    weights, statistics = example(experts=3, rows=20, columns=40)
+    ready = factored(statistics, torch.full((3,), 0.1))
     state = rd._State(weights, ready, ready.hessian.clone())
     state.trits = torch.where(state.weights.abs() > 0.3, state.weights.sign(), 0.0)
     state.scale *= 3
@@ -96,11 +96,11 @@ def test_gradient_and_scales_belong_together() -> None:
 
 
 def test_bits_fall_as_lambda_rises() -> None:
-    weights, calibration = example()
+    weights, statistics = example()
     bits, errors = [], []
     for lam in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
-        result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, lam))
-        errors.append(error(weights, check(result, weights), calibration))
+        result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, lam))
+        errors.append(error(weights, check(result, weights), statistics))
         bits.append(entropy(result.weights.trits))
     for k in range(1, len(bits)):
         assert bits[k] < 1.01 * bits[k - 1]
@@ -110,55 +110,55 @@ def test_bits_fall_as_lambda_rises() -> None:
 
 
 def test_an_enormous_lambda_leaves_nothing() -> None:
-    weights, calibration = example()
-    result = quantize_rd(weights, "BF16", calibration, Rate(1e9, 1.0))
+    weights, statistics = example()
+    result = quantize_rd(weights, "BF16", statistics, Rate(1e9, 1.0))
     check(result, weights)
     assert not result.weights.trits.any()
 
 
-def error_at(bits: float, weights: Tensor, calibration: Calibration) -> float:
+def error_at(bits: float, weights: Tensor, statistics: Statistics) -> float:
     """The error with no more than these bits a trit, by bisection."""
     low, high = 1e-3, 1.0
     best = 1.0
     for _ in range(6):
         lam = math.sqrt(low * high)
-        result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, lam))
+        result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, lam))
         if entropy(result.weights.trits) <= bits:
             high = lam
-            best = min(best, error(weights, result.weights.dequantize(), calibration))
+            best = min(best, error(weights, result.weights.dequantize(), statistics))
         else:
             low = lam
     return best
 
 
-def baseline(weights: Tensor, calibration: Calibration) -> tuple[float, float]:
+def baseline(weights: Tensor, statistics: Statistics) -> tuple[float, float]:
     """Bits a trit and error of the paper's recipe."""
-    paper = quantize_qmoe(weights, "BF16", calibration).weights
-    return entropy(paper.trits), error(weights, paper.dequantize(), calibration)
+    paper = quantize_qmoe(weights, "BF16", statistics).weights
+    return entropy(paper.trits), error(weights, paper.dequantize(), statistics)
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
 def test_it_beats_the_paper_at_equal_entropy(shape: tuple[int, int]) -> None:
-    weights, calibration = example(1, *shape, seed=3)
-    bits, worse = baseline(weights, calibration)
-    assert error_at(bits, weights, calibration) < 0.75 * worse
+    weights, statistics = example(1, *shape, seed=3)
+    bits, worse = baseline(weights, statistics)
+    assert error_at(bits, weights, statistics) < 0.75 * worse
 
 
 @pytest.mark.parametrize("which", REAL)
 def test_it_beats_the_paper_on_real_matrices(shared_data: Path, which: str) -> None:
     matrices, inputs = real(shared_data, which, rows=48, columns=80, tokens=600)
-    weights, calibration = matrices[:1], calibrated(inputs[:1])
-    bits, worse = baseline(weights, calibration)
-    assert error_at(bits, weights, calibration) < 0.9 * worse
+    weights, statistics = matrices[:1], calibrated(inputs[:1])
+    bits, worse = baseline(weights, statistics)
+    assert error_at(bits, weights, statistics) < 0.9 * worse
 
 
 def test_rows_are_as_long_as_before() -> None:
     """Least squares alone leaves a row too short by its relative error."""
-    weights, calibration = random(1, 40, 48, seed=5), calibrated([correlated(300, 48)])
-    result = quantize_rd(weights, "F32", calibration, rate_of(weights, calibration, 0.03))
-    off = error(weights, check(result, weights), calibration)
+    weights, statistics = random(1, 40, 48, seed=5), calibrated([correlated(300, 48)])
+    result = quantize_rd(weights, "F32", statistics, rate_of(weights, statistics, 0.03))
+    off = error(weights, check(result, weights), statistics)
     assert off > 0.02
-    w, q, s = (array(each[0]) for each in (weights, check(result, weights), calibration.sums))
+    w, q, s = (array(each[0]) for each in (weights, check(result, weights), statistics.sums))
     along = (w @ s * q).sum(1) / (w @ s * w).sum(1)
     assert abs(along.mean() - 1) < off / 5
 
@@ -167,11 +167,11 @@ def test_rare_inputs_are_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Least squares alone is much too short where H is small."""
     weights = random(1, 60, 48, seed=5)
     inputs = correlated(2000, 48) * torch.linspace(3, 0.1, 48)
-    calibration = calibrated([inputs])
-    rare = torch.linalg.eigh(calibration.sums[0]).eigenvectors[:, :24].double()
+    statistics = calibrated([inputs])
+    rare = torch.linalg.eigh(statistics.sums[0]).eigenvectors[:, :24].double()
 
     def share_left() -> float:
-        result = quantize_rd(weights, "F32", calibration, rate_of(weights, calibration, 0.03))
+        result = quantize_rd(weights, "F32", statistics, rate_of(weights, statistics, 0.03))
         q, w = result.weights.dequantize()[0].double() @ rare, weights[0].double() @ rare
         return float((q * w).sum() / (w * w).sum())
 
@@ -183,20 +183,20 @@ def test_rare_inputs_are_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_input_reaches_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs = random(1, 60, 48, seed=5), correlated(2000, 48)
     basis = torch.linalg.eigh(inputs.T @ inputs).eigenvectors
-    calibration = calibrated([inputs @ basis * (torch.arange(48) < 16).add(0.01) @ basis.T])
-    found = error_at(0.9, weights, calibration)
+    statistics = calibrated([inputs @ basis * (torch.arange(48) < 16).add(0.01) @ basis.T])
+    found = error_at(0.9, weights, statistics)
     monkeypatch.setattr(rd, "MOST_LENGTHEN", 0.0)
-    assert found < 1.5 * error_at(0.9, weights, calibration)
+    assert found < 1.5 * error_at(0.9, weights, statistics)
 
 
 def test_more_important_rows_get_more_bits() -> None:
     weights, inputs = random(1, 40, 48, seed=5), correlated(300, 48)
     importance = torch.ones(300, 40)
     importance[:, :20] = 100
-    calibration = Calibration.zeros(1, 48, 40)
-    calibration.add(0, inputs)
-    calibration.weigh(0, importance)
-    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.2))
+    statistics = Statistics.zeros(1, 48, 40)
+    statistics.add(0, inputs)
+    statistics.weigh(0, importance)
+    result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.2))
     check(result, weights)
     share = (result.weights.trits[0] != 0).float().mean(1)
     assert share[:20].mean() > 1.5 * share[20:].mean()
@@ -205,8 +205,8 @@ def test_more_important_rows_get_more_bits() -> None:
 def test_experts_with_more_energy_get_more_bits() -> None:
     weights = random(1, 40, 48, seed=5).repeat(2, 1, 1)
     inputs = correlated(300, 48)
-    calibration = calibrated([inputs, 10 * inputs])
-    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.1))
+    statistics = calibrated([inputs, 10 * inputs])
+    result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.1))
     share = (result.weights.trits != 0).float().mean((1, 2))
     assert share[1] > 1.2 * share[0]
 
@@ -257,37 +257,37 @@ SHAPES = [(1, 1), (1, 9), (9, 1), (1, 200), (200, 1), (33, 65), (65, 33), (7, 12
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_odd_shapes(shape: tuple[int, int]) -> None:
-    weights, calibration = random(2, *shape), calibrated([correlated(100, shape[1])] * 2)
-    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.01))
+    weights, statistics = random(2, *shape), calibrated([correlated(100, shape[1])] * 2)
+    result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.01))
     values = check(result, weights)
-    assert error(weights, values, calibration) < 0.25
+    assert error(weights, values, statistics) < 0.25
 
 
 def test_an_all_zero_matrix() -> None:
-    weights, calibration = example(3, 8, 12)
+    weights, statistics = example(3, 8, 12)
     weights[1] = 0
-    result = quantize_rd(weights, "BF16", calibration, Rate(0.1, 1.0))
+    result = quantize_rd(weights, "BF16", statistics, Rate(0.1, 1.0))
     check(result, weights)
     assert not result.weights.trits[1].any()
     assert result.weights.trits[0].any()
-    zeros, calibration = torch.zeros(1, 8, 12), calibrated([correlated(9, 12)])
-    result = quantize_rd(zeros, "BF16", calibration, Rate(0.0, 0.0))
+    zeros, statistics = torch.zeros(1, 8, 12), calibrated([correlated(9, 12)])
+    result = quantize_rd(zeros, "BF16", statistics, Rate(0.0, 0.0))
     check(result, zeros)
     assert not result.weights.trits.any()
 
 
 def test_an_all_zero_matrix_without_tokens() -> None:
     weights = torch.zeros(1, 4, 6)
-    result = quantize_rd(weights, "BF16", Calibration.zeros(1, 6), Rate(0.1, 1.0))
+    result = quantize_rd(weights, "BF16", Statistics.zeros(1, 6), Rate(0.1, 1.0))
     check(result, weights)
     assert not result.weights.trits.any()
 
 
 def test_all_zero_rows_and_columns() -> None:
-    weights, calibration = example(1, 8, 12)
+    weights, statistics = example(1, 8, 12)
     weights[0, 2] = 0
     weights[0, :, 5] = 0
-    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.03))
+    result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.03))
     check(result, weights)
     assert not result.weights.trits[0, 2].any()
     rest = [row for row in range(8) if row != 2]
@@ -297,33 +297,33 @@ def test_all_zero_rows_and_columns() -> None:
 @pytest.mark.parametrize("value", [1.5, -0.25])
 def test_a_constant_matrix_is_exact(value: float) -> None:
     weights = torch.full((1, 6, 10), value)
-    calibration = calibrated([correlated(90, 10)])
-    result = quantize_rd(weights, "BF16", calibration, rate_of(weights, calibration, 0.01))
+    statistics = calibrated([correlated(90, 10)])
+    result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.01))
     torch.testing.assert_close(check(result, weights), weights, rtol=1e-2, atol=0)
 
 
 def test_a_matrix_of_rank_one_is_almost_exact() -> None:
     signs = random(1, 20, 30).sign()
     weights = signs * random(1, 20, 1, seed=1).exp() * random(1, 1, 30, seed=2).mul(0.5).exp()
-    calibration = calibrated([correlated(200, 30)])
-    result = quantize_rd(weights, "F32", calibration, rate_of(weights, calibration, 1e-4))
-    assert error(weights, check(result, weights), calibration) < 1e-3
+    statistics = calibrated([correlated(200, 30)])
+    result = quantize_rd(weights, "F32", statistics, rate_of(weights, statistics, 1e-4))
+    assert error(weights, check(result, weights), statistics) < 1e-3
 
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
 def test_units_change_no_trit(factor: float) -> None:
     """About 1e30 and 1e-30; ``Rate.reference`` is in the same units."""
     weights, inputs = random(2, 9, 30, seed=1), [correlated(90, 30).double()] * 2
-    calibration = calibrated(inputs, torch.float64)
-    usual = quantize_rd(weights, "BF16", calibration, Rate(0.05, 100.0))
+    statistics = calibrated(inputs, torch.float64)
+    usual = quantize_rd(weights, "BF16", statistics, Rate(0.05, 100.0))
     check(usual, weights)
     rate = Rate(0.05, 100.0 * factor**2)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         if dtype == torch.bfloat16:
             weights = weights.bfloat16().float()
-            usual = quantize_rd(weights, "BF16", calibration, Rate(0.05, 100.0))
+            usual = quantize_rd(weights, "BF16", statistics, Rate(0.05, 100.0))
         large = (weights.double() * factor).to(dtype)
-        scaled = quantize_rd(large, "BF16", calibration, rate)
+        scaled = quantize_rd(large, "BF16", statistics, rate)
         check(scaled, large)
         assert torch.equal(scaled.weights.trits, usual.weights.trits)
         assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale * factor)
@@ -336,8 +336,8 @@ def test_units_change_no_trit(factor: float) -> None:
 @pytest.mark.parametrize("factor", [1e30, 1e-30])
 def test_huge_and_tiny_inputs_in_float32(factor: float) -> None:
     weights = random(1, 9, 30)
-    calibration = calibrated([correlated(90, 30) * factor])
-    result = quantize_rd(weights, "BF16", calibration, Rate(0.05, 1.0))
+    statistics = calibrated([correlated(90, 30) * factor])
+    result = quantize_rd(weights, "BF16", statistics, Rate(0.05, 1.0))
     check(result, weights)
     assert result.fallback == ["Hessian is not finite" if factor > 1 else "inputs are all zero"]
     assert result.weights.trits.any()
@@ -345,14 +345,14 @@ def test_huge_and_tiny_inputs_in_float32(factor: float) -> None:
 
 def test_weighted_energies() -> None:
     weights, inputs = random(2, 6, 10), [correlated(50, 10, e) for e in range(2)]
-    calibration = Calibration.zeros(2, 10, 6)
+    statistics = Statistics.zeros(2, 10, 6)
     for expert, each in enumerate(inputs):
-        calibration.add(expert, each)
-        calibration.weigh(expert, 1 + random(50, 6, seed=expert).abs())
-    sums = array(calibration.sums)
-    rho = calibration.row_importance.numpy() / 50
+        statistics.add(expert, each)
+        statistics.weigh(expert, 1 + random(50, 6, seed=expert).abs())
+    sums = array(statistics.sums)
+    rho = statistics.row_importance.numpy() / 50
     expected = energy(array(weights), sums) / 10 * rho
-    result = weighted_energies(weights, calibration)
+    result = weighted_energies(weights, statistics)
     assert result.dtype == torch.float64
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4)
 
@@ -360,9 +360,9 @@ def test_weighted_energies() -> None:
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
 def test_weighted_energies_of_huge_and_tiny_numbers(factor: float) -> None:
     weights, inputs = random(1, 6, 10), correlated(50, 10).double()
-    calibration = calibrated([inputs], torch.float64)
-    usual = float(weighted_energies(weights, calibration).mean())
-    scaled = float(weighted_energies(weights * factor, calibration).mean())
+    statistics = calibrated([inputs], torch.float64)
+    usual = float(weighted_energies(weights, statistics).mean())
+    scaled = float(weighted_energies(weights * factor, statistics).mean())
     assert scaled / factor**2 == pytest.approx(usual, rel=1e-4)
     huge = calibrated([inputs * factor], torch.float64)
     scaled = float(weighted_energies(weights, huge).mean())
@@ -371,8 +371,8 @@ def test_weighted_energies_of_huge_and_tiny_numbers(factor: float) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 1000, 100_000])
 def test_tokens_from_none_to_many(tokens: int) -> None:
-    weights, calibration = random(1, 12, 20), calibrated([correlated(tokens, 20)])
-    result = quantize_rd(weights, "BF16", calibration, Rate(0.03, 100.0 * max(tokens, 1)))
+    weights, statistics = random(1, 12, 20), calibrated([correlated(tokens, 20)])
+    result = quantize_rd(weights, "BF16", statistics, Rate(0.03, 100.0 * max(tokens, 1)))
     check(result, weights)
     assert result.weights.trits.any()
     if tokens:
@@ -386,7 +386,7 @@ def test_without_tokens_bits_fall_too() -> None:
     weights = random(1, 48, 64)
     bits = []
     for lam in (0.01, 0.3, 1.0):
-        result = quantize_rd(weights, "BF16", Calibration.zeros(1, 64), Rate(lam, 1.0))
+        result = quantize_rd(weights, "BF16", Statistics.zeros(1, 64), Rate(lam, 1.0))
         check(result, weights)
         bits.append(entropy(result.weights.trits))
     assert bits == sorted(bits, reverse=True)
@@ -394,14 +394,14 @@ def test_without_tokens_bits_fall_too() -> None:
 
 
 def test_the_type_of_a_checkpoint_does_not_matter() -> None:
-    weights, calibration = example(1, 10, 30)
-    rate = rate_of(weights, calibration, 0.03)
+    weights, statistics = example(1, 10, 30)
+    rate = rate_of(weights, statistics, 0.03)
     for narrow in (torch.bfloat16, torch.float16):
         small = weights.to(narrow)
-        usual = quantize_rd(small, "BF16", calibration, rate)
+        usual = quantize_rd(small, "BF16", statistics, rate)
         check(usual, small)
         for dtype in (torch.float32, torch.float64):
-            wide = quantize_rd(small.to(dtype), "BF16", calibration, rate)
+            wide = quantize_rd(small.to(dtype), "BF16", statistics, rate)
             assert torch.equal(wide.weights.trits, usual.weights.trits)
             assert torch.equal(wide.weights.row_scale, usual.weights.row_scale)
 
@@ -411,9 +411,9 @@ def test_the_type_of_a_checkpoint_does_not_matter() -> None:
 def test_weights_at_the_end_of_the_range(dtype: torch.dtype, name: str, lam: float) -> None:
     """Scales are finite or refused; a row without a trit needs none."""
     weights = (random(1, 8, 12).clamp(-1, 1) * LARGEST[dtype]).to(dtype)
-    calibration = calibrated([correlated(60, 12)])
+    statistics = calibrated([correlated(60, 12)])
     try:
-        result = quantize_rd(weights, name, calibration, Rate(lam, LARGEST[dtype] ** 2))
+        result = quantize_rd(weights, name, statistics, Rate(lam, LARGEST[dtype] ** 2))
     except QMoEError as error:
         assert error.code == "value"
         assert lam < 100
@@ -426,24 +426,24 @@ def test_weights_that_vanish_in_the_scales_type(value: float) -> None:
     weights = random(1, 8, 12).double() * value
     weights[0, 0, 0] = value * 300
     weights[0, :, 1] /= 100
-    calibration = calibrated([correlated(60, 12)])
-    check(quantize_rd(weights, "BF16", calibration, Rate(0.0, 0.0)), weights)
+    statistics = calibrated([correlated(60, 12)])
+    check(quantize_rd(weights, "BF16", statistics, Rate(0.0, 0.0)), weights)
 
 
 def test_rows_and_columns_of_very_different_size() -> None:
-    weights, calibration = example(1, 10, 20)
+    weights, statistics = example(1, 10, 20)
     weights *= torch.logspace(-30, 0, 10)[:, None]
-    check(quantize_rd(weights, "BF16", calibration, Rate(0.01, 1.0)), weights)
-    weights, calibration = example(1, 10, 20)
+    check(quantize_rd(weights, "BF16", statistics, Rate(0.01, 1.0)), weights)
+    weights, statistics = example(1, 10, 20)
     weights *= torch.logspace(-30, 0, 20)
     for name in ("BF16", "F16"):
-        check(quantize_rd(weights, name, calibration, Rate(0.01, 1.0)), weights)
+        check(quantize_rd(weights, name, statistics, Rate(0.01, 1.0)), weights)
 
 
 def test_inputs_of_very_different_size() -> None:
     weights = random(1, 10, 20)
-    calibration = calibrated([correlated(200, 20) * torch.logspace(-12, 6, 20)])
-    check(quantize_rd(weights, "BF16", calibration, Rate(0.01, 1.0)), weights)
+    statistics = calibrated([correlated(200, 20) * torch.logspace(-12, 6, 20)])
+    check(quantize_rd(weights, "BF16", statistics, Rate(0.01, 1.0)), weights)
 
 
 def grouping_example(rows: int, columns: int) -> tuple[Tensor, list[Tensor | None]]:
@@ -455,13 +455,13 @@ def grouping_example(rows: int, columns: int) -> tuple[Tensor, list[Tensor | Non
 
 
 def part(weights: Tensor, inputs: list[Tensor | None], some: list[int], rows: int) -> Quantized:
-    calibration = Calibration.zeros(len(some), weights.shape[2], rows)
+    statistics = Statistics.zeros(len(some), weights.shape[2], rows)
     for place, expert in enumerate(some):
         each = inputs[expert]
         if each is not None:
-            calibration.add(place, each)
-            calibration.weigh(place, 1 + random(len(each), rows, seed=expert).abs())
-    return quantize_rd(weights[some], "BF16", calibration, Rate(0.03, 300.0))
+            statistics.add(place, each)
+            statistics.weigh(place, 1 + random(len(each), rows, seed=expert).abs())
+    return quantize_rd(weights[some], "BF16", statistics, Rate(0.03, 300.0))
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 33), (33, 67), (51, 130)])
@@ -484,17 +484,17 @@ def test_the_other_experts_do_not_matter(shape: tuple[int, int]) -> None:
 
 
 def test_inputs_are_left_as_they_are() -> None:
-    weights, calibration = example()
-    before = weights.clone(), calibration.sums.clone(), calibration.row_importance.clone()
+    weights, statistics = example()
+    before = weights.clone(), statistics.sums.clone(), statistics.row_importance.clone()
     torch.manual_seed(1)
-    first = quantize_rd(weights, "BF16", calibration, Rate(0.03, 100.0))
+    first = quantize_rd(weights, "BF16", statistics, Rate(0.03, 100.0))
     assert torch.equal(weights, before[0])
-    assert torch.equal(calibration.sums, before[1])
-    assert torch.equal(calibration.row_importance, before[2])
+    assert torch.equal(statistics.sums, before[1])
+    assert torch.equal(statistics.row_importance, before[2])
     # Nor does the generator of the process matter, nor a view that is not contiguous.
     torch.manual_seed(2)
     view = weights.transpose(1, 2).contiguous().transpose(1, 2)
-    second = quantize_rd(view, "BF16", calibration, Rate(0.03, 100.0))
+    second = quantize_rd(view, "BF16", statistics, Rate(0.03, 100.0))
     assert torch.equal(first.weights.dequantize(), second.weights.dequantize())
 
 
@@ -519,15 +519,15 @@ def test_refusals(weights: Tensor, scale_dtype: str, code: str) -> None:
 @pytest.mark.parametrize("recipe", ["qmoe", "rd"])
 def test_no_tensor_waits_for_the_garbage_collector(recipe: str) -> None:
     """A reference cycle would: 20 rounds with a Hessian of 7168 columns each were 18 GB."""
-    calibration = calibrated([correlated(200, 70)])
+    statistics = calibrated([correlated(200, 70)])
     weights = random(1, 40, 70)
     gc.collect()
     gc.disable()
     try:
         if recipe == "rd":
-            quantize_rd(weights, "BF16", calibration, Rate(0.05, 1.0))
+            quantize_rd(weights, "BF16", statistics, Rate(0.05, 1.0))
         else:
-            quantize_qmoe(weights, "BF16", calibration)
+            quantize_qmoe(weights, "BF16", statistics)
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         assert not [each for each in gc.garbage if isinstance(each, Tensor)]

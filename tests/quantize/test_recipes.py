@@ -13,7 +13,7 @@ from qmoe_format.quantize import RECIPES, recipe
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 
-from qmoe_format.quantize.hessian import Calibration
+from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rd import Rate, quantize_rd
 from qmoe_format.quantize.rtn import quantize_rtn, round_to_nearest
@@ -47,36 +47,36 @@ def test_names() -> None:
 
 def test_each_does_what_it_is_called() -> None:
     weights = random(2, 12, 30)
-    calibration = calibrated([correlated(90, 30), correlated(90, 30, 9)])
+    statistics = calibrated([correlated(90, 30), correlated(90, 30, 9)])
     rounded = quantize_rtn(weights, "BF16")
-    paper = quantize_qmoe(weights, "BF16", calibration)
-    ours = quantize_rd(weights, "BF16", calibration, RATE)
+    paper = quantize_qmoe(weights, "BF16", statistics)
+    ours = quantize_rd(weights, "BF16", statistics, RATE)
     assert not same(rounded, paper)
     assert not same(paper, ours)
     for rate in (None, RATE):
-        assert same(recipe("rtn").quantize(weights, "BF16", calibration, rate), rounded)
-        assert same(recipe("qmoe").quantize(weights, "BF16", calibration, rate), paper)
-    assert same(recipe("rd").quantize(weights, "BF16", calibration, RATE), ours)
+        assert same(recipe("rtn").quantize(weights, "BF16", statistics, rate), rounded)
+        assert same(recipe("qmoe").quantize(weights, "BF16", statistics, rate), paper)
+    assert same(recipe("rd").quantize(weights, "BF16", statistics, RATE), ours)
 
 
 def test_what_a_recipe_needs() -> None:
     weights = random(2, 12, 30)
-    calibration = calibrated([correlated(90, 30), correlated(90, 30, 9)])
+    statistics = calibrated([correlated(90, 30), correlated(90, 30, 9)])
     assert same(recipe("rtn").quantize(weights, "BF16"), quantize_rtn(weights, "BF16"))
     for name in ("qmoe", "rd"):
-        with pytest.raises(QMoEError, match=f"{name!r} needs a calibration") as caught:
+        with pytest.raises(QMoEError, match=f"{name!r} needs statistics") as caught:
             recipe(name).quantize(weights, "BF16", rate=RATE)
         assert caught.value.code == "argument"
     with pytest.raises(QMoEError, match="'rd' needs a rate") as caught:
-        recipe("rd").quantize(weights, "BF16", calibration)
+        recipe("rd").quantize(weights, "BF16", statistics)
     assert caught.value.code == "argument"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("scale_dtype", ["BF16", "F16", "F32"])
 def test_shapes_and_types(name: str, scale_dtype: str) -> None:
-    calibration = calibrated([correlated(40, 7)] * 3)
-    result = recipe(name).quantize(random(3, 5, 7), scale_dtype, calibration, RATE)
+    statistics = calibrated([correlated(40, 7)] * 3)
+    result = recipe(name).quantize(random(3, 5, 7), scale_dtype, statistics, RATE)
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[scale_dtype]
     weights = result.weights
     assert weights.trits.dtype == torch.int8
@@ -100,8 +100,8 @@ def test_shapes_and_types(name: str, scale_dtype: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_nothing_to_quantise(name: str, shape: tuple[int, int, int]) -> None:
     experts, _, columns = shape
-    calibration = Calibration.zeros(experts, columns)
-    result = recipe(name).quantize(torch.zeros(shape), "BF16", calibration, RATE)
+    statistics = Statistics.zeros(experts, columns)
+    result = recipe(name).quantize(torch.zeros(shape), "BF16", statistics, RATE)
     assert result.weights.trits.shape == shape
     assert len(result.fallback) == shape[0]
 
