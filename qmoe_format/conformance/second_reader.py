@@ -139,10 +139,10 @@ class File:
         require(real_length <= file_length, "P-7", "trailing", "the file is too long")
         require(2 <= index_length <= 2**28, "P-8", "limit", "index_length")
         require(extent_count <= 2**24, "P-8", "limit", "extent_count")
-        placed = index_offset % 64 == 0 and index_offset >= 64
-        require(placed, "P-8", "malformed", f"the index begins at {index_offset}")
         table_offset = checked(index_offset + align(index_length, 8))
         end = checked(table_offset + 16 * extent_count)
+        placed = index_offset % 64 == 0 and index_offset >= 64
+        require(placed, "P-8", "malformed", f"the index begins at {index_offset}")
         require(end == file_length, "P-8", "malformed", f"the parts end at {end}")  # and [F-3]
         tail = self.read(index_offset, file_length - index_offset)
         right = zlib.crc32(tail) == index_crc32
@@ -794,7 +794,8 @@ def shard_set(path: Path) -> list[Path]:
         paths.append(path.parent / shard["file"])
         require(paths[-1].is_file(), "S-2", "truncated", f"{shard['file']} is missing")
         with paths[-1].open("rb") as stream:
-            crc32 = int.from_bytes(stream.read(64)[60:], "little")
+            head = stream.read(64)
+            crc32 = int.from_bytes(head[60:], "little") if len(head) == 64 else 0
             right = stream.seek(0, 2) == shard["bytes"]
         require(right, "S-2", "checksum", f"{shard['file']} has another length")
         right = crc32 == shard["preamble_crc32"]

@@ -1,7 +1,7 @@
 """The vectors of SPEC.md sections 2, 3, 8, 9 and 12: the file around the tensors.
 
-Each rejected vector has one defect, and everything else in it, checksums too, is right; only the
-vectors named ``order-...`` have two.
+Each rejected vector has one defect, and everything else in it, checksums too, is right. Where one
+has two (those named ``order-...``, a few of [N-2] and [S-2]), a rule says which comes first.
 """
 
 # A table, where a line holds as much as fits:
@@ -167,6 +167,11 @@ def section_2() -> None:
         "index-offset-overflow", "N-2", "limit",
         "index_offset is 2^64 - 64: the sum of P-8 would wrap around",
         small().pack(index_offset=2**64 - 64),
+    )
+    reject(
+        "index-offset-overflow-odd", "N-2", "limit",
+        "index_offset is 2^63 + 1: no multiple of 64, but first of all too great",
+        small().pack(index_offset=2**63 + 1),
     )
     reject(
         "after-the-table", "F-3 P-8", "malformed",
@@ -526,10 +531,20 @@ def section_3() -> None:
         what = f"members is {members} of {'a stack' if stack else 'a tensor that is no stack'}"
         reject(f"members-{name}", "T-2", "malformed", what, content)
     content = Content()
+    content.tensor("0", "U8", [1, 1], b"0", stack=True, members="{}")
+    content.tensor("1", "U8", [1, 1], b"1", stack=True, members="{}")
+    content.tensor("a", "U8", [1, 1], b"a", stack=True, members=f"a {'b' * 600}{{}}{{")
+    what = "members with a space, of more than 512 bytes, and twice of the same names"
+    accept("members-odd", "T-2", what, content)
+    content = Content()
     content.tensor("a", "F16", [2, 3], bytes(range(12)))
     content.tensor("b", "F16", [2, 3], bytes(range(12)), encoding="zstd",
                    stored=[frame(shuffled(bytes(range(12)), 2))])
     accept("row-major", "T-3 Z-4", "The same 2 x 3 numbers, raw and shuffled", content)
+
+    content = Content()
+    content.tensor("a", "BOOL", [4], b"\x00\x01\x02\xff")
+    accept("bool-bytes", "T-3", "Bytes of BOOL other than 0 and 1", content)
 
     what = "An encoding that no reader knows, with keys of its own: the file can be opened"
     content = unknown(bits=4, nested={"a": [1, {"b": True}]})
@@ -539,6 +554,12 @@ def section_3() -> None:
         content.index["tensors"][0]["encoding"] = encoding
         what = f"The encoding is {encoding!r}"
         reject(f"encoding-{name}", "T-4 T-5", "unsupported*", what, content)
+    content = small()
+    content.tensor("b", "U8", [0, 5], encoding="future", stack=True, bits=4)
+    content.tensor("c", "F4", [0, 5], stack=True)
+    content.tensor("d", "U8", [0, 5], encoding="int-group", stack=True)
+    what = "What no reader knows, in stacks without experts only: there is nothing to read"
+    accept("unknown-no-experts", "T-4 T-5 T-1 J-4", what, content)
     for encoding in ("raw", "zstd"):
         content = Content()
         data = b"abc" if encoding == "raw" else frame(b"abc")
@@ -786,6 +807,16 @@ def section_8() -> None:
     text = index(*entries)
     what = "A shard has lost its last byte: its length is not the one named"
     put("cut", "S-2", "checksum", what, text, data | {names[0]: cut})
+    for name, length, number, code, what in (
+        ("62", 62, 0x4241, "checksum", "the bytes that it has of a preamble_crc32 are named"),
+        ("62-zero", 62, 0, "truncated", "its preamble_crc32 counts as 0"),
+        ("0-zero", 0, 0, "truncated", "its preamble_crc32 counts as 0"),
+    ):
+        short = (SIGNATURE + bytes(52) + b"AB")[:length]
+        text = index(entry(names[0], short, preamble_crc32=number))
+        needed = "S-2" if number else f"S-2 P-{2 if length else 1}"
+        what = f"A shard of {length} bytes: {what}"
+        put(f"short-{name}", needed, code, what, text, {names[0]: short})
     for name, other, what in (
         ("tensor", shard("b", "d"), "A tensor is in two shards"),
         ("attachment", shard("e", "f", "config.json"), "An attachment is in two shards"),
