@@ -381,7 +381,7 @@ def plot(models: dict[str, Any], settings: Settings, path: Path) -> None:
                     markersize=4,
                     label=label,
                 )
-            panel.set(xlabel="total bits a weight", ylabel=axis, title=model)
+            panel.set(xlabel="total bits per weight", ylabel=axis, title=model)
             if what == "loss_gap":  # some gaps are none, or below
                 panel.set_yscale("symlog", linthresh=1e-3)
             else:

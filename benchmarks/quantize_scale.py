@@ -12,8 +12,8 @@ seed when they are needed and then forgotten:
 Each recipe works in a process of its own for a given time or number of experts. It is given the
 inputs and makes a file's bytes: Hessians, quantisation, coding. Making random numbers is counted
 too; reading a checkpoint and running a model is not, in the paper's 16 hours it is (arXiv
-2310.16795: 1.6 T parameters on one A6000, so 100 Gparam/h). On the CPU each thread has an expert
-for itself, on another device one batch is worked on at a time. Memory is the kernel's ru_maxrss.
+2310.16795: 1.6 T parameters on one A6000, so 100 Gparam/h). All threads work on one batch at a time,
+as large as conversions make it. Memory is the kernel's ru_maxrss.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from multiprocessing import get_context
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch import Tensor
 from benchmarks import report
 from qmoe_format.codec import PROFILES
 from qmoe_format.conversion.encoding import encode, stored_bytes
+from qmoe_format.conversion.parallel import batches
 from qmoe_format.machine import cores
 from qmoe_format.quantize import recipe as find_recipe
 from qmoe_format.quantize.hessian import Statistics
@@ -78,23 +78,18 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``group``: experts in a batch; ``threads``: those of them at once, or of torch elsewhere."""
+    """``experts``: of a layer, at most; ``tokens``: of each."""
 
     experts: int | None
     seconds: float
     tokens: int
     device: str
-    group: int
     threads: int
-
-    @property
-    def workers(self) -> int:
-        return self.threads if self.device == "cpu" else 1
 
 
 @dataclass(slots=True)
 class Done:
-    """What one worker has done, and the seconds it took."""
+    """What has been done, and the seconds it took."""
 
     experts: int = 0
     stored_bytes: int = 0
@@ -159,9 +154,8 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
                 rate = Rate(LAMBDA, float(reference))
             ternary = recipe.quantize(weights, "BF16", statistics, rate).weights
         with done.phase("coding", device):
-            threads = max(1, settings.threads // settings.workers)
             for place in range(len(experts)):
-                matrix = encode(ternary, place, "BF16", PROFILES["fast"], threads)
+                matrix = encode(ternary, place, "BF16", PROFILES["fast"], settings.threads)
                 done.stored_bytes += stored_bytes(matrix)
     done.experts += len(experts)
 
@@ -169,43 +163,29 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
 def measure(case: Case, name: str, settings: Settings) -> dict[str, Any]:
     """Work on groups of experts until the time is up; to be called in a process of its own."""
     most = min(case.experts, settings.experts or case.experts)
-    torch.set_num_threads(max(1, settings.threads // settings.workers))
+    torch.set_num_threads(settings.threads)
     # Compilation and the libraries' own preparations are not what is measured.
-    warm_up = Settings(None, 0, 64, settings.device, 1, settings.threads)
+    warm_up = Settings(None, 0, 64, settings.device, settings.threads)
     quantize_group(case.shrunk(64), name, range(1), warm_up, Done())
-    numbers = count()
+    largest = max(case.shapes.values(), key=lambda shape: shape[0] * shape[1] + shape[1] ** 2)
+    done = Done()
     started = time.perf_counter()
-
-    def work(_: int) -> Done:
-        done = Done()
-        while time.perf_counter() - started < settings.seconds or not done.experts:
-            first = next(numbers) * settings.group
-            if first >= most:
-                break
-            group = range(first, min(first + settings.group, most))
-            quantize_group(case, name, group, settings, done)
+    for group in batches(range(most), *largest, 1, settings.device):
+        quantize_group(case, name, group, settings, done)
         done.seconds = time.perf_counter() - started
-        return done
-
-    with ThreadPoolExecutor(settings.workers) as pool:
-        workers = [done for done in pool.map(work, range(settings.workers)) if done.experts]
-    experts = sum(done.experts for done in workers)
-    # Workers end at different times: each has its own rate.
-    rate = sum(done.experts * case.weights / done.seconds for done in workers)
-    spent = sum(done.seconds for done in workers)
-    shares = {
-        phase: round(sum(done.phases[phase] for done in workers) / spent, 3)
-        for phase in workers[0].phases
-    }
+        if done.seconds > settings.seconds:
+            break
+    rate = done.experts * case.weights / done.seconds
+    shares = {phase: round(spent / done.seconds, 3) for phase, spent in done.phases.items()}
     result: dict[str, Any] = {
         "layer": case.name,
         "recipe": name,
-        "experts": experts,
+        "experts": done.experts,
         "experts_of_the_layer": case.experts,
-        "weights": experts * case.weights,
-        "seconds": round(max(done.seconds for done in workers), 1),
+        "weights": done.experts * case.weights,
+        "seconds": round(done.seconds, 1),
         "shares": shares,
-        "bits_per_weight": 8 * sum(d.stored_bytes for d in workers) / (experts * case.weights),
+        "bits_per_weight": 8 * done.stored_bytes / (done.experts * case.weights),
         "gparam_per_hour": rate * 3600 / 1e9,
         "hours_for_1.6T": PARAMETERS / rate / 3600,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -231,14 +211,12 @@ def save(settings: Settings, results: list[dict[str, Any]]) -> None:
     """Beside what was measured on another device."""
     path = report.RESULTS / "quantize_scale.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    hardware = "processor"
+    machine = report.machine()
     if settings.device != "cpu":
-        hardware = torch.cuda.get_device_name(settings.device)
+        machine["device"] = torch.cuda.get_device_name(settings.device)
     runs[settings.device] = {
-        "hardware": hardware,
-        "machine": report.machine(),
+        "machine": machine,
         "threads": settings.threads,
-        "experts_in_a_batch": settings.group,
         "tokens_per_expert": settings.tokens,
         "lambda": LAMBDA,
         "results": results,
@@ -254,7 +232,6 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="that an expert is given")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--group", type=int, help="experts in a batch; by default 1, on cuda 16")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, to try this out")
     options = parser.parse_args()
@@ -263,7 +240,6 @@ def main() -> None:
         seconds=options.seconds,
         tokens=options.tokens // options.shrink,
         device=options.device,
-        group=options.group or (1 if options.device == "cpu" else 16),
         threads=options.threads,
     )
     results = []

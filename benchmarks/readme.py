@@ -84,7 +84,7 @@ def quality(models: dict[str, Any]) -> str:
         for label, record in files.items():
             baseline = files.get("qmoe, few" if "few" in label else "qmoe", {})
             if "bits" not in record or "bits" not in baseline:
-                rows.append([f"{model}, {label}", "not reached", *[""] * 5])
+                rows.append([f"{model}, {label}", "not reached", *[""] * 6])
                 continue
             error = record["output_error"]["geometric_mean"]
             rows.append(
@@ -96,13 +96,31 @@ def quality(models: dict[str, Any]) -> str:
                     f"{record['kl']:.6f}",
                     f"{record['kl'] / baseline['kl']:.2f} ×",
                     f"{error / baseline['output_error']['geometric_mean']:.2f} ×",
+                    f"{record['seconds']:.0f} ({record['quantizer_seconds']:.0f})",
                 ]
             )
     return table(
-        "model, recipe | bits a weight, total | zeros | loss gap, nats | KL | KL to qmoe | "
-        "output error to qmoe",
+        "model, recipe | bits per weight, total | zeros | loss gap, nats | KL | KL / qmoe's | "
+        "output error / qmoe's | seconds (quantizer)",
         rows,
     )
+
+
+def targets(models: dict[str, Any]) -> str:
+    """What the project set out to reach, and whether it did."""
+    rows = []
+    for model, found in models.items():
+        for check in found["checks"]:
+            least = f"{check['least']:g} to " if "least" in check else "at most "
+            value = "cannot be told" if check["value"] is None else f"{check['value']:.3g}"
+            rows.append(
+                [
+                    f"{model}: {check['what']}",
+                    f"{least}{check['most']:g}",
+                    value if check["reached"] else f"**{value}, missed**",
+                ]
+            )
+    return table("what | target | reached", rows)
 
 
 def speeds_of_models(results: list[dict[str, Any]]) -> str:
@@ -114,7 +132,7 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
             ratio = result.get("speed_to_bf16", {}).get(way)
             rows.append(
                 [
-                    f"{result['case']}, {way}",
+                    f"{result['case']}, {way.replace('qmoe', 'compressed,')}",
                     f"{result['expert_weights'] / 1e9:.2f} G",
                     f"{median['load_seconds']:.1f} s",
                     f"{median['prefill_seconds'] * 1e3:.0f} ms",
@@ -139,7 +157,7 @@ def scale(run: dict[str, Any]) -> str:
         ]
         for result in run["results"]
     ]
-    return table("layer, recipe | Gparam/h | 1.6 T in | peak memory", rows)
+    return table("layer, recipe | Gparam/h | time for 1.6 T | peak memory", rows)
 
 
 def results(*names: str) -> list[dict[str, Any]]:
@@ -163,7 +181,7 @@ def main_figures() -> str:
     ratios = codec["ratios"][f"iid 0.885, {FAST}"]
     rows = [
         [
-            "bits a weight in all, 88.5 % zeros, 3072 wide",
+            "bits per weight in all, 88.5 % zeros, 3072 wide",
             f"{schemes[FAST]['total']:.3f}",
             f"{schemes[QMOE]['total']:.3f}: QMoE's dictionary",
         ],
@@ -185,12 +203,14 @@ def main_figures() -> str:
         ours, qmoe, rtn = (files[label] for label in ("rd at qmoe's", "qmoe", "rtn"))
         rows.append(
             [
-                f"{model} at {ours['bits']:.2f} bits: KL(bf16 ‖ file), nats a token",
+                f"{model} at {ours['bits']:.2f} bits: KL(bf16 ‖ file), nats per token",
                 f"{ours['kl']:.5f}",
                 f"{qmoe['kl']:.5f}: QMoE's recipe; {rtn['kl']:.5f}: rounding, "
                 f"{rtn['bits']:.2f} bits",
             ]
         )
+        gaps = [f"{each['loss_gap']:+.4f} ± {each['loss_gap_error']:.4f}" for each in (ours, qmoe)]
+        rows.append(["its loss above that of bf16", gaps[0], f"{gaps[1]}: QMoE's recipe"])
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
     for what, key, digits, unit in [
@@ -203,9 +223,9 @@ def main_figures() -> str:
 From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["cores"]} cores.
 [benchmarks/README.md](benchmarks/README.md) has all figures, those where we are behind included.
 
-{table("what | `.qmoe` | beside it", rows)}
+{table("what | `.qmoe` | compared with", rows)}
 
-![KL, loss gap and output error against bits a weight](benchmarks/results/quantize.png)
+![KL, loss gap and output error against bits per weight](benchmarks/results/quantize.png)
 """
 
 
@@ -231,14 +251,15 @@ def all_figures() -> str:
 # Figures
 
 Measured by the scripts in this folder on a shared machine with {codec["machine"]["cores"]} cores;
-processor and versions stand in `results/*.json`. Speeds vary by a third from run to run. This text
-is made by `python -m benchmarks.readme`.
+processor and versions are in `results/*.json`. Speeds vary by a third from run to run. This text is
+made by `python -m benchmarks.readme`.
 
 ## Codec
 
-Bits a weight (`python -m benchmarks.codec`). *Payload* is codewords and signs; *total* adds
-lengths, offsets, two bf16 scales a row, the dictionary and alignment. zstd is level 19 over the
-better of 2-bit and base-3 packing; QMoE is its published dictionary and greedy parse.
+Bits per weight (`python -m benchmarks.codec`). *Payload* is codewords and signs; *total* adds
+lengths, offsets, two bf16 scales a row, the dictionary and alignment. `fast` and `size` are the
+profiles of `qmoe convert`: codewords of 12 and of 16 bits. zstd is level 19 over the better of
+2-bit and base-3 packing; QMoE is its published dictionary and greedy parse.
 
 {sizes(codec["sizes"])}
 
@@ -257,20 +278,28 @@ index, that expert and its dictionary (`python -m benchmarks.opening`). Converti
 
 ## Quantizer
 
-What conversion loses (`python -m benchmarks.quantize`), on two small models that were really
-trained, all of the calibration text and all of the evaluation text: the gap of the cross-entropy to
-the bf16 checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is
-of each expert's matrix on held-out tokens, its geometric mean. `qmoe` is the QMoE paper's recipe,
-*few* means 40 sequences of calibration text; `rd` was asked for the bits that `qmoe` came to.
+What conversion loses (`python -m benchmarks.quantize`), on two small trained models, all of the
+calibration text and all of the evaluation text: the gap of the cross-entropy to the bf16
+checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is the
+geometric mean over the experts of each matrix's error on held-out tokens. `qmoe` is the QMoE
+paper's recipe; `rd`, ours, was asked for the bits that `qmoe` came to, and for others; *few* means
+40 sequences of calibration text. *Special tokens masked* is `--mask-special-tokens`, as the paper
+does: nothing then keeps what the model makes of these tokens, so it is not the default.
+
+Seconds are those of the whole conversion, and of the quantizer in it; only those of `rtn`, `qmoe`
+and "at qmoe's" are of conversions on their own, the others take over what those measured before
+they began.
 
 {quality(quantize["models"])}
 
-![KL, loss gap and output error against bits a weight](results/quantize.png)
+{targets(quantize["models"])}
+
+![KL, loss gap and output error against bits per weight](results/quantize.png)
 
 Quantising experts of the size of switch-c-2048's, and of a modern gated model's (7168 × 2048), on
-{threads} core, without running the model (`python -m benchmarks.quantize_scale`). The paper's 1.6 T
-parameters took 16 hours on one A6000, 100 Gparam/h; `rd` at that size needs a GPU, where it has not
-run yet.
+{threads} core{"s" if threads > 1 else ""}, without running the model
+(`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
+100 Gparam/h; `rd` at that size needs a GPU, where it has not run yet.
 
 {scale(large["runs"]["cpu"])}
 
@@ -278,7 +307,8 @@ run yet.
 
 On the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
 at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
-two trained models', weights are random; memory counts the mapped pages of the file.
+two trained models', weights are random; memory counts the mapped pages of the file; *compressed* is
+this package's runtime, fp32 or bf16 the type of activations and of what is not compressed.
 
 {speeds_of_models(runtime["results"])}
 

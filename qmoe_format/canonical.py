@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qmoe_format import limits
+from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 _FORBIDDEN = re.compile(rb"[^\x20-\x5b\x5d-\x7e]")
 _CHUNK = 1 << 20

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Bytes = npt.NDArray[np.uint8]
+"""Read-only uint8 [n]: a stretch of a file."""
+
 # SPEC.md section 3.3. The numpy type holds an element's bits; only BF16 and F8_* are not numbers.
 STORAGE: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)

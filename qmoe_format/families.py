@@ -215,7 +215,9 @@ def wiring(config: Mapping[str, Any]) -> Wiring:
     name = config.get(key, default)
     if name not in ACT2FN:
         raise QMoEError(
-            "checkpoint", f"config.json: {key!r} is {name!r}, no activation that transformers knows"
+            "checkpoint",
+            f"config.json: {key!r} is {name!r}, no activation that transformers knows; update "
+            "transformers, or convert without calibration text",
         )
     activation: Callable[[Tensor], Tensor] = ACT2FN[name]
 

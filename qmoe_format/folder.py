@@ -33,15 +33,19 @@ _IMPORT_FIRST = "for its compressed experts, import qmoe_format.runtime before t
 
 
 def read_config(file: QMoEFile | ShardedFile) -> dict[str, Any]:
-    """The attached ``config.json``; ``QMoEError``: ``not-found``, ``checkpoint``."""
+    """The attached ``config.json``.
+
+    Raises ``QMoEError``: ``not-found``, ``checkpoint``; the codes of reading.
+    """
     if CONFIG not in file.attachments:
         raise QMoEError(
             "not-found",
             f"{file.path}: has no {CONFIG} attached, so nobody knows which model it is; convert "
             "the whole folder of the checkpoint",
         )
+    text = file.attachment(CONFIG)
     try:
-        config = json.loads(file.attachment(CONFIG))
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise QMoEError("checkpoint", f"{file.path}: {CONFIG} is not JSON ({error})") from error
     if not isinstance(config, dict):

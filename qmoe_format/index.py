@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import canonical, limits
-from qmoe_format.dtypes import STORAGE
+from qmoe_format.codec.dictionary import SIGN_MODES
+from qmoe_format.dtypes import STORAGE, Bytes
 from qmoe_format.encodings import ENCODINGS
 from qmoe_format.entries import (
     NO_PARAMETERS,
@@ -24,7 +25,6 @@ from qmoe_format.entries import (
     TensorEntry,
 )
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 _TOP = {"attachments": list, "dictionaries": list, "generator": str, "tensors": list}
 _ATTACHMENT = {"bytes": int, "encoding": str, "extent": int, "name": str}
@@ -223,7 +223,7 @@ def _dictionary(record: Any) -> DictionaryEntry:
     limits.check("width of a dictionary", record["width"], *limits.WIDTH)  # [D-1]
     limits.check("max_length of a dictionary", record["max_length"], *limits.ENTRY_LENGTH)
     limits.check("max_nonzeros of a dictionary", record["max_nonzeros"], 0, limits.ENTRY_NONZEROS)
-    if record["signs"] not in ("plane", "codeword"):  # [D-1]
+    if record["signs"] not in SIGN_MODES:  # [D-1]
         raise QMoEError("malformed", f"signs of a dictionary are {record['signs'][:80]!r}")
     return DictionaryEntry(
         size=record["bytes"], **{key: value for key, value in record.items() if key != "bytes"}

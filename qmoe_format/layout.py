@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import limits
+from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 # 0x8F exposes a 7-bit channel, CR LF a change of line ends, control-Z stops a listing.
 SIGNATURE = b"\x8fQMOE\r\n\x1a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qmoe_format.codec.dictionary import MAX_LENGTH, MAX_NONZEROS, MAX_WIDTH, MIN_WIDTH
 from qmoe_format.errors import QMoEError
 
 INTEGER = 2**53 - 1  # any integer of the index ([J-2]); length of a file; bytes of a tensor
@@ -15,9 +16,9 @@ DIMENSIONS = 8
 DIMENSION = 2**40
 MATRIX_SIDE = 2**31 - 1
 SEGMENT_BYTES = 2**32 - 1
-WIDTH = (8, 16)
-ENTRY_LENGTH = (1, 255)
-ENTRY_NONZEROS = 16
+WIDTH = (MIN_WIDTH, MAX_WIDTH)
+ENTRY_LENGTH = (1, MAX_LENGTH)
+ENTRY_NONZEROS = MAX_NONZEROS
 GROUP_SIZE = 2**31 - 1
 ROWS_PER_SEGMENT = (1, 2**31 - 1)
 ZSTD_WINDOW = 2**27

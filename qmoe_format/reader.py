@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec
+from qmoe_format.dtypes import Bytes
 from qmoe_format.encodings import TERNARY_DICT, Dictionaries, encoding_of
 from qmoe_format.encodings.ternary_dict import HEADER_LENGTH, counts
 from qmoe_format.entries import AttachmentEntry, Item, TensorEntry
@@ -26,7 +27,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.index import Index, parse_index
 from qmoe_format.layout import ALIGNMENT, PREAMBLE_LENGTH, ExtentTable, Preamble, align
 from qmoe_format.located import located
-from qmoe_format.source import Bytes, ByteSource
+from qmoe_format.source import ByteSource
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix

@@ -7,6 +7,7 @@ tensors' bytes, so streaming takes a few lines. Needs numpy only.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,8 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        count = STORAGE[self.dtype].itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        """Bytes of all elements."""
+        return math.prod(self.shape) * STORAGE[self.dtype].itemsize
 
 
 def write_sharded(

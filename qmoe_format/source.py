@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
-
-Bytes = npt.NDArray[np.uint8]
-"""Read-only uint8 [n]: a stretch of a file."""
 
 
 class ByteSource(Protocol):

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,9 @@ from qmoe_format.safetensors_writer import (
 
 if TYPE_CHECKING:
     from qmoe_format import QMoEFile, ShardedFile
+    from qmoe_format.reader import Progress
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-Progress = Callable[[int, int], None]
 
 
 def unpack(
@@ -63,7 +62,7 @@ def unpack(
         QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` is there;
             ``duplicate`` if two tensors or files would have one name.
             ``not-found`` if there is no folder above, or ``config.json`` is needed and not
-            attached; ``io``.
+            attached; ``checkpoint`` if it is needed and is not JSON; ``io``.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- "folder/.." has a name, too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -112,9 +111,9 @@ def unpack(
 
 def _tensors(file: QMoEFile | ShardedFile, stacks: bool) -> Iterator[OutputTensor]:
     """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
-
     threads = cores()
-    transposed = _transposed(file)
+    fused = any(entry.stack and not entry.members for entry in file.tensors.values())
+    transposed = stacks and fused and _transposed(file)
 
     def whole(name: str) -> Iterator[npt.NDArray[Any]]:
         yield file.read(name, threads)
@@ -143,8 +142,14 @@ def _tensors(file: QMoEFile | ShardedFile, stacks: bool) -> Iterator[OutputTenso
 
 
 def _transposed(file: QMoEFile | ShardedFile) -> bool:
-    """Whether the checkpoint's own tensors of many experts are ``[experts, in, out]``."""
+    """Whether the checkpoint's own tensors of many experts are ``[experts, in, out]``.
+
+    Not without ``config.json`` or for a family that is not known: such a file is no conversion's.
+    """
+    if CONFIG not in file.attachments:
+        return False
+    config = read_config(file)
     try:
-        return adapter_for(read_config(file)).transposed
-    except QMoEError:  # of no family that is known
+        return adapter_for(config).transposed
+    except QMoEError:
         return False

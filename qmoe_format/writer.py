@@ -1,20 +1,17 @@
 """Writing ``.qmoe`` files: one pass, in bounded memory, whole or not at all.
 
-Tensors go to the disk as they come. What stays in memory is 12 bytes an extent, the entries of the
-index, and the dictionaries of the stack being written.
+``Writer`` decides what may be written, in which order and under which names; the bytes of each file
+are ``file_writer``'s affair.
 """
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
-import zlib
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,24 +19,13 @@ import numpy.typing as npt
 from qmoe_format import canonical, codec, limits
 from qmoe_format._version import __version__
 from qmoe_format.dtypes import STORAGE
-from qmoe_format.encodings import ENCODINGS, RAW, ZSTD, Encoding
+from qmoe_format.encodings import ENCODINGS, ZSTD, Encoding
 from qmoe_format.entries import Item, Parameter
 from qmoe_format.errors import QMoEError
-from qmoe_format.index import check_file_name, dump_index, parse_tensor
-from qmoe_format.layout import (
-    ALIGNMENT,
-    PREAMBLE_LENGTH,
-    RECORD_LENGTH,
-    ExtentTable,
-    Preamble,
-    align,
-)
+from qmoe_format.file_writer import FileWriter, check_limit
+from qmoe_format.index import check_file_name, parse_tensor
 from qmoe_format.partial import PartialFile, check_target, sync_folder
 from qmoe_format.shards import Shard, dump_shards
-
-if TYPE_CHECKING:
-    from qmoe_format.codec import Dictionary
-
 
 Value: TypeAlias = npt.NDArray[Any] | codec.EncodedMatrix
 
@@ -79,18 +65,20 @@ class Writer:
         self._stem = file_stem(self._target)
         if shard_bytes is not None:
             if shard_bytes < 1:
-                raise QMoEError("argument", f"shards of {shard_bytes} bytes cannot be written")
+                raise QMoEError(
+                    "argument", f"shards of {shard_bytes} bytes cannot be written: give 1 or more"
+                )
             with _as_argument("shards take their names from the path"):
                 check_file_name(f"{self._stem}-00001-of-00001.qmoe")
         canonical.dumps(generator)
         self._generator = generator
         self._names: set[str] = set()
         self._attached: set[str] = set()
-        self._full: list[_File] = []
+        self._full: list[FileWriter] = []
         self._stack: StackWriter | None = None
         self._state = "open"
         self._files: list[Path] = []
-        self._file = _File(self._target)
+        self._file = FileWriter(self._target)
 
     def __enter__(self) -> Writer:
         return self
@@ -162,7 +150,7 @@ class Writer:
             raise QMoEError(
                 "duplicate", f"attachment {name!r} is in {self._target} already: rename it"
             )
-        _check_limit(self._target, "attachments", len(self._attached) + 1, limits.ENTRIES)
+        check_limit(self._target, "attachments", len(self._attached) + 1, limits.ENTRIES)
         content = np.frombuffer(data, np.uint8)
         with _Step(self):
             extent, coder = self._file.put_smallest(ZSTD, content, Item("U8", content.shape))
@@ -221,7 +209,7 @@ class Writer:
 
     def _check_open(self) -> None:
         if self._state != "open":
-            raise QMoEError("argument", f"the writer of {self._target} is {self._state}")
+            raise self._closed()
         if self._stack is not None:
             raise QMoEError(
                 "argument",
@@ -229,10 +217,18 @@ class Writer:
                 "experts: append the others first",
             )
 
+    def _closed(self) -> QMoEError:
+        return QMoEError(
+            "argument", f"the writer of {self._target} is {self._state}: open a new Writer"
+        )
+
     def _check_tensor(self, record: dict[str, Any]) -> Item:
         """By the rules of a reader; returns what one extent is to hold."""
         if record["dtype"] not in STORAGE:
-            raise QMoEError("argument", f"there is no element type {record['dtype']!r}")
+            raise QMoEError(
+                "argument",
+                f"there is no element type {record['dtype']!r}: take one of {', '.join(STORAGE)}",
+            )
         with _as_argument("it cannot be written"):
             entry = parse_tensor(record)
         canonical.dumps(record)
@@ -240,7 +236,7 @@ class Writer:
             raise QMoEError(
                 "duplicate", f"tensor {entry.name!r} is in {self._target} already: rename it"
             )
-        _check_limit(self._target, "tensors", len(self._names) + 1, limits.ENTRIES)
+        check_limit(self._target, "tensors", len(self._names) + 1, limits.ENTRIES)
         return entry.item
 
     def _put_first(
@@ -256,7 +252,7 @@ class Writer:
                 # Closed now: a shard that waits for its name needs no open file.
                 self._file.close(self._generator)
                 self._full.append(self._file)
-                self._file = _File(self._target)
+                self._file = FileWriter(self._target)
                 self._file.put_smallest(coder, value, item)
         return used
 
@@ -301,9 +297,13 @@ class StackWriter:
         """Write the next expert: an array in storage form, or an ``EncodedMatrix``."""
         writer = self._writer
         if self.count == self.experts:
-            raise QMoEError("argument", f"stack {self.name!r} has all its {self.experts} experts")
+            raise QMoEError(
+                "argument",
+                f"stack {self.name!r} has all its {self.experts} experts: declare more experts in "
+                "the shape",
+            )
         if writer._state != "open":
-            raise QMoEError("argument", f"the writer of {writer._target} is {writer._state}")
+            raise writer._closed()
         record = self._record
         if self.count == 0:
             for key, asked in self._coder.parameters_of(value).items():
@@ -330,160 +330,15 @@ class StackWriter:
         if self.count != self.experts:
             self._writer._fail()
             raise QMoEError(
-                "argument", f"stack {self.name!r} got {self.count} of {self.experts} experts"
+                "argument",
+                f"stack {self.name!r} got {self.count} of {self.experts} experts: append all, or "
+                "declare fewer in the shape",
             )
 
 
 def file_stem(path: Path) -> str:
     """What the names of the files beside it begin with: its own name without suffix."""
     return path.name.removesuffix(".json").removesuffix(".qmoe")
-
-
-class _File:
-    """One file in the making: its extents and what the index will say."""
-
-    def __init__(self, target: Path) -> None:
-        self.partial = PartialFile(target)
-        self.lengths = array("Q")
-        self.crc32 = array("I")
-        self.records: list[dict[str, Any]] = []
-        self.attachments: list[dict[str, Any]] = []
-        self.preamble_crc32 = 0
-        self._end = PREAMBLE_LENGTH  # of the last extent
-        self._dictionaries: list[dict[str, Any]] = []
-        self._numbers: dict[bytes, int] = {}
-        # A dictionary that turns up inside a stack waits until the stack's extents are together.
-        self._waiting: list[Dictionary] = []
-        self._index_bytes = 0
-        self._closed = False
-        try:
-            self.partial.write(bytes(PREAMBLE_LENGTH))
-        except BaseException:
-            self.partial.discard()
-            raise
-
-    def put(self, coder: Encoding, value: Any, item: Item) -> int:
-        """Write one extent; returns its number."""
-        return self._put(coder, value, item, smallest=False)[0]
-
-    def put_smallest(self, coder: Encoding, value: Any, item: Item) -> tuple[int, Encoding]:
-        """``put``, but ``raw`` where ``zstd`` saves nothing; returns what was taken, too."""
-        return self._put(coder, value, item, smallest=True)
-
-    def _put(self, coder: Encoding, value: Any, item: Item, smallest: bool) -> tuple[int, Encoding]:
-        number = len(self.lengths)
-        _check_limit(self.partial.target, "extents", number + 1, limits.EXTENTS)
-        extent = _Extent(self, align(self._end, ALIGNMENT))
-        coder.encode(value, item, extent)
-        if smallest and coder is ZSTD and extent.length >= item.size:
-            extent.restart()
-            coder = RAW
-            coder.encode(value, item, extent)
-        self._end = extent.start + extent.length
-        _check_limit(self.partial.target, "bytes", self._end, limits.INTEGER)
-        self.lengths.append(extent.length)
-        self.crc32.append(extent.crc32)
-        return number, coder
-
-    def add_record(self, record: dict[str, Any], extents: int) -> None:
-        """Note a tensor whose extents are the last ones, and write the dictionaries that waited."""
-        first = len(self.lengths) - extents if extents else 0
-        self.records.append(record | {"extent": first})
-        self._index_bytes += len(canonical.dumps(record)) + 8
-        for dictionary in self._waiting:
-            tree = np.frombuffer(dictionary.tree, np.uint8)
-            extent, coder = self.put_smallest(ZSTD, tree, Item("U8", tree.shape))
-            entry = {
-                "bytes": tree.size,
-                "encoding": coder.name,
-                "extent": extent,
-                "max_length": dictionary.max_length,
-                "max_nonzeros": dictionary.max_nonzeros,
-                "signs": dictionary.signs,
-                "width": dictionary.width,
-            }
-            self._dictionaries.append(entry)
-            self._index_bytes += len(canonical.dumps(entry)) + 1
-        self._waiting.clear()
-
-    def dictionary_number(self, dictionary: Dictionary) -> int:
-        key = hashlib.sha256(dictionary.tree).digest()
-        key += f"{dictionary.width} {dictionary.signs}".encode()
-        if key not in self._numbers:
-            count = len(self._numbers) + 1
-            _check_limit(self.partial.target, "dictionaries", count, limits.ENTRIES)
-            self._numbers[key] = count - 1
-            self._waiting.append(dictionary)
-        return self._numbers[key]
-
-    def expected_length(self, experts: int, index_bytes: int) -> int:
-        """Of the file, if it ended after a stack of which the first expert was just written."""
-        extents = len(self.lengths) - 1 + experts
-        last = self.lengths[-1]
-        stack = experts * align(last, ALIGNMENT)
-        trees = sum(align(len(each.tree), ALIGNMENT) for each in self._waiting)
-        index = self._index_bytes + index_bytes + RECORD_LENGTH * extents + 256
-        return align(self._end - last, ALIGNMENT) + stack + trees + index
-
-    def mark(self) -> tuple[int, int, int]:
-        """Where ``undo`` may come back to; only between tensors."""
-        return len(self.lengths), self._end, len(self._numbers)
-
-    def undo(self, mark: tuple[int, int, int]) -> None:
-        """Forget the extents since ``mark``."""
-        extents, self._end, dictionaries = mark
-        del self.lengths[extents:], self.crc32[extents:]
-        self._numbers = {key: n for key, n in self._numbers.items() if n < dictionaries}
-        self._waiting.clear()
-        self.partial.truncate(self._end)
-
-    def close(self, generator: str) -> None:
-        """Write the index, then the preamble, and make all of it durable."""
-        if self._closed:
-            return
-        text = dump_index(generator, self.records, self.attachments, self._dictionaries)
-        _check_limit(self.partial.target, "bytes of index", len(text), limits.INDEX_LENGTH[1])
-        table = ExtentTable.to_bytes(
-            np.frombuffer(self.lengths, np.uint64), np.frombuffer(self.crc32, np.uint32)
-        )
-        offset = align(self._end, ALIGNMENT)
-        tail = text + bytes(align(len(text), 8) - len(text)) + table
-        self.partial.write(bytes(offset - self._end))
-        self.partial.write(tail)
-        preamble = Preamble(
-            extent_count=len(self.lengths),
-            file_length=self.partial.length,
-            index_offset=offset,
-            index_length=len(text),
-            index_crc32=zlib.crc32(tail),
-        ).to_bytes()
-        self.preamble_crc32 = int.from_bytes(preamble[-4:], "little")
-        self.partial.overwrite(preamble)
-        self.partial.seal()
-        self._closed = True
-
-
-class _Extent:
-    """The ``Sink`` of one extent."""
-
-    def __init__(self, file: _File, start: int) -> None:
-        self._file = file
-        self.start = start
-        self.length = 0
-        self.crc32 = 0
-        file.partial.write(bytes(start - file.partial.length))
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.partial.write(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.length = self._file.partial.length - self.start
-
-    def restart(self) -> None:
-        self._file.partial.truncate(self.start)
-        self.length = self.crc32 = 0
-
-    def dictionary_number(self, dictionary: Dictionary) -> int:
-        return self._file.dictionary_number(dictionary)
 
 
 class _Step:
@@ -523,15 +378,6 @@ class _as_argument:
         if isinstance(error, QMoEError):
             code = "argument" if error.code == "malformed" else error.code
             raise QMoEError(code, f"{error}: {self._advice}") from error
-
-
-def _check_limit(target: Path, what: str, number: int, most: int) -> None:
-    if number > most:  # [L-1]
-        raise QMoEError(
-            "limit",
-            f"{number} {what} are more than the {most} a file may have, {target}: write shards, "
-            "or fewer and larger tensors",
-        )
 
 
 def _encoding(name: str) -> Encoding:

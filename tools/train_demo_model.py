@@ -233,7 +233,7 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         f"Loss on the held-out chapters, in passages of {PASSAGE} tokens of which the first",
         f"{TEST_PROMPT} are the prompt: nats a token after the prompt.",
         "",
-        "| experts | bits a weight | loss |",
+        "| experts | bits per weight | loss |",
         "|---|---|---|",
         *(f"| {name} | {bits:.3f} | {score:.3f} |" for name, bits, score in scores),
         "",

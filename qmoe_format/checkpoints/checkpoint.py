@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qmoe_format.checkpoints.registry import adapter_for
 from qmoe_format.checkpoints.stacks import ExpertStack, TensorInfo, find_stacks
 from qmoe_format.errors import QMoEError
+from qmoe_format.index import check_file_name
 
 if TYPE_CHECKING:
     from types import EllipsisType
@@ -170,11 +170,17 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return [found], {}
     listed = _read_json(found).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise QMoEError("checkpoint", f"{found}: has no 'weight_map' of tensors to files")
+        raise QMoEError(
+            "checkpoint",
+            f"{found}: has no 'weight_map' of tensors to files; fetch the checkpoint again",
+        )
     suffix = Path(found.name.removesuffix(".index.json")).suffix
     for file in listed.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
-            raise QMoEError("checkpoint", f"{found}: {file!r} is no name of a {suffix} file")
+            raise QMoEError(
+                "checkpoint",
+                f"{found}: {file!r} is no name of a {suffix} file; fetch the checkpoint again",
+            )
     return [folder / file for file in sorted(set(listed.values()))], listed
 
 
@@ -184,16 +190,20 @@ def _attachments(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.suffix in ATTACHED_SUFFIXES
         and not path.name.endswith(".index.json")
+        # The reports of conversions (``conversion.report``), should they go into this folder.
+        and not path.name.endswith("quality.json")
         and not path.name.startswith(".")
         and path.is_file()
     ]
     for path in paths:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
+        try:
+            check_file_name(path.name)
+        except QMoEError as error:
             raise QMoEError(
                 "checkpoint",
                 f"{path}: a file that is attached may have only A-Z a-z 0-9 . _ - in its name; "
                 "rename or move it",
-            )
+            ) from error
         if path.stat().st_size > MAX_ATTACHMENT_BYTES:
             raise QMoEError(
                 "checkpoint",

@@ -98,7 +98,9 @@ class TorchShard:
                 for name, tensor in state.items()
             ):
                 raise QMoEError(
-                    "checkpoint", f"{self.path}: holds something else than tensors by name"
+                    "checkpoint",
+                    f"{self.path}: holds something else than tensors by name; fetch the "
+                    "checkpoint again",
                 )
             self._state = state
         return self._state

@@ -6,6 +6,7 @@ and refuses every checkpoint in which an expert is missing or would be left unqu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,10 +31,8 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Their number; 1 for a tensor without dimensions."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +204,8 @@ def _expected_counts(
     configured = config[key] if key else None
     if key and (type(configured) is not int or configured < 1):
         raise QMoEError(
-            "checkpoint", f"config.json: {key!r} is {configured!r}, not a positive number"
+            "checkpoint",
+            f"config.json: {key!r} is {configured!r}, not a positive number; correct config.json",
         )
     for head, routed in routers.items():
         if key and configured != routed:
@@ -270,7 +270,7 @@ def _check_count(name: str, count: int, expected: int) -> None:
         raise QMoEError(
             "checkpoint",
             f"{name!r}: there are {count} experts, but the number in config.json, or the router, "
-            f"says {expected}",
+            f"says {expected}; correct config.json",
         )
 
 
@@ -278,8 +278,8 @@ def _check_matrices(info: TensorInfo, dimensions: int) -> None:
     if len(info.shape) != dimensions:
         raise QMoEError(
             "checkpoint",
-            f"tensor {info.name!r} has shape {list(info.shape)}, which is none of "
-            f"{'matrices' if dimensions == 3 else 'a matrix'}",
+            f"tensor {info.name!r} has shape {list(info.shape)}, but an expert has to be a matrix: "
+            "2 dimensions, or 3 if all experts are in one tensor",
         )
     if info.dtype not in EXPERT_DTYPES:
         raise QMoEError(

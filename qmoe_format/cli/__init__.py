@@ -21,6 +21,7 @@ from qmoe_format._version import __version__
 from qmoe_format.checkpoints import ADAPTERS
 from qmoe_format.cli import commands
 from qmoe_format.cli.text import natural, parse_size, positive, positive_real
+from qmoe_format.codec import PROFILES
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import RECIPES
 
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--profile",
         default="fast",
-        choices=("fast", "size"),
+        choices=PROFILES,
         help="decoding speed (default), or a per cent or two smaller",
     )
     command.add_argument(
@@ -117,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--force",
         action="store_true",
-        help="replace DST if it is there, and without --resume drop what was begun",
+        help="replace DST if it exists; without --resume also discard unfinished work",
     )
     group = command.add_argument_group(
-        "calibration", "run the model on some text, and quantise each expert for what it is given"
+        "calibration", "run the model on text, and fit each expert to the tokens routed to it"
     )
     group.add_argument(
         "--calibration",
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--token-cap",
         type=positive_real,
         metavar="X",
-        help="of an expert's tokens use at most X times the experts' mean (default: 4)",
+        help="use at most X times the mean number of tokens per expert (default: 4)",
     )
     group.add_argument(
         "--mask-special-tokens",
@@ -146,20 +147,21 @@ def _parser() -> argparse.ArgumentParser:
         "--bits-per-weight",
         type=positive_real,
         metavar="BITS",
-        help="how large the experts are to be, such as 0.8, scales and dictionaries included",
+        help="how large the experts should be, such as 0.8, scales and dictionaries included",
     )
     size.add_argument(
         "--lambda",
         dest="rate_lambda",
         type=positive_real,
         metavar="X",
-        help="what a bit must save, as a share of a mean expert's output, instead",
+        help="instead of a size: the error that a bit must save, relative to a typical expert's "
+        "output (default: 0.05)",
     )
     group.add_argument(
         "--device", metavar="NAME", help="where torch computes, such as cuda (default: cpu)"
     )
     group.add_argument(
-        "--resume", action="store_true", help="go on with a conversion that was stopped"
+        "--resume", action="store_true", help="continue a conversion that was stopped"
     )
     command.set_defaults(run=commands.convert)
 
@@ -172,9 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("file", metavar="FILE", type=Path)
     command.add_argument(
-        "--quality", action="store_true", help="show what calibration found each expert to lose"
+        "--quality", action="store_true", help="show the error of each expert on its tokens"
     )
-    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=commands.inspect)
 
     command = subparsers.add_parser(
@@ -222,10 +224,10 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=positive_real,
         metavar="X",
-        help="draw tokens at random, less likely ones the more often the larger X is "
+        help="sample tokens; a larger X favours unlikely ones more "
         "(default: what the model's file says, usually the likeliest token)",
     )
-    command.add_argument("--seed", type=natural, metavar="N", help="of these draws (default: 0)")
+    command.add_argument("--seed", type=natural, metavar="N", help="for sampling (default: 0)")
     _add_model_options(command)
     command.set_defaults(run=commands.generate)
 
@@ -253,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_text_options(command)
     _add_model_options(command)
-    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=commands.evaluate)
 
     command = subparsers.add_parser(
@@ -274,22 +276,20 @@ def _add_text_options(to: argparse._ActionsContainer) -> None:
     to.add_argument(
         "--target-column",
         metavar="NAME",
-        help="that of what an encoder-decoder is to write for each text (default: T5's span "
+        help="key or column of the text that an encoder-decoder should write (default: T5's span "
         "corruption of the text)",
     )
     to.add_argument(
         "--sequence-length",
         type=positive,
         metavar="N",
-        help="tokens the model reads at once (default: 256 for an encoder, otherwise 2048 at "
-        "most); what is longer of a text with a target is left out",
+        help="tokens that the model reads at once (default: 256 for an encoder, otherwise 2048 at "
+        "most); longer texts with a target are truncated",
     )
     to.add_argument(
         "--samples", type=positive, metavar="N", help="sequences to choose (default: all)"
     )
-    to.add_argument(
-        "--seed", type=natural, metavar="N", help="of what is left to chance (default: 0)"
-    )
+    to.add_argument("--seed", type=natural, metavar="N", help="for random choices (default: 0)")
 
 
 def _add_model_options(to: argparse._ActionsContainer) -> None:

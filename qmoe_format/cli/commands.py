@@ -16,17 +16,17 @@ from qmoe_format.machine import cores
 if TYPE_CHECKING:
     from qmoe_format.conversion import Calibration
 
-# Fields of Calibration, and the options that set them.
-CALIBRATION = {
-    "column": "text_column",
-    "target_column": "target_column",
-    "sequence_length": "sequence_length",
-    "samples": "samples",
-    "seed": "seed",
-    "token_cap": "token_cap",
-    "mask_special_tokens": "mask_special_tokens",
-    "device": "device",
-}
+# Fields of Calibration, named like the options that set them.
+CALIBRATION = (
+    "text_column",
+    "target_column",
+    "sequence_length",
+    "samples",
+    "seed",
+    "token_cap",
+    "mask_special_tokens",
+    "device",
+)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -59,15 +59,12 @@ def convert(options: argparse.Namespace) -> None:
 def _calibration(options: argparse.Namespace) -> Calibration | None:
     from qmoe_format.conversion import Calibration
 
-    given = {
-        name: getattr(options, option)
-        for name, option in CALIBRATION.items()
-        if getattr(options, option) is not None
-    }
+    asked = {name: getattr(options, name) for name in CALIBRATION}
+    given = {name: value for name, value in asked.items() if value is not None}
     if options.calibration is not None:
         return Calibration(options.calibration, **given)
     if given:
-        option = CALIBRATION[next(iter(given))].replace("_", "-")
+        option = next(iter(given)).replace("_", "-")
         raise QMoEError("argument", f"--{option} is about calibration text: give --calibration")
     return None
 

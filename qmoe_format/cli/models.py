@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qmoe_format.conversion import require
 from qmoe_format.errors import QMoEError
+from qmoe_format.optional import require
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -30,7 +30,11 @@ def load_original(folder: Path, model: Any) -> Any:
     try:
         original = kind.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise QMoEError("checkpoint", f"{folder}: transformers cannot load it ({error})") from error
+        raise QMoEError(
+            "checkpoint",
+            f"{folder}: transformers cannot load it ({error}); fetch the original checkpoint "
+            "again, or update transformers",
+        ) from error
     return original.to(model.device).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -15,7 +16,7 @@ INTERVAL = 0.1
 class Progress:
     """Call it with what is done, what there is to do, and perhaps where in the work that is.
 
-    Use it as a context manager. If less is done than before, the clock starts anew.
+    Use it as a context manager. If less is done than before, the clock starts again from there.
 
     ``unit`` is ``B`` for bytes, or what is counted. Writes to stderr, and nothing at all where that
     is no terminal.
@@ -26,26 +27,28 @@ class Progress:
         self._label = label
         self._unit = unit
         self._started = self._shown = time.monotonic()
-        self._done = 0
+        self._done = self._done_at_start = 0
         self._visible = False
         self._enabled = self._stream.isatty()
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None:
         now = time.monotonic()
-        if done < self._done:  # another round
-            self._started = now
+        if done < self._done:  # another round, or some of it again
+            self._started, self._done_at_start = now, done
         self._done = done
         if not self._enabled or now - self._shown < INTERVAL:
             return
         self._shown = now
         elapsed = now - self._started
-        rate = done / elapsed if elapsed else 0
+        rate = (done - self._done_at_start) / elapsed if elapsed else 0
         left = duration((total - done) / rate) if rate else "-:--"
         share = done / total if total else 1
         line = (
             f"{self._label} {share:4.0%}  {self._amount(done)} of {self._amount(total)}  "
             f"{self._amount(rate)}/s  {left} left" + (f"  {stage}" if stage else "")
         )
+        # A longer line would go over to the next one, and stay.
+        line = line[: shutil.get_terminal_size().columns - 1]
         self._stream.write(f"\r{line}\x1b[K")
         self._stream.flush()
         self._visible = True

@@ -33,9 +33,18 @@ def _row(tensor: TensorReport) -> Sequence[str]:
 
 
 def quality_tables(quality: Quality) -> list[str]:
-    """Lines with a row for each stack, then one for each expert that had a fallback."""
-    header = ("stack", "experts", "fallbacks", "tokens", "relative error", "bits/weight")
-    lines = table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
+    """What was asked for and what came of it; then lines with a row for each stack, then one for
+    each expert that had a fallback."""
+    settings, totals = quality["settings"], quality["totals"]
+    asked = {"bits/weight": settings.get("bits_per_weight"), "lambda": settings.get("lambda")}
+    lines = [
+        f"recipe {settings.get('recipe')}, text of SHA-256 {settings.get('text_sha256')}",
+        f"asked for: {', '.join(f'{v:g} {k}' for k, v in asked.items() if v) or 'no size'}; "
+        f"{totals.get('total_bits_per_weight')} bits/weight came out",
+        "",
+    ]
+    header = ("stack", "experts", "fallbacks", "tokens", "damping", "relative error", "bits/weight")
+    lines += table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
     lines += ["", "of each stack's experts: least / mean / most"]
     fallen = [
         (stack["name"], str(number), count(expert["tokens"]), expert["fallback"])
@@ -51,11 +60,13 @@ def quality_tables(quality: Quality) -> list[str]:
 def _quality_row(stack: StackQuality) -> Sequence[str]:
     experts = stack["experts"]
     errors = [each["relative_error"] for each in experts]
+    dampings = [each["damping"] for each in experts]
     return (
         stack["name"],
         str(len(experts)),
         str(sum(each["fallback"] is not None for each in experts)),
         _spread([float(each["tokens"]) for each in experts], count),
+        _spread([damping for damping in dampings if damping is not None], lambda d: f"{d:.3g}"),
         _spread([error for error in errors if error is not None], lambda error: f"{error:.4f}"),
         _spread([each["bits"] for each in experts], lambda bits: f"{bits:.3f}"),
     )

@@ -103,7 +103,11 @@ def fit_dictionary(
     if not 0.0 < zero_fraction < 1.0:
         raise QMoEError("argument", f"zero fraction is {zero_fraction}, not between 0 and 1")
     if not MIN_WIDTH <= width <= MAX_WIDTH or signs not in SIGN_MODES:
-        raise QMoEError("argument", f"no dictionary of width {width} and sign mode {signs!r}")
+        raise QMoEError(
+            "argument",
+            f"no dictionary of width {width} and sign mode {signs!r}; width is {MIN_WIDTH} to "
+            f"{MAX_WIDTH}, signs {' or '.join(SIGN_MODES)}",
+        )
     if not 1 <= max_length <= MAX_LENGTH or not 1 <= (max_nonzeros or 1) <= MAX_NONZEROS:
         raise QMoEError("argument", "entries have 1 to 255 weights and 1 to 16 non-zeros")
     cap = max_nonzeros or MAX_NONZEROS

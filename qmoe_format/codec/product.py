@@ -43,7 +43,7 @@ def matvecs(products: Sequence[Product], threads: int = 1) -> None:
 
 
 def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> Call:
-    from qmoe_format.codec.kernels import BEYOND_X, HAS_MASKS, dot_dense, dot_sparse
+    from qmoe_format.codec.kernels.products import BEYOND_X, HAS_MASKS, dot_dense, dot_sparse
     from qmoe_format.codec.tables import tables
 
     padded = np.zeros(matrix.columns + BEYOND_X, np.float32)
@@ -76,7 +76,7 @@ def matmul(
 
     For small batches: the work grows with tokens x non-zeros. Raises as ``matvec``.
     """
-    from qmoe_format.codec.kernels import dot_tile
+    from qmoe_format.codec.kernels.products import dot_tile
     from qmoe_format.codec.lanes import WIDTH
 
     tokens = x.shape[0] if x.ndim == 2 else -1

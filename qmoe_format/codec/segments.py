@@ -46,14 +46,21 @@ class EncodedTrits:
             raise QMoEError(
                 "argument", f"a segment has at least one row, not {self.rows_per_segment}"
             )
-        held = int(self.lengths.sum(dtype=np.int64)) + self.count * self.length_base
-        if (
-            self.lengths.shape != (self.count,)
-            or self.lengths.dtype not in (np.uint8, np.uint16, np.uint32)
-            or held != self.segment_bytes
-            or self.segments.dtype != np.uint8
-            or self.segments.size < self.segment_bytes + GUARD
-        ):
+        lengths, segments = self.lengths, self.segments
+        if lengths.shape != (self.count,) or lengths.dtype not in (np.uint8, np.uint16, np.uint32):
+            raise QMoEError(
+                "malformed",
+                f"lengths of segments are uint8, uint16 or uint32 [{self.count}], not "
+                f"{lengths.dtype} {list(lengths.shape)}",
+            )
+        if segments.dtype != np.uint8 or segments.size < self.segment_bytes + GUARD:
+            raise QMoEError(
+                "malformed",
+                f"{self.segment_bytes} bytes of segments and {GUARD} guard bytes are uint8, in one "
+                f"array, not {segments.dtype} {list(segments.shape)}",
+            )
+        held = int(lengths.sum(dtype=np.int64)) + self.count * self.length_base
+        if held != self.segment_bytes:
             raise QMoEError(
                 "malformed",
                 f"the lengths of {self.count} segments come to {held} bytes, "
@@ -94,7 +101,7 @@ def encode(
     ``rows_per_segment`` None: as many as come to about 4096 weights (profile ``fast``). Raises
     ``QMoEError``: ``argument`` for another dtype, shape or value.
     """
-    from qmoe_format.codec.kernels import encode_segments
+    from qmoe_format.codec.kernels.encoding import encode_segments
     from qmoe_format.codec.tables import tables
 
     if trits.dtype != np.int8 or trits.ndim != 2:
@@ -159,7 +166,7 @@ def decode(
 
     Raises ``QMoEError``: ``malformed`` or ``padding``, naming the segment.
     """
-    from qmoe_format.codec import kernels
+    from qmoe_format.codec.kernels import decoding
     from qmoe_format.codec.tables import tables
 
     shape = (encoded.rows, encoded.columns)
@@ -174,10 +181,10 @@ def decode(
     if look_up.used < 1 << encoded.dictionary.width:
         span = encoded.rows_per_segment * encoded.columns
         run(
-            kernels.find_unused_codeword, range(encoded.count), threads,
+            decoding.find_unused_codeword, range(encoded.count), threads,
             *arguments[:4], span, flat.size, look_up.steps,
         )  # fmt: skip
-    run(kernels.decode_segments, range(encoded.count), threads, *arguments, totals, flat)
+    run(decoding.decode_segments, range(encoded.count), threads, *arguments, totals, flat)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
         raise QMoEError(
             "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
@@ -187,7 +194,7 @@ def decode(
 
 def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
     """What every decoding kernel takes after the range of segments."""
-    from qmoe_format.codec.kernels import SIGN_BYTES
+    from qmoe_format.codec.kernels.chunks import SIGN_BYTES
     from qmoe_format.codec.tables import tables
 
     look_up = tables(encoded.dictionary)
@@ -217,7 +224,7 @@ def run(kernel: Any, segments: range, threads: int, *arguments: Any) -> None:
 
 def run_all(calls: Sequence[Call], threads: int) -> None:
     """All of ``calls``; each thread has its share of every one's segments."""
-    from qmoe_format.codec import kernels
+    from qmoe_format.codec.kernels import chunks
 
     most = max((len(segments) for _, segments, _ in calls), default=0)
     parts = max(1, min(threads, most))
@@ -225,21 +232,21 @@ def run_all(calls: Sequence[Call], threads: int) -> None:
     def work(first: int, last: int) -> int:
         for kernel, segments, arguments in calls:
             share = segments[len(segments) * first // parts : len(segments) * last // parts]
-            if share and (status := int(kernel(share[0], share[-1] + 1, *arguments))) != kernels.OK:
+            if share and (status := int(kernel(share[0], share[-1] + 1, *arguments))) != chunks.OK:
                 return status
-        return kernels.OK
+        return chunks.OK
 
     for status in in_parts(parts, parts, work):
-        if status != kernels.OK:
+        if status != chunks.OK:
             segment, reason = divmod(status, 8)
             code, message = {
-                kernels.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
-                kernels.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
-                kernels.LEFT_OVER: (
+                chunks.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
+                chunks.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
+                chunks.LEFT_OVER: (
                     "malformed",
                     "is longer than its codewords and signs",
                 ),  # [E-12]
-                kernels.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
-                kernels.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),
+                chunks.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
+                chunks.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),
             }[reason]  # [D-5]
             raise QMoEError(code, f"segment {segment} {message}")

@@ -7,7 +7,6 @@ run block by block, and each expert is quantised for what it is given (``calibra
 from __future__ import annotations
 
 import glob
-import importlib
 from pathlib import Path
 
 from qmoe_format.codec import PROFILES
@@ -17,10 +16,11 @@ from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
+from qmoe_format.optional import require
 from qmoe_format.quantize import Recipe
 from qmoe_format.writer import Writer, file_stem
 
-__all__ = ["Calibration", "Progress", "check_destination", "convert", "require"]
+__all__ = ["Calibration", "Progress", "check_destination", "convert"]
 
 
 def convert(
@@ -93,8 +93,8 @@ def convert(
     check_destination(
         destination,
         overwrite,
-        sharded=shard_bytes is not None,
-        # One that is there on resuming is this conversion's own.
+        # Those that are there on resuming are this conversion's own.
+        sharded=shard_bytes is not None and not resume,
         reported=calibration is not None and not resume,
     )
     with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
@@ -144,26 +144,13 @@ def _check_settings(recipe: Recipe, calibrated: bool, target: Target, resume: bo
     if target != Target() and not recipe.rated:
         raise QMoEError(
             "argument",
-            f"recipe {recipe.name!r} has one size only; bits a weight or a lambda need calibration "
-            "text and the recipe 'rd'",
+            f"recipe {recipe.name!r} has one size only; bits per weight or a lambda need "
+            "calibration text and the recipe 'rd'",
         )
     if resume and not calibrated:
         raise QMoEError(
             "argument", "only a conversion with calibration text can be resumed; leave out resume"
         )
-
-
-def require(*modules: str) -> None:
-    """Import optional packages; ``dependency`` if one is missing."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise QMoEError(
-                "dependency",
-                f"the package {module} cannot be imported ({error}); "
-                "run: pip install 'qmoe-format[convert]'",
-            ) from error
 
 
 def check_destination(path: Path, overwrite: bool, *, sharded: bool, reported: bool) -> None:

@@ -1,4 +1,4 @@
-"""The experts of one block, from the tokens that go to them to files of their own."""
+"""Quantise a block's experts, and write a file for each stack of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
-from qmoe_format.conversion.layer import Layer, experts_part
+from qmoe_format.conversion.layer import Layer
 from qmoe_format.conversion.parallel import batches, side_by_side, threads_within
 from qmoe_format.conversion.progress import Counter
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
@@ -69,7 +69,7 @@ def quantize_block(
             record["stacks"][stack.name] = quality
             record["stored"][stack.name] = 0
         for group in layer.groups():
-            counter.stage = f"{stage}, expert {group.start + 1} of {layer.experts}"
+            counter.enter(f"{stage}, expert {group.start + 1} of {layer.experts}")
             weights = layer.weights(group)
             statistics = layer.statistics(weights, group)
             for matrix, stack in layer.stacks.items():
@@ -105,7 +105,7 @@ def _quantize(
 
     def work(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
         part = slice(batch.start, batch.stop)
-        own = experts_part(statistics, part)
+        own = statistics.of(part)
         numbers = group[part]
         try:
             quantized = recipe.quantize(weights[part], scale_dtype, own, rate)
@@ -137,6 +137,6 @@ def _quantize(
             done.append((coded, report))
         return done
 
-    parts = batches(range(len(group)), stack.rows, stack.columns, layer.threads)
+    parts = batches(range(len(group)), stack.rows, stack.columns, layer.threads, layer.device)
     for done in side_by_side(work, parts, layer.elements, layer.threads):
         yield from done

@@ -2,18 +2,18 @@
 make of the text.
 
 Memory holds one block without its experts, and one group of experts with their Hessians, whatever
-the size of the model and the text. Every finished block is on disk, see ``state``.
+the size of the model and the text. Every finished block is on disk, see ``work``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import qmoe_format
@@ -40,7 +40,7 @@ from qmoe_format.conversion.report import (
 )
 from qmoe_format.conversion.rest import begin_stack, write_rest
 from qmoe_format.conversion.settings import Calibration, Target
-from qmoe_format.conversion.state import Work, describe_checkpoint
+from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import wiring
 from qmoe_format.machine import check_device, release_memory
@@ -108,27 +108,35 @@ class CalibratedConversion:
                 control.check()
             self._assemble(work, records)
 
-    def _fingerprint(self) -> dict[str, Any]:
-        calibration = self._calibration
+    def _settings(self) -> dict[str, Any]:
+        """What was asked for; the text by its hash."""
+        asked = asdict(self._calibration) | {
+            "sequence_length": self._calibration.sequence_length
+            or default_sequence_length(self._checkpoint.config)
+        }
+        del asked["text"], asked["device"]
         return {
             "recipe": self._recipe.name,
             "profile": self._profile_name,
-            "text": self._text_sha256,
-            "text column": calibration.column,
-            "target column": calibration.target_column,
-            "sequence length": calibration.sequence_length,
-            "samples": calibration.samples,
-            "seed": calibration.seed,
-            "token cap": calibration.token_cap,
-            "mask special tokens": calibration.mask_special_tokens,
-            "device": calibration.device,
-            "bits per weight": self._target.bits,
+            "text_sha256": self._text_sha256,
+            **asked,
+            "bits_per_weight": self._target.bits,
             "lambda": self._target.lam,
-            "shard size": self._shard_bytes,
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that decides the bytes."""
+        return {
+            **self._settings(),
+            "device": self._calibration.device,
+            "shard_bytes": self._shard_bytes,
             "threads": self._threads,
             "version of qmoe-format": __version__,
-            "version of torch": torch.__version__,
-            "version of transformers": version("transformers"),
+            "code of qmoe-format": describe_code(),
+            **{
+                f"version of {name}": version(name)
+                for name in ("numpy", "tokenizers", "torch", "transformers")
+            },
             **{
                 f"file {name}": digest
                 for name, digest in describe_checkpoint(self._checkpoint).items()
@@ -143,7 +151,7 @@ class CalibratedConversion:
             walk.start(len(records))
         for number in range(len(records), len(blocks)):
             block = blocks[number]
-            counter.stage = f"plan {block.name}"
+            counter.enter(f"plan {block.name}")
             record: dict[str, StackPlan] = {}
             outputs: Tensor | None = None
             if routed := walk.collect():
@@ -155,9 +163,8 @@ class CalibratedConversion:
                 _write_norms(norms, walk.hidden(), outputs)
                 layer = self._layer(block, routed, norms)
                 measure = self._target.bits is not None
-                record = plan_layer(layer, self._recipe, self._profile, measure=measure)
+                record = plan_layer(layer, self._recipe, self._profile, counter, measure=measure)
                 release_memory()
-                counter.add(_weights(layer.stacks.values()))
             if number + 1 < len(blocks):
                 walk.advance(outputs)
             work.record("plan", number, record)
@@ -176,6 +183,7 @@ class CalibratedConversion:
         for number in range(len(records), len(blocks)):
             block, is_last = blocks[number], number + 1 == len(blocks)
             outputs: Tensor | None = None
+            counter.enter(block.name)
             record = BlockRecord(value=None, stacks={}, stored={}, dictionaries={})
             if routed := walk.collect():
                 norms = _norms(work, number, len(routed.inputs)) if control else None
@@ -227,7 +235,7 @@ class CalibratedConversion:
                 raise AssertionError(f"{stack.name}: not all experts are quantised")
         report = dump_report(self._quality([found[stack.name] for stack in stacks], records))
         counter = Counter(self._progress, self._total())
-        counter.stage = "write"
+        counter.enter("write")
         with Writer(self._destination, shard_bytes=self._shard_bytes) as writer:
             writer.add_attachment(REPORT_NAME, report)
             write_rest(self._checkpoint, writer, counter)
@@ -243,7 +251,6 @@ class CalibratedConversion:
             write_report(report, report_path(self._destination))
 
     def _quality(self, stacks: Sequence[StackQuality], records: Iterable[BlockRecord]) -> Quality:
-        calibration, config = self._calibration, self._checkpoint.config
         stored = sum(size for record in records for size in record["stored"].values())
         dictionaries: dict[str, int] = {}
         for record in records:
@@ -256,25 +263,12 @@ class CalibratedConversion:
             if tokens is not None
         ]
         return Quality(
-            settings={
-                "recipe": self._recipe.name,
-                "profile": self._profile_name,
-                "text_sha256": self._text_sha256,
-                "text_column": calibration.column,
-                "target_column": calibration.target_column,
-                "sequence_length": calibration.sequence_length or default_sequence_length(config),
-                "samples": calibration.samples,
-                "seed": calibration.seed,
-                "token_cap": calibration.token_cap,
-                "mask_special_tokens": calibration.mask_special_tokens,
-                "bits_per_weight": self._target.bits,
-                "lambda": self._target.lam,
-            },
+            settings=self._settings(),
             totals={
                 "sequences": sum(len(batch.inputs.ids) for batch in self._batches),
                 "tokens": sum(int(part.attended.sum()) for part in parts),
                 "counted_tokens": sum(int(part.counted.sum()) for part in parts),
-                "bits_per_weight": rounded(bits),
+                "total_bits_per_weight": rounded(bits),
             },
             stacks=list(stacks),
         )
@@ -337,7 +331,7 @@ def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
         tokenizer,
         checkpoint.config,
         calibration.text,
-        column=calibration.column,
+        column=calibration.text_column,
         target_column=calibration.target_column,
         sequence_length=calibration.sequence_length,
         samples=calibration.samples,

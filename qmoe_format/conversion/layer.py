@@ -1,4 +1,4 @@
-"""The experts of one block, a group at a time: weights, Hessians, outputs."""
+"""A block's experts, a group at a time: their weights, tokens, Hessians and outputs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from qmoe_format.calibration.buffer import Routed
 from qmoe_format.checkpoints import Checkpoint, ExpertStack
-from qmoe_format.conversion.parallel import side_by_side
+from qmoe_format.conversion.parallel import side_by_side, threads_within, times_on
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import Wiring
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.importance import derivatives, importance
 
-# Weights and Hessians of a group; a quantizer needs a few times as much again.
+# Weights and Hessians of a group, if that is an expert for each thread; a quantizer needs a few
+# times as much again.
 GROUP_BYTES = 1 << 28
-CHUNK_ELEMENTS = 1 << 20  # of the widest activation that is in memory at once
+# Of the widest activation that is in memory at once: 4 MB, which an allocator keeps at hand. A
+# product of few tokens would wait for the Hessian it is added to.
+CHUNK_ELEMENTS, CHUNK_TOKENS = 1 << 20, 1 << 10
 
 Weights = dict[str, Tensor]
 
@@ -32,7 +35,7 @@ class Layer:
     Attributes:
         stacks: by matrix, in the checkpoint's order.
         experts: how many there are.
-        elements: of the largest matrix.
+        elements: of the largest matrix and its Hessian.
         device, threads: what to compute with.
     """
 
@@ -65,21 +68,24 @@ class Layer:
         self._routed = routed
         self._norms = norms
         self.device = device
-        self.threads = threads
+        self.threads = threads if device == "cpu" else 1  # a GPU has one queue
         self.stacks: Mapping[str, ExpertStack] = {
             stack.matrix: stack for stack in checkpoint.stacks if stack.head == head
         }
         self.experts = self.stacks[wiring.output].experts
-        self.elements = max(stack.rows * stack.columns for stack in self.stacks.values())
+        sizes = [stack.rows * stack.columns for stack in self.stacks.values()]
+        # Matrices of the same inputs share their Hessian.
+        hessians = [self.stacks[m].columns ** 2 for m in (wiring.inputs[0], wiring.output)]
+        self._expert_bytes = 4 * (sum(sizes) + sum(hessians))
+        self.elements = max(s.rows * s.columns + s.columns**2 for s in self.stacks.values())
         counted = int((routed.experts >= 0)[routed.counted].sum())
         self._most = max(1, math.ceil(token_cap * counted / self.experts))
         self._widest = max(stack.columns for stack in self.stacks.values())
 
     def groups(self) -> Iterator[range]:
-        """All experts, so many at a time that they fit into memory."""
-        elements = sum(stack.rows * stack.columns for stack in self.stacks.values())
-        elements += sum(stack.columns**2 for stack in self.stacks.values())
-        size = max(1, GROUP_BYTES // (4 * elements))
+        """All experts, as many at a time as fit into memory and keep all threads busy."""
+        abreast = self.threads // threads_within(self.elements, self.threads)
+        size = max(abreast, GROUP_BYTES * times_on(self.device) // self._expert_bytes)
         for first in range(0, self.experts, size):
             yield range(first, min(first + size, self.experts))
 
@@ -235,17 +241,8 @@ class Layer:
 
     def _chunks(self, positions: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(inputs, gates, positions) of some of the tokens at a time."""
-        size = max(1, CHUNK_ELEMENTS // self._widest)
+        size = max(CHUNK_TOKENS, CHUNK_ELEMENTS // self._widest)
         for first in range(0, len(positions), size):
             some = positions[first : first + size]
             inputs = self._routed.inputs[some].to(self.device)
             yield inputs, gates[first : first + size].to(self.device), some
-
-
-def experts_part(statistics: Statistics, part: slice) -> Statistics:
-    """That of some of the experts; a view."""
-    return Statistics(
-        statistics.sums[part],
-        statistics.tokens[part],
-        statistics.row_importance[part],
-    )

@@ -11,18 +11,27 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Experts at least this large are handled one at a time, by all threads; smaller ones side by side.
+# Experts at least this large, matrix and Hessian, are handled one at a time, by all threads;
+# smaller ones side by side.
 LARGE_EXPERT = 1 << 24
 BATCH_ELEMENTS = 1 << 24
+ON_GPU = 16  # times as much at once there, where each of many small steps costs a launch
 LINE = 16  # float32 in a cache line
 
 
+def times_on(device: str) -> int:
+    """How many times as much as on a CPU is worked on at once."""
+    return 1 if device == "cpu" else ON_GPU
+
+
 def threads_within(elements: int, threads: int) -> int:
-    """How many threads one expert of so many elements gets."""
+    """How many threads one expert of this many elements gets."""
     return threads if elements >= LARGE_EXPERT else 1
 
 
-def batches(items: range, rows: int, columns: int, threads: int) -> list[range]:
+def batches(
+    items: range, rows: int, columns: int, threads: int, device: str = "cpu"
+) -> list[range]:
     """Divide experts, each a matrix and its Hessian, among threads.
 
     In batches, because a quantizer takes many small steps, and large enough ones cost no overhead;
@@ -34,7 +43,7 @@ def batches(items: range, rows: int, columns: int, threads: int) -> list[range]:
         return [items[place : place + 1] for place in range(len(items))]
     elements = rows * columns + columns**2
     shared = -(-len(items) // threads)
-    most = max(1, BATCH_ELEMENTS // max(elements, 1))
+    most = max(1, BATCH_ELEMENTS * times_on(device) // max(elements, 1))
     rounds = max(1, -(-shared // most))
     size = max(1, -(-shared // rounds))
     return [items[first : first + size] for first in range(0, len(items), size)]
@@ -48,7 +57,7 @@ def side_by_side(
     Args:
         call: what to do, in another thread.
         items: experts, or some of them.
-        elements: of the largest matrix that an item is about.
+        elements: of the largest matrix, and its Hessian, that an item is about.
         threads: how many to use in all; torch gets ``threads_within`` for each item. Threads of
             torch's own wait for each other at every step, for long on a busy machine.
     """
@@ -70,7 +79,7 @@ def side_by_side(
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads."""
+    """Limit torch to this many threads."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,10 +1,11 @@
 """Which lambda makes the experts as large as asked for.
 
-One lambda holds for the whole model; see ``quantize.rd.Rate`` for what it means. A walk over the
-original model finds the reference that it is relative to, and how large experts get: a few of each
-stack, some of their rows, are quantised at a few prices of a bit, each relative to the expert's own
-energy, so that the sizes of the others follow from their energies. What the finished blocks have
-really become corrects that, and lambda is chosen again for those that remain.
+One lambda is meant to hold for the whole model; see ``quantize.rd.Rate`` for what it is. A walk
+over the original model finds the reference that it is relative to, and how large experts get: a few
+of each stack, some of their rows, are quantised at a few prices of a bit, each relative to the
+expert's own energy, so that the sizes of the others follow from their energies. What the finished
+blocks have really become corrects that: lambda is chosen again for those that remain, and a block
+from which it would differ by more than ``DRIFT`` is done again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
 from qmoe_format.conversion.layer import Layer
 from qmoe_format.conversion.parallel import batches, side_by_side
+from qmoe_format.conversion.progress import Counter
 from qmoe_format.conversion.settings import Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
@@ -40,7 +42,7 @@ QUANTILES = 16
 LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
-CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
+CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond, once; refuse beyond
 DRIFT = 2.0  # factor between the lambda of a block and that of the ones after it
 
 
@@ -95,7 +97,7 @@ class RateControl:
             self._range = f"for this model, recipe and profile ask for {least:.3f} to {most:.3f}"
             if not least <= self._asked <= most:
                 raise QMoEError(
-                    "argument", f"{self._asked:g} bits a weight cannot be reached: {self._range}"
+                    "argument", f"{self._asked:g} bits per weight cannot be reached: {self._range}"
                 )
 
     @property
@@ -130,7 +132,7 @@ class RateControl:
             drift = abs(math.log(after.choose() / value))
             return better if drift > math.log(DRIFT) and not _same(better, value) else None
         over = after.bits / self._asked - 1
-        if abs(over) <= CLOSE:
+        if abs(over) <= (TOLERANCE if self._attempts else CLOSE):
             return None
         better = self._solve((after._total() - self._total()) / self._expected(value, stored))
         self._attempts.append((math.log(value), over))
@@ -155,7 +157,7 @@ class RateControl:
         if self._asked is not None and abs(self.bits / self._asked - 1) > TOLERANCE:
             raise QMoEError(
                 "value",
-                f"the experts have become {self.bits:.4f} bits a weight, {self._asked:g} were "
+                f"the experts have become {self.bits:.4f} bits per weight, {self._asked:g} were "
                 f"asked for; {self._range}, or give a lambda",
             )
 
@@ -213,18 +215,20 @@ def _same(one: float, other: float) -> bool:
 
 
 def plan_layer(
-    layer: Layer, recipe: Recipe, profile: Profile, *, measure: bool
+    layer: Layer, recipe: Recipe, profile: Profile, counter: Counter, *, measure: bool
 ) -> dict[str, StackPlan]:
     """Energies of a layer's experts and, if asked to ``measure``, sizes at each of ``PRICES``.
 
     Returns:
         A plan by name of stack.
     """
+    stage = counter.stage
     energies: dict[str, list[float]] = {matrix: [] for matrix in layer.stacks}
     spreads: dict[str, list[Tensor]] = {matrix: [] for matrix in layer.stacks}
     wanted = sorted(_sample(layer)) if measure else []
     samples: dict[str, list[_Sample]] = {matrix: [] for matrix in layer.stacks}
     for group in layer.groups():
+        counter.enter(f"{stage}, expert {group.start + 1} of {layer.experts}")
         weights = layer.weights(group)
         for matrix, rows in layer.energies(weights, group).items():
             own = rows.mean(1)
@@ -242,6 +246,7 @@ def plan_layer(
             for matrix, statistics in layer.statistics(own_weights, [expert]).items():
                 sample = _Sample(own_weights[matrix][0], statistics, energies[matrix][expert])
                 samples[matrix].append(sample)
+        counter.add(sum(tensor.numel() for tensor in weights.values()))
     plans = {}
     for matrix, stack in layer.stacks.items():
         spread = torch.cat(spreads[matrix]).mean(0).nan_to_num().tolist()
@@ -326,6 +331,7 @@ def _encoded(
         return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
 
     rows, columns = samples[0].weights.shape
-    items = batches(range(number * len(PRICES)), rows, columns, layer.threads)
+    every = range(number * len(PRICES))
+    items = batches(every, rows, columns, layer.threads, layer.device)
     done = side_by_side(work, items, rows * columns + columns**2, layer.threads)
     return [each for batch in done for each in batch]

@@ -16,25 +16,25 @@ class Progress(Protocol):
 
 
 class Counter:
-    """Adds up what is done."""
+    """Adds up the weights that are ``done``; ``stage`` says where in the model that is."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
         self._total = total
-        self._done = 0
+        self.done = 0
         self.stage = ""
 
-    @property
-    def done(self) -> int:
-        """Weights that are done."""
-        return self._done
+    def enter(self, stage: str) -> None:
+        """Where in the model the work is now."""
+        self.stage = stage
+        self.add(0)
 
     def back_to(self, done: int) -> None:
         """What was added since then has to be done again."""
-        self._done = done
+        self.done = done
 
     def add(self, weights: int) -> None:
-        """So many more are done."""
-        self._done += weights
+        """This many more are done."""
+        self.done += weights
         if self._progress:
-            self._progress(self._done, self._total, *([self.stage] if self.stage else []))
+            self._progress(self.done, self._total, *([self.stage] if self.stage else []))

@@ -26,10 +26,11 @@ DIGITS = 6
 class ExpertQuality(TypedDict):
     """One expert's matrix.
 
-    ``tokens``: those its Hessian is made of. ``damping``: what was added to the Hessian, as a share
-    of the mean of its diagonal; None where it was not used. ``fallback``: why the recipe could not
-    be followed, or None. ``relative_error``: tr((W-Q) S (W-Q)^T) / tr(W S W^T), S the sum over the
-    tokens; None without tokens that tell. ``bits``: those of its extent, for a weight.
+    ``tokens``: those its Hessian is made of. ``damping``: what was added to the Hessian for GPTQ,
+    as a share of the mean of its diagonal; None where it was not used. ``fallback``: why the recipe
+    could not be followed, or None. ``relative_error``: tr((W-Q) S (W-Q)^T) / tr(W S W^T), S the sum
+    over the tokens; None without tokens that tell. ``bits``: those of its extent per weight,
+    without the dictionary.
     """
 
     tokens: int
@@ -46,7 +47,7 @@ StackQuality = TypedDict(
 
 
 class Quality(TypedDict):
-    """``settings``: what was asked for; ``totals``: what came of it."""
+    """``settings``: what was asked for, the text by its hash; ``totals``: what came of it."""
 
     settings: dict[str, Any]
     totals: dict[str, Any]

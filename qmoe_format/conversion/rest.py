@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmoe_format.conversion.progress import Counter
-from qmoe_format.conversion.report import REPORT_NAME
+from qmoe_format.errors import QMoEError
 from qmoe_format.writer import StackWriter, Writer
 
 if TYPE_CHECKING:
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
 
 
 def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
-    """Attachments, without the report of an earlier conversion, and all other tensors."""
+    """Attachments, and all tensors that are not experts.
+
+    Raises:
+        QMoEError: ``value`` for a tensor with a NaN.
+    """
     from qmoe_format.checkpoints.elements import to_storage
 
     for path in checkpoint.attachments:
-        if path.name != REPORT_NAME:
-            writer.add_attachment(path.name, path.read_bytes())
+        writer.add_attachment(path.name, path.read_bytes())
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
+        # torch knows no NaN in 8 bits.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.isnan().any():
+            raise QMoEError("value", f"tensor {name!r}: an element is NaN; repair the model")
         writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
         counter.add(tensor.numel())
 

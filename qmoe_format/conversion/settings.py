@@ -15,22 +15,22 @@ class Calibration:
 
     Attributes:
         text: a ``.jsonl``, ``.txt`` or ``.parquet`` file.
-        column: the key or column of the text in it.
-        target_column: that of what the decoder is to write for each text, for an encoder-decoder
+        text_column: the key or column of the text in it.
+        target_column: that of what the decoder should write for each text, for an encoder-decoder
             that was not trained, or not only, to fill in spans.
-        sequence_length: tokens the model reads at once; by default 256 for an encoder, otherwise
-            2048 or the most it can read. Text is cut into so long windows; of a text with a target,
-            and of the target, what is longer is left out.
+        sequence_length: tokens that the model reads at once; by default 256 for an encoder,
+            otherwise 2048 or the most it can read. Text is cut into windows of this length; longer
+            texts and targets of pairs are truncated.
         samples: how many sequences to choose; by default all.
-        seed: of that choice, and of the spans that an encoder-decoder has to fill in.
-        token_cap: of an expert's tokens at most so many times the mean of all experts are used.
+        seed: for that choice, and for the spans that an encoder-decoder has to fill in.
+        token_cap: use at most this many times the experts' mean number of tokens for an expert.
         mask_special_tokens: leave special tokens, such as sentinels and ends of sequences, out of
             the Hessians, as QMoE does. Nothing then keeps what the model makes of these tokens.
         device: where torch computes, such as ``cpu`` or ``cuda``.
     """
 
     text: str | Path
-    column: str = "text"
+    text_column: str = "text"
     target_column: str | None = None
     sequence_length: int | None = None
     samples: int | None = None

@@ -1,5 +1,6 @@
 """The work folder of a calibrated conversion: what is done stays done.
 
+    .NAME.work/lock              locked by the process that is at work
     .NAME.work/state.json        the fingerprint: of what conversion this is the work
     .NAME.work/plan-0003.json    a block of the plan is done
     .NAME.work/block-0003.norms  of the block's hidden states in the original model
@@ -12,6 +13,7 @@ far the work is.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 24  # bytes up to which a file is read whole for its fingerprint
 PIECES = 256
+SIZE = "bits_per_weight"  # of a fingerprint: what may still be changed once all is planned
 
 
 class Work:
@@ -62,25 +65,23 @@ class Work:
         self.folder = folder = work_folder(destination)
         self._lock = -1
         with os_errors(f"cannot use {folder}"):
-            if resume:
-                if not folder.is_dir():
-                    raise QMoEError(
-                        "not-found", f"{folder}: there is no work to resume; leave out --resume"
-                    )
-            else:
-                if folder.exists() and not overwrite:
+            if resume and not folder.is_dir():
+                raise QMoEError(
+                    "not-found", f"{folder}: there is no work to resume; leave out --resume"
+                )
+            if not resume and folder.exists():
+                if not overwrite:
                     raise QMoEError(
                         "argument",
                         f"{folder}: is there, of a conversion that was stopped; continue it with "
                         "--resume, or begin anew with --force",
                     )
-                if folder.exists():
-                    self._take()
-                    self._release()
-                    shutil.rmtree(folder)
-                folder.mkdir()
+                self._take()
+                self._discard()
+            folder.mkdir(exist_ok=resume)
             self._take()
-            for path in folder.glob(".*.partial"):
+            # Left by a process that was killed, also while it put the file together.
+            for path in [*folder.glob(".*.partial"), *_partial_files(destination)]:
                 path.unlink()
         try:
             self._check(fingerprint)
@@ -90,26 +91,29 @@ class Work:
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
         before = self.load("state")
-        if before is None:
+        if before is not None:
+            # What was measured holds for every size, so another one may be asked for.
+            sizable = before.get(SIZE) and fingerprint.get(SIZE) and not self.records("block")
+            different = [
+                f"{key} ({_short(before.get(key))} then, {_short(fingerprint.get(key))} now)"
+                for key in sorted({*before, *fingerprint})
+                if before.get(key) != fingerprint.get(key) and not (sizable and key == SIZE)
+            ]
+            if different:
+                raise QMoEError(
+                    "argument",
+                    f"{self.folder} is of another conversion, different in {', '.join(different)}; "
+                    "resume with what it was begun with, or begin anew with --force",
+                )
+        if before != fingerprint:
             self.save("state", fingerprint)
-            return
-        different = [
-            f"{key} ({_short(before.get(key))} then, {_short(fingerprint.get(key))} now)"
-            for key in sorted({*before, *fingerprint})
-            if before.get(key) != fingerprint.get(key)
-        ]
-        if different:
-            raise QMoEError(
-                "argument",
-                f"{self.folder} is of another conversion, different in {', '.join(different)}; "
-                "resume with what it was begun with, or begin anew with --force",
-            )
 
     def _take(self) -> None:
         """Be the only process in the folder."""
         if fcntl is None:
             return
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        # A file, opened to write: network file systems lock nothing else.
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -123,6 +127,15 @@ class Work:
             os.close(self._lock)
             self._lock = -1
 
+    def _discard(self) -> None:
+        """Remove the folder: first out of the way, at one stroke, or what a process that is killed
+        here leaves might be taken for work."""
+        old = self.folder.with_name(f"{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        self.folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+        self._release()
+
     def __enter__(self) -> Self:
         return self
 
@@ -132,17 +145,18 @@ class Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._release()
-        hopeless = isinstance(error, QMoEError) and error.code != "io"
+        hopeless = isinstance(error, QMoEError) and error.code == "value"
         begun = self.records("plan") or self.records("block")
         if error is None or hopeless or not begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with os_errors(f"cannot remove {self.folder}"):
+                self._discard()
             return
+        self._release()
         advice = "what is done is kept: continue with --resume"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {advice}") from error
-        if isinstance(error, QMoEError) and error.code == "io":
-            raise QMoEError("io", f"{error}; {advice}") from error
+        if isinstance(error, QMoEError):
+            raise QMoEError(error.code, f"{error}; {advice}") from error
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -185,8 +199,22 @@ def work_folder(destination: Path) -> Path:
     return destination.with_name(f".{destination.name[:200]}.work")
 
 
+def _partial_files(destination: Path) -> list[Path]:
+    """What a process that was killed left beside the destination."""
+    return sorted(destination.parent.glob(f".{glob.escape(destination.name[:200])}.*.partial"))
+
+
+def describe_code() -> str:
+    """A hash of this package's source: between releases its version does not tell."""
+    hashed = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
-    """A hash of each file by name: of all of a small one, of pieces of a large one."""
+    """A hash of each file by name: of a small one's bytes; of pieces of a large one and of when it
+    was changed."""
     paths = [*checkpoint.attachments, *checkpoint.weight_files]
     return {path.name: _file_hash(path) for path in paths}
 
@@ -198,6 +226,7 @@ def _file_hash(path: Path) -> str:
         if size <= WHOLE:
             hashed.update(file.read())
         else:
+            hashed.update(str(path.stat().st_mtime_ns).encode())
             length = WHOLE // PIECES
             for piece in range(PIECES):
                 file.seek((size - length) * piece // (PIECES - 1))

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_format.dtypes import STORAGE
+from qmoe_format.dtypes import STORAGE, Bytes
 from qmoe_format.entries import Item, Parameter
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy.typing as npt
 
+from qmoe_format.dtypes import Bytes
 from qmoe_format.encodings.base import Dictionaries, Encoding, Sink, as_array, as_bytes
 from qmoe_format.entries import Item
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 
 class Raw(Encoding):

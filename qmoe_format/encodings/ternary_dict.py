@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec, limits
+from qmoe_format.codec.dictionary import SIGN_MODES
 from qmoe_format.codec.segments import BLOCK, GUARD
-from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, from_float32
+from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, Bytes, from_float32
 from qmoe_format.encodings.base import Dictionaries, Encoding, Sink
 from qmoe_format.entries import Item
 from qmoe_format.errors import QMoEError
 from qmoe_format.layout import align
-from qmoe_format.source import Bytes
 
 if TYPE_CHECKING:
     from qmoe_format.codec import EncodedMatrix
@@ -100,7 +100,7 @@ class TernaryDict(Encoding):
         limits.check("group_size", int(p["group_size"]), 0, limits.GROUP_SIZE)
         limits.check("rows_per_segment", int(p["rows_per_segment"]), *limits.ROWS_PER_SEGMENT)
         limits.check("width", int(p["width"]), *limits.WIDTH)
-        if p["signs"] not in ("plane", "codeword"):
+        if p["signs"] not in SIGN_MODES:
             raise QMoEError("malformed", f"signs are {p['signs']!r}, not plane or codeword")
         if p["scale_dtype"] not in SCALE_DTYPES:
             raise QMoEError("malformed", f"scales cannot be of type {p['scale_dtype']!r}")
@@ -169,9 +169,7 @@ class TernaryDict(Encoding):
     def decode(
         self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
     ) -> npt.NDArray[Any]:
-        if item.dtype not in STORAGE:  # [T-4]
-            raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
-        matrix = self.matrix(stored, item, dictionaries)
+        matrix = self._of_known_type(stored, item, dictionaries)
         if not item.elements:
             # Without a row, a matrix of a few bytes may have 2^31 groups of columns to go through.
             codec.decode(matrix.trits, threads=threads)
@@ -181,9 +179,16 @@ class TernaryDict(Encoding):
     def verify(
         self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
     ) -> None:
+        matrix = self._of_known_type(stored, item, dictionaries)
+        codec.decode(matrix.trits, threads=threads)
+
+    def _of_known_type(
+        self, stored: Bytes, item: Item, dictionaries: Dictionaries
+    ) -> EncodedMatrix:
+        """``matrix``; ``unsupported`` if this version cannot make elements of its type."""
         if item.dtype not in STORAGE:  # [T-4]
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
-        codec.decode(self.matrix(stored, item, dictionaries).trits, threads=threads)
+        return self.matrix(stored, item, dictionaries)
 
     def parameters_of(self, value: npt.NDArray[Any] | EncodedMatrix) -> dict[str, Any]:
         if not isinstance(value, codec.EncodedMatrix):

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import zstandard
 
 from qmoe_format import limits
+from qmoe_format.dtypes import Bytes
 from qmoe_format.encodings.base import Dictionaries, Encoding, Sink, as_array, as_bytes
 from qmoe_format.entries import Item
 from qmoe_format.errors import QMoEError
-from qmoe_format.source import Bytes
 
 # On shuffled bf16 weights level 1 is the fastest and the smallest: it entropy-codes the exponents
 # and does not look long for matches that are not there. Weights of a small Mixtral, one core,

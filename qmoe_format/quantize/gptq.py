@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-GROUP = 16  # so many columns are not halved any more
+GROUP = 16  # parts of at most this many columns are not halved further
 
 
 def gptq(

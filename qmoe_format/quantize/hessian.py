@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_DAMPING = 100.0
+MOST_DAMPING = 100.0  # of the mean diagonal; with so much the Hessian says nothing any more
 
 
 @dataclass(slots=True)
@@ -47,6 +47,10 @@ class Statistics:
             torch.zeros(experts, dtype=torch.int64),
             torch.zeros(experts, rows, dtype=torch.float64),
         )
+
+    def of(self, experts: slice) -> Statistics:
+        """Those of some of the experts; a view."""
+        return Statistics(self.sums[experts], self.tokens[experts], self.row_importance[experts])
 
     def add(self, expert: int, inputs: Tensor) -> None:
         """Add tokens of one expert: x, ``[tokens, columns]``."""
@@ -88,7 +92,7 @@ class Factored:
 
 
 def factored(statistics: Statistics, damping: Tensor) -> Factored:
-    """H = S / unit + d I for each expert, and its factor, in float32.
+    """H = S / unit + d I for each expert, and its factor, in float32 (damping: GPTQ, section 3.3).
 
     Where H is not positive definite, d grows tenfold until it is. An expert without tokens, or
     whose sums are of no use, gets the identity.

@@ -1,15 +1,18 @@
 """The recipe ``rd``: as little error as the bits allow.
 
 The file codes a trit with about -log2 of its frequency, so a matrix costs error + price x bits, and
-every decision weighs the two. Weights are row scale x trit x column scale.
+every decision weighs the two (entropy-constrained quantisation). Weights are row scale x trit x
+column scale: a scale for each column lets those that matter little get few bits (WaterSIC, arXiv
+2603.04956).
 
 1. Three GPTQ passes with a small share of the price find a start.
 2. Rounds of descent, the columns in a new order each time, at a price that falls to the full one:
-   to let non-zeros come where they help most ends better than to take them away where they do not.
-After each, the price of a code is brought up to date and scales of rows are refitted by least
-squares; those of columns after every fourth.
-Least squares leaves weights too short, above all where inputs are rare: see ``_State.measure``,
-and ``_State._stretch`` at the end.
+   letting non-zeros come where they help most ends better than taking them away where they do not.
+
+After each pass or round the price of a code is brought up to date and the scales of rows are
+refitted by least squares; those of columns after every fourth round. Least squares leaves weights
+too short, above all where inputs are rare: see ``_State.measure``, and ``_State._stretch`` at the
+end.
 """
 
 from __future__ import annotations
@@ -28,15 +31,15 @@ from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
 
 PASSES = 3
-START_SHARE = 0.3  # of the price, in the passes
+START_SHARE = 0.3  # of the price, in the passes: what they make zero seldom comes back
 ROUNDS = 20
-COLUMNS_EVERY = 4  # rounds: to refit columns takes as long as to descend, and is as good seldom
+COLUMNS_EVERY = 4  # rounds: a refit costs as much as one; after each, the error is as large to 1 %
 FIRST_PRICE = 3.0  # of the rounds, falling to 1 in the first half of them
-ABSOLUTE = 0.30  # see Rate
+ABSOLUTE = 0.30  # how far prices are from relative (0) to absolute (1) errors, see Rate
+TRUST = 30.0  # factor by which a row's price may differ for that: energies are estimates
 LENGTHEN = 8.0  # of D / s^2, see _State.measure
 MOST_LENGTHEN = 0.8  # of what a row falls short
-MOST_STRETCH = 1.3
-TRUST = 30.0
+MOST_STRETCH = 1.3  # where a row keeps hardly anything, its length would be anything
 FIRST_BITS = 2.2  # of a non-zero above a zero, where 70 % are zeros
 
 
@@ -66,8 +69,13 @@ def quantize_rd(weights: Tensor, scale_dtype: str, statistics: Statistics, rate:
     """Quantise a batch of experts' matrices.
 
     Args:
-        weights: ``[experts, rows, columns]``.
+        weights: float16, bfloat16, float32 or float64 ``[experts, rows, columns]``.
         scale_dtype: ``BF16``, ``F16`` or ``F32``.
+        statistics: of their calibration tokens; without tokens the Hessian is the identity.
+        rate: what a bit is worth.
+
+    Returns:
+        Trits with one scale for each row and one for each column.
 
     Raises:
         QMoEError: ``argument``, ``value`` as ``round_to_nearest``.
@@ -109,21 +117,24 @@ def quantize_rd(weights: Tensor, scale_dtype: str, statistics: Statistics, rate:
 
 
 class _State:
-    """The matrices of some experts while they are worked on; everything transposed.
+    """The matrices of some experts while they are worked on; everything transposed, in float32.
 
     Attributes:
-        weights: W^T over its largest magnitude, float32 ``[experts, columns, rows]``.
-        hessian: ``[experts, columns, columns]``.
+        largest: float64 ``[experts]``, the largest magnitude of each W.
+        weights: W^T over that, ``[experts, columns, rows]``, as the next five.
         exact: H W^T.
         seen: W^T where inputs were: H' (H' + d I)^-1 W^T = W^T - d (H' + d I)^-1 W^T, H' being the
             Hessian without damping and d GPTQ's damping.
-        energy: E_j, ``[experts, rows]``.
-        square: w_j w_j, ``[experts, rows]``.
         target: H W^T and a little of ``seen``, see ``measure``.
         gradient: target - H Q^T.
-        trits: float32, as ``weights``.
+        trits: T^T.
+        hessian: ``[experts, columns, columns]``.
+        energy: E_j, ``[experts, rows]``.
+        square: w_j w_j, ``[experts, rows]``.
         scale: ``[experts, rows]``.
-        column_scale: ``[experts, columns]``, of mean 1 in the logarithm.
+        column_scale: ``[experts, columns]``, of geometric mean 1; at first proportional to the
+            columns' root mean squares.
+        order: int64 ``[columns]``, which of W's columns stands where.
     """
 
     def __init__(self, weights: Tensor, ready: Factored, hessian: Tensor) -> None:

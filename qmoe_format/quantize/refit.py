@@ -16,7 +16,7 @@ STEPS = 8  # of conjugate gradients
 
 
 def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
-    """By what to multiply row scales to minimise the error.
+    """By what to multiply row scales to minimise the error: q.WH / q.QH, with a little ridge.
 
     Args:
         own: q.QH of each row, ``[experts, rows]``.

@@ -420,9 +420,9 @@ def test_only_the_current_block_is_in_memory(
 
     def in_memory() -> set[str]:
         return {
-            f"{stack.stage.stack}.{name}"
-            for stack in walk._stacks
-            for name, parameter in stack._module.named_parameters()
+            f"{part.stage.stack}.{name}"
+            for part in walk._parts
+            for name, parameter in part._module.named_parameters()
             if not parameter.is_meta
         }
 

@@ -14,6 +14,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
@@ -49,3 +54,24 @@ def test_silent_where_there_is_no_terminal(clock: list[float]) -> None:
         clock[0] += 5
         progress(1, 2)
     assert not stream.getvalue()
+
+
+def test_when_some_is_done_again_the_rate_is_of_what_follows(clock: list[float]) -> None:
+    stream = Terminal()
+    with Progress("convert", "weights", stream) as progress:
+        clock[0] += 100
+        progress(900, 1000)
+        clock[0] += 1
+        progress(800, 1000)
+        clock[0] += 10
+        progress(850, 1000)
+        assert "5 weights/s  0:30 left" in stream.getvalue().rpartition("\r")[2]
+
+
+def test_the_line_stays_on_its_line(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    with Progress("convert", "weights", stream) as progress:
+        clock[0] += 2
+        progress(4_000_000, 16_000_000, "encoder.block.1, expert 1 of 16")
+        assert len(stream.getvalue().removeprefix("\r").removesuffix("\x1b[K")) == 39

@@ -51,6 +51,19 @@ def test_all_elements_are_aligned_and_the_library_reads_them(fused: Path, tmp_pa
     assert tensors["e.experts"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
 
 
+def test_experts_in_one_tensor_need_a_config_that_can_be_read(tmp_path: Path) -> None:
+    """It alone says whether they have to be transposed."""
+    path = tmp_path / "broken.qmoe"
+    with qmoe_format.Writer(path) as writer:
+        writer.add_attachment("config.json", b'{"model_type": "gpt_oss"')
+        with writer.add_stack("experts", (1, 2, 3), "F32", "zstd") as stack:
+            stack.append(np.zeros((2, 3), np.float32))
+    with pytest.raises(QMoEError, match="not JSON") as error:
+        unpack(path, tmp_path / "unpacked")
+    assert error.value.code == "checkpoint"
+    assert not (tmp_path / "unpacked").exists()
+
+
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(fused: Path, tmp_path: Path) -> None:
     folder = unpack(fused, tmp_path / "unpacked", shard_bytes=1)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -18,11 +18,11 @@ from qmoe_format.codec import (
     encode,
     encode_matrix,
     fit_dictionary,
-    kernels,
     matmul,
     matvec,
     matvecs,
 )
+from qmoe_format.codec.kernels import products as product_kernels
 from qmoe_format.codec.tables import tables
 from qmoe_format.dtypes import STORAGE, from_float32, to_float32
 from qmoe_format.errors import QMoEError
@@ -146,9 +146,9 @@ def test_both_ways_of_short_entries(
     masks: bool, signs: str, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Segments of several rows and of several chunks; a last one of fewer rows."""
-    if masks and not kernels.HAS_MASKS:
+    if masks and not product_kernels.HAS_MASKS:
         pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(kernels, "HAS_MASKS", masks)
+    monkeypatch.setattr(product_kernels, "HAS_MASKS", masks)
     chosen = dictionary(0.5, 12, signs)
     assert tables(chosen).masks.size
     for rows, columns, together in ((11, 333, 4), (3, 40_001, 2)):

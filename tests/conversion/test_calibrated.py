@@ -105,7 +105,7 @@ def test_a_file_that_transformers_runs(
         total = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
         assert (tmp_path / "m.quality.json").read_bytes() == opened.attachment("quality.json")
     report = report_of(file)
-    assert report["totals"]["bits_per_weight"] == pytest.approx(total, rel=1e-5)
+    assert report["totals"]["total_bits_per_weight"] == pytest.approx(total, rel=1e-5)
     with open_checkpoint(model) as checkpoint:
         expected = {stack.name: stack.experts for stack in checkpoint.stacks}
     assert {each["name"]: len(each["experts"]) for each in report["stacks"]} == expected
@@ -338,20 +338,51 @@ def test_large_experts_one_at_a_time(
 )
 def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float) -> None:
     said = refusal(lambda: converted(model, bits_per_weight=100.0), "argument")
-    least, most = map(float, said.rpartition("ask for ")[2].split(" to "))
+    advice, _, kept = said.rpartition("ask for ")[2].partition("; ")
+    assert "--resume" in kept
+    least, most = map(float, advice.split(" to "))
     asked = least + share * (most - least)
-    file = converted(model, bits_per_weight=asked)
+    file = converted(model, bits_per_weight=asked, resume=True)
     with qmoe_format.open(file) as opened:
         got = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
     assert got == pytest.approx(asked, rel=0.02)
 
 
-def test_bits_out_of_reach_leave_nothing(
-    switch_folder: Path, converted: Convert, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dtype", "name", "scale"),
+    [(torch.float16, "F16", "F16"), (torch.float32, "F32", "BF16")],
+)
+def test_other_element_types(
+    switch_folder: Path,
+    converted: Convert,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    name: str,
+    scale: str,
 ) -> None:
+    def cast(state: dict[str, Tensor]) -> None:
+        state |= {key: tensor.to(dtype) for key, tensor in state.items()}
+
+    folder = changed(switch_folder, tmp_path / "other", cast)
+    file = converted(folder, rate_lambda=0.002)
+    with qmoe_format.open(file) as opened:
+        opened.verify()
+        for entry in opened.tensors.values():
+            assert entry.dtype == name
+            if entry.encoding == "ternary-dict":
+                assert entry.parameters["scale_dtype"] == scale
+    for stack in report_of(file)["stacks"]:
+        assert all(0 < each["relative_error"] < 0.5 for each in stack["experts"])
+
+
+def test_bits_out_of_reach(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:
+    """What was measured is kept for another size, and for nothing else."""
     said = refusal(lambda: converted(switch_folder, bits_per_weight=0.01), "argument")
-    assert "0.01 bits a weight cannot be reached" in said
-    assert not list(tmp_path.iterdir())
+    assert "0.01 bits per weight cannot be reached" in said
+    assert [path.name for path in tmp_path.iterdir()] == [".m.qmoe.work"]
+    for other in ({"rate_lambda": 0.1}, {"bits_per_weight": 1.6, "samples": 5}):
+        said = refusal(lambda: converted(switch_folder, resume=True, **other), "argument")  # noqa: B023
+        assert "is of another conversion" in said
 
 
 def test_experts_without_tokens_are_named(
@@ -460,4 +491,5 @@ def test_progress(switch_folder: Path, converted: Convert) -> None:
     for kind in ("plan decoder.block.1", "decoder.block.1", "write"):
         done, total, *_ = [at for at in seen if at[2].partition(",")[0] == kind][-1]
         assert done == total
-    assert all(0 < done <= total for done, total, *_ in seen)
+    assert all(0 <= done <= total for done, total, *_ in seen)
+    assert "decoder.block.1, expert 1 of 4" in [at[2] for at in seen]

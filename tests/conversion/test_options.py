@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qmoe_format.calibration.text import text_sha256
 from qmoe_format.conversion import Calibration, convert
 from qmoe_format.errors import QMoEError
 
@@ -96,8 +97,9 @@ def test_everything_on_the_command_line(
     )
     assert file.read_bytes() == direct.read_bytes()
     shown = qmoe("inspect", file, "--quality").out.splitlines()
-    assert len(shown) >= 2 + 4
-    assert shown[2].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
+    assert shown[0] == f"recipe rd, text of SHA-256 {text_sha256(text)}"
+    assert shown[1].startswith("asked for: 0.1 lambda; ")
+    assert shown[5].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
 
 
 def test_a_file_without_a_report(switch_folder: Path, tmp_path: Path, qmoe: Any) -> None:

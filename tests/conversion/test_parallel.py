@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
-from qmoe_format.conversion.parallel import BATCH_ELEMENTS, batches
+from qmoe_format.conversion.parallel import BATCH_ELEMENTS, batches, threads_within
 
 
 @given(
@@ -29,3 +30,16 @@ def test_all_matrices_of_a_batch_begin_with_a_cache_line(rows: int, columns: int
     for part in batches(range(9), rows, columns, 2):
         for size in (rows * columns, columns * columns):
             assert all(4 * size * place % 64 == 0 for place in range(len(part)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2080, 6144), (2048, 7168), (14336, 4096)])
+def test_a_large_expert_keeps_all_threads_busy(rows: int, columns: int) -> None:
+    """Its group has one expert only."""
+    assert threads_within(rows * columns + columns**2, 16) == 16
+
+
+def test_a_gpu_gets_more_at_once() -> None:
+    for part in (batches(range(64), 2048, 7168, 1), batches(range(64), 2048, 7168, 1, "cuda")):
+        assert [item for each in part for item in each] == list(range(64))
+    assert len(batches(range(64), 2048, 7168, 1)) == 64
+    assert len(batches(range(64), 2048, 7168, 1, "cuda")) <= 16

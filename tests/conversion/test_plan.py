@@ -103,7 +103,7 @@ def test_a_size_that_is_missed() -> None:
     control = RateControl(Target(bits=1.2), STACKS, PLANS)
     for stack in STACKS:
         control.finish(control.choose(), {stack.name: 200_000}, {})
-    with pytest.raises(QMoEError, match=rf"2\.0000 bits a weight, 1\.2 .* {RANGE}") as e:
+    with pytest.raises(QMoEError, match=rf"2\.0000 bits per weight, 1\.2 .* {RANGE}") as e:
         control.check()
     assert e.value.code == "value"
 

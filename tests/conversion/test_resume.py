@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
+import qmoe_format
 from qmoe_format.conversion.report import report_path, write_report
-from qmoe_format.conversion.state import Work
+from qmoe_format.conversion.work import Work
 from qmoe_format.errors import QMoEError
 from qmoe_format.partial import PartialFile
 
@@ -198,12 +200,22 @@ def test_another_conversion_is_refused(
 
     other_text = tmp_path / "other.jsonl"
     other_text.write_text(text.read_text() + '\n{"text": "w1 w2"}\n')
-    assert "samples (8 then, 9 now)" in different(samples=9)
-    assert "seed (0 then, 1 now)" in different(seed=1)
+    for changed in (
+        {"samples": 9},
+        {"seed": 1},
+        {"sequence_length": 20},
+        {"token_cap": 3.0},
+        {"mask_special_tokens": True},
+        {"shard_bytes": 20_000},
+    ):
+        ((name, value),) = changed.items()
+        said = different(**changed)
+        assert f"different in {name} (" in said
+        assert f" {json.dumps(value)} now)" in said
     assert "profile" in different(profile="size")
     assert "threads" in different(threads=2)
     assert "different in recipe" in different(recipe="rd")
-    assert "text (" in different(text=other_text)
+    assert "text_sha256 (" in different(text=other_text)
     other = tmp_path / "model"
     other.mkdir()
     for path in stopped.iterdir():
@@ -219,6 +231,55 @@ def test_another_conversion_is_refused(
     assert sorted(work.iterdir()) == before
     converted(stopped, recipe="qmoe", samples=8, resume=True)
     assert not work.exists()
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_killed_while_old_work_is_removed(
+    stopped: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of it is taken for another conversion's."""
+    remove, halves = shutil.rmtree, []
+
+    def removing(path: Path, **options: Any) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            halves.append(path)
+            raise Stopped
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qmoe_format.conversion.work.shutil.rmtree", removing)
+        with pytest.raises(Stopped):
+            converted(stopped, recipe="qmoe", samples=5, overwrite=True)
+    assert list(halves[0].glob("block-*.json"))
+    said = refusal(lambda: converted(stopped, recipe="qmoe", samples=5, resume=True), "not-found")
+    assert "there is no work to resume" in said
+    converted(stopped, recipe="qmoe", samples=5)
+    assert not [path for path in tmp_path.iterdir() if ".work" in path.name]
+
+
+def test_stopped_between_shards(
+    switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"recipe": "qmoe", "samples": 3, "shard_bytes": 20_000}
+    publish, left = PartialFile.publish, 1
+
+    def stopping(self: PartialFile, target: Path | None = None) -> None:
+        nonlocal left
+        if target and "-of-" in target.name:
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+        publish(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFile, "publish", stopping)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            converted(switch_folder, **options)
+    assert len(list(tmp_path.glob("m-*-of-*.qmoe"))) == 1
+    file = converted(switch_folder, resume=True, **options)
+    with qmoe_format.open(file) as opened:
+        opened.verify()
 
 
 @pytest.mark.parametrize("model", ["switch"], indirect=True)

@@ -12,6 +12,7 @@ from qmoe_format.quantize import RECIPES, recipe
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
+from torch import Tensor
 
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.qmoe import quantize_qmoe
@@ -104,6 +105,31 @@ def test_nothing_to_quantise(name: str, shape: tuple[int, int, int]) -> None:
     result = recipe(name).quantize(torch.zeros(shape), "BF16", statistics, RATE)
     assert result.weights.trits.shape == shape
     assert len(result.fallback) == shape[0]
+
+
+@pytest.mark.parametrize("name", ["qmoe", "rd"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        random(50, 1) * random(1, 20, seed=1),
+        torch.ones(50, 20),
+        correlated(1, 20),
+        correlated(100_000, 20),
+        correlated(50, 20) * (torch.arange(20) % 3 > 0),
+        correlated(50, 20) * 1e12,
+        correlated(50, 20) * 1e-12,
+    ],
+    ids=["rank one", "constant", "one token", "many tokens", "dead columns", "large", "small"],
+)
+def test_odd_inputs(name: str, inputs: Tensor) -> None:
+    weights = random(1, 12, 20)
+    result = recipe(name).quantize(weights, "BF16", calibrated([inputs]), Rate(0.01, 1.0))
+    assert result.fallback == [None]
+    values = result.weights.dequantize()
+    error = ((weights - values)[0] @ inputs.T).square().sum() / (
+        weights[0] @ inputs.T
+    ).square().sum()
+    assert error < 0.5
 
 
 def test_rtn_as_a_recipe() -> None:
