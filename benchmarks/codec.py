@@ -30,9 +30,8 @@ import torch
 import zstandard
 
 import qmoe_format
-from benchmarks import report
+from benchmarks import qmoe_scheme, report
 from qmoe_format import codec
-from qmoe_format.codec import qmoe_scheme
 
 Trits = npt.NDArray[np.int8]
 

@@ -1,6 +1,6 @@
 """QMoE's published scheme and kernel (arXiv 2310.16795), the anchor of ``benchmarks.gpu``.
 
-The code is that of ``qmoe_format.codec.qmoe_scheme``; the kernel is ``gpu_anchor.cu``.
+The code is that of ``benchmarks.qmoe_scheme``; the kernel is ``gpu_anchor.cu``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks import qmoe_scheme
 from benchmarks.gpu_timing import DEVICE
-from qmoe_format.codec import qmoe_scheme
 from qmoe_format.gpu import arrays, cuda
 from qmoe_format.gpu.launch import Launch
 

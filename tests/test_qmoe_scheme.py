@@ -7,9 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from qmoe_format.codec import qmoe_scheme
-
-from .strategies import random_trits
+from benchmarks import qmoe_scheme
+from tests.codec.strategies import random_trits
 
 
 def test_the_dictionary_is_the_authors() -> None:
