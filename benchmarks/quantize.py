@@ -143,7 +143,7 @@ def plans_shared(folder: Path) -> Iterator[None]:
 
     def shared(self: Any, work: Any, walk: Any, blocks: Any) -> Any:
         told = work.load("state")
-        for what in ("bits per weight", "lambda"):
+        for what in ("bits_per_weight", "lambda"):
             told.pop(what)
         kept = folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()
         for path in kept.glob("*"):

@@ -12,8 +12,9 @@ seed when they are needed and then forgotten:
 Each recipe works in a process of its own for a given time or number of experts. It is given the
 inputs and makes a file's bytes: Hessians, quantisation, coding. Making random numbers is counted
 too; reading a checkpoint and running a model is not, in the paper's 16 hours it is (arXiv
-2310.16795: 1.6 T parameters on one A6000, so 100 Gparam/h). All threads work on one batch at a
-time, as large as conversions make it. Memory is the kernel's ru_maxrss.
+2310.16795: 1.6 T parameters on one A6000, so 100 Gparam/h). All threads work on one expert at
+a time, on a GPU on a few, as conversions do with experts of this size. Memory is the kernel's
+ru_maxrss.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Hugging Face model run block by block, with the weights of one block in memory.
 
-The model is built without weights. Its own forward runs once more for every block, of which
-``model_part`` makes it run no other. In between, ``Walk`` keeps the hidden states on disk, of the
-tokens that are not padding: the others get zeros, which no token attends to.
+The model is built without weights. For each block its own forward runs again, and ``model_part``
+makes it skip the blocks before and stop after that one. In between, ``Walk`` keeps the hidden
+states on disk, of the tokens that are not padding: the others get zeros, which no token attends to.
 """
 
 from __future__ import annotations

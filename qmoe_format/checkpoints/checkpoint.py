@@ -191,7 +191,7 @@ def _attachments(folder: Path) -> list[Path]:
         if path.suffix in ATTACHED_SUFFIXES
         and not path.name.endswith(".index.json")
         # The reports of conversions (``conversion.report``), should they go into this folder.
-        and not path.name.endswith("quality.json")
+        and not f".{path.name}".endswith(".quality.json")
         and not path.name.startswith(".")
         and path.is_file()
     ]

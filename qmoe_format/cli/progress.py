@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -43,15 +44,24 @@ class Progress:
         rate = (done - self._done_at_start) / elapsed if elapsed else 0
         left = duration((total - done) / rate) if rate else "-:--"
         share = done / total if total else 1
-        line = (
-            f"{self._label} {share:4.0%}  {self._amount(done)} of {self._amount(total)}  "
-            f"{self._amount(rate)}/s  {left} left" + (f"  {stage}" if stage else "")
-        )
+        parts = [
+            f"{self._label} {share:4.0%}",
+            f"{left} left",
+            stage,
+            f"{self._amount(rate)}/s",
+            f"{self._amount(done)} of {self._amount(total)}",
+        ]
         # A longer line would go over to the next one, and stay.
-        line = line[: shutil.get_terminal_size().columns - 1]
+        line = "  ".join(part for part in parts if part)[: self._width() - 1]
         self._stream.write(f"\r{line}\x1b[K")
         self._stream.flush()
         self._visible = True
+
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:  # not known
+            return shutil.get_terminal_size().columns
 
     def _amount(self, number: float) -> str:
         return size(number) if self._unit == "B" else f"{count(number)} {self._unit}"

@@ -36,11 +36,13 @@ def quality_tables(quality: Quality) -> list[str]:
     """What was asked for and what came of it; then lines with a row for each stack, then one for
     each expert that had a fallback."""
     settings, totals = quality["settings"], quality["totals"]
-    asked = {"bits/weight": settings.get("bits_per_weight"), "lambda": settings.get("lambda")}
+    asked = settings.get("bits_per_weight")
+    lambdas = [each["lambda"] for each in quality["stacks"] if each["lambda"] is not None]
     lines = [
         f"recipe {settings.get('recipe')}, text of SHA-256 {settings.get('text_sha256')}",
-        f"asked for: {', '.join(f'{v:g} {k}' for k, v in asked.items() if v) or 'no size'}; "
-        f"{totals.get('total_bits_per_weight')} bits/weight came out",
+        f"{totals.get('total_bits_per_weight')} bits/weight"
+        + (f", {asked} asked for" if asked else "")
+        + (f", lambda {min(lambdas):.3g} to {max(lambdas):.3g}" if lambdas else ""),
         "",
     ]
     header = ("stack", "experts", "fallbacks", "tokens", "damping", "relative error", "bits/weight")

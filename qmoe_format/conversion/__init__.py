@@ -68,7 +68,8 @@ def convert(
             within 2 %. For recipes that weigh error against bits.
         rate_lambda: that weight itself, instead.
         resume: go on with a calibrated conversion that was stopped. The bytes are those of one
-            that was not.
+            that was not. Until the first block is quantised another ``bits_per_weight`` may be
+            asked for.
 
     Returns:
         ``destination``: the file to open. With ``shard_bytes`` it may be the small file that names

@@ -14,7 +14,7 @@ from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
 from qmoe_format.conversion.layer import Layer
-from qmoe_format.conversion.parallel import batches, side_by_side, threads_within
+from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.conversion.progress import Counter
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
 from qmoe_format.conversion.rest import begin_stack
@@ -101,7 +101,7 @@ def _quantize(
 ) -> Iterator[tuple[EncodedMatrix, ExpertQuality]]:
     """Quantise some experts of a stack; ``weights`` become what a reader will get."""
     scale_dtype = recipe.scale_dtype(stack.dtype)
-    within = threads_within(layer.elements, layer.threads)
+    within = max(1, layer.threads // layer.abreast)
 
     def work(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
         part = slice(batch.start, batch.stop)
@@ -137,6 +137,6 @@ def _quantize(
             done.append((coded, report))
         return done
 
-    parts = batches(range(len(group)), stack.rows, stack.columns, layer.threads, layer.device)
-    for done in side_by_side(work, parts, layer.elements, layer.threads):
+    parts = batches(range(len(group)), stack.rows, stack.columns, layer.workers, layer.device)
+    for done in side_by_side(work, parts, layer.elements, layer.workers):
         yield from done

@@ -38,7 +38,7 @@ from qmoe_format.conversion.report import (
     rounded,
     write_report,
 )
-from qmoe_format.conversion.rest import begin_stack, write_rest
+from qmoe_format.conversion.rest import begin_stack, check_rest, write_rest
 from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.errors import QMoEError
@@ -88,6 +88,8 @@ class CalibratedConversion:
         self._batches = _batches(checkpoint, calibration)
 
     def run(self, *, resume: bool, overwrite: bool) -> None:
+        """Convert; ``resume``, ``overwrite`` and errors are those of ``convert``."""
+        check_rest(self._checkpoint)
         with (
             Work(
                 self._destination, self._fingerprint(), resume=resume, overwrite=overwrite
@@ -135,7 +137,7 @@ class CalibratedConversion:
             "code of qmoe-format": describe_code(),
             **{
                 f"version of {name}": version(name)
-                for name in ("numpy", "tokenizers", "torch", "transformers")
+                for name in ("numba", "numpy", "tokenizers", "torch", "transformers", "zstandard")
             },
             **{
                 f"file {name}": digest
@@ -190,8 +192,8 @@ class CalibratedConversion:
                 layer = self._layer(block, routed, norms)
                 value, before = control.choose() if control else None, counter.done
                 for _ in range(ATTEMPTS):
-                    counter.stage = block.name
                     counter.back_to(before)
+                    counter.enter(block.name)
                     outputs = None if is_last else routed.outputs()
                     rate = Rate(value, control.reference) if control and value else None
                     staged = partial(_staged, work, number)

@@ -9,7 +9,7 @@ from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.conversion.encoding import encode
 from qmoe_format.conversion.parallel import side_by_side, threads_within
 from qmoe_format.conversion.progress import Counter
-from qmoe_format.conversion.rest import begin_stack, write_rest
+from qmoe_format.conversion.rest import begin_stack, check_rest, write_rest
 from qmoe_format.errors import QMoEError
 from qmoe_format.writer import Writer
 
@@ -29,6 +29,7 @@ def convert_data_free(
     counter: Counter,
 ) -> None:
     """Write everything of a checkpoint."""
+    check_rest(checkpoint)
     write_rest(checkpoint, writer, counter)
     for stack in checkpoint.stacks:
         with begin_stack(writer, stack) as experts:

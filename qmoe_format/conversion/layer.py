@@ -20,8 +20,8 @@ from qmoe_format.quantize.importance import derivatives, importance
 # Weights and Hessians of a group, if that is an expert for each thread; a quantizer needs a few
 # times as much again.
 GROUP_BYTES = 1 << 28
-# Of the widest activation that is in memory at once: 4 MB, which an allocator keeps at hand. A
-# product of few tokens would wait for the Hessian it is added to.
+# Of the widest activation that is in memory at once: 4 MB, which an allocator keeps at hand. With
+# fewer tokens than that at a time, most of it would be reading and writing the Hessian.
 CHUNK_ELEMENTS, CHUNK_TOKENS = 1 << 20, 1 << 10
 
 Weights = dict[str, Tensor]
@@ -36,7 +36,11 @@ class Layer:
         stacks: by matrix, in the checkpoint's order.
         experts: how many there are.
         elements: of the largest matrix and its Hessian.
-        device, threads: what to compute with.
+        device: where to compute.
+        workers: threads that torch has for it.
+        abreast: how many experts are worked on at the same time.
+        fitting: how many experts are in memory together, if that keeps all workers busy.
+        threads: how many there are for what is always done on the CPU.
     """
 
     def __init__(
@@ -68,7 +72,8 @@ class Layer:
         self._routed = routed
         self._norms = norms
         self.device = device
-        self.threads = threads if device == "cpu" else 1  # a GPU has one queue
+        self.threads = threads
+        self.workers = threads if device == "cpu" else 1  # a GPU has one queue
         self.stacks: Mapping[str, ExpertStack] = {
             stack.matrix: stack for stack in checkpoint.stacks if stack.head == head
         }
@@ -76,16 +81,16 @@ class Layer:
         sizes = [stack.rows * stack.columns for stack in self.stacks.values()]
         # Matrices of the same inputs share their Hessian.
         hessians = [self.stacks[m].columns ** 2 for m in (wiring.inputs[0], wiring.output)]
-        self._expert_bytes = 4 * (sum(sizes) + sum(hessians))
+        self.fitting = max(1, GROUP_BYTES // (4 * (sum(sizes) + sum(hessians))))
         self.elements = max(s.rows * s.columns + s.columns**2 for s in self.stacks.values())
+        self.abreast = self.workers // threads_within(self.elements, self.workers)
         counted = int((routed.experts >= 0)[routed.counted].sum())
         self._most = max(1, math.ceil(token_cap * counted / self.experts))
         self._widest = max(stack.columns for stack in self.stacks.values())
 
     def groups(self) -> Iterator[range]:
         """All experts, as many at a time as fit into memory and keep all threads busy."""
-        abreast = self.threads // threads_within(self.elements, self.threads)
-        size = max(abreast, GROUP_BYTES * times_on(self.device) // self._expert_bytes)
+        size = max(self.abreast, self.fitting * times_on(self.device))
         for first in range(0, self.experts, size):
             yield range(first, min(first + size, self.experts))
 
@@ -145,7 +150,7 @@ class Layer:
                 found[output].add(place, self._wiring.hidden(before))
                 self._weigh(found, weights, place, before, gates, positions)
 
-        for _ in side_by_side(add, range(len(experts)), self.elements, self.threads):
+        for _ in side_by_side(add, range(len(experts)), self.elements, self.workers):
             pass
         return found
 
@@ -177,7 +182,7 @@ class Layer:
                     found[matrix].add(place, torch.empty(len(positions), 0))
                 self._weigh(found, weights, place, before, gates, positions)
 
-        for _ in side_by_side(add, range(len(experts)), self.elements, self.threads):
+        for _ in side_by_side(add, range(len(experts)), self.elements, self.workers):
             pass
         return {
             matrix: squares[matrix] / stack.columns * found[matrix].importance()
@@ -232,7 +237,7 @@ class Layer:
             for chunk in self._chunks(*self._routed.tokens_of(expert))
         )
         # A token may go to several of the experts: their outputs are added in one order.
-        for positions, returned in side_by_side(result, items, self.elements, self.threads):
+        for positions, returned in side_by_side(result, items, self.elements, self.workers):
             outputs[positions] += returned
 
     def _before(self, weights: Weights, place: int, inputs: Tensor) -> list[Tensor]:

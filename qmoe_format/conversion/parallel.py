@@ -36,8 +36,8 @@ def batches(
 
     In batches, because a quantizer takes many small steps, and large enough ones cost no overhead;
     as many for each thread, or some would wait for the last. One at a time where matrices in a
-    batch would not all begin with a cache line: on AMD's processors MKL adds up in another order
-    there, and what becomes of an expert must not depend on its place.
+    batch would not all begin with a cache line: there MKL adds up in another order on AMD's
+    processors, cuBLAS may too, and what becomes of an expert must not depend on its place.
     """
     if rows * columns % LINE or columns**2 % LINE:
         return [items[place : place + 1] for place in range(len(items))]

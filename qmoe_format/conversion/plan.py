@@ -42,7 +42,7 @@ QUANTILES = 16
 LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
-CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond, once; refuse beyond
+CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
 DRIFT = 2.0  # factor between the lambda of a block and that of the ones after it
 
 
@@ -116,7 +116,7 @@ class RateControl:
 
         Every block shows how much larger experts become than was measured. It is done again if the
         others would have to pay for that with a lambda more than ``DRIFT`` away from its own; the
-        last one, until the whole is as large as asked for.
+        last one, if the whole is not ``CLOSE`` to what was asked for, and then until ``TOLERANCE``.
 
         Args:
             value: lambda that was taken.
@@ -254,6 +254,7 @@ def plan_layer(
             energies=energies[matrix], spread=spread, bytes=[], places=[], dictionary=0.0
         )
         if measure:
+            counter.enter(f"{stage}, sizes of {matrix}")
             matrices = _encoded(layer, stack, samples[matrix], recipe, profile)
             for step in range(len(PRICES)):
                 part = matrices[step * len(wanted) : (step + 1) * len(wanted)]
@@ -299,7 +300,7 @@ def _sample(layer: Layer) -> list[int]:
     tokens = [len(layer.tokens(expert)[0]) for expert in range(layer.experts)]
     order = sorted(range(layer.experts), key=lambda expert: (tokens[expert], expert))
     order = [expert for expert in order if tokens[expert]] or order
-    number = min(SAMPLE_EXPERTS, len(order), len(next(layer.groups())))
+    number = min(SAMPLE_EXPERTS, len(order), layer.fitting)
     return [order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)]
 
 
@@ -332,6 +333,6 @@ def _encoded(
 
     rows, columns = samples[0].weights.shape
     every = range(number * len(PRICES))
-    items = batches(every, rows, columns, layer.threads, layer.device)
-    done = side_by_side(work, items, rows * columns + columns**2, layer.threads)
+    items = batches(every, rows, columns, layer.workers, layer.device)
+    done = side_by_side(work, items, rows * columns + columns**2, layer.workers)
     return [each for batch in done for each in batch]

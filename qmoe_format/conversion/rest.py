@@ -12,21 +12,22 @@ if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint, ExpertStack
 
 
-def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
-    """Attachments, and all tensors that are not experts.
+def check_rest(checkpoint: Checkpoint) -> None:
+    """Raise ``QMoEError("value")`` if a tensor that is kept as it is has a NaN."""
+    for name in checkpoint.others:
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise QMoEError("value", f"tensor {name!r}: an element is NaN; repair the model")
 
-    Raises:
-        QMoEError: ``value`` for a tensor with a NaN.
-    """
+
+def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
+    """Attachments, and all tensors that are not experts."""
     from qmoe_format.checkpoints.elements import to_storage
 
     for path in checkpoint.attachments:
         writer.add_attachment(path.name, path.read_bytes())
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
-        # torch knows no NaN in 8 bits.
-        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.isnan().any():
-            raise QMoEError("value", f"tensor {name!r}: an element is NaN; repair the model")
         writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
         counter.add(tensor.numel())
 

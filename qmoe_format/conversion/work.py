@@ -13,6 +13,7 @@ far the work is.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 24  # bytes up to which a file is read whole for its fingerprint
 PIECES = 256
-SIZE = "bits_per_weight"  # of a fingerprint: what may still be changed once all is planned
+SIZE = "bits_per_weight"  # of a fingerprint: it may be another until the first block is quantised
 
 
 class Work:
@@ -69,25 +70,31 @@ class Work:
                 raise QMoEError(
                     "not-found", f"{folder}: there is no work to resume; leave out --resume"
                 )
-            if not resume and folder.exists():
-                if not overwrite:
-                    raise QMoEError(
-                        "argument",
-                        f"{folder}: is there, of a conversion that was stopped; continue it with "
-                        "--resume, or begin anew with --force",
-                    )
+            if not resume and folder.exists() and not overwrite:
+                raise QMoEError(
+                    "argument",
+                    f"{folder}: is there, of a conversion that was stopped; continue it with "
+                    "--resume, or begin again with --force",
+                )
+            try:
+                if not resume and folder.exists():
+                    self._take()
+                    self._discard()
+                folder.mkdir(exist_ok=resume)
                 self._take()
-                self._discard()
-            folder.mkdir(exist_ok=resume)
-            self._take()
-            # Left by a process that was killed, also while it put the file together.
-            for path in [*folder.glob(".*.partial"), *_partial_files(destination)]:
+                if resume:
+                    self._clean(destination)
+                self._check(fingerprint)
+            except BaseException:
+                self._release()
+                raise
+
+    def _clean(self, destination: Path) -> None:
+        """Delete what a process that was killed left half-written."""
+        for folder, name in ((self.folder, "*"), (destination.parent, destination.name[:200])):
+            name = name if name == "*" else glob.escape(name)
+            for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.partial"):
                 path.unlink()
-        try:
-            self._check(fingerprint)
-        except BaseException:
-            self._release()
-            raise
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
         before = self.load("state")
@@ -113,14 +120,19 @@ class Work:
         if fcntl is None:
             return
         # A file, opened to write: network file systems lock nothing else.
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        path = self.folder / "lock"
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Its last owner may have removed the folder in the meantime.
+            free = path.exists() and os.path.samestat(os.fstat(self._lock), path.stat())
+        except BlockingIOError:
+            free = False
+        if not free:
             self._release()
             raise QMoEError(
                 "argument", f"{self.folder}: another process is at work in it; wait for its end"
-            ) from error
+            )
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -133,8 +145,8 @@ class Work:
         old = self.folder.with_name(f"{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         self.folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
         self._release()
+        shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -146,10 +158,11 @@ class Work:
         trace: TracebackType | None,
     ) -> None:
         hopeless = isinstance(error, QMoEError) and error.code == "value"
-        begun = self.records("plan") or self.records("block")
+        begun = any(self.path(f"{kind}-0000.json").exists() for kind in ("plan", "block"))
         if error is None or hopeless or not begun:
-            with os_errors(f"cannot remove {self.folder}"):
+            with contextlib.suppress(OSError):
                 self._discard()
+            self._release()
             return
         self._release()
         advice = "what is done is kept: continue with --resume"
@@ -197,11 +210,6 @@ class Work:
 def work_folder(destination: Path) -> Path:
     """Where the work for a file is done: beside it."""
     return destination.with_name(f".{destination.name[:200]}.work")
-
-
-def _partial_files(destination: Path) -> list[Path]:
-    """What a process that was killed left beside the destination."""
-    return sorted(destination.parent.glob(f".{glob.escape(destination.name[:200])}.*.partial"))
 
 
 def describe_code() -> str:

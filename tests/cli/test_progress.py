@@ -31,7 +31,7 @@ def test_share_rate_and_time_left(clock: list[float]) -> None:
     with Progress("convert", "weights", stream) as progress:
         clock[0] += 2
         progress(4_000_000, 16_000_000)
-        line = "convert  25%  4.00 M weights of 16.0 M weights  2.00 M weights/s  0:06 left"
+        line = "convert  25%  0:06 left  2.00 M weights/s  4.00 M weights of 16.0 M weights"
         assert stream.getvalue() == f"\r{line}\x1b[K"
         progress(5_000_000, 16_000_000)  # too soon for another
         assert stream.getvalue().count("\r") == 1
@@ -45,7 +45,7 @@ def test_nothing_done_and_nothing_to_do(clock: list[float]) -> None:
         progress(0, 10)
         clock[0] += 1
         progress(0, 0)
-    assert "verify   0%  0 B of 10 B  0 B/s  -:-- left" in stream.getvalue()
+    assert "verify   0%  -:-- left  0 B/s  0 B of 10 B" in stream.getvalue()
 
 
 def test_silent_where_there_is_no_terminal(clock: list[float]) -> None:
@@ -65,7 +65,7 @@ def test_when_some_is_done_again_the_rate_is_of_what_follows(clock: list[float])
         progress(800, 1000)
         clock[0] += 10
         progress(850, 1000)
-        assert "5 weights/s  0:30 left" in stream.getvalue().rpartition("\r")[2]
+        assert "  0:30 left  5 weights/s  " in stream.getvalue().rpartition("\r")[2]
 
 
 def test_the_line_stays_on_its_line(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,3 +104,16 @@ def test_outputs_and_energies(layers: tuple[Layer, Layer]) -> None:
     torch.testing.assert_close(fused["output_linear"], separate["w2"])
     both = torch.cat([separate["w1"], separate["w3"]], 1)
     torch.testing.assert_close(fused["input_linear"], both)
+
+
+def test_groups_keep_all_threads_busy(
+    layers: tuple[Layer, Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layers[0]
+    assert layer.elements == HIDDEN * INTERMEDIATE + HIDDEN**2
+    assert layer.abreast == layer.workers == layer.threads == 1
+    monkeypatch.setattr(layer, "fitting", 1)
+    monkeypatch.setattr(layer, "abreast", 2)
+    assert [len(group) for group in layer.groups()] == [2, 1]
+    monkeypatch.setattr(layer, "abreast", 1)
+    assert [len(group) for group in layer.groups()] == [1, 1, 1]

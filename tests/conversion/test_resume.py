@@ -150,8 +150,7 @@ def test_killed_again_and_again(
     assert target.exists()
     assert attempt >= 5
     assert (target.read_bytes(), report_path(target).read_bytes()) == undisturbed
-    # A file that was being put together when the process was killed may be left [W-2].
-    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".partial"}
+    left = {path.name for path in tmp_path.iterdir()}
     assert {name for name in left if "undisturbed" not in name} == {"m.qmoe", "m.quality.json"}
 
 
@@ -300,6 +299,35 @@ def test_two_at_once(stopped: Path, converted: Convert, tmp_path: Path) -> None:
             )
             assert "another process" in said
         assert work.records("block")
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+def test_what_a_killed_process_left(stopped: Path, converted: Convert, tmp_path: Path) -> None:
+    """Its half-written file goes; those of other destinations stay."""
+    own = tmp_path / ".m.qmoe.0123abcd.partial"
+    others = [tmp_path / f".{name}.0123abcd.partial" for name in ("m", "m.qmoe.json", "mm.qmoe")]
+    for path in (own, *others):
+        path.write_bytes(b"half")
+    converted(stopped, recipe="qmoe", samples=8, resume=True)
+    assert not own.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_folder_that_its_owner_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waited for the lock of it does not take it for its own."""
+    fcntl = pytest.importorskip("fcntl")
+    target, lock = tmp_path / "m.qmoe", fcntl.flock
+
+    def slow(file: int, how: int) -> None:
+        shutil.rmtree(tmp_path / ".m.qmoe.work")
+        lock(file, how)
+
+    with Work(target, {}, resume=False, overwrite=False) as work:
+        work.record("block", 0, {})
+        work._release()
+        monkeypatch.setattr("qmoe_format.conversion.work.fcntl.flock", slow)
+        said = refusal(lambda: Work(target, {}, resume=True, overwrite=False), "argument")
+        assert "another process" in said
 
 
 def test_nothing_to_resume(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:

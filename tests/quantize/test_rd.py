@@ -85,14 +85,16 @@ def test_gradient_and_scales_belong_together() -> None:
     state.scale *= 3
     state.measure()
     state.reorder(torch.randperm(40, generator=torch.Generator().manual_seed(2)))
-    for refit in (state.refit_rows, state.refit_columns):
+    state.scale *= 2
+    state.gradient = state.target - state.hessian @ state._quantized()
+    for refit in (state.refit_rows, state.refit_columns, state.refit_rows):
         refit()
         quantized = state.trits * state.scale[:, None] * state.column_scale[:, :, None]
         # Least squares: what is left is at right angles to each row.
         product = state.hessian @ quantized
         own = (quantized * product).sum(1)
         assert ((quantized * (state.target - product)).sum(1).abs() < 1e-3 * own).all()
-    torch.testing.assert_close(state.gradient, state.target - product, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state.gradient, state.target - product, rtol=1e-4, atol=1e-4)
 
 
 def test_bits_fall_as_lambda_rises() -> None:
