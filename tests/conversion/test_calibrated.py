@@ -481,13 +481,8 @@ def test_progress(switch_folder: Path, converted: Convert) -> None:
     seen: list[tuple[Any, ...]] = []
     converted(switch_folder, rate_lambda=0.1, progress=lambda *at: seen.append(at))
     stages = [at[2].partition(",")[0] for at in seen]
-    assert list(dict.fromkeys(stages)) == [
-        "plan encoder.block.1",
-        "plan decoder.block.1",
-        "encoder.block.1",
-        "decoder.block.1",
-        "write",
-    ]
+    blocks = [f"{stack}.block.{number}" for stack in ("encoder", "decoder") for number in (0, 1)]
+    assert list(dict.fromkeys(stages)) == [*(f"plan {each}" for each in blocks), *blocks, "write"]
     for kind in ("plan decoder.block.1", "decoder.block.1", "write"):
         done, total, *_ = [at for at in seen if at[2].partition(",")[0] == kind][-1]
         assert done == total
