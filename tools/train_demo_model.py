@@ -220,8 +220,8 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
     lines = [
         "# Demo model",
         "",
-        "A micro Switch Transformer that repeats a prompt and continues it in the style of the King",
-        "James Bible. It shows `qmoe` at work on a trained model; it has no other use.",
+        "A micro Switch Transformer that repeats a prompt and continues it in the style of the",
+        "King James Bible. It shows `qmoe` at work on a trained model; it has no other use.",
         "",
         training,
         "",

@@ -27,7 +27,7 @@ from qmoe_format.codec import PROFILES
 from qmoe_format.conversion.block import BlockRecord, quantize_block
 from qmoe_format.conversion.layer import Layer
 from qmoe_format.conversion.parallel import torch_threads
-from qmoe_format.conversion.plan import RateControl, StackPlan, plan_layer
+from qmoe_format.conversion.plan import ATTEMPTS, RateControl, StackPlan, plan_layer
 from qmoe_format.conversion.progress import Counter, Progress
 from qmoe_format.conversion.report import (
     REPORT_NAME,
@@ -47,8 +47,6 @@ from qmoe_format.machine import check_device, release_memory
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.rd import Rate
 from qmoe_format.writer import Writer
-
-ATTEMPTS = 5  # at a block, see ``RateControl.again``
 
 
 class CalibratedConversion:

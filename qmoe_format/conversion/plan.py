@@ -43,6 +43,7 @@ LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 SAMPLE_EXPERTS = 2
 SAMPLE_ROWS = 64
 CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: try again beyond; refuse beyond
+ATTEMPTS = 5  # at a block
 DRIFT = 2.0  # factor between the lambda of a block and that of the ones after it
 
 
@@ -116,7 +117,8 @@ class RateControl:
 
         Every block shows how much larger experts become than was measured. It is done again if the
         others would have to pay for that with a lambda more than ``DRIFT`` away from its own; the
-        last one, if the whole is not ``CLOSE`` to what was asked for, and then until ``TOLERANCE``.
+        last one, until the whole is ``CLOSE`` to what was asked for; the last of ``ATTEMPTS`` at it
+        is the best one once more.
 
         Args:
             value: lambda that was taken.
@@ -132,10 +134,13 @@ class RateControl:
             drift = abs(math.log(after.choose() / value))
             return better if drift > math.log(DRIFT) and not _same(better, value) else None
         over = after.bits / self._asked - 1
-        if abs(over) <= (TOLERANCE if self._attempts else CLOSE):
+        if abs(over) <= CLOSE or len(self._attempts) == ATTEMPTS - 1:
             return None
         better = self._solve((after._total() - self._total()) / self._expected(value, stored))
         self._attempts.append((math.log(value), over))
+        if len(self._attempts) == ATTEMPTS - 1:
+            best, least = min(self._attempts, key=lambda each: abs(each[1]))
+            return None if abs(over) == abs(least) else math.exp(best)
         low = max((each for each in self._attempts if each[1] > 0), default=None)
         high = min((each for each in self._attempts if each[1] < 0), default=None)
         if low and high:

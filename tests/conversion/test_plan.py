@@ -72,6 +72,25 @@ def convert(control: RateControl, offs: list[float]) -> tuple[list[float], int]:
     return values, most
 
 
+def test_when_no_attempt_is_close_the_best_is_taken() -> None:
+    control = RateControl(Target(bits=1.2), STACKS, PLANS)
+    for stack in STACKS[:-1]:
+        value = control.choose()
+        control.finish(value, {stack.name: true_bytes(control, stack.name, value, 1.0)}, {})
+    name = STACKS[-1].name
+    wanted = 1.2 * control._weights / 8 - control._total()
+    tried, value = [], control.choose()
+    for factor in (1.5, 1.1, 0.6, 1.4, 1.1):
+        tried.append(value)
+        better = control.again(value, {name: round(factor * wanted)}, {})
+        if better is None:
+            break
+        value = better
+    assert better is None
+    assert len(tried) == 5
+    assert value == pytest.approx(tried[1])
+
+
 @pytest.mark.parametrize("asked", [1.05, 1.2, 1.4])
 @pytest.mark.parametrize(
     "offs", [[1.0, 1.0, 1.0, 1.0], [1.1, 1.1, 1.1, 1.1], [0.9, 1.0, 1.05, 0.95]]
