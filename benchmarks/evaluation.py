@@ -90,10 +90,10 @@ class Evaluation:
         self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
         self._batches = list(_batches(tokenizer, config, windows))
         self._matrices = _matrices(self._model, config)
-        self._original = {name: torch.stack(w) for name, w in self._matrices.items()}
-        self._sums = {
+        self.original = {name: torch.stack(w) for name, w in self._matrices.items()}
+        self.sums = {
             name: Statistics.zeros(len(weights), weights.shape[2])
-            for name, weights in self._original.items()
+            for name, weights in self.original.items()
         }
         self._run_original(config)
 
@@ -140,9 +140,9 @@ class Evaluation:
     def _add(self, head: str, wired: Wiring, expert: int, inputs: Tensor) -> None:
         products = []
         for matrix in wired.inputs:
-            self._sums[f"{head}.{matrix}"].add(expert, inputs)
-            products.append(inputs @ self._original[f"{head}.{matrix}"][expert].T)
-        self._sums[f"{head}.{wired.output}"].add(expert, wired.hidden(products))
+            self.sums[f"{head}.{matrix}"].add(expert, inputs)
+            products.append(inputs @ self.original[f"{head}.{matrix}"][expert].T)
+        self.sums[f"{head}.{wired.output}"].add(expert, wired.hidden(products))
 
     def _log_probabilities(self, batch: Batch) -> Tensor:
         logits: Tensor = self._model(**batch.inputs, use_cache=False).logits
@@ -158,8 +158,8 @@ class Evaluation:
                 for expert, place in enumerate(places):
                     stored = to_float32(file.read_expert(name, expert), dtype)
                     place.copy_(torch.from_numpy(stored))
-                sums = self._sums[name]
-                error = relative_error(self._original[name], torch.stack(places), sums.sums)
+                sums = self.sums[name]
+                error = relative_error(self.original[name], torch.stack(places), sums.sums)
                 errors[name] = error[sums.tokens >= sums.sums.shape[2]]
         return self._loss(), _summary(errors)
 

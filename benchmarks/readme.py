@@ -146,6 +146,15 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
     )
 
 
+def choices(variants: dict[str, Any]) -> str:
+    """What is lost by choosing otherwise."""
+    rows = [
+        [label, *(f"{found[what]:.2f} ×" for what in ("error / default's", "seconds / default's"))]
+        for label, found in variants.items()
+    ]
+    return table("recipe `rd` | error at equal bits | time", rows[1:])
+
+
 def scale(run: dict[str, Any]) -> str:
     """Speed and memory of the recipes on experts of large models."""
     rows = [
@@ -231,12 +240,13 @@ From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["c
 
 def all_figures() -> str:
     """The text of benchmarks/README.md."""
-    codec, opening, memory, quantize, large, runtime, products = results(
-        *("codec", "opening", "convert_memory", "quantize", "quantize_scale"),
+    codec, opening, memory, quantize, tried, large, runtime, products = results(
+        *("codec", "opening", "convert_memory", "quantize", "quantize_choices", "quantize_scale"),
         *("runtime", "products"),
     )
-    choices = sorted(result["chosen / best"] for result in products["results"])
-    median, most = choices[len(choices) // 2], choices[-1]
+    ways = sorted(result["chosen / best"] for result in products["results"])
+    median, most = ways[len(ways) // 2], ways[-1]
+    classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
         for share in ("0.6", "0.885", "0.95")
@@ -296,6 +306,12 @@ they began.
 
 ![KL, loss gap and output error against bits per weight](results/quantize.png)
 
+What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
+of {tried["model"]}, one thread). Not used: sorting an expert's columns by their share of non-zeros
+into four classes with a dictionary each would make the trits {classes:.3f} times as large.
+
+{choices(tried["variants"])}
+
 Quantising experts of the size of switch-c-2048's, and of a modern gated model's (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
 (`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
@@ -313,7 +329,7 @@ this package's runtime, fp32 or bf16 the type of activations and of what is not 
 {speeds_of_models(runtime["results"])}
 
 How an expert's tokens are multiplied depends on their number (`python -m benchmarks.products`). In
-{len(choices)} cases (shapes, zeros, tokens) the way that is chosen takes {median:.2f} times as long
+{len(ways)} cases (shapes, zeros, tokens) the way that is chosen takes {median:.2f} times as long
 as the best one in the median, {most:.2f} at most.
 
 ## GPU

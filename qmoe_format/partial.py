@@ -8,6 +8,7 @@ final name is as it was.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -95,6 +96,13 @@ class PartialFile:
             self._fd = -1
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+
+def partial_files(target: Path) -> list[Path]:
+    """What processes that were killed left of a file of this name."""
+    target = Path(os.path.realpath(target))
+    random = "[0-9a-f]" * 8
+    return sorted(target.parent.glob(f".{glob.escape(target.name[:200])}.{random}.partial"))
 
 
 @contextlib.contextmanager

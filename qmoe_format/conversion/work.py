@@ -14,7 +14,6 @@ far the work is.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -25,9 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
-from qmoe_format.partial import whole_file
+from qmoe_format.partial import partial_files, whole_file
 
 try:
     import fcntl
@@ -91,10 +91,10 @@ class Work:
 
     def _clean(self, destination: Path) -> None:
         """Delete what a process that was killed left half-written."""
-        for folder, name in ((self.folder, "*"), (destination.parent, destination.name[:200])):
-            name = name if name == "*" else glob.escape(name)
-            for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.partial"):
-                path.unlink()
+        results = (destination, report_path(destination))
+        beside = [path for result in results for path in partial_files(result)]
+        for path in [*self.folder.glob(".*.partial"), *beside]:
+            path.unlink()
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
         before = self.load("state")

@@ -12,7 +12,7 @@ column scale: a scale for each column lets those that matter little get few bits
 After each pass or round the price of a code is brought up to date and the scales of rows are
 refitted by least squares; those of columns after every fourth round. Least squares leaves weights
 too short, above all where inputs are rare: see ``_State.measure``, and ``_State._stretch`` at the
-end.
+end. benchmarks/quantize_choices.py measures what these choices are worth.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weight
 PASSES = 3
 START_SHARE = 0.3  # of the price, in the passes: what they make zero seldom comes back
 ROUNDS = 20
-COLUMNS_EVERY = 4  # rounds; a refit costs as much as a round, and after every one gains under 1 %
+COLUMNS_EVERY = 4  # rounds; a refit costs as much as a round
 FIRST_PRICE = 3.0  # of the rounds, falling to 1 in the first half of them
 ABSOLUTE = 0.30  # how far prices are from relative (0) to absolute (1) errors, see Rate
 TRUST = 30.0  # factor by which a row's price may differ for that: energies are estimates

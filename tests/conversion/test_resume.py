@@ -303,13 +303,13 @@ def test_two_at_once(stopped: Path, converted: Convert, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["switch"], indirect=True)
 def test_what_a_killed_process_left(stopped: Path, converted: Convert, tmp_path: Path) -> None:
-    """Its half-written file goes; those of other destinations stay."""
-    own = tmp_path / ".m.qmoe.0123abcd.partial"
+    """Its half-written files go; those of other destinations stay."""
+    own = [tmp_path / f".{name}.0123abcd.partial" for name in ("m.qmoe", "m.quality.json")]
     others = [tmp_path / f".{name}.0123abcd.partial" for name in ("m", "m.qmoe.json", "mm.qmoe")]
-    for path in (own, *others):
+    for path in (*own, *others):
         path.write_bytes(b"half")
     converted(stopped, recipe="qmoe", samples=8, resume=True)
-    assert not own.exists()
+    assert not any(path.exists() for path in own)
     assert all(path.exists() for path in others)
 
 
