@@ -403,7 +403,7 @@ def kept_results(settings: dict[str, Any], models: Sequence[str], resume: bool) 
     saved = json.loads(path.read_text())
     if saved["settings"] != settings:
         if resume:
-            raise SystemExit(f"{path} has other settings; leave out --resume to begin anew")
+            raise SystemExit(f"{path} has other settings; leave out --resume to begin again")
         return {}
     return {name: kept for name, kept in saved["models"].items() if resume or name not in models}
 

@@ -70,7 +70,7 @@ class Rows:
 def _not_whole(path: Path) -> QMoEError:
     return QMoEError(
         "not-found",
-        f"{path}: is missing or is of another model or text; begin the conversion anew",
+        f"{path}: is missing or is of another model or text; begin the conversion again",
     )
 
 

@@ -110,7 +110,7 @@ class Work:
                 raise QMoEError(
                     "argument",
                     f"{self.folder} is of another conversion, different in {', '.join(different)}; "
-                    "resume with what it was begun with, or begin anew with --force",
+                    "resume with what it was begun with, or begin again with --force",
                 )
         if before != fingerprint:
             self.save("state", fingerprint)
@@ -184,7 +184,7 @@ class Work:
                 return json.loads(path.read_bytes())
             except ValueError as error:
                 raise QMoEError(
-                    "argument", f"{path}: is damaged ({error}); begin anew with --force"
+                    "argument", f"{path}: is damaged ({error}); begin again with --force"
                 ) from error
 
     def save(self, name: str, value: object) -> None:
