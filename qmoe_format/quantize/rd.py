@@ -10,9 +10,10 @@ column scale: a scale for each column lets those that matter little get few bits
    letting non-zeros come where they help most ends better than taking them away where they do not.
 
 After each pass or round the price of a code is brought up to date and the scales of rows are
-refitted by least squares; those of columns after every fourth round. Least squares leaves weights
-too short, above all where inputs are rare: see ``_State.measure``, and ``_State._stretch`` at the
-end. benchmarks/quantize_choices.py measures what these choices are worth.
+refitted by least squares; those of columns after all passes but the first, and after every fourth
+round. Least squares leaves weights too short, above all where inputs are rare: see
+``_State.measure``, and ``_State._stretch`` at the end. benchmarks/quantize_choices.py measures what
+these choices are worth.
 """
 
 from __future__ import annotations

@@ -348,6 +348,21 @@ def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float
     assert got == pytest.approx(asked, rel=0.02)
 
 
+@pytest.mark.parametrize("options", [{"rate_lambda": 0.1}, {"calibration": None}])
+def test_nan_in_what_is_kept_as_it_is(
+    switch_folder: Path, converted: Convert, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The walk ends with the last experts, so no hidden state shows it."""
+
+    def spoil(state: dict[str, Tensor]) -> None:
+        state["decoder.final_layer_norm.weight"][2] = torch.nan
+
+    folder = changed(switch_folder, tmp_path / "bad", spoil)
+    said = refusal(lambda: converted(folder, **options), "value")
+    assert "tensor 'decoder.final_layer_norm.weight'" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "name", "scale"),
     [(torch.float16, "F16", "F16"), (torch.float32, "F32", "BF16")],
