@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from qmoe_format._version import __version__
 from qmoe_format.checkpoints import ADAPTERS
 from qmoe_format.cli import commands
+from qmoe_format.cli.interruption import interruptible
 from qmoe_format.cli.text import natural, parse_size, positive, positive_real
 from qmoe_format.codec import PROFILES
 from qmoe_format.errors import QMoEError
@@ -49,15 +46,14 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code (argparse exits by itself, with 0 or 2)."""
+    """Run the command; return its exit code, or exit with it (wrong usage, terminated)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     options = _parser().parse_args(arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with interruptible():
+            options.run(options)
+            sys.stdout.flush()
     except QMoEError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt as error:
@@ -306,8 +302,3 @@ def _add_model_options(to: argparse._ActionsContainer) -> None:
 def _fail(code: str, message: str) -> int:
     print(f"error[{code}]: {' '.join(message.split())}", file=sys.stderr)
     return 1
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """Unwind, so that half-written files are removed."""
-    raise SystemExit(128 + number)

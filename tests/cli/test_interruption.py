@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmoe_format.cli import commands
+
+
+def raised() -> None:
+    pass
+
+
+def as_another_error() -> None:
+    raise ValueError("what native code makes of an exception in what it calls")
+
+
+def code_of(qmoe: Any, path: Path) -> object:
+    try:
+        return qmoe("verify", path).code
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.parametrize("after", [raised, as_another_error])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_told_whatever_becomes_of_its_exception(
+    number: int,
+    code: int,
+    after: Callable[[], None],
+    qmoe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def verify(options: object) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(after)
+            os.kill(os.getpid(), number)
+            pytest.fail("the signal was not seen")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(commands, "verify", verify)
+    assert code_of(qmoe, tmp_path) == code
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_are_ignored_stay_so(
+    ignored: int, qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "verify", lambda options: os.kill(os.getpid(), ignored))
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        assert code_of(qmoe, tmp_path) == 0
+        assert signal.getsignal(ignored) == signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
