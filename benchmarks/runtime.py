@@ -26,20 +26,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import qmoe_format
 from benchmarks import report
-from benchmarks.convert_memory import POOL, SHARD_BYTES, weights
+from benchmarks.synthetic import MIXTRAL_LIKE, switch_base, write_checkpoint
 from qmoe_format.inspection import describe
-from qmoe_format.safetensors_writer import OutputTensor, write_sharded
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -55,94 +51,13 @@ class Case:
     ways: tuple[str, ...] = (*OURS, *THEIRS)
 
 
-def _switch_base(experts: int) -> dict[str, Any]:
-    return {
-        "model_type": "switch_transformers",
-        "num_experts": experts,
-        "d_model": 768,
-        "d_ff": 3072,
-        "d_kv": 64,
-        "num_heads": 12,
-        "num_layers": 12,
-        "num_decoder_layers": 12,
-        "num_sparse_encoder_layers": 6,
-        "num_sparse_decoder_layers": 6,
-        "vocab_size": 32_128,
-        "decoder_start_token_id": 0,
-    }
-
-
-MIXTRAL_LIKE = {
-    "model_type": "mixtral",
-    "hidden_size": 1024,
-    "intermediate_size": 3584,
-    "num_hidden_layers": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "vocab_size": 32_000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-}
-
 CASES = (
     Case("switch-mini"),
     Case("mixtral-mini"),
-    Case("switch-base-16", _switch_base(16)),
+    Case("switch-base-16", switch_base(16)),
     Case("mixtral-like", MIXTRAL_LIKE),
-    Case("switch-base-128", _switch_base(128), OURS),
+    Case("switch-base-128", switch_base(128), OURS),
 )
-
-
-# Checkpoints
-
-
-def write_checkpoint(config: dict[str, Any], folder: Path) -> None:
-    """Random weights in bfloat16, never all in memory."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_sharded(folder, list(tensors(config)), SHARD_BYTES)
-
-
-def tensors(config: dict[str, Any]) -> Iterator[OutputTensor]:
-    """Those that transformers' model of a configuration has, under their names on disk."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    made = AutoConfig.for_model(**config)
-    kind = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = kind.from_config(made)
-    for seed, (name, shape) in enumerate(on_disk(model)):
-        norm = name.endswith("norm.weight")
-        make = partial(ones, shape) if norm else partial(weights, shape, seed)
-        yield OutputTensor(name, "BF16", shape, make)
-
-
-def on_disk(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's tensors, experts apart and tied ones once."""
-    tied = set(model.all_tied_weights_keys)
-    for name, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
-        if name in tied:
-            continue
-        head, _, last = name.rpartition(".")
-        if last not in ("gate_up_proj", "down_proj"):
-            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), shape
-            continue
-        head = head.replace(".mlp.", ".block_sparse_moe.")
-        experts, rows, columns = shape
-        for expert in range(experts):
-            if last == "down_proj":
-                yield f"{head}.{expert}.w2.weight", (rows, columns)
-            else:
-                yield f"{head}.{expert}.w1.weight", (rows // 2, columns)
-                yield f"{head}.{expert}.w3.weight", (rows // 2, columns)
-
-
-def ones(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
-    yield np.full(shape, 0x3F80, POOL.dtype)
 
 
 # One way, in a process of its own

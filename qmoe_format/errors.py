@@ -31,7 +31,7 @@ LIBRARY_CODES = frozenset(
         "io",  # the operating system refused: disk full, permission
         "dependency",  # an optional package is needed for this
         "device",  # no GPU, or one that is too old
-        "memory",  # a GPU has not enough of it
+        "memory",  # a GPU, or the machine, has not enough of it
     }
 )
 

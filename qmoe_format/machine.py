@@ -32,6 +32,13 @@ def check_device(device: Any) -> None:
         ) from error
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing; torch has no type of its own for the CPU's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def flushing_thread() -> ThreadPoolExecutor:
     """A thread in which torch takes numbers below 1.2e-38 for 0.
 

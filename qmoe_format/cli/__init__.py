@@ -20,6 +20,7 @@ from qmoe_format.cli.interruption import interruptible
 from qmoe_format.cli.text import natural, parse_size, positive, positive_real
 from qmoe_format.codec import PROFILES
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import out_of_memory
 from qmoe_format.quantize import RECIPES
 
 EXAMPLES = """\
@@ -43,6 +44,9 @@ examples:
   qmoe unpack switch.qmoe switch-unpacked/
       make a checkpoint that transformers loads
 """
+OUT_OF_MEMORY = (
+    "there is not enough; close other programs, or use fewer --threads or another --device"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail("io", f"{where}{error.strerror or error}")
-    except MemoryError:
-        return _fail("io", "out of memory; close other programs, or use fewer --threads")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail("memory", OUT_OF_MEMORY)
     return 0
 
 

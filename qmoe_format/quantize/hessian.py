@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not said to be exported
 
 MOST_DAMPING = 100.0  # of the mean diagonal; with so much the Hessian says nothing any more
 
@@ -118,7 +119,7 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
             try:
                 factor[expert] = inverse_factor(hessian[expert])
                 break
-            except RuntimeError:  # torch's LinAlgError is one
+            except LinAlgError:
                 d *= 10
                 reason = "singular Hessian" if d > MOST_DAMPING else None
         if reason is None:
@@ -148,7 +149,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     U = V^-1: no inverse of H is ever formed. Computed in float64, returned in H's type.
 
     Raises:
-        RuntimeError: an H is not positive definite.
+        LinAlgError: an H is not positive definite.
     """
     upper = torch.linalg.cholesky(hessian.double().flip(-2, -1)).flip(-2, -1)
     eye = torch.eye(hessian.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)

@@ -25,7 +25,7 @@ from qmoe_format.checkpoints.elements import TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import family_for
 from qmoe_format.folder import CONFIG, METHOD, read_config
-from qmoe_format.machine import check_device
+from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.install import upload
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def load_model(
                 dtype=dtype or "auto",
                 generation_config=_generation_config(folder),
             )
-        except QMoEError:
-            raise
         except Exception as error:  # whatever transformers makes of a wrong config.json
+            if isinstance(error, QMoEError) or out_of_memory(error):
+                raise
             raise QMoEError(
                 "checkpoint",
                 f"{file.path}: transformers cannot load this model ({error}); convert the "

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not said to be exported
 
 from qmoe_format.quantize.hessian import (
     Statistics,
@@ -95,8 +96,18 @@ def test_the_factor_of_the_inverse(columns: int, tokens: int, damping: float, se
 
 def test_the_factor_has_the_type_of_the_hessian() -> None:
     assert inverse_factor(2 * torch.eye(3)).dtype == torch.float32
-    with pytest.raises(RuntimeError):
+    with pytest.raises(LinAlgError):
         inverse_factor(-torch.eye(3))
+
+
+def test_want_of_memory_is_no_singular_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cholesky(hessian: Tensor) -> Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    statistics = calibrated([correlated(50, 9, 0)])
+    monkeypatch.setattr(torch.linalg, "cholesky", cholesky)
+    with pytest.raises(RuntimeError, match="memory"):
+        factored(statistics, torch.tensor([0.1]))
 
 
 def statistics_of(sums: Tensor, tokens: list[int]) -> Statistics:

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import qmoe_format
 from qmoe_format import load_model, load_tokenizer
@@ -334,6 +338,17 @@ def test_stacks_and_tensors_beyond_the_last_layer_are_left_out(
     loaded = load_model(path)
     assert len(loaded.model.layers) == layers - 1
     assert logits(loaded).isfinite().all()
+
+
+def test_want_of_memory_is_not_blamed_on_the_file(
+    model: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wanting(*arguments: Any, **options: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", wanting)
+    with pytest.raises(RuntimeError, match="memory"):
+        load_model(model.file)
 
 
 def test_experts_alone_are_no_model(model: Converted) -> None:

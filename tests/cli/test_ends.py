@@ -1,3 +1,5 @@
+"""How a command ends that something from outside ends."""
+
 from __future__ import annotations
 
 import contextlib
@@ -60,3 +62,39 @@ def test_signals_that_are_ignored_stay_so(
         assert signal.getsignal(ignored) == signal.SIG_IGN
     finally:
         signal.signal(ignored, before)
+
+
+def too_much() -> None:
+    raise MemoryError
+
+
+def too_much_for_torch() -> None:
+    import torch
+
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def too_much_for_a_gpu() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("allocate", [too_much, too_much_for_torch, too_much_for_a_gpu])
+def test_out_of_memory(
+    allocate: Callable[[], None], qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "verify", lambda options: allocate())
+    done = qmoe("verify", tmp_path)
+    assert done.code == 1
+    assert done.err.startswith("error[memory]: ")
+    assert done.err.count("\n") == 1
+
+
+def test_bugs_are_shown(qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(options: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(commands, "verify", verify)
+    with pytest.raises(RuntimeError, match="a bug"):
+        qmoe("verify", tmp_path)

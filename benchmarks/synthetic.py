@@ -1,0 +1,112 @@
+"""Checkpoints of large models with random weights, written without holding them in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.dtypes import from_float32
+from qmoe_format.safetensors_writer import OutputTensor, write_sharded
+
+SHARD_BYTES = 1_000_000_000
+POOL = from_float32(np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02, "BF16")
+
+Config = dict[str, Any]
+
+MIXTRAL_LIKE: Config = {
+    "model_type": "mixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+}
+
+
+def switch_base(experts: int) -> Config:
+    """Every second layer is sparse."""
+    return {
+        "model_type": "switch_transformers",
+        "num_experts": experts,
+        "d_model": 768,
+        "d_ff": 3072,
+        "d_kv": 64,
+        "num_heads": 12,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_sparse_encoder_layers": 6,
+        "num_sparse_decoder_layers": 6,
+        "vocab_size": 32_128,
+        "decoder_start_token_id": 0,
+    }
+
+
+def write_checkpoint(config: Config, folder: Path) -> list[OutputTensor]:
+    """A new folder that ``transformers`` loads, in bfloat16; returns what is in it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    written = list(tensors(config))
+    write_sharded(folder, written, SHARD_BYTES)
+    return written
+
+
+def tensors(config: Config) -> Iterator[OutputTensor]:
+    """Those that transformers' model of a configuration has, under their names on disk."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    made = AutoConfig.for_model(**config)
+    kind = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(made)
+    for seed, (name, shape) in enumerate(on_disk(model)):
+        norm = name.endswith("norm.weight")
+        make = partial(ones, shape) if norm else partial(weights, shape, seed)
+        yield OutputTensor(name, "BF16", shape, make)
+
+
+def on_disk(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model's tensors, experts apart and tied ones once."""
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name in tied:
+            continue
+        head, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), shape
+            continue
+        head = head.replace(".mlp.", ".block_sparse_moe.")
+        experts, rows, columns = shape
+        for expert in range(experts):
+            if last == "down_proj":
+                yield f"{head}.{expert}.w2.weight", (rows, columns)
+            else:
+                yield f"{head}.{expert}.w1.weight", (rows // 2, columns)
+                yield f"{head}.{expert}.w3.weight", (rows // 2, columns)
+
+
+def ones(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
+    yield np.full(shape, 0x3F80, POOL.dtype)
+
+
+def weights(shape: tuple[int, ...], seed: int) -> Iterable[npt.NDArray[Any]]:
+    """A tensor's rows in pieces, each a stretch of one pool of random numbers."""
+    generator = np.random.default_rng(seed)
+    left = int(np.prod(shape))
+    while left:
+        piece = min(left, POOL.size // 2)
+        start = int(generator.integers(POOL.size - piece))
+        yield POOL[start : start + piece]
+        left -= piece
