@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,12 @@ def load_model(folder: Path) -> Any:
     return AutoModelForSeq2SeqLM.from_pretrained(
         folder, dtype=torch.float32, expert_capacity=10**6
     ).eval()
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A checkpoint with other tensors."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

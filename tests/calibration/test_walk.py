@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_format.errors import QMoEError
 from qmoe_format.partial import PartialFile
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +33,8 @@ from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
 from qmoe_format.families import wiring
-from tests.tiny_models import CONFIGS, add_prediction_layer, load_model, save_model
+from tests.refusals import refusal
+from tests.tiny_models import CONFIGS, add_prediction_layer, changed, load_model, save_model
 
 VOCABULARY = 50
 SWITCH: dict[str, Any] = {
@@ -482,22 +480,6 @@ def test_tokens_of_an_expert(data: st.DataObject) -> None:
         outputs[0] = 1
         assert routed.outputs().count_nonzero() == 0
         assert routed.experts.equal(experts)
-
-
-def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """A checkpoint with other tensors."""
-    shutil.copytree(source, folder)
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code
-    return str(caught.value)
 
 
 def test_a_block_with_nan_is_named(models: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +14,13 @@ import pytest
 
 import qmoe_format
 from qmoe_format.conversion.report import read_report, report_path
-from qmoe_format.errors import QMoEError
 from qmoe_format.inspection import describe
 from qmoe_format.unpacking import unpack
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -32,6 +30,8 @@ from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion import layer as layers
 from qmoe_format.conversion import parallel
 from qmoe_format.conversion.plan import RateControl
+from tests.refusals import refusal
+from tests.tiny_models import changed
 
 Convert = Callable[..., Path]
 
@@ -76,21 +76,6 @@ def far(found: Tensor, wanted: Tensor) -> float:
 def report_of(file: Path) -> Any:
     with qmoe_format.open(file) as opened:
         return read_report(opened)
-
-
-def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    shutil.copytree(source, folder)
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("recipe", ["qmoe", "rd"])

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import qmoe_format
-from qmoe_format.errors import QMoEError
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
@@ -22,6 +21,7 @@ from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
 from qmoe_format.conversion.report import read_report
 from qmoe_format.families import FAMILIES
 from qmoe_format.quantize import RECIPES
+from tests.refusals import refusal
 from tests.tiny_models import CONFIGS, add_prediction_layer, load_model, save_model
 
 EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|down_proj|expert_\d+\.w[io]\.weight)")
@@ -61,13 +61,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def rounded(experts: Tensor) -> Tensor:
     """[experts, rows, columns] as the recipe rtn leaves them."""
     return RECIPES["rtn"].quantize(experts.bfloat16(), "BF16").weights.dequantize()
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code
-    return str(caught.value)
 
 
 def test_every_family_is_tested() -> None:

@@ -15,21 +15,14 @@ import pytest
 import qmoe_format
 from qmoe_format.conversion.report import report_path, write_report
 from qmoe_format.conversion.work import Work
-from qmoe_format.errors import QMoEError
 from qmoe_format.partial import PartialFile
+from tests.refusals import refusal
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 
 Convert = Callable[..., Path]
 OPTIONS: dict[str, Any] = {"samples": 8, "bits_per_weight": 1.6}
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code
-    return str(caught.value)
 
 
 @pytest.fixture(autouse=True)

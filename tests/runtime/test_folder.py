@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 import qmoe_format
 from qmoe_format import load_model
-from qmoe_format.errors import QMoEError
 from qmoe_format.runtime import QMoEConfig
+from tests.refusals import refusal
 from tests.runtime.conftest import Converted
 from tests.runtime.models import from_pretrained, generated, logits
 from tests.tiny_models import save_model
@@ -46,13 +46,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def copied(model: Converted, tmp_path: Path) -> Path:
     return shutil.copytree(model.folder, tmp_path / "copied")
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    return str(caught.value)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

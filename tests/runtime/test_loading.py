@@ -19,8 +19,8 @@ from transformers import (
 
 import qmoe_format
 from qmoe_format import load_model, load_tokenizer
-from qmoe_format.errors import QMoEError
 from qmoe_format.reader import QMoEFile
+from tests.refusals import refusal
 from tests.runtime.conftest import Converted
 from tests.runtime.models import PADDED, from_pretrained, generated, logits
 from tests.tiny_models import save_model
@@ -57,13 +57,6 @@ def configured(**changes: Any) -> Change:
         attachments["config.json"] = json.dumps(config).encode()
 
     return change
-
-
-def refusal(call: Callable[[], object], code: str) -> str:
-    with pytest.raises(QMoEError) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    return str(caught.value)
 
 
 def test_everything_but_experts_is_loaded_and_nothing_else_is_kept(model: Converted) -> None:

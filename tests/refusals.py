@@ -1,0 +1,17 @@
+"""What is refused, with which code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qmoe_format.errors import QMoEError
+
+
+def refusal(call: Callable[[], object], code: str) -> str:
+    """The message of the ``QMoEError`` that ``call`` has to raise."""
+    with pytest.raises(QMoEError) as caught:
+        call()
+    assert caught.value.code == code, caught.value
+    return str(caught.value)
