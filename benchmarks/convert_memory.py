@@ -11,7 +11,7 @@ bfloat16, converted by rounding:
 
 and, with the model running on the demo's calibration text:
 
-    N layers, RECIPE   of 8 experts of 3 x 3584 x 1024
+    RECIPE, N layers   of 64 experts of 3 x 1024 x 1024
 
 The bound of a conversion by rounding is 1 GiB plus twice the largest tensor, whatever the size of
 the checkpoint. Peak memory is the kernel's ru_maxrss of the process, which counts mapped pages too.
@@ -78,17 +78,19 @@ def switch(
     }
 
 
-def calibrated(layers: int, recipe: str) -> Case:
-    return Case(f"{layers} layers, {recipe}", MIXTRAL_LIKE | {"num_hidden_layers": layers}, recipe)
+def calibrated(recipe: str, layers: int) -> Case:
+    """Of 201 M expert weights a layer."""
+    sizes = {"num_hidden_layers": layers, "num_local_experts": 64, "intermediate_size": 1024}
+    return Case(f"{recipe}, {layers} layers", MIXTRAL_LIKE | sizes, recipe)
 
 
 CASES = (
     Case("many experts", switch(6, 64, 1024, 4096)),
     Case("large experts", switch(1, 8, 4096, 14_336)),
     Case("large embedding", switch(1, 8, 1024, 1024, vocabulary=1_000_000)),
-    calibrated(2, "qmoe"),
-    calibrated(8, "qmoe"),
-    calibrated(2, "rd"),
+    calibrated("qmoe", layers=4),
+    calibrated("qmoe", layers=16),
+    calibrated("rd", layers=2),
 )
 
 

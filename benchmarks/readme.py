@@ -155,6 +155,17 @@ def choices(variants: dict[str, Any]) -> str:
     return table("recipe `rd` | error at equal bits | time", rows[1:])
 
 
+def conversions(found: list[dict[str, Any]]) -> str:
+    """The table of what conversions take."""
+    rows = []
+    for case in found:
+        largest, peak = case["largest_tensor_bytes"], case["convert"]["peak_resident_bytes"]
+        sizes = [f"{size / 1e9:.2f}" for size in (case["checkpoint_bytes"], largest, peak)]
+        speed = f"{case['convert']['weights_per_second'] / 1e6:.1f}"
+        rows.append([case["checkpoint"], *sizes, speed])
+    return table("checkpoint | GB | largest tensor, GB | peak memory, GB | 10⁶ weights/s", rows)
+
+
 def scale(run: dict[str, Any]) -> str:
     """Speed and memory of the recipes on experts of large models."""
     rows = [
@@ -253,10 +264,7 @@ def all_figures() -> str:
     ]
     slowest, fastest = f"{min(packed):.1f}", f"{max(packed):.1f}"
     opened = opening["milliseconds"]["open and take an expert"]["median"]
-    converted = memory["results"][0]
     threads = large["runs"]["cpu"]["threads"]
-    size = f"{converted['checkpoint_bytes'] / 1e9:.1f} GB"
-    peak = f"{converted['convert']['peak_resident_bytes'] / 1e9:.2f} GB"
     return f"""\
 # Figures
 
@@ -283,8 +291,11 @@ is y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense
 {speeds(codec["speeds"], codec["ratios"])}
 
 Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at the preamble, the
-index, that expert and its dictionary (`python -m benchmarks.opening`). Converting a checkpoint of
-{size} peaks at {peak} of memory (`python -m benchmarks.convert_memory`).
+index, that expert and its dictionary (`python -m benchmarks.opening`).
+
+Memory of conversions (`python -m benchmarks.convert_memory`), mapped pages of files included:
+
+{conversions(memory["results"])}
 
 ## Quantizer
 
