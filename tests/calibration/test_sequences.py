@@ -344,6 +344,16 @@ def test_special_tokens_of_pairs_are_added_and_masked() -> None:
     assert batch.targets.counted.tolist() == [[False, True, True]]
 
 
+def test_special_tokens_written_in_pairs_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [("5 </s> 6", "7 <extra_id_0> 8")]
+    (batch,) = make_pair_batches(tokenizer, ENCODER_DECODER, pairs)
+    assert batch.targets is not None
+    special = set(tokenizer.all_special_ids) - {UNKNOWN}
+    for tokens in (rows(batch.inputs)[0][:-1], rows(batch.targets)[0][1:]):
+        assert UNKNOWN in tokens
+        assert not special & set(tokens)
+
+
 def test_some_pairs_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = [(text(n), text(n + 100, n)) for n in range(50)]
     batches = make_pair_batches(tokenizer, ENCODER_DECODER, pairs, samples=20, seed=1)

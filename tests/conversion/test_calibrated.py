@@ -293,20 +293,21 @@ def test_the_same_bytes_again_and_whatever_the_threads(model: Path, converted: C
         assert report_path(again).read_bytes() == report_path(first).read_bytes()
 
 
+@pytest.mark.parametrize("size", [{"rate_lambda": 0.05}, {"bits_per_weight": 1.6}])
 def test_the_same_bytes_in_groups_of_any_size(
-    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
+    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, size: dict[str, float]
 ) -> None:
-    first = converted(model, samples=10, rate_lambda=0.05).read_bytes()
-    for size in (1, 3):
+    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
+    options: dict[str, Any] = {"samples": 10} | size
+    first = converted(model, **options).read_bytes()
+    for number in (1, 3):
 
-        def groups(layer: Any, size: int = size) -> Any:
-            yield from (
-                range(at, min(at + size, layer.experts)) for at in range(0, layer.experts, size)
-            )
+        def groups(layer: Any, number: int = number) -> Any:
+            every = range(layer.experts)
+            yield from (every[at : at + number] for at in every[::number])
 
         monkeypatch.setattr(layers.Layer, "groups", groups)
-        file = converted(model, f"{size}.qmoe", samples=10, rate_lambda=0.05)
-        assert file.read_bytes() == first
+        assert converted(model, f"{number}.qmoe", **options).read_bytes() == first
 
 
 def test_large_experts_one_at_a_time(
@@ -331,6 +332,15 @@ def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float
     with qmoe_format.open(file) as opened:
         got = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
     assert got == pytest.approx(asked, rel=0.02)
+
+
+def test_a_size_that_is_missed(
+    switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", -1.0)
+    said = refusal(lambda: converted(switch_folder, bits_per_weight=1.6, samples=4), "value")
+    assert "1.6 were asked for" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"rate_lambda": 0.1}, {"calibration": None}])
@@ -408,6 +418,15 @@ def test_experts_without_tokens_are_named(
         assert json.loads(qmoe("inspect", file, "--quality", "--json").out) == report_of(file)
 
 
+def test_samples_and_seed(switch_folder: Path, converted: Convert) -> None:
+    def report(**options: Any) -> Any:
+        return report_of(converted(switch_folder, recipe="qmoe", overwrite=True, **options))
+
+    some = report(samples=3)
+    assert some["totals"]["sequences"] == 3 < report()["totals"]["sequences"]
+    assert report(samples=3)["stacks"] == some["stacks"] != report(samples=3, seed=1)["stacks"]
+
+
 def test_token_cap(switch_folder: Path, converted: Convert) -> None:
     def tokens(**options: Any) -> list[int]:
         file = converted(switch_folder, recipe="qmoe", overwrite=True, **options)
@@ -434,6 +453,31 @@ def test_a_weight_that_is_not_finite(
     assert name in said
     assert target.read_bytes() == b"precious"
     assert not report_path(target).exists()
+    assert "--resume" not in said, "it would end in the same way"
+    assert sorted(tmp_path.iterdir()) == [target, source]
+
+
+@pytest.mark.parametrize(("recipe", "what"), [("qmoe", "its error on"), ("rd", "its outputs on")])
+def test_hidden_states_that_overflow(
+    switch_folder: Path,
+    converted: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    what: str,
+) -> None:
+    """Only between the matrices of an expert."""
+    head = "decoder.block.1.layer.2.mlp.experts.expert_2"
+
+    def spoil(state: dict[str, Tensor]) -> None:
+        state[f"{head}.wi.weight"] *= 1e25
+        state[f"{head}.wo.weight"] *= 1e-25
+
+    monkeypatch.setattr(layers, "GROUP_BYTES", 1)  # one expert at a time
+    source = changed(switch_folder, tmp_path / "model", spoil)
+    said = refusal(lambda: converted(source, recipe=recipe, samples=4), "value")
+    assert what in said
+    assert "expert_2" in said
 
 
 def test_a_full_disk_and_then_some_space(

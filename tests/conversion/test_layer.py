@@ -1,4 +1,4 @@
-"""Experts whose gate and up are one matrix are weighed as if they were two."""
+"""A block's experts and their tokens; gate and up in one matrix are as if they were two."""
 
 from __future__ import annotations
 
@@ -104,6 +104,58 @@ def test_outputs_and_energies(layers: tuple[Layer, Layer]) -> None:
     torch.testing.assert_close(fused["output_linear"], separate["w2"])
     both = torch.cat([separate["w1"], separate["w3"]], 1)
     torch.testing.assert_close(fused["input_linear"], both)
+
+
+def everything(layer: Layer) -> list[Tensor]:
+    """All that is computed from the tokens of all experts."""
+    everyone = range(EXPERTS)
+    weights, outputs = layer.weights(everyone), torch.zeros(TOKENS, HIDDEN)
+    layer.add_outputs(weights, everyone, outputs)
+    return [
+        outputs,
+        *layer.energies(weights, everyone).values(),
+        *(
+            tensor
+            for found in layer.statistics(weights, everyone).values()
+            for tensor in (found.sums, found.tokens, found.row_importance)
+        ),
+    ]
+
+
+def test_a_few_tokens_at_a_time(
+    layers: tuple[Layer, Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = everything(layers[0])
+    monkeypatch.setattr("qmoe_format.conversion.layer.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("qmoe_format.conversion.layer.CHUNK_TOKENS", 3)
+    for whole, pieces in zip(at_once, everything(layers[0]), strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_outputs_are_the_sum_over_a_tokens_experts(layers: tuple[Layer, Layer]) -> None:
+    layer = layers[0]
+    routed, weights = layer._routed, layer.weights(range(EXPERTS))
+    wanted = torch.zeros(TOKENS, HIDDEN)
+    for token, (chosen, gates) in enumerate(zip(routed.experts, routed.weights, strict=True)):
+        x = routed.inputs[token]
+        for expert, gate in zip(chosen.tolist(), gates, strict=True):
+            w1, w2, w3 = (weights[name][expert] for name in ("w1", "w2", "w3"))
+            wanted[token] += gate * (w2 @ (torch.nn.functional.silu(w1 @ x) * (w3 @ x)))
+    torch.testing.assert_close(everything(layer)[0], wanted)
+
+
+def test_the_cap_takes_tokens_of_all_of_the_text(
+    layers: tuple[Layer, Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layers[0]
+    # 100 times as many as an expert has on the average: two a token, of those that count.
+    assert layer._most == -(-100 * 2 * int(layer._routed.counted.sum()) // EXPERTS)
+    every = [layer.tokens(expert) for expert in range(EXPERTS)]
+    monkeypatch.setattr(layer, "_most", 5)
+    for expert, before in enumerate(every):
+        spread = torch.arange(5) * len(before[0]) // 5
+        for kept, all_of_them in zip(layer.tokens(expert), before, strict=True):
+            assert kept.equal(all_of_them[spread])
 
 
 def test_groups_keep_all_threads_busy(

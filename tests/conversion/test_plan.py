@@ -118,11 +118,12 @@ def test_a_later_block_is_done_again_too() -> None:
     assert max(values) < 50 * min(values)
 
 
-def test_a_size_that_is_missed() -> None:
+@pytest.mark.parametrize(("size", "bits"), [(200_000, "2.0000"), (100_000, "1.0000")])
+def test_a_size_that_is_missed(size: int, bits: str) -> None:
     control = RateControl(Target(bits=1.2), STACKS, PLANS)
     for stack in STACKS:
-        control.finish(control.choose(), {stack.name: 200_000}, {})
-    with pytest.raises(QMoEError, match=rf"2\.0000 bits per weight, 1\.2 .* {RANGE}") as e:
+        control.finish(control.choose(), {stack.name: size}, {})
+    with pytest.raises(QMoEError, match=rf"{bits} bits per weight, 1\.2 .* {RANGE}") as e:
         control.check()
     assert e.value.code == "value"
 

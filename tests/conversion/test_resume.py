@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format.conversion.report import report_path, write_report
-from qmoe_format.conversion.work import Work
+from qmoe_format.conversion.work import Work, _file_hash
 from qmoe_format.partial import PartialFile
 from tests.refusals import refusal
 
@@ -164,24 +165,39 @@ def test_stopped_between_report_and_file(
 
 
 @pytest.fixture
-def stopped(model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A conversion with one block done; returns the model."""
+def stop(converted: Convert, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``stop("block", model, **options)``: a conversion that is stopped after its first record of
+    that kind."""
     record = Work.record
 
-    def stopping(self: Work, kind: str, number: int, value: object) -> None:
-        record(self, kind, number, value)
-        raise KeyboardInterrupt
+    def run(kind: str, model: Path, **options: Any) -> None:
+        def stopping(self: Work, done: str, number: int, value: object) -> None:
+            record(self, done, number, value)
+            if done == kind:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "record", stopping)
-        with pytest.raises(KeyboardInterrupt, match="continue with --resume"):
-            converted(model, recipe="qmoe", samples=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(Work, "record", stopping)
+            with pytest.raises(KeyboardInterrupt, match="continue with --resume"):
+                converted(model, **options)
+
+    return run
+
+
+@pytest.fixture
+def stopped(model: Path, stop: Callable[..., None]) -> Path:
+    """A conversion with one block done; returns the model."""
+    stop("block", model, recipe="qmoe", samples=8)
     return model
 
 
 @pytest.mark.parametrize("model", ["switch"], indirect=True)
 def test_another_conversion_is_refused(
-    stopped: Path, converted: Convert, tmp_path: Path, text: Path
+    stopped: Path,
+    converted: Convert,
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = tmp_path / ".m.qmoe.work"
     before = sorted(work.iterdir())
@@ -208,10 +224,18 @@ def test_another_conversion_is_refused(
     assert "threads" in different(threads=2)
     assert "different in recipe" in different(recipe="rd")
     assert "text_sha256 (" in different(text=other_text)
+    lines = [json.loads(line) for line in text.read_text().splitlines()]
+    other_text.write_text("\n".join(json.dumps(line | {"b": line["text"]}) for line in lines))
+    assert "text_column (" in different(text=other_text, text_column="b")
+    assert "target_column (" in different(text=other_text, target_column="b")
+    with monkeypatch.context() as patch:
+        patch.setattr("qmoe_format.conversion.calibrated.describe_code", lambda: "another")
+        assert "code of qmoe-format (" in different()
     other = tmp_path / "model"
-    other.mkdir()
-    for path in stopped.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(stopped, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"another": 1}))
+    assert "file config.json" in different(other)
     weights = other / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -223,6 +247,70 @@ def test_another_conversion_is_refused(
     assert sorted(work.iterdir()) == before
     converted(stopped, recipe="qmoe", samples=8, resume=True)
     assert not work.exists()
+
+
+def test_another_lambda_is_refused(
+    switch_folder: Path, converted: Convert, stop: Callable[..., None]
+) -> None:
+    stop("block", switch_folder, samples=4, rate_lambda=0.1)
+    said = refusal(
+        lambda: converted(switch_folder, samples=4, rate_lambda=0.2, resume=True), "argument"
+    )
+    assert "different in lambda (0.1 then, 0.2 now)" in said
+
+
+def test_another_size(switch_folder: Path, converted: Convert, stop: Callable[..., None]) -> None:
+    """Until a block is quantised; then it is the one that counts."""
+
+    def refused(bits: float) -> str:
+        options: dict[str, Any] = {"samples": 4, "bits_per_weight": bits, "resume": True}
+        return refusal(lambda: converted(switch_folder, **options), "argument")
+
+    stop("plan", switch_folder, samples=4, bits_per_weight=1.6)
+    stop("block", switch_folder, samples=4, bits_per_weight=1.7, resume=True)
+    assert "different in bits_per_weight (1.7 then, 1.6 now)" in refused(1.6)
+    file = converted(switch_folder, samples=4, bits_per_weight=1.7, resume=True)
+    assert json.loads(report_path(file).read_text())["settings"]["bits_per_weight"] == 1.7
+
+
+def test_large_files_are_told_apart_by_pieces_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmoe_format.conversion.work.WHOLE", 1 << 10)
+    monkeypatch.setattr("qmoe_format.conversion.work.PIECES", 4)
+    path = tmp_path / "model.safetensors"
+
+    def digest(data: bytes, time: int = 0) -> str:
+        path.write_bytes(data)
+        os.utime(path, ns=(0, time))
+        return _file_hash(path)
+
+    zeros = bytes(5000)
+    first = digest(zeros)
+    assert first == digest(zeros)
+    for data, time in (
+        (zeros, 1),
+        (zeros + b"\0", 0),
+        (b"\1" + zeros[1:], 0),
+        (zeros[:1600] + b"\1" + zeros[1601:], 0),
+        (zeros[1:] + b"\1", 0),
+    ):
+        assert digest(data, time) != first
+
+
+def test_a_record_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays."""
+
+    def full(self: PartialFile, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Work(tmp_path / "m.qmoe", {}, resume=False, overwrite=False) as work:
+        work.record("block", 0, {"a": 1})
+        monkeypatch.setattr(PartialFile, "_write_all", full)
+        assert "free some space" in refusal(lambda: work.record("block", 0, {"a": 2}), "io")
+        assert work.records("block") == [{"a": 1}]
+        names = sorted(path.name for path in work.folder.iterdir())
+    assert names == ["block-0000.json", "lock", "state.json"]
 
 
 @pytest.mark.parametrize("model", ["switch"], indirect=True)

@@ -100,6 +100,14 @@ def test_the_factor_has_the_type_of_the_hessian() -> None:
         inverse_factor(-torch.eye(3))
 
 
+def test_no_row_is_without_importance() -> None:
+    """One that no token made a difference to still has a thousandth of the mean."""
+    statistics = Statistics.zeros(2, 2, rows=2)
+    statistics.add(0, torch.ones(4, 2))
+    statistics.weigh(0, torch.tensor([[0.0, 2.0]] * 4))
+    assert statistics.importance().tolist() == [[pytest.approx(1e-3), 2.0], [1.0, 1.0]]
+
+
 def test_want_of_memory_is_no_singular_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     def cholesky(hessian: Tensor) -> Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)

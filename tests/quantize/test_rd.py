@@ -77,6 +77,28 @@ def example(
     return random(experts, rows, columns, seed=seed), calibrated(inputs)
 
 
+def test_bits_of_a_nonzero() -> None:
+    """What its share takes more than a zero's, and its sign."""
+    trits = torch.zeros(2, 100, 10)
+    trits[0, :20, 5], trits[0, :20, :5] = 1, -1
+    trits[1] = 1
+    often, always = rd._code_bits(trits)[:, 0].tolist()
+    assert often == pytest.approx(math.log2(0.88 / 0.12) + 1, rel=0.01)
+    assert always == 0
+
+
+def test_prices_of_odd_rows_are_bounded() -> None:
+    weights, statistics = example(1, 16, 32)
+    usual = rate_of(weights, statistics, 0.03).reference
+    for far in (1e8, 1e-8):
+        near, further = (
+            quantize_rd(weights, "BF16", statistics, Rate(0.03, usual * far**k)).weights.trits
+            for k in (1, 2)
+        )
+        assert near.equal(further)
+    assert near.any()
+
+
 def test_gradient_and_scales_belong_together() -> None:
     weights, statistics = example(experts=3, rows=20, columns=40)
     ready = factored(statistics, torch.full((3,), 0.1))
