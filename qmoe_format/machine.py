@@ -24,7 +24,7 @@ def check_device(device: Any) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()  # which not all that torch calls devices can
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise QMoEError(

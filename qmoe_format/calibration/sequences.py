@@ -8,11 +8,12 @@ something else is given pairs: what the encoder reads, and what the decoder writ
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +26,13 @@ from qmoe_format.errors import QMoEError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 ENCODER_LENGTH = 256
 CAUSAL_LENGTH = 2048
+# What of a long document is tokenized at once, to a space if there is one: a tokenizer takes some
+# 100 bytes a character.
+_PIECE = re.compile(r"(?s).{1,200000}\S{0,1000}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +77,28 @@ def read_batches(
     *,
     column: str = "text",
     target_column: str | None = None,
+    progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Batch]:
     """``make_batches``, or with a ``target_column`` ``make_pair_batches``, of a file of text.
+
+    ``progress`` is told how many documents have been read.
 
     Raises:
         QMoEError: as these, and as ``text.read_texts``.
     """
     if target_column is None:
-        return make_batches(tokenizer, config, read_texts(path, column), **options)
-    return make_pair_batches(tokenizer, config, read_pairs(path, column, target_column), **options)
+        texts = _counted(read_texts(path, column), progress)
+        return make_batches(tokenizer, config, texts, **options)
+    pairs = _counted(read_pairs(path, column, target_column), progress)
+    return make_pair_batches(tokenizer, config, pairs, **options)
+
+
+def _counted(documents: Iterable[T], progress: Callable[[int], None] | None) -> Iterator[T]:
+    for number, document in enumerate(documents, 1):
+        if progress:
+            progress(number)
+        yield document
 
 
 def make_batches(
@@ -224,13 +242,16 @@ def _choose(number: int, samples: int | None, seed: int) -> list[int]:
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int) -> Ids:
     ids = array("q")
     for text in texts:
-        # What looks like a special token in a text is text.
-        document = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
-        if document and ids:
-            ids.append(end)
-        ids.extend(document)
+        begun = False
+        for piece in _PIECE.findall(text):
+            # What looks like a special token in a text is text.
+            tokens = tokenizer(
+                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids
+            if tokens and ids and not begun:
+                ids.append(end)
+            begun = begun or bool(tokens)
+            ids.extend(tokens)
     if not ids:
         raise QMoEError("argument", "the calibration text has no tokens; give some text")
     return np.array(ids, dtype=np.int64)

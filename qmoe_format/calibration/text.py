@@ -64,6 +64,8 @@ def text_file(path: str | Path) -> Path:
         raise QMoEError("argument", f"{path}: is a folder; give a file of text")
     if not path.exists():
         raise QMoEError("not-found", f"{path}: no such file; give a file of text")
+    if not path.is_file():
+        raise QMoEError("argument", f"{path}: is no ordinary file; give a file of text")
     return path
 
 
@@ -73,8 +75,7 @@ def _read(path: str | Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
     if read is None:
         raise QMoEError(
             "argument",
-            f"{path}: calibration text is read from {', '.join(_READERS)} only; "
-            "convert or rename it",
+            f"{path}: text is read from {', '.join(_READERS)} only; convert or rename it",
         )
     if read is _read_parquet:
         _parquet()
@@ -187,7 +188,7 @@ def _checked(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise QMoEError(
             "argument",
-            f"{where}: {column!r} is {type(value).__name__}, not text; correct or remove it",
+            f"{where}: {column!r} is not text; correct or remove it",
         )
     try:
         value.encode()

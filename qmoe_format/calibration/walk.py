@@ -95,6 +95,13 @@ class Walk:
                 f"are experts at {', '.join(sorted(heads))}; correct the numbers of layers and of "
                 "sparse layers in config.json",
             )
+        fewest = min(self._experts.values())
+        if not 1 <= self._parts[-1].top_k <= fewest:
+            raise QMoEError(
+                "checkpoint",
+                f"{checkpoint.folder / 'config.json'}: {family.top_k!r} is "
+                f"{self._parts[-1].top_k}, of {fewest} experts; fetch it again",
+            )
 
     @torch.no_grad()
     def start(self, done: int = 0) -> None:

@@ -8,6 +8,7 @@ grow with the model.
 """
 
 from qmoe_format.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qmoe_format.checkpoints.layers import check_layers
 from qmoe_format.checkpoints.registry import ADAPTERS, adapter_for
 from qmoe_format.checkpoints.stacks import Adapter, ExpertStack, TensorInfo
 
@@ -18,5 +19,6 @@ __all__ = [
     "ExpertStack",
     "TensorInfo",
     "adapter_for",
+    "check_layers",
     "open_checkpoint",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from qmoe_format.checkpoints.layers import check_layers
 from qmoe_format.checkpoints.registry import adapter_for
 from qmoe_format.checkpoints.stacks import ExpertStack, TensorInfo, find_stacks
 from qmoe_format.errors import QMoEError
@@ -142,6 +143,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 f"{folder / file}: tensor {name!r}, which the index says is there, is not; fetch "
                 "the whole checkpoint again",
             )
+    check_layers(config, tensors)
     return Checkpoint(folder, config, shards, dict(sorted(tensors.items())))
 
 

@@ -220,7 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", metavar="FILE", type=Path)
     command.add_argument("prompt", metavar="PROMPT")
     command.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="default: what the model's file says"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="default: what the model's file says, or 100",
     )
     command.add_argument(
         "--temperature",

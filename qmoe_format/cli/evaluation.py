@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> None:
     """Print the figures that ``options`` ask for."""
     column, target_column = options.text_column or "text", options.target_column
     check_file(options.text, column, target_column)  # before a large model is loaded
+    if options.against:
+        models.check_original(options.against, options.file)
     tokenizer, model = models.load(options)
     config = model.config.to_dict()
     length = options.sequence_length or default_sequence_length(config)

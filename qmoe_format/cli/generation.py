@@ -10,9 +10,13 @@ from typing import Any
 from qmoe_format.cli import models
 from qmoe_format.errors import QMoEError
 
+NEW_TOKENS = 100  # unless the model's file or the user says
+COLDEST = 1e-3  # temperature; logits over less may be too large for a float
+
 
 def run(options: argparse.Namespace) -> None:
     """Write what the model makes of the prompt to stdout, and its speed to a terminal's stderr."""
+    _check(options)
     tokenizer, model = models.load(options)
     import torch
     from transformers import TextStreamer
@@ -34,8 +38,9 @@ def run(options: argparse.Namespace) -> None:
     if not encoded.input_ids.numel():
         raise QMoEError("argument", "the prompt has no tokens; give some text")
     settings: dict[str, Any] = {}
-    if options.max_new_tokens is not None:
-        settings["max_new_tokens"] = options.max_new_tokens
+    said = model.generation_config
+    if options.max_new_tokens or not (said.max_new_tokens or said.max_length):
+        settings["max_new_tokens"] = options.max_new_tokens or NEW_TOKENS
     if options.temperature is not None:
         settings |= {"do_sample": True, "temperature": options.temperature}
     torch.manual_seed(options.seed or 0)
@@ -50,3 +55,17 @@ def run(options: argparse.Namespace) -> None:
             f"written: {streamer.tokens} tokens, {rate:.1f} a second",
             file=sys.stderr,
         )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what no model could do."""
+    if options.temperature is not None and options.temperature < COLDEST:
+        raise QMoEError(
+            "argument",
+            f"a temperature of {options.temperature} is too small to compute with; leave it out "
+            f"for the likeliest tokens, or take {COLDEST} or more",
+        )
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise QMoEError("argument", "the prompt is not UTF-8; give it in UTF-8") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+
+PATIENCE = 1.0  # seconds in which another signal is the same: some programs hand theirs on
 
 
 @contextmanager
@@ -16,14 +18,23 @@ def interruptible() -> Iterator[None]:
 
     After a signal whatever error leaves the block becomes that exception. It is raised wherever the
     main thread is, also where native code looks something up in Python, and some makes an error of
-    its own of it: torch a ``ValueError``, when it asks for a storage's shape.
+    its own of it: torch a ``ValueError``, when it asks for a storage's shape. Unwinding may take as
+    long as an expert; another signal kills the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
+    since = 0.0
 
-    def receive(number: int, frame: FrameType | None) -> NoReturn:
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        if received:
+            if time.monotonic() - since > PATIENCE:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        since = time.monotonic()
         received.append(number)
         raise _exception(number)
 

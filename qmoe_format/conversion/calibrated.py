@@ -7,7 +7,7 @@ the size of the model and the text. Every finished block is on disk, see ``work`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -83,7 +83,12 @@ class CalibratedConversion:
         self._progress = progress
         self._wiring = wiring(checkpoint.config)
         self._text_sha256 = text_sha256(calibration.text)
-        self._batches = _batches(checkpoint, calibration)
+        counter = self._counter(checkpoint.stacks)
+        self._batches = _batches(
+            checkpoint,
+            calibration,
+            lambda number: counter.enter(f"read text, document {number:,}"),
+        )
 
     def run(self, *, resume: bool, overwrite: bool) -> None:
         """Convert; ``resume``, ``overwrite`` and errors are those of ``convert``."""
@@ -146,7 +151,7 @@ class CalibratedConversion:
     def _plan(self, work: Work, walk: Walk, blocks: Sequence[Block]) -> dict[str, StackPlan]:
         """Let the text go through the original model, and measure each stack."""
         records: list[dict[str, StackPlan]] = work.records("plan")
-        counter = self._counter(blocks[len(records) :])
+        counter = self._counter_of(blocks[len(records) :])
         if len(records) < len(blocks):
             walk.start(len(records))
         for number in range(len(records), len(blocks)):
@@ -177,7 +182,7 @@ class CalibratedConversion:
         records: list[BlockRecord] = work.records("block")
         for record in records:
             _finish(control, record)
-        counter = self._counter(blocks[len(records) :])
+        counter = self._counter_of(blocks[len(records) :])
         if len(records) < len(blocks):
             walk.start(len(records))
         for number in range(len(records), len(blocks)):
@@ -273,10 +278,12 @@ class CalibratedConversion:
             stacks=list(stacks),
         )
 
-    def _counter(self, blocks: Sequence[Block]) -> Counter:
+    def _counter_of(self, blocks: Sequence[Block]) -> Counter:
         """Of the experts in some blocks."""
         heads = {block.head for block in blocks}
-        stacks = (stack for stack in self._checkpoint.stacks if stack.head in heads)
+        return self._counter(stack for stack in self._checkpoint.stacks if stack.head in heads)
+
+    def _counter(self, stacks: Iterable[ExpertStack]) -> Counter:
         return Counter(self._progress, _weights(stacks))
 
     def _total(self) -> int:
@@ -316,7 +323,9 @@ def _again(control: RateControl | None, record: BlockRecord) -> float | None:
     return control.again(record["value"], record["stored"], record["dictionaries"])
 
 
-def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
+def _batches(
+    checkpoint: Checkpoint, calibration: Calibration, progress: Callable[[int], None]
+) -> list[Batch]:
     from transformers import AutoTokenizer
 
     try:
@@ -333,6 +342,7 @@ def _batches(checkpoint: Checkpoint, calibration: Calibration) -> list[Batch]:
         calibration.text,
         column=calibration.text_column,
         target_column=calibration.target_column,
+        progress=progress,
         sequence_length=calibration.sequence_length,
         samples=calibration.samples,
         seed=calibration.seed,

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 
 def check_rest(checkpoint: Checkpoint) -> None:
-    """Raise ``QMoEError("value")`` if a tensor that is kept as it is has a NaN."""
+    """Raise ``QMoEError("value")`` if a tensor that is kept as it is is NaN or infinite."""
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise QMoEError("value", f"tensor {name!r}: an element is NaN; repair the model")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise QMoEError(
+                "value", f"tensor {name!r}: an element is NaN or infinite; repair the model"
+            )
 
 
 def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:

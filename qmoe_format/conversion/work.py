@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from qmoe_format.conversion.report import report_path
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import FORMAT_CODES, QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.partial import partial_files, whole_file
 
@@ -37,6 +37,7 @@ except ImportError:  # Windows, where nobody is kept from starting the same work
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint
 
+AGAIN = "begin again with --force"
 WHOLE = 1 << 24  # bytes up to which a file is read whole for its fingerprint
 PIECES = 256
 SIZE = "bits_per_weight"  # of a fingerprint: it may be another until the first block is quantised
@@ -110,7 +111,7 @@ class Work:
                 raise QMoEError(
                     "argument",
                     f"{self.folder} is of another conversion, different in {', '.join(different)}; "
-                    "resume with what it was begun with, or begin again with --force",
+                    f"resume with what it was begun with, or {AGAIN}",
                 )
         if before != fingerprint:
             self.save("state", fingerprint)
@@ -165,11 +166,15 @@ class Work:
             self._release()
             return
         self._release()
-        advice = "what is done is kept: continue with --resume"
+        # What is damaged is the work: the checkpoint's own errors have other codes.
+        damaged = isinstance(error, QMoEError) and error.code in FORMAT_CODES
+        advice = AGAIN if damaged else "what is done is kept: continue with --resume"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {advice}") from error
         if isinstance(error, QMoEError):
-            raise QMoEError(error.code, f"{error}; {advice}") from error
+            message = str(error)
+            known = message.endswith(AGAIN)
+            raise QMoEError(error.code, message if known else f"{message}; {advice}") from error
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -183,9 +188,7 @@ class Work:
             try:
                 return json.loads(path.read_bytes())
             except ValueError as error:
-                raise QMoEError(
-                    "argument", f"{path}: is damaged ({error}); begin again with --force"
-                ) from error
+                raise QMoEError("malformed", f"{path}: is damaged ({error}); {AGAIN}") from error
 
     def save(self, name: str, value: object) -> None:
         """Write a value of JSON, durable and at one stroke."""

@@ -70,9 +70,10 @@ def check_weights(weights: Tensor) -> None:
         bad = ~torch.isfinite(expert)
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
+            where = f"expert {number}, " if len(weights) > 1 else ""
             raise QMoEError(
                 "value",
-                f"expert {number}, row {row}, column {column}: the weight is "
+                f"{where}row {row}, column {column}: the weight is "
                 f"{float(expert[row, column])}; repair the model",
             )
 

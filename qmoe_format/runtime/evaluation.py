@@ -69,7 +69,8 @@ def evaluate(
         progress: told after each batch.
 
     Raises:
-        QMoEError: ``argument`` if there is nothing to predict; what reading experts finds wrong.
+        QMoEError: ``argument`` if there is nothing to predict; ``value`` if what a model predicts
+            is NaN; what reading experts finds wrong.
     """
     total = sum(int(_targets(batch)[1].sum()) for batch in batches)
     if not total:
@@ -81,6 +82,11 @@ def evaluate(
             if progress:
                 progress(int(sum(part[:, 0].sum() for part in rows)), total)
     tokens, loss, original, kl = torch.cat(rows).unbind(1)
+    for whose, sums in (("compressed", loss), ("original", original)):
+        if sums.isnan().any():
+            raise QMoEError(
+                "value", f"what the {whose} model predicts is NaN; look for NaN in its weights"
+            )
     compared = {}
     if against:
         compared = {

@@ -120,5 +120,6 @@ def _check(path: str, stacks: Sequence[Stack], expected: Shape) -> None:
             raise QMoEError(
                 "checkpoint",
                 f"{path}: stack {stack.name!r} is of shape {list(stack.shape)}, but by config.json "
-                f"experts are {list(expected)}; convert the checkpoint again",
+                f"experts are {list(expected)}; correct config.json and convert the checkpoint "
+                "again",
             )

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import qmoe_format
+from qmoe_format.checkpoints import check_layers
 from qmoe_format.checkpoints.elements import TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.families import family_for
@@ -55,7 +56,9 @@ def load_model(
     """
     check_device(device)
     with qmoe_format.open(path) as file, _attachments(file) as folder:
-        family = family_for(read_config(file))
+        described = read_config(file)
+        family = family_for(described)
+        check_layers(described, file.tensors)
         state = {
             name: _tensor(file, name) for name, entry in file.tensors.items() if not entry.stack
         }

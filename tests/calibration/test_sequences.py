@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qmoe_format.calibration import sequences
 from qmoe_format.calibration.sequences import (
     Batch,
     Tokens,
@@ -162,6 +164,21 @@ def test_special_tokens_are_not_counted_and_cannot_be_written(
     counted = batch.inputs.ids[batch.inputs.counted]
     assert {WORDS + 5, WORDS + 6} <= set(counted.tolist())
     assert not set(counted.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_long_documents_are_tokenized_in_pieces(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not to be seen."""
+    texts = [text(*range(100, 150)), "7" * 90 + " 8", " 9"]
+    whole = make_batches(tokenizer, CAUSAL, texts, sequence_length=16)
+    pieces = re.compile(sequences._PIECE.pattern.replace("200000", "10"))
+    monkeypatch.setattr(sequences, "_PIECE", pieces)
+    assert len(pieces.findall(texts[0])) > 10
+    assert same(make_batches(tokenizer, CAUSAL, texts, sequence_length=16), whole)
+    long = "\n a" + "7" * 5000 + " 8\n"
+    assert len(pieces.findall(long)) > 3
+    assert "".join(pieces.findall(long)) == long
 
 
 def test_without_a_padding_token() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_pairs(tmp_path: Path) -> None:
     for columns, reason in [
         (("q", "target"), "no column 'target'"),
         (("text", "answer"), "no column 'text'"),
-        (("q", "id"), "'id' is int, not text"),
+        (("q", "id"), "'id' is not text"),
         (("q", "q"), "both the column 'q'"),
     ]:
         with pytest.raises(QMoEError, match=reason) as caught:
@@ -86,9 +87,9 @@ def test_blank_lines_separate_documents_of_plain_text(tmp_path: Path) -> None:
         ('{"text": "a"', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('["a"]', "not a JSON object"),
-        ('{"text": 3}', "'text' is int, not text"),
-        ('{"text": null}', "'text' is NoneType, not text"),
-        ('{"text": ["a"]}', "'text' is list, not text"),
+        ('{"text": 3}', "'text' is not text"),
+        ('{"text": null}', "'text' is not text"),
+        ('{"text": ["a"]}', "'text' is not text"),
         ('{"body": "a", "id": 1}', "no column 'text'; name the right one, there is 'body', 'i"),
         ("{}", "there is none"),
         ('{"text": "a\\ud800"}', "character 1 is half of a surrogate pair"),
@@ -121,6 +122,8 @@ def test_no_text_in_any_document(tmp_path: Path) -> None:
 def test_not_a_file_of_text(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "none.jsonl", code="not-found")
     assert "is a folder" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "a.txt")
+    assert "is no ordinary file" in refusal(tmp_path / "a.txt")
     csv = write(tmp_path / "a.csv", "text\na\n")
     assert ".jsonl, .txt, .parquet only" in refusal(csv)
     with pytest.raises(QMoEError):
@@ -158,8 +161,8 @@ def test_parquet(tmp_path: Path) -> None:
     store(id=list(range(50)), text=[*texts])
     assert list(read_texts(path)) == texts
     assert "no column 'body'; name the right one, there is 'id', 'text'" in refusal(path, "body")
-    assert "row 1: 'id' is int, not text" in refusal(path, "id")
-    assert "row 42: 'text' is NoneType" in refusal(store(text=[*texts[:41], None, *texts[42:]]))
+    assert "row 1: 'id' is not text" in refusal(path, "id")
+    assert "row 42: 'text' is not text" in refusal(store(text=[*texts[:41], None, *texts[42:]]))
     assert "has no text" in refusal(store(text=["", " "]))
     answers: list[object] = [str(i) for i in range(50)]
     store(answer=answers, text=[*texts])

@@ -265,11 +265,17 @@ def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
             assert all(len(routed.tokens_of(expert)[0]) == 0 for expert in range(6))
             assert again.position == 3
             assert again.hidden().equal(end)
+
+    def move(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "layers.2." in name]:
+            state[name.replace("layers.2.", "layers.7.")] = state.pop(name)
+
+    with open_checkpoint(changed(folder, tmp_path / "other", move)) as checkpoint:
+        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
+        assert "model.layers.7.mlp.experts" in said
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    with open_checkpoint(folder) as checkpoint:
-        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
-        assert "model.layers.2.mlp.experts" in said
+    assert "model.layers.2" in refusal(lambda: open_checkpoint(folder), "checkpoint")
 
 
 @pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])
@@ -535,9 +541,8 @@ def test_a_tensor_that_is_missing_or_of_another_shape(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_layers": 3}, "encoder.block.3.layer.1.mlp.experts"),
+        ({"encoder_sparse_step": 1}, "encoder.block.0.layer.1.mlp.router"),
         ({"decoder_sparse_step": 3}, "decoder.block.0.layer.2.mlp.wi.weight"),
-        ({"num_layers": 5}, "encoder.block.4"),
         ({"num_heads": "two"}, "num_heads"),
     ],
 )
@@ -550,6 +555,19 @@ def test_a_config_of_another_model(
     with open_checkpoint(folder) as checkpoint:
         batches = random_batches(checkpoint)
         assert said in refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
+
+
+@pytest.mark.parametrize("top_k", [0, 99])
+def test_more_experts_a_token_than_there_are(
+    models: dict[str, Path], tmp_path: Path, top_k: int
+) -> None:
+    folder = changed(models["mixtral"], tmp_path / "model", lambda state: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top_k}))
+    with open_checkpoint(folder) as checkpoint:
+        batches = random_batches(checkpoint)
+        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
+        assert f"'num_experts_per_tok' is {top_k}, of " in said
 
 
 def test_batches_that_do_not_fit(switch: Checkpoint, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
+from qmoe_format.checkpoints import ADAPTERS, check_layers, open_checkpoint
 from qmoe_format.checkpoints import checkpoint as checkpoint_module
 from qmoe_format.checkpoints.elements import TORCH_DTYPES, to_storage
 from qmoe_format.dtypes import STORAGE
@@ -54,6 +54,32 @@ def test_tensors_and_stacks_of_every_layout(switch: Make, kind: str, shards: int
             assert torch.equal(checkpoint.read_expert(wi, e), kept[HEAD + f"expert_{e}.wi.weight"])
         names = [path.name for path in checkpoint.attachments]
         assert names == ["config.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (3, "no tensors encoder.block.2.*, but by config.json 'num_layers' is 3"),
+        (10**12, "no tensors encoder.block.2.*"),
+        (1, "tensors encoder.block.1.*, but by config.json 'num_layers' is 1"),
+        (0, "'num_layers' is 0, no number of layers"),
+        ("2", "'num_layers' is '2', no number of layers"),
+        (True, "'num_layers' is True, no number of layers"),
+    ],
+)
+def test_another_number_of_layers(switch: Make, layers: object, said: str) -> None:
+    config = {"model_type": "switch_transformers", "num_experts": 4, "num_layers": layers}
+    assert said in refusal(switch(config=config))
+
+
+def test_a_layer_in_the_middle_is_missing() -> None:
+    names = ["model.layers.0.x", "model.layers.2.x", "model.norm.weight"]
+    with pytest.raises(QMoEError, match=r"no tensors model\.layers\.1\."):
+        check_layers({"num_hidden_layers": 3}, names)
+    for further in ({}, {"num_layers": 7}, {"num_decoder_layers": 7}):
+        check_layers(further, names)
+    config = {"num_hidden_layers": 1, "num_nextn_predict_layers": 2}
+    check_layers(config, ["model.layers.0.x", "model.layers.2.x"])
 
 
 def test_mixtral(mixtral: Path) -> None:

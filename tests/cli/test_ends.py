@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,34 @@ def test_a_signal_is_told_whatever_becomes_of_its_exception(
     monkeypatch.setattr(commands, "verify", verify)
     assert code_of(qmoe, tmp_path) == code
     assert signal.getsignal(number) == before
+
+
+TWICE = """
+import os, signal, time
+from qmoe_format.cli import interruption
+with interruption.interruptible():
+    try:
+        signal.raise_signal({number})
+    finally:
+        signal.raise_signal({number})
+        interruption.PATIENCE = {patience}
+        time.sleep(0.01)
+        signal.raise_signal({number})
+        print("unwound", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("patience", [0, 1000])
+def test_signals_while_it_ends(number: int, patience: int) -> None:
+    """What comes at once is the same one, handed on; later it is meant."""
+    code = TWICE.format(number=int(number), patience=patience)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if patience:
+        assert done.stdout == "unwound\n"
+        assert done.returncode == (128 + number if number == signal.SIGTERM else -number)
+    else:
+        assert (done.stdout, done.returncode) == ("", -number)
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])

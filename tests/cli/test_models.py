@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,28 @@ def test_eval_alone(qmoe: Run, file: Path, text: Path) -> None:
     assert "original" not in shown
 
 
+def test_eval_against_another_checkpoint(
+    qmoe: Run, file: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    for other in ("olmoe", config["model_type"]):
+        changes = {} if other == "olmoe" else {name: config[name] + 1}
+        folder = save_model(tmp_path / other, other, **changes)
+        outcome = qmoe("eval", file, "--text", text, "--against", folder)
+        assert outcome.err.startswith("error[argument]: ")
+        assert "is not what" in outcome.err
+
+
+def test_without_a_number_of_tokens(qmoe: Run, file: Path) -> None:
+    """Neither in the file nor from the user; and transformers has nothing to say to that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcome = qmoe("generate", file, PROMPT)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out
+
+
 def test_eval_on_given_targets(qmoe: Run, file: Path, checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "pairs.jsonl"
     text.write_text('{"text": "w1 w2 w3", "answer": "w4 w5 w6"}\n' * 3)
@@ -120,6 +143,8 @@ def test_nothing_to_predict(file: Path) -> None:
         ),
         (["eval", "{file}", "--text", "{text}", "--sequence-length", "1"], "argument", "2 or more"),
         (["generate", "{file}", "x", "--device", "cuda:99"], "argument", "cuda:99"),
+        (["generate", "{file}", "x", "--temperature", "1e-300"], "argument", "0.001 or more"),
+        (["generate", "{file}", "\udcff"], "argument", "not UTF-8"),
     ],
 )
 def test_refusals(

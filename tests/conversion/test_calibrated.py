@@ -343,14 +343,15 @@ def test_a_size_that_is_missed(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("options", [{"rate_lambda": 0.1}, {"calibration": None}])
 def test_nan_in_what_is_kept_as_it_is(
-    switch_folder: Path, converted: Convert, tmp_path: Path, options: dict[str, Any]
+    switch_folder: Path, converted: Convert, tmp_path: Path, options: dict[str, Any], wrong: float
 ) -> None:
     """The walk ends with the last experts, so no hidden state shows it."""
 
     def spoil(state: dict[str, Tensor]) -> None:
-        state["decoder.final_layer_norm.weight"][2] = torch.nan
+        state["decoder.final_layer_norm.weight"][2] = wrong
 
     folder = changed(switch_folder, tmp_path / "bad", spoil)
     said = refusal(lambda: converted(folder, **options), "value")
@@ -526,7 +527,12 @@ def test_progress(switch_folder: Path, converted: Convert) -> None:
     converted(switch_folder, rate_lambda=0.1, progress=lambda *at: seen.append(at))
     stages = [at[2].partition(",")[0] for at in seen]
     blocks = [f"{stack}.block.{number}" for stack in ("encoder", "decoder") for number in (0, 1)]
-    assert list(dict.fromkeys(stages)) == [*(f"plan {each}" for each in blocks), *blocks, "write"]
+    assert list(dict.fromkeys(stages)) == [
+        "read text",
+        *(f"plan {each}" for each in blocks),
+        *blocks,
+        "write",
+    ]
     for kind in ("plan decoder.block.1", "decoder.block.1", "write"):
         done, total, *_ = [at for at in seen if at[2].partition(",")[0] == kind][-1]
         assert done == total

@@ -422,4 +422,28 @@ def test_nothing_to_resume(switch_folder: Path, converted: Convert, tmp_path: Pa
 def test_a_damaged_state(stopped: Path, converted: Convert, tmp_path: Path) -> None:
     (tmp_path / ".m.qmoe.work" / "state.json").write_text("{")
     options: dict[str, Any] = {"recipe": "qmoe", "samples": 8}
-    assert "--force" in refusal(lambda: converted(stopped, resume=True, **options), "argument")
+    assert "--force" in refusal(lambda: converted(stopped, resume=True, **options), "malformed")
+
+
+@pytest.mark.parametrize("model", ["switch"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "code"), [("block-0001.json", "malformed"), ("block-0001-wi.qmoe", "checksum")]
+)
+def test_damaged_work(
+    stopped: Path,
+    stop: Callable[..., None],
+    converted: Convert,
+    tmp_path: Path,
+    name: str,
+    code: str,
+) -> None:
+    """Going on with it would only end in the same way."""
+    options: dict[str, Any] = {"recipe": "qmoe", "samples": 8, "resume": True}
+    stop("block", stopped, **options)
+    path = tmp_path / ".m.qmoe.work" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    said = refusal(lambda: converted(stopped, **options), code)
+    assert said.count("begin again with --force") == 1
+    assert "--resume" not in said

@@ -96,7 +96,7 @@ def test_prices_of_odd_rows_are_bounded() -> None:
             for k in (1, 2)
         )
         assert near.equal(further)
-    assert near.any()
+        assert near.any()
 
 
 def test_gradient_and_scales_belong_together() -> None:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from qmoe_format import convert, unpack
 from qmoe_format.calibration.sequences import Batch, make_batches
-from qmoe_format.runtime import load_model
+from qmoe_format.errors import QMoEError
+from qmoe_format.runtime import evaluation, load_model
 from qmoe_format.runtime.evaluation import Mean, evaluate, perplexity
 from tests.tiny_models import WORDS, save_model
 from tests.tiny_models import load_model as load_original
@@ -126,6 +127,23 @@ def test_mean_weighs_tokens() -> None:
 def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
     assert perplexity(math.log(50)) == pytest.approx(50)
     assert perplexity(1e4) == math.inf
+
+
+@pytest.mark.parametrize("whose", ["compressed", "original"])
+def test_nan_is_no_figure(
+    models: tuple[Any, Any, Any, list[Batch]], monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    original, compressed, _, batches = models
+    bad = compressed if whose == "compressed" else original
+    logits = evaluation._logits
+
+    def spoilt(model: Any, batch: Batch) -> Any:
+        return logits(model, batch) * (torch.nan if model is bad else 1)
+
+    monkeypatch.setattr(evaluation, "_logits", spoilt)
+    with pytest.raises(QMoEError, match=f"what the {whose} model predicts is NaN") as caught:
+        evaluate(compressed, batches, against=original)
+    assert caught.value.code == "value"
 
 
 def test_hooks_do_not_stay(models: tuple[Any, Any, Any, list[Batch]], tmp_path: Path) -> None:
