@@ -6,7 +6,7 @@ compressed experts into it. How tensors are named on disk is ``qmoe_format.check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -230,3 +230,44 @@ def wiring(config: Mapping[str, Any]) -> Wiring:
         return activation(product)
 
     return Wiring(family.inputs, family.output, gated if family.gated else plain)
+
+
+Shape = tuple[int, int, int]
+"""Experts, out, in."""
+
+
+def expert_modules(model: Any) -> Iterator[tuple[str, Any, Shape, Shape]]:
+    """Path and module of each layer's experts in transformers' model, and the shapes of what their
+    inputs are multiplied with, gate and up in one, and of the output."""
+    config = model.config
+    for path, module in list(model.named_modules()):
+        if hasattr(module, "is_concatenated"):
+            yield (
+                path,
+                module,
+                *(
+                    _shape(parameter, module.is_transposed)
+                    for parameter in (module.gate_up_proj, module.down_proj)
+                ),
+            )
+        elif type(module).__name__ == "SwitchTransformersExperts":
+            inputs = config.num_experts, config.d_ff, config.d_model
+            yield path, module, inputs, (inputs[0], inputs[2], inputs[1])
+
+
+def _shape(parameter: Any, transposed: bool) -> Shape:
+    experts, rows, columns = parameter.shape
+    return (experts, columns, rows) if transposed else (experts, rows, columns)
+
+
+def check_experts(where: str, stacks: Mapping[str, Sequence[int]], expected: Shape) -> None:
+    """That a parameter of ``expert_modules`` has the rows of ``stacks``, shapes by name, one after
+    the other; raises ``QMoEError``: ``checkpoint``."""
+    rows = sum(shape[1] for shape in stacks.values())
+    for name, shape in stacks.items():
+        if (shape[0], rows, shape[2]) != expected:
+            raise QMoEError(
+                "checkpoint",
+                f"{where}: stack {name!r} is of shape {list(shape)}, but by config.json experts "
+                f"are {list(expected)}; correct config.json and convert the checkpoint again",
+            )

@@ -23,7 +23,7 @@ from qmoe_format.calibration.model_part import ModelPart, padded
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.errors import QMoEError
-from qmoe_format.families import Family, family_for
+from qmoe_format.families import Family, check_experts, expert_modules, family_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Walk:
         """
         family = family_for(checkpoint.config)
         model = _build(checkpoint, family)
+        _check_experts(checkpoint, family, model)
         self._folder = folder
         self._experts = {stack.head: stack.experts for stack in checkpoint.stacks}
         self._parts = [
@@ -279,6 +280,19 @@ def _build(checkpoint: Checkpoint, family: Family) -> Any:
             "fetch it again or update transformers",
         ) from error
     return model.eval()
+
+
+def _check_experts(checkpoint: Checkpoint, family: Family, model: Any) -> None:
+    """That those of the checkpoint are of the model's shapes."""
+    shapes = {
+        (stack.head, stack.matrix): (stack.name, (stack.experts, stack.rows, stack.columns))
+        for stack in checkpoint.stacks
+    }
+    for path, _, inputs, output in expert_modules(model):
+        head = family.on_disk(path)
+        for matrices, expected in ((family.inputs, inputs), ((family.output,), output)):
+            found = dict(shapes[head, each] for each in matrices if (head, each) in shapes)
+            check_experts(str(checkpoint.folder), found, expected)
 
 
 def _tokens(family: Family, batches: Sequence[Batch]) -> list[list[Tokens]]:

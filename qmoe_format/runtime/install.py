@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe_format.checkpoints import adapter_for
-from qmoe_format.errors import QMoEError
-from qmoe_format.families import family_for
+from qmoe_format.families import check_experts, expert_modules, family_for
 from qmoe_format.folder import METHOD
 from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
 from qmoe_format.runtime.stacks import Stack
@@ -55,14 +53,14 @@ def install(model: Any, file: QMoEFile | ShardedFile) -> None:
     described = {"model_type": model.config.model_type}
     adapter = adapter_for(described)
     family = family_for(described)
-    for path, module, inputs, output in _experts(model):
+    for path, module, inputs, output in expert_modules(model):
         head = family.on_disk(path)
         stacks = [
             Stack(file, adapter.stack_name(head, matrix))
             for matrix in (*family.inputs, family.output)
         ]
-        _check(file.path, stacks[:-1], inputs)
-        _check(file.path, stacks[-1:], output)
+        for part, expected in ((stacks[:-1], inputs), (stacks[-1:], output)):
+            check_experts(file.path, {stack.name: stack.shape for stack in part}, expected)
         if isinstance(module, nn.ModuleDict):
             parent = model.get_submodule(path.rpartition(".")[0])
             parent.experts = module = SwitchExperts(model.config)
@@ -83,43 +81,3 @@ def upload(model: Any, device: int) -> None:
         if hasattr(module, "compressed"):
             for stack in (*module.compressed.inputs, module.compressed.output):
                 stack.upload(device)
-
-
-Shape = tuple[int, int, int]
-"""Experts, out, in."""
-
-
-def _experts(model: Any) -> Iterator[tuple[str, Any, Shape, Shape]]:
-    """Path and module of each layer's experts, and the shapes of their inputs and outputs."""
-    config = model.config
-    for path, module in list(model.named_modules()):
-        if hasattr(module, "is_concatenated"):
-            yield (
-                path,
-                module,
-                *(
-                    _shape(parameter, module.is_transposed)
-                    for parameter in (module.gate_up_proj, module.down_proj)
-                ),
-            )
-        elif type(module).__name__ == "SwitchTransformersExperts":
-            inputs = config.num_experts, config.d_ff, config.d_model
-            yield path, module, inputs, (inputs[0], inputs[2], inputs[1])
-
-
-def _shape(parameter: Any, transposed: bool) -> Shape:
-    experts, rows, columns = parameter.shape
-    return (experts, columns, rows) if transposed else (experts, rows, columns)
-
-
-def _check(path: str, stacks: Sequence[Stack], expected: Shape) -> None:
-    """That a module's parameter has the experts of ``stacks``, their rows one after the other."""
-    rows = sum(stack.shape[1] for stack in stacks)
-    for stack in stacks:
-        if (stack.shape[0], rows, stack.shape[2]) != expected:
-            raise QMoEError(
-                "checkpoint",
-                f"{path}: stack {stack.name!r} is of shape {list(stack.shape)}, but by config.json "
-                f"experts are {list(expected)}; correct config.json and convert the checkpoint "
-                "again",
-            )

@@ -543,6 +543,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape(
     [
         ({"encoder_sparse_step": 1}, "encoder.block.0.layer.1.mlp.router"),
         ({"decoder_sparse_step": 3}, "decoder.block.0.layer.2.mlp.wi.weight"),
+        ({"d_ff": 48}, "but by config.json experts are [4, 48, 16]"),
         ({"num_heads": "two"}, "num_heads"),
     ],
 )
