@@ -145,15 +145,20 @@ class ModelPart:
         output.
         """
         states = None if rows is None else padded(rows, tokens.attended)
-        if number < len(self.blocks) and (experts := self._experts[number]):
-            wanted = None if answer is None else padded(answer, tokens.attended)
-            experts.answer = None if wanted is None else wanted.flatten(0, 1)
+        experts = self._experts[number] if number < len(self.blocks) else None
+        if experts and answer is not None:
+            experts.answer = padded(answer, tokens.attended).flatten(0, 1)
         self._current, self._states = number, states
         inputs = {"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}
         mask = tokens.attended.long()
-        return self._thread.submit(
-            self._call, **inputs, **(more or {}), attention_mask=mask
-        ).result()
+        try:
+            return self._thread.submit(
+                self._call, **inputs, **(more or {}), attention_mask=mask
+            ).result()
+        finally:  # or each block would keep a batch
+            self._states = None
+            if experts:
+                experts.answer = None
 
     @torch.no_grad()
     def _call(self, **inputs: Tensor) -> Any:

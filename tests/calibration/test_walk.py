@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import tempfile
@@ -276,6 +277,25 @@ def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
     assert "model.layers.2" in refusal(lambda: open_checkpoint(folder), "checkpoint")
+
+
+def test_blocks_that_are_done_keep_no_memory(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "mixtral", torch.float32, num_hidden_layers=6)
+    (tmp_path / "walk").mkdir()
+
+    def alive() -> int:
+        gc.collect()
+        tensors = (each for each in gc.get_objects() if type(each) is Tensor)
+        return sum(each.nbytes for each in tensors if each.device.type == "cpu")
+
+    with open_checkpoint(folder) as checkpoint:
+        walk = Walk(checkpoint, random_batches(checkpoint), tmp_path / "walk")
+        walk.start()
+        found = []
+        for _ in walk.blocks:
+            step(walk, checkpoint)
+            found.append(alive())
+    assert found[1:] == [found[0]] * 5
 
 
 @pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])
