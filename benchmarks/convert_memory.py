@@ -88,9 +88,9 @@ CASES = (
     Case("many experts", switch(6, 64, 1024, 4096)),
     Case("large experts", switch(1, 8, 4096, 14_336)),
     Case("large embedding", switch(1, 8, 1024, 1024, vocabulary=1_000_000)),
-    calibrated("qmoe", layers=4),
-    calibrated("qmoe", layers=16),
-    calibrated("rd", layers=2),
+    calibrated("qmoe", layers=2),
+    calibrated("qmoe", layers=8),
+    calibrated("rd", layers=1),
 )
 
 
