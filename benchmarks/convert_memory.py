@@ -11,7 +11,7 @@ bfloat16, converted by rounding:
 
 and, with the model running on the demo's calibration text:
 
-    RECIPE, N layers   of 64 experts of 3 x 1024 x 1024
+    RECIPE, N × 64 experts   N layers, experts of 3 × 1024 × 1024
 
 The bound of a conversion by rounding is 1 GiB plus twice the largest tensor, whatever the size of
 the checkpoint. Peak memory is the kernel's ru_maxrss of the process, which counts mapped pages too.
@@ -81,7 +81,7 @@ def switch(
 def calibrated(recipe: str, layers: int) -> Case:
     """Of 201 M expert weights a layer."""
     sizes = {"num_hidden_layers": layers, "num_local_experts": 64, "intermediate_size": 1024}
-    return Case(f"{recipe}, {layers} layers", MIXTRAL_LIKE | sizes, recipe)
+    return Case(f"{recipe}, {layers} × 64 experts", MIXTRAL_LIKE | sizes, recipe)
 
 
 CASES = (

@@ -156,14 +156,13 @@ def choices(variants: dict[str, Any]) -> str:
 
 
 def conversions(found: list[dict[str, Any]]) -> str:
-    """The table of what conversions take."""
+    """The memory that conversions take."""
     rows = []
     for case in found:
         largest, peak = case["largest_tensor_bytes"], case["convert"]["peak_resident_bytes"]
-        sizes = [f"{size / 1e9:.2f}" for size in (case["checkpoint_bytes"], largest, peak)]
-        speed = f"{case['convert']['weights_per_second'] / 1e6:.1f}"
-        rows.append([case["checkpoint"], *sizes, speed])
-    return table("checkpoint | GB | largest tensor, GB | peak memory, GB | 10⁶ weights/s", rows)
+        sizes = (case["checkpoint_bytes"], largest, peak)
+        rows.append([case["checkpoint"], *(f"{size / 1e9:.2f}" for size in sizes)])
+    return table("checkpoint | GB | largest tensor, GB | peak memory, GB", rows)
 
 
 def scale(run: dict[str, Any]) -> str:
@@ -293,7 +292,8 @@ is y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense
 Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at the preamble, the
 index, that expert and its dictionary (`python -m benchmarks.opening`).
 
-Memory of conversions (`python -m benchmarks.convert_memory`), mapped pages of files included:
+Memory of conversions (`python -m benchmarks.convert_memory`), mapped pages of files included; by
+rounding, or with a calibrated recipe:
 
 {conversions(memory["results"])}
 

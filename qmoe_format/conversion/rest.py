@@ -11,15 +11,22 @@ from qmoe_format.writer import StackWriter, Writer
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint, ExpertStack
 
+AT_ONCE = 1 << 20  # elements, of an embedding that may have billions
+
 
 def check_rest(checkpoint: Checkpoint) -> None:
     """Raise ``QMoEError("value")`` if a tensor that is kept as it is is NaN or infinite."""
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise QMoEError(
-                "value", f"tensor {name!r}: an element is NaN or infinite; repair the model"
-            )
+        if not tensor.is_floating_point():
+            continue
+        elements = tensor.flatten()
+        for first in range(0, len(elements), AT_ONCE):
+            # As float64, because torch cannot ask this of every type of 8 bits.
+            if not elements[first : first + AT_ONCE].double().isfinite().all():
+                raise QMoEError(
+                    "value", f"tensor {name!r}: an element is NaN or infinite; repair the model"
+                )
 
 
 def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
