@@ -5,7 +5,7 @@
 Writes benchmarks/results/convert_memory.json and removes what it made. Random normal weights in
 bfloat16, converted by rounding:
 
-    many experts     6 GiB of experts of 8 MiB, no large tensor
+    many experts     7 GiB of experts' matrices of 8 MiB, no large tensor
     large experts    matrices of 117 MB, those of Mixtral-8x7B
     large embedding  one tensor of 2 GB that is no expert
 
@@ -62,7 +62,7 @@ class Case:
 def switch(
     layers: int, experts: int, hidden: int, intermediate: int, vocabulary: int = 8192
 ) -> Config:
-    """An encoder of sparse layers; the decoder is one small layer."""
+    """An encoder of sparse layers and a decoder of one more."""
     return {
         "model_type": "switch_transformers",
         "num_experts": experts,
@@ -73,7 +73,7 @@ def switch(
         "num_layers": layers,
         "num_sparse_encoder_layers": layers,
         "num_decoder_layers": 1,
-        "num_sparse_decoder_layers": 0,
+        "num_sparse_decoder_layers": 1,
         "vocab_size": vocabulary,
     }
 

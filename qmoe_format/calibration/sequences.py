@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 ENCODER_LENGTH = 256
 CAUSAL_LENGTH = 2048
-# What of a long document is tokenized at once, to a space if there is one: a tokenizer takes some
-# 100 bytes a character.
+# What of a long document is tokenized at once, to a space if there is one: a tokenizer takes many
+# times the memory of a text.
 _PIECE = re.compile(r"(?s).{1,200000}\S{0,1000}")
 
 

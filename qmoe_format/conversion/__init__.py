@@ -78,7 +78,7 @@ def convert(
     Raises:
         QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, ``value`` (weights
             that are NaN or infinite, or a number of bits that was missed), or ``io``, for example
-            because the disk is full.
+            because the disk is full; with ``resume`` those of reading, if the work is damaged.
     """
     require("torch", "safetensors", *(["transformers"] if calibration is not None else []))
     from qmoe_format.checkpoints import open_checkpoint

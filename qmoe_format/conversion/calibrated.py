@@ -83,7 +83,7 @@ class CalibratedConversion:
         self._progress = progress
         self._wiring = wiring(checkpoint.config)
         self._text_sha256 = text_sha256(calibration.text)
-        counter = self._counter(checkpoint.stacks)
+        counter = Counter(progress, _weights(checkpoint.stacks))
         self._batches = _batches(
             checkpoint,
             calibration,
@@ -151,7 +151,7 @@ class CalibratedConversion:
     def _plan(self, work: Work, walk: Walk, blocks: Sequence[Block]) -> dict[str, StackPlan]:
         """Let the text go through the original model, and measure each stack."""
         records: list[dict[str, StackPlan]] = work.records("plan")
-        counter = self._counter_of(blocks[len(records) :])
+        counter = self._counter(blocks[len(records) :])
         if len(records) < len(blocks):
             walk.start(len(records))
         for number in range(len(records), len(blocks)):
@@ -182,7 +182,7 @@ class CalibratedConversion:
         records: list[BlockRecord] = work.records("block")
         for record in records:
             _finish(control, record)
-        counter = self._counter_of(blocks[len(records) :])
+        counter = self._counter(blocks[len(records) :])
         if len(records) < len(blocks):
             walk.start(len(records))
         for number in range(len(records), len(blocks)):
@@ -278,12 +278,10 @@ class CalibratedConversion:
             stacks=list(stacks),
         )
 
-    def _counter_of(self, blocks: Sequence[Block]) -> Counter:
+    def _counter(self, blocks: Sequence[Block]) -> Counter:
         """Of the experts in some blocks."""
         heads = {block.head for block in blocks}
-        return self._counter(stack for stack in self._checkpoint.stacks if stack.head in heads)
-
-    def _counter(self, stacks: Iterable[ExpertStack]) -> Counter:
+        stacks = (stack for stack in self._checkpoint.stacks if stack.head in heads)
         return Counter(self._progress, _weights(stacks))
 
     def _total(self) -> int:

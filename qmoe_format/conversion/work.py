@@ -62,7 +62,7 @@ class Work:
 
         Raises:
             QMoEError: ``argument`` if there is a folder, or if it is another conversion's;
-                ``not-found`` if there is none to go on in; ``io``.
+                ``not-found`` if there is none to go on in; ``malformed`` if it is damaged; ``io``.
         """
         self.folder = folder = work_folder(destination)
         self._lock = -1

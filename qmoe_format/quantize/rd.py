@@ -34,7 +34,7 @@ from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weight
 PASSES = 3
 START_SHARE = 0.3  # of the price, in the passes: what they make zero seldom comes back
 ROUNDS = 20
-COLUMNS_EVERY = 4  # rounds; a refit costs as much as a round
+COLUMNS_EVERY = 4  # rounds
 FIRST_PRICE = 3.0  # of the rounds, falling to 1 in the first half of them
 ABSOLUTE = 0.30  # how far prices are from relative (0) to absolute (1) errors, see Rate
 TRUST = 30.0  # factor by which a row's price may differ for that: energies are estimates
