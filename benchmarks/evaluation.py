@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import qmoe_format
+from qmoe_format.checkpoints.wiring import Wiring, family_for, wiring
 from qmoe_format.dtypes import to_float32
-from qmoe_format.families import Wiring, family_for, wiring
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -25,8 +25,8 @@ import qmoe_format
 from benchmarks import report
 from qmoe_format import QMoEFile, Writer
 from qmoe_format.codec import encode_matrix
+from qmoe_format.container.byte_source import FileSource
 from qmoe_format.dtypes import Bytes
-from qmoe_format.source import FileSource
 
 EXPERTS, ROWS, COLUMNS = 2048, 256, 768
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import report
 from qmoe_format import codec
-from qmoe_format.runtime.products import SCRATCH, way
+from qmoe_format.runtime.grouped_linear import SCRATCH, way
 
 SHAPES = ((3072, 768), (768, 3072), (3584, 1024))
 ZEROS = (0.6, 0.885, 0.95)

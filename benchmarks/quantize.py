@@ -38,10 +38,10 @@ import qmoe_format
 from benchmarks import report
 from benchmarks.evaluation import DATA, Evaluation
 from qmoe_format.calibration.text import text_sha256
+from qmoe_format.container.inspection import describe
 from qmoe_format.conversion import Calibration
 from qmoe_format.conversion.calibrated import CalibratedConversion
 from qmoe_format.errors import QMoEError
-from qmoe_format.inspection import describe
 from qmoe_format.quantize import Recipe
 
 MODELS = ("switch-mini", "mixtral-mini")

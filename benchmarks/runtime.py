@@ -35,7 +35,7 @@ import numpy as np
 import qmoe_format
 from benchmarks import report
 from benchmarks.synthetic import MIXTRAL_LIKE, switch_base, write_checkpoint
-from qmoe_format.inspection import describe
+from qmoe_format.container.inspection import describe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPT_TOKENS, NEW_TOKENS = 32, 64

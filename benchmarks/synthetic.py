@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.dtypes import from_float32
-from qmoe_format.safetensors_writer import OutputTensor, write_sharded
+from qmoe_format.export.safetensors_writer import OutputTensor, write_sharded
 
 SHARD_BYTES = 1_000_000_000
 POOL = from_float32(np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02, "BF16")

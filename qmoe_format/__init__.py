@@ -31,14 +31,14 @@ from qmoe_format._version import __version__
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
+    from qmoe_format.container.entries import AttachmentEntry, DictionaryEntry, TensorEntry
+    from qmoe_format.container.reader import QMoEFile
+    from qmoe_format.container.shards import ShardedFile, open
+    from qmoe_format.container.writer import StackWriter, Writer
     from qmoe_format.conversion import convert
-    from qmoe_format.entries import AttachmentEntry, DictionaryEntry, TensorEntry
     from qmoe_format.errors import QMoEError
-    from qmoe_format.reader import QMoEFile
+    from qmoe_format.export.unpacking import unpack
     from qmoe_format.runtime import load_model, load_tokenizer
-    from qmoe_format.shards import ShardedFile, open
-    from qmoe_format.unpacking import unpack
-    from qmoe_format.writer import StackWriter, Writer
 
 __all__ = [
     "AttachmentEntry",
@@ -61,22 +61,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AttachmentEntry": "entries",
+    "AttachmentEntry": "container.entries",
     "Dictionary": "codec",
-    "DictionaryEntry": "entries",
+    "DictionaryEntry": "container.entries",
     "EncodedMatrix": "codec",
     "EncodedTrits": "codec",
     "QMoEError": "errors",
-    "QMoEFile": "reader",
-    "ShardedFile": "shards",
-    "StackWriter": "writer",
-    "TensorEntry": "entries",
-    "Writer": "writer",
+    "QMoEFile": "container.reader",
+    "ShardedFile": "container.shards",
+    "StackWriter": "container.writer",
+    "TensorEntry": "container.entries",
+    "Writer": "container.writer",
     "convert": "conversion",
     "load_model": "runtime",
     "load_tokenizer": "runtime",
-    "open": "shards",
-    "unpack": "unpacking",
+    "open": "container.shards",
+    "unpack": "export.unpacking",
 }
 
 

@@ -37,8 +37,8 @@ from transformers import (
 
 import qmoe_format
 from qmoe_format.cli.demo import BITS
+from qmoe_format.container.inspection import describe
 from qmoe_format.conversion import Calibration
-from qmoe_format.inspection import describe
 from qmoe_format.runtime import load_model
 
 PAD, EOS, UNK = 0, 1, 2

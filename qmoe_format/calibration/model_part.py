@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from qmoe_format.calibration.sequences import Tokens
 from qmoe_format.checkpoints import Checkpoint
+from qmoe_format.checkpoints.wiring import Family, Stage
 from qmoe_format.errors import QMoEError
-from qmoe_format.families import Family, Stage
 from qmoe_format.machine import flushing_thread
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from qmoe_format.calibration.buffer import SUFFIX, Routed, Rows, sweep
+from qmoe_format.calibration.activations import SUFFIX, Routed, Rows, sweep
 from qmoe_format.calibration.model_part import ModelPart, padded
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
+from qmoe_format.checkpoints.wiring import Family, check_experts, expert_modules, family_for
 from qmoe_format.errors import QMoEError
-from qmoe_format.families import Family, check_experts, expert_modules, family_for
 
 
 @dataclass(frozen=True, slots=True)

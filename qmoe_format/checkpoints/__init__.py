@@ -8,9 +8,9 @@ grow with the model.
 """
 
 from qmoe_format.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qmoe_format.checkpoints.expert_stacks import Adapter, ExpertStack, TensorInfo
+from qmoe_format.checkpoints.families import ADAPTERS, adapter_for
 from qmoe_format.checkpoints.layers import check_layers
-from qmoe_format.checkpoints.registry import ADAPTERS, adapter_for
-from qmoe_format.checkpoints.stacks import Adapter, ExpertStack, TensorInfo
 
 __all__ = [
     "ADAPTERS",

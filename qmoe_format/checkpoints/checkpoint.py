@@ -8,18 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, TensorInfo, find_stacks
+from qmoe_format.checkpoints.families import adapter_for
 from qmoe_format.checkpoints.layers import check_layers
-from qmoe_format.checkpoints.registry import adapter_for
-from qmoe_format.checkpoints.stacks import ExpertStack, TensorInfo, find_stacks
+from qmoe_format.container.index import check_file_name
 from qmoe_format.errors import QMoEError
-from qmoe_format.index import check_file_name
 
 if TYPE_CHECKING:
     from types import EllipsisType
 
     from torch import Tensor
 
-    from qmoe_format.checkpoints.shards import Shard
+    from qmoe_format.checkpoints.weight_files import Shard
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -118,7 +118,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise QMoEError(
             "not-found", f"{folder}: no such folder; give one with config.json and the weights"
         )
-    from qmoe_format.checkpoints.shards import open_shard
+    from qmoe_format.checkpoints.weight_files import open_shard
 
     config = _read_json(folder / "config.json")
     adapter_for(config)

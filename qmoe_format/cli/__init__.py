@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmoe_format._version import __version__
 from qmoe_format.checkpoints import ADAPTERS
-from qmoe_format.cli import commands
+from qmoe_format.cli import convert as commands
 from qmoe_format.cli.interruption import interruptible
 from qmoe_format.cli.text import natural, parse_size, positive, positive_real
 from qmoe_format.codec import PROFILES

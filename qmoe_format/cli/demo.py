@@ -11,13 +11,13 @@ from typing import Any
 
 import qmoe_format
 from qmoe_format.cli.models import quiet
-from qmoe_format.cli.progress import Progress
+from qmoe_format.cli.progress_line import Progress
 from qmoe_format.cli.tables import quality_tables, summary, tensor_table
 from qmoe_format.cli.text import size
+from qmoe_format.container.inspection import describe
 from qmoe_format.conversion import Calibration, convert
 from qmoe_format.conversion.report import read_report
 from qmoe_format.errors import QMoEError
-from qmoe_format.inspection import describe
 
 BITS = 1.0  # a weight, scales included; of so narrow experts these alone are 0.2
 PROMPTS = ("The LORD is my shepherd;", "And Moses said unto the children of Israel,")

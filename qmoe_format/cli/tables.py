@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qmoe_format.cli.text import count, size, table
+from qmoe_format.container.inspection import PartReport, Report, TensorReport
 from qmoe_format.conversion.report import Quality, StackQuality
-from qmoe_format.inspection import PartReport, Report, TensorReport
 
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
 

@@ -121,7 +121,7 @@ def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float3
 
     Raises ``QMoEError`` as ``decode`` does.
     """
-    from qmoe_format.codec.kernels.decoding import scale_rows
+    from qmoe_format.codec.kernels.decode import scale_rows
 
     trits = decode(matrix.trits, threads=threads)
     weights = np.empty(trits.shape, np.float32)
@@ -141,7 +141,7 @@ def dequantize_rows(
     ``QMoEError``: ``argument`` for another type or shape, rows that there are not, or gaps in
     ``out``; ``malformed`` for a segment that ends early. Other damage is for ``decode`` to find.
     """
-    from qmoe_format.codec.kernels.decoding import weights_of_segments
+    from qmoe_format.codec.kernels.decode import weights_of_segments
 
     if (
         out.dtype != np.float32

@@ -101,7 +101,7 @@ def encode(
     ``rows_per_segment`` None: as many as come to about 4096 weights (profile ``fast``). Raises
     ``QMoEError``: ``argument`` for another dtype, shape or value.
     """
-    from qmoe_format.codec.kernels.encoding import encode_segments
+    from qmoe_format.codec.kernels.encode import encode_segments
     from qmoe_format.codec.tables import tables
 
     if trits.dtype != np.int8 or trits.ndim != 2:
@@ -166,7 +166,7 @@ def decode(
 
     Raises ``QMoEError``: ``malformed`` or ``padding``, naming the segment.
     """
-    from qmoe_format.codec.kernels import decoding
+    from qmoe_format.codec.kernels import decode as decoding
     from qmoe_format.codec.tables import tables
 
     shape = (encoded.rows, encoded.columns)
@@ -194,7 +194,7 @@ def decode(
 
 def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
     """What every decoding kernel takes after the range of segments."""
-    from qmoe_format.codec.kernels.chunks import SIGN_BYTES
+    from qmoe_format.codec.kernels.scan import SIGN_BYTES
     from qmoe_format.codec.tables import tables
 
     look_up = tables(encoded.dictionary)
@@ -224,7 +224,7 @@ def run(kernel: Any, segments: range, threads: int, *arguments: Any) -> None:
 
 def run_all(calls: Sequence[Call], threads: int) -> None:
     """All of ``calls``; each thread has its share of every one's segments."""
-    from qmoe_format.codec.kernels import chunks
+    from qmoe_format.codec.kernels import scan as chunks
 
     most = max((len(segments) for _, segments, _ in calls), default=0)
     parts = max(1, min(threads, most))

@@ -2,6 +2,6 @@
 
 - ``vectors/`` and ``manifest.json``: small files, good and bad, and what a reader has to say.
 - ``second_reader.py``: a reader in plain Python, written from SPEC.md alone.
-- ``make_vectors.py``: writes vectors and manifest; ``writer.py`` is its byte-level writer.
+- ``tools/conformance_vectors`` in the repository writes vectors and manifest.
 - ``runner.py``: ``python -m qmoe_format.conformance [--reader CMD ...]`` tries a reader on them.
 """

@@ -10,15 +10,15 @@ import glob
 from pathlib import Path
 
 from qmoe_format.codec import PROFILES
-from qmoe_format.conversion.progress import Counter, Progress
+from qmoe_format.container.writer import Writer, file_stem
+from qmoe_format.conversion.counter import Counter, Progress
+from qmoe_format.conversion.options import Calibration, Target
 from qmoe_format.conversion.report import report_path
-from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.errors import QMoEError
 from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
 from qmoe_format.optional import require
 from qmoe_format.quantize import Recipe
-from qmoe_format.writer import Writer, file_stem
 
 __all__ = ["Calibration", "Progress", "check_destination", "convert"]
 
@@ -100,7 +100,7 @@ def convert(
     )
     with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
         if calibration is None:
-            from qmoe_format.conversion.data_free import convert_data_free
+            from qmoe_format.conversion.uncalibrated import convert_data_free
 
             total = sum(info.elements for info in checkpoint.tensors.values())
             with Writer(destination, shard_bytes=shard_bytes) as writer:

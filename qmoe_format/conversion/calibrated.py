@@ -16,19 +16,23 @@ from typing import Any
 
 from torch import Tensor
 
-import qmoe_format
+from qmoe_format import container
 from qmoe_format._version import __version__
-from qmoe_format.calibration.buffer import Routed, Rows
+from qmoe_format.calibration.activations import Routed, Rows
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.calibration.walk import Block, Walk
 from qmoe_format.checkpoints import Checkpoint, ExpertStack
+from qmoe_format.checkpoints.wiring import wiring
 from qmoe_format.codec import PROFILES
-from qmoe_format.conversion.block import BlockRecord, quantize_block
-from qmoe_format.conversion.layer import Layer
+from qmoe_format.container.writer import Writer
+from qmoe_format.conversion.block_experts import Layer
+from qmoe_format.conversion.counter import Counter, Progress
+from qmoe_format.conversion.options import Calibration, Target
 from qmoe_format.conversion.parallel import torch_threads
-from qmoe_format.conversion.plan import ATTEMPTS, RateControl, StackPlan, plan_layer
-from qmoe_format.conversion.progress import Counter, Progress
+from qmoe_format.conversion.passthrough import begin_stack, check_rest, write_rest
+from qmoe_format.conversion.quantize_block import BlockRecord, quantize_block
+from qmoe_format.conversion.rate_control import ATTEMPTS, RateControl, StackPlan, plan_layer
 from qmoe_format.conversion.report import (
     REPORT_NAME,
     Quality,
@@ -38,15 +42,11 @@ from qmoe_format.conversion.report import (
     rounded,
     write_report,
 )
-from qmoe_format.conversion.rest import begin_stack, check_rest, write_rest
-from qmoe_format.conversion.settings import Calibration, Target
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.errors import QMoEError
-from qmoe_format.families import wiring
 from qmoe_format.machine import check_device, release_memory
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.rd import Rate
-from qmoe_format.writer import Writer
 
 
 class CalibratedConversion:
@@ -246,7 +246,7 @@ class CalibratedConversion:
             write_rest(self._checkpoint, writer, counter)
             for stack in stacks:
                 with (
-                    qmoe_format.open(staged[stack.name], memory_map=False) as file,
+                    container.open(staged[stack.name], memory_map=False) as file,
                     begin_stack(writer, stack) as experts,
                 ):
                     for expert in range(stack.experts):

@@ -9,9 +9,9 @@ import numpy as np
 
 from qmoe_format.codec import Dictionary, EncodedMatrix, Profile, encode_matrix
 from qmoe_format.codec.dictionary import on_grid
-from qmoe_format.encodings import TERNARY_DICT, ZSTD
-from qmoe_format.encodings.ternary_dict import extent_length
-from qmoe_format.entries import Item
+from qmoe_format.container.encodings import TERNARY_DICT, ZSTD
+from qmoe_format.container.encodings.ternary_dict import extent_length
+from qmoe_format.container.entries import Item
 
 if TYPE_CHECKING:
     from qmoe_format.quantize.ternary import TernaryWeights
@@ -21,7 +21,7 @@ def encode(
     ternary: TernaryWeights, place: int, scale_dtype: str, profile: Profile, threads: int
 ) -> EncodedMatrix:
     """Code one matrix of a batch."""
-    from qmoe_format.checkpoints.elements import to_storage
+    from qmoe_format.checkpoints.torch_dtypes import to_storage
 
     column_scale = ternary.column_scale
     return encode_matrix(

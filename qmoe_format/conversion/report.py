@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from qmoe_format.atomic_file import whole_file
+from qmoe_format.container.writer import file_stem
 from qmoe_format.errors import QMoEError
-from qmoe_format.partial import whole_file
-from qmoe_format.writer import file_stem
 
 if TYPE_CHECKING:
-    from qmoe_format.reader import QMoEFile
-    from qmoe_format.shards import ShardedFile
+    from qmoe_format.container.reader import QMoEFile
+    from qmoe_format.container.shards import ShardedFile
 
 REPORT_NAME = "quality.json"
 DIGITS = 6

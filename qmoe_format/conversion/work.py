@@ -24,10 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from qmoe_format.atomic_file import partial_files, whole_file
 from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import FORMAT_CODES, QMoEError
 from qmoe_format.located import os_errors
-from qmoe_format.partial import partial_files, whole_file
 
 try:
     import fcntl

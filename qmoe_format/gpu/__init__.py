@@ -16,8 +16,8 @@ are these kernels, ``cuda`` runs them. Nothing of that but ``cuda`` needs a GPU.
 """
 
 from qmoe_format.gpu.cuda import available, require
-from qmoe_format.gpu.products import decode, expert_matvec, matmul, matvec
-from qmoe_format.gpu.stack import DeviceMatrix, DeviceStack, upload
+from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack, upload
+from qmoe_format.gpu.ops import decode, expert_matvec, matmul, matvec
 
 __all__ = [
     "DeviceMatrix",

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.runtime.products import Group, grouped_linear
-from qmoe_format.runtime.stacks import Stack
+from qmoe_format.runtime.grouped_linear import Group, grouped_linear
+from qmoe_format.runtime.lazy_stack import Stack
 
 TOGETHER = 256  # (token, expert) pairs whose activations are held at a time, about
 GPU_FEW = 64  # tokens that the GPU's kernel for pairs takes

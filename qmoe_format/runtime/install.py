@@ -8,13 +8,13 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qmoe_format.checkpoints import adapter_for
-from qmoe_format.families import check_experts, expert_modules, family_for
-from qmoe_format.folder import METHOD
+from qmoe_format.checkpoints.wiring import check_experts, expert_modules, family_for
+from qmoe_format.export.compressed_folder import METHOD
 from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
-from qmoe_format.runtime.stacks import Stack
+from qmoe_format.runtime.lazy_stack import Stack
 
 if TYPE_CHECKING:
-    from qmoe_format import QMoEFile, ShardedFile
+    from qmoe_format.container import QMoEFile, ShardedFile
 
 ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_forward)
 

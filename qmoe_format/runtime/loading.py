@@ -20,17 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import qmoe_format
+from qmoe_format import container
 from qmoe_format.checkpoints import check_layers
-from qmoe_format.checkpoints.elements import TORCH_DTYPES
+from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
+from qmoe_format.checkpoints.wiring import family_for
 from qmoe_format.errors import QMoEError
-from qmoe_format.families import family_for
-from qmoe_format.folder import CONFIG, METHOD, read_config
+from qmoe_format.export.compressed_folder import CONFIG, METHOD, read_config
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.install import upload
 
 if TYPE_CHECKING:
-    from qmoe_format import QMoEFile, ShardedFile
+    from qmoe_format.container import QMoEFile, ShardedFile
 
 
 def load_model(
@@ -55,7 +55,7 @@ def load_model(
             ``dependency``, ``device`` and ``memory``.
     """
     check_device(device)
-    with qmoe_format.open(path) as file, _attachments(file) as folder:
+    with container.open(path) as file, _attachments(file) as folder:
         described = read_config(file)
         family = family_for(described)
         check_layers(described, file.tensors)
@@ -102,7 +102,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none that
             transformers knows.
     """
-    with qmoe_format.open(path) as file, _attachments(file) as folder:
+    with container.open(path) as file, _attachments(file) as folder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Some classes make an empty vocabulary where there is none.

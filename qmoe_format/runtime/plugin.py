@@ -13,15 +13,22 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import qmoe_format
+from qmoe_format import container
 from qmoe_format.errors import QMoEError
-from qmoe_format.folder import CONFIG, DENSE, EXPERTS, METHOD, marked, write_experts
+from qmoe_format.export.compressed_folder import (
+    CONFIG,
+    DENSE,
+    EXPERTS,
+    METHOD,
+    marked,
+    write_experts,
+)
 from qmoe_format.runtime.install import build_without_experts, install
 
 
 @register_quantization_config(METHOD)
 class QMoEConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not followed
-    """``quantization_config`` of a folder (``qmoe_format.folder``).
+    """``quantization_config`` of a folder (``qmoe_format.export.compressed_folder``).
 
     ``file``: what has the experts, in the folder.
     """
@@ -53,7 +60,7 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
             path = Path(checkpoint_files[0]).parent / path
             if not path.exists():
                 _fetch(model.config.name_or_path, path)
-        self.file = qmoe_format.open(path)
+        self.file = container.open(path)
         install(model, self.file)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:

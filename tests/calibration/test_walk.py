@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_format.partial import PartialFile
+from qmoe_format.atomic_file import PartialFile
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
@@ -29,11 +29,11 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
-from qmoe_format.calibration.buffer import Routed, Rows
+from qmoe_format.calibration.activations import Routed, Rows
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
-from qmoe_format.families import wiring
+from qmoe_format.checkpoints.wiring import wiring
 from tests.refusals import refusal
 from tests.tiny_models import CONFIGS, add_prediction_layer, changed, load_model, save_model
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qmoe_format.checkpoints import ADAPTERS, check_layers, open_checkpoint
 from qmoe_format.checkpoints import checkpoint as checkpoint_module
-from qmoe_format.checkpoints.elements import TORCH_DTYPES, to_storage
+from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES, to_storage
 from qmoe_format.dtypes import STORAGE
 from tests.conftest import write_checkpoint
 
@@ -486,7 +486,7 @@ def test_names_need_no_torch() -> None:
     """``unpack`` has to know them."""
     program = (
         "import sys; sys.modules |= dict.fromkeys(['torch', 'safetensors', 'transformers'])\n"
-        "import qmoe_format.unpacking\n"
+        "import qmoe_format.export.unpacking\n"
         "from qmoe_format.checkpoints import adapter_for\n"
         "assert adapter_for({'model_type': 'gpt_oss'}).transposed"
     )

@@ -16,7 +16,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format.conversion import convert
-from qmoe_format.unpacking import unpack
+from qmoe_format.export.unpacking import unpack
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch

@@ -11,7 +11,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format.cli.demo import BITS
-from qmoe_format.inspection import describe
+from qmoe_format.container.inspection import describe
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qmoe_format.cli import commands
+from qmoe_format.cli import convert as commands
 
 
 @pytest.fixture(autouse=True)

@@ -159,7 +159,7 @@ def test_refusals(
 @pytest.mark.parametrize("arguments", [["generate", "m.qmoe", "x"], ["eval", "m.qmoe", "--text=t"]])
 def test_without_torch(qmoe: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     for module in [name for name in sys.modules if name.startswith("qmoe_format.c")]:
-        if module.startswith(("qmoe_format.calibration", "qmoe_format.cli.evaluation")):
+        if module.startswith(("qmoe_format.calibration", "qmoe_format.cli.eval")):
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch", None)
     outcome = qmoe(*arguments)

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from qmoe_format.cli.progress import Progress
+from qmoe_format.cli.progress_line import Progress
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("qmoe_format.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qmoe_format.cli.progress_line.time.monotonic", lambda: now[0])
     return now
 
 

@@ -14,7 +14,7 @@ import pytest
 import qmoe_format
 from qmoe_format.codec import encode_matrix
 from qmoe_format.errors import QMoEError
-from qmoe_format.unpacking import unpack
+from qmoe_format.export.unpacking import unpack
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qmoe_format.codec import (
     matvec,
     matvecs,
 )
-from qmoe_format.codec.kernels import products as product_kernels
+from qmoe_format.codec.kernels import dot as product_kernels
 from qmoe_format.codec.tables import tables
 from qmoe_format.dtypes import STORAGE, from_float32, to_float32
 from qmoe_format.errors import QMoEError

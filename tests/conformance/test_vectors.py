@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qmoe_format.conformance import make_vectors, second_reader
+from qmoe_format.conformance import second_reader
 from qmoe_format.conformance.runner import (
     HERE,
     Vector,
@@ -19,6 +19,7 @@ from qmoe_format.conformance.runner import (
     sentences,
 )
 from qmoe_format.conformance.runner import second_reader as read_second
+from tools.conformance_vectors import __main__ as make_vectors
 
 SPEC = Path(__file__).parents[2] / "SPEC.md"
 VECTORS = corpus()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from qmoe_format import QMoEError, QMoEFile, Writer
 from qmoe_format.codec import EncodedMatrix, encode_matrix
-from qmoe_format.source import BytesSource
+from qmoe_format.container.byte_source import BytesSource
 
 SIGNATURE = b"\x8fQMOE\r\n\x1a"
 PREAMBLE = "<8sHHIIIQQQI8s"

@@ -11,8 +11,8 @@ import pytest
 
 import qmoe_format
 from qmoe_format import QMoEFile, Writer
+from qmoe_format.container.byte_source import BytesSource, FileSource
 from qmoe_format.dtypes import Bytes
-from qmoe_format.source import BytesSource, FileSource
 from tests.container.files import matrix, sample, take_apart
 
 EXPERTS = 2048

@@ -124,13 +124,13 @@ def test_reading_finds_what_it_touches_and_nothing_else() -> None:
     at = sum(-(-len(extent) // 64) * 64 for extent in extents[: stack["extent"] + 1]) + 64
     data = bytearray(SAMPLE)
     data[at + 40] ^= 1
-    with qmoe_format.QMoEFile(qmoe_format.source.BytesSource(bytes(data))) as file:
+    with qmoe_format.QMoEFile(qmoe_format.container.byte_source.BytesSource(bytes(data))) as file:
         file.read_expert("moe.experts.wi", 0)
         for _ in range(2):
             with pytest.raises(QMoEError, match="expert 1") as caught:
                 file.read_expert("moe.experts.wi", 1)
             assert caught.value.code == "checksum"
-    source = qmoe_format.source.BytesSource(bytes(data))
+    source = qmoe_format.container.byte_source.BytesSource(bytes(data))
     with qmoe_format.QMoEFile(source, checksums=False) as file:
         file.encoded("moe.experts.wi", 1)  # only a scale is another one
         with pytest.raises(QMoEError) as caught:
@@ -214,7 +214,7 @@ def test_what_a_small_hostile_file_may_claim(tmp_path: Path) -> None:
     program = """
 import resource, sys
 import qmoe_format
-from qmoe_format.reader import QMoEFile
+from qmoe_format.container.reader import QMoEFile
 resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
 for path in sys.argv[1:]:
     try:

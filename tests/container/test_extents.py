@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from qmoe_format import QMoEError, QMoEFile
-from qmoe_format.source import BytesSource
+from qmoe_format.container.byte_source import BytesSource
 from tests.container.files import (
     align,
     assemble,

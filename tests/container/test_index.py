@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qmoe_format.encodings.ternary_dict import TernaryDict
+from qmoe_format.container.encodings.ternary_dict import TernaryDict
 from tests.container.files import (
     assemble,
     code_at_opening,
@@ -392,7 +392,7 @@ def test_an_extent_that_nobody_owns() -> None:
 @pytest.mark.parametrize("what", ["tensors", "attachments", "dictionaries"])
 def test_the_number_of_entries(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit itself is a million: here it is three."""
-    monkeypatch.setattr("qmoe_format.limits.ENTRIES", 3)
+    monkeypatch.setattr("qmoe_format.container.limits.ENTRIES", 3)
     entry: dict[str, Any] = {
         "tensors": tensor(stack=True, shape=[0]),
         "attachments": {"bytes": 2, "encoding": "raw", "extent": 0, "name": "a"},

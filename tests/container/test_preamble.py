@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qmoe_format import QMoEError
-from qmoe_format.layout import Preamble
+from qmoe_format.container.preamble import Preamble
 from tests.container.files import SIGNATURE, assemble, code_at_opening, code_of, index_of, tensor
 
 GOOD: dict[str, Any] = {"index": index_of(tensors=[tensor(name="tt")]), "extents": [b"ab"]}

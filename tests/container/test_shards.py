@@ -11,7 +11,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format import QMoEError, QMoEFile, ShardedFile, Writer
-from qmoe_format.shards import parse_shards
+from qmoe_format.container.shards import parse_shards
 from tests.container.files import assemble, code_of, dumps, index_of, matrix, tensor
 
 
@@ -202,7 +202,7 @@ def test_the_text_file_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("ENTRIES", 2, "limit"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"qmoe_format.limits.{limit}", most)
+            patch.setattr(f"qmoe_format.container.limits.{limit}", most)
             assert code_of_shards(path) == expected
 
 

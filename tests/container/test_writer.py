@@ -19,7 +19,7 @@ import pytest
 import qmoe_format
 from qmoe_format import QMoEError, Writer
 from qmoe_format.codec import encode_matrix, fit_dictionary
-from qmoe_format.encodings import zstd
+from qmoe_format.container.encodings import zstd
 from tests.container.files import code_of, matrix, sample
 
 OLD = b"what was there before"
@@ -548,7 +548,7 @@ def test_limits_of_the_format(
     target: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: Any
 ) -> None:
     """A writer stops at them; the real ones take too long to reach."""
-    monkeypatch.setattr(f"qmoe_format.limits.{limit}", value)
+    monkeypatch.setattr(f"qmoe_format.container.limits.{limit}", value)
     with pytest.raises(QMoEError) as caught, Writer(target) as writer:  # noqa: PT012
         for number in range(5):
             writer.add_tensor(f"t{number}", np.zeros(60, np.uint8), "U8", "raw")
@@ -561,7 +561,7 @@ def test_limits_of_the_format(
 def test_the_number_of_attachments_and_dictionaries(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmoe_format.limits.ENTRIES", 2)
+    monkeypatch.setattr("qmoe_format.container.limits.ENTRIES", 2)
     with Writer(target) as writer:
         for name in ("a", "b"):
             writer.add_attachment(name, b"")

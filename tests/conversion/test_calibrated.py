@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import qmoe_format
+from qmoe_format.container.inspection import describe
 from qmoe_format.conversion.report import read_report, report_path
-from qmoe_format.inspection import describe
-from qmoe_format.unpacking import unpack
+from qmoe_format.export.unpacking import unpack
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from qmoe_format.calibration.sequences import make_batches, read_batches
 from qmoe_format.calibration.text import read_texts
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.conversion import layer as layers
+from qmoe_format.conversion import block_experts as layers
 from qmoe_format.conversion import parallel
-from qmoe_format.conversion.plan import RateControl
+from qmoe_format.conversion.rate_control import RateControl
 from tests.refusals import refusal
 from tests.tiny_models import changed
 
@@ -297,7 +297,7 @@ def test_the_same_bytes_again_and_whatever_the_threads(model: Path, converted: C
 def test_the_same_bytes_in_groups_of_any_size(
     model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, size: dict[str, float]
 ) -> None:
-    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
+    monkeypatch.setattr("qmoe_format.conversion.rate_control.TOLERANCE", 0.3)
     options: dict[str, Any] = {"samples": 10} | size
     first = converted(model, **options).read_bytes()
     for number in (1, 3):
@@ -337,7 +337,7 @@ def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float
 def test_a_size_that_is_missed(
     switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", -1.0)
+    monkeypatch.setattr("qmoe_format.conversion.rate_control.TOLERANCE", -1.0)
     said = refusal(lambda: converted(switch_folder, bits_per_weight=1.6, samples=4), "value")
     assert "1.6 were asked for" in said
     assert not list(tmp_path.iterdir())

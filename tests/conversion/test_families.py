@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
+from qmoe_format.checkpoints.wiring import FAMILIES
 from qmoe_format.conversion.report import read_report
-from qmoe_format.families import FAMILIES
 from qmoe_format.quantize import RECIPES
 from tests.refusals import refusal
 from tests.tiny_models import CONFIGS, add_prediction_layer, load_model, save_model

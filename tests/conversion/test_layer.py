@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmoe_format.calibration.buffer import Routed, Rows
+from qmoe_format.calibration.activations import Routed, Rows
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.conversion.layer import Layer
-from qmoe_format.families import wiring
+from qmoe_format.checkpoints.wiring import wiring
+from qmoe_format.conversion.block_experts import Layer
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 3, 8, 5, 40
 
@@ -126,8 +126,8 @@ def test_a_few_tokens_at_a_time(
     layers: tuple[Layer, Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = everything(layers[0])
-    monkeypatch.setattr("qmoe_format.conversion.layer.CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr("qmoe_format.conversion.layer.CHUNK_TOKENS", 3)
+    monkeypatch.setattr("qmoe_format.conversion.block_experts.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("qmoe_format.conversion.block_experts.CHUNK_TOKENS", 3)
     for whole, pieces in zip(at_once, everything(layers[0]), strict=True):
         torch.testing.assert_close(pieces, whole)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qmoe_format.checkpoints import ExpertStack
-from qmoe_format.conversion.layer import Layer, Weights
-from qmoe_format.conversion.plan import DEFAULT_LAMBDA, PRICES, RateControl, StackPlan
-from qmoe_format.conversion.settings import Target
+from qmoe_format.conversion.block_experts import Layer, Weights
+from qmoe_format.conversion.options import Target
+from qmoe_format.conversion.rate_control import DEFAULT_LAMBDA, PRICES, RateControl, StackPlan
 from qmoe_format.quantize.rd import ABSOLUTE, TRUST, weighted_energies
 from tests.conversion.conftest import Convert
 

@@ -13,8 +13,8 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.checkpoints.elements import TORCH_DTYPES
-from qmoe_format.conversion.rest import check_rest
+from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
+from qmoe_format.conversion.passthrough import check_rest
 from tests.refusals import refusal
 
 Make = Callable[..., Path]
@@ -42,7 +42,7 @@ def test_others(
     switch: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wrong: float
 ) -> None:
     """Wherever they are."""
-    monkeypatch.setattr("qmoe_format.conversion.rest.AT_ONCE", 3)
+    monkeypatch.setattr("qmoe_format.conversion.passthrough.AT_ONCE", 3)
     for place in (0, 4, 6):
 
         def change(state: dict[str, Any], place: int = place) -> None:

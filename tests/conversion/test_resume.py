@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import qmoe_format
+from qmoe_format.atomic_file import PartialFile
 from qmoe_format.conversion.report import report_path, write_report
 from qmoe_format.conversion.work import Work, _file_hash
-from qmoe_format.partial import PartialFile
 from tests.refusals import refusal
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {"samples": 8, "bits_per_weight": 1.6}
 @pytest.fixture(autouse=True)
 def tolerant(monkeypatch: pytest.MonkeyPatch) -> None:
     """In so small a model one dictionary more may be too much."""
-    monkeypatch.setattr("qmoe_format.conversion.plan.TOLERANCE", 0.3)
+    monkeypatch.setattr("qmoe_format.conversion.rate_control.TOLERANCE", 0.3)
 
 
 @pytest.fixture(scope="module")

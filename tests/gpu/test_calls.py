@@ -10,8 +10,8 @@ import pytest
 from qmoe_format import gpu
 from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
+from qmoe_format.gpu import device_stack as stacks
 from qmoe_format.gpu import packing
-from qmoe_format.gpu import stack as stacks
 from tests.codec.strategies import random_trits
 from tests.gpu import shim
 from tests.gpu.fake_cupy import FakeCupy, Stream

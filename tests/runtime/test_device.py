@@ -12,11 +12,11 @@ import torch
 
 import qmoe_format
 from qmoe_format import gpu
-from qmoe_format.gpu.stack import DeviceStack
-from qmoe_format.reader import QMoEFile
+from qmoe_format.container.reader import QMoEFile
+from qmoe_format.gpu.device_stack import DeviceStack
 from qmoe_format.runtime.experts import experts_forward
-from qmoe_format.runtime.products import linear
-from qmoe_format.runtime.stacks import Stack
+from qmoe_format.runtime.grouped_linear import linear
+from qmoe_format.runtime.lazy_stack import Stack
 from tests.gpu import shim
 from tests.gpu.conftest import cupy  # noqa: F401 -- a fixture
 from tests.gpu.fake_cupy import FakeCupy

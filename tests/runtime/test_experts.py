@@ -18,11 +18,11 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 import qmoe_format
+from qmoe_format.container.reader import QMoEFile
 from qmoe_format.errors import QMoEError
-from qmoe_format.reader import QMoEFile
 from qmoe_format.runtime import experts
 from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
-from qmoe_format.runtime.stacks import Stack
+from qmoe_format.runtime.lazy_stack import Stack
 
 from .files import write_stacks
 

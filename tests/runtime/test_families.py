@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qmoe_format
-from qmoe_format.families import FAMILIES
+from qmoe_format.checkpoints.wiring import FAMILIES
 from tests.runtime.conftest import Converted
 from tests.runtime.models import from_pretrained, generated, logits
 

@@ -19,7 +19,7 @@ from transformers import (
 
 import qmoe_format
 from qmoe_format import load_model, load_tokenizer
-from qmoe_format.reader import QMoEFile
+from qmoe_format.container.reader import QMoEFile
 from tests.refusals import refusal
 from tests.runtime.conftest import Converted
 from tests.runtime.models import PADDED, from_pretrained, generated, logits

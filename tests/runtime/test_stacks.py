@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import qmoe_format
+from qmoe_format.container.reader import QMoEFile
 from qmoe_format.errors import QMoEError
-from qmoe_format.reader import QMoEFile
-from qmoe_format.runtime import products
-from qmoe_format.runtime.products import Group, grouped_linear, linear
-from qmoe_format.runtime.stacks import Stack
+from qmoe_format.runtime import grouped_linear as products
+from qmoe_format.runtime.grouped_linear import Group, grouped_linear, linear
+from qmoe_format.runtime.lazy_stack import Stack
 
 from .files import write_stacks
 

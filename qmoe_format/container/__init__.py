@@ -1,0 +1,7 @@
+"""The file: preamble, index, extents, shards, and the encodings of what extents hold."""
+
+from qmoe_format.container.reader import QMoEFile
+from qmoe_format.container.shards import ShardedFile, open
+from qmoe_format.container.writer import StackWriter, Writer
+
+__all__ = ["QMoEFile", "ShardedFile", "StackWriter", "Writer", "open"]

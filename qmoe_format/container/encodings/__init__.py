@@ -1,0 +1,38 @@
+"""The registry of encodings (SPEC.md sections 4, 5 and 7).
+
+An encoding is one class in one module: it turns what one extent holds (a tensor, or one expert of a
+stack) into bytes and back. To add one, write the class and list it in ``ENCODINGS``; the container
+stays as it is.
+"""
+
+from __future__ import annotations
+
+from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink
+from qmoe_format.container.encodings.raw import Raw
+from qmoe_format.container.encodings.ternary_dict import TernaryDict
+from qmoe_format.container.encodings.zstd import Zstd
+from qmoe_format.errors import QMoEError
+
+RAW = Raw()
+ZSTD = Zstd()
+TERNARY_DICT = TernaryDict()
+ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, TERNARY_DICT)}
+
+__all__ = [
+    "ENCODINGS",
+    "RAW",
+    "TERNARY_DICT",
+    "ZSTD",
+    "Dictionaries",
+    "Encoding",
+    "Sink",
+    "encoding_of",
+]
+
+
+def encoding_of(name: str) -> Encoding:
+    """The encoding of this name; raises ``QMoEError("unsupported")`` if it is unknown. [T-4]"""
+    try:
+        return ENCODINGS[name]
+    except KeyError:
+        raise QMoEError("unsupported", f"encoding {name!r} is unknown") from None

@@ -1,0 +1,317 @@
+"""Encoding ``ternary-dict``: the extent of a ternary matrix (SPEC.md section 7.1).
+
+The extent is nothing but the arrays of an ``EncodedMatrix`` one after the other, so decoding its
+frame copies nothing; the codec knows what the segments mean.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format import codec
+from qmoe_format.codec.dictionary import SIGN_MODES
+from qmoe_format.codec.segments import BLOCK, GUARD
+from qmoe_format.container import limits
+from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink
+from qmoe_format.container.entries import Item
+from qmoe_format.container.preamble import align
+from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, Bytes, from_float32
+from qmoe_format.errors import QMoEError
+
+if TYPE_CHECKING:
+    from qmoe_format.codec import EncodedMatrix
+
+DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
+_ALIGNMENT = 16
+# dictionary, length base, length width, zeros, non-zeros, segment bytes
+_HEADER = struct.Struct("<IIB7sQQ")
+HEADER_LENGTH = _HEADER.size
+_LENGTHS: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sections:
+    """Where the sections are in an extent: (first byte, byte after the last) of each."""
+
+    row_scale: tuple[int, int]
+    column_scale: tuple[int, int]
+    block_offsets: tuple[int, int]
+    lengths: tuple[int, int]
+    segments: tuple[int, int]
+
+    @property
+    def end(self) -> int:
+        """The extent's length, guard and all."""
+        return align(self.segments[1] + GUARD, _ALIGNMENT)
+
+    @classmethod
+    def of(cls, item: Item, length_width: int, segment_bytes: int) -> _Sections:
+        """From numbers alone; Python's integers do not wrap around. [N-2]"""
+        rows, columns = item.shape
+        scale = STORAGE[str(item.parameters["scale_dtype"])].itemsize
+        values = 1 if item.parameters["symmetric"] else 2
+        at = _HEADER.size
+        bounds = []
+        for length in (
+            rows * _groups(item) * values * scale,
+            columns * scale if item.parameters["column_scale"] else 0,
+            4 * -(-_segments(item) // BLOCK),
+            _segments(item) * length_width,
+            segment_bytes,
+        ):
+            at = align(at, _ALIGNMENT)
+            bounds.append((at, at + length))
+            at += length
+        return cls(*bounds)
+
+
+class TernaryDict(Encoding):
+    """Trits in codewords of a dictionary, values from scales of rows, groups and columns."""
+
+    name = "ternary-dict"
+    defaults = {  # noqa: RUF012 -- never changed
+        "column_scale": False,
+        "group_size": 0,
+        "rows_per_segment": 1,
+        "scale_dtype": "BF16",
+        "signs": "plane",
+        "symmetric": False,
+        "width": codec.PROFILES["fast"].width,
+    }
+
+    def check_entry(self, item: Item) -> None:
+        p = item.parameters
+        if item.dtype not in DTYPES and item.dtype in STORAGE:  # [E-3]
+            raise QMoEError("malformed", f"a ternary matrix cannot be of type {item.dtype}")
+        if len(item.shape) != 2:  # [E-3]
+            raise QMoEError(
+                "malformed", f"a ternary matrix has {len(item.shape)} dimensions, not 2"
+            )
+        for side in item.shape:
+            limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
+        limits.check("group_size", int(p["group_size"]), 0, limits.GROUP_SIZE)
+        limits.check("rows_per_segment", int(p["rows_per_segment"]), *limits.ROWS_PER_SEGMENT)
+        limits.check("width", int(p["width"]), *limits.WIDTH)
+        if p["signs"] not in SIGN_MODES:
+            raise QMoEError("malformed", f"signs are {p['signs']!r}, not plane or codeword")
+        if p["scale_dtype"] not in SCALE_DTYPES:
+            raise QMoEError("malformed", f"scales cannot be of type {p['scale_dtype']!r}")
+
+    def matrix(self, stored: Bytes, item: Item, dictionaries: Dictionaries) -> EncodedMatrix:
+        """The extent as an encoded matrix of views; everything but the segments is checked.
+
+        Raises ``QMoEError``: ``malformed``, ``padding``, ``limit``, ``value``.
+        """
+        if stored.size < _HEADER.size:  # [E-4]
+            raise QMoEError("malformed", f"{stored.size} bytes have no room for a header")
+        number, base, length_width, zeros, nonzeros, segment_bytes = _HEADER.unpack_from(
+            stored.data
+        )
+        rows, columns = item.shape
+        limits.check("segment_bytes", segment_bytes, 0, limits.SEGMENT_BYTES)  # [E-4]
+        if length_width not in _LENGTHS:  # [E-4]
+            raise QMoEError("malformed", f"lengths are of {length_width} bytes, not 1, 2 or 4")
+        sections = _Sections.of(item, length_width, segment_bytes)
+        if stored.size != sections.end:  # [E-4] [N-3]
+            raise QMoEError(
+                "malformed", f"{stored.size} bytes are stored, the header needs {sections.end}"
+            )
+        _check_padding(stored, zeros, sections)
+
+        def section(bounds: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+            return stored[slice(*bounds)].view(dtype)
+
+        lengths = section(sections.lengths, _LENGTHS[length_width])
+        block_offsets = section(sections.block_offsets, np.dtype("<u4"))
+        _check_lengths(lengths, base, block_offsets, segment_bytes)
+        _check_room(item, lengths, base)
+        width = int(item.parameters["width"])
+        if number >= len(dictionaries):  # [E-1]
+            raise QMoEError("malformed", f"there is no dictionary {number}")
+        dictionary = dictionaries[number]
+        if dictionary.width != width or dictionary.signs != item.parameters["signs"]:  # [E-1]
+            raise QMoEError(
+                "malformed",
+                f"dictionary {number} has width {dictionary.width} and signs {dictionary.signs!r}, "
+                "the index says otherwise",
+            )
+        scale_dtype = str(item.parameters["scale_dtype"])
+        values = 1 if item.parameters["symmetric"] else 2
+        row_scale = section(sections.row_scale, STORAGE[scale_dtype])
+        column_scale = section(sections.column_scale, STORAGE[scale_dtype])
+        return codec.EncodedMatrix(  # checks [E-7]
+            trits=codec.EncodedTrits(
+                rows=rows,
+                columns=columns,
+                rows_per_segment=int(item.parameters["rows_per_segment"]),
+                dictionary=dictionary,
+                nonzeros=nonzeros,
+                length_base=base,
+                lengths=lengths,
+                block_offsets=block_offsets,
+                segments=stored[sections.segments[0] :],
+                segment_bytes=segment_bytes,
+            ),
+            row_scale=row_scale.reshape(rows, _groups(item), values),
+            column_scale=column_scale if item.parameters["column_scale"] else None,
+            scale_dtype=scale_dtype,
+            group_size=int(item.parameters["group_size"]),
+        )
+
+    def decode(
+        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+    ) -> npt.NDArray[Any]:
+        matrix = self._of_known_type(stored, item, dictionaries)
+        if not item.elements:
+            # Without a row, a matrix of a few bytes may have 2^31 groups of columns to go through.
+            codec.decode(matrix.trits, threads=threads)
+            return np.empty(item.shape, STORAGE[item.dtype])
+        return from_float32(codec.dequantize(matrix, threads), item.dtype)  # [V-3]
+
+    def verify(
+        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+    ) -> None:
+        matrix = self._of_known_type(stored, item, dictionaries)
+        codec.decode(matrix.trits, threads=threads)
+
+    def _of_known_type(
+        self, stored: Bytes, item: Item, dictionaries: Dictionaries
+    ) -> EncodedMatrix:
+        """``matrix``; ``unsupported`` if this version cannot make elements of its type."""
+        if item.dtype not in STORAGE:  # [T-4]
+            raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
+        return self.matrix(stored, item, dictionaries)
+
+    def parameters_of(self, value: npt.NDArray[Any] | EncodedMatrix) -> dict[str, Any]:
+        if not isinstance(value, codec.EncodedMatrix):
+            return {}
+        return {
+            "column_scale": value.column_scale is not None,
+            "group_size": value.group_size,
+            "rows_per_segment": value.trits.rows_per_segment,
+            "scale_dtype": value.scale_dtype,
+            "signs": value.dictionary.signs,
+            "symmetric": value.symmetric,
+            "width": value.dictionary.width,
+        }
+
+    def check_value(self, value: npt.NDArray[Any] | EncodedMatrix, item: Item) -> None:
+        if not isinstance(value, codec.EncodedMatrix):
+            raise QMoEError(
+                "argument", f"a {type(value).__name__} was given, ternary-dict stores EncodedMatrix"
+            )
+        if (value.rows, value.columns) != item.shape:
+            raise QMoEError(
+                "argument",
+                f"the matrix is {value.rows} x {value.columns}, the entry says {list(item.shape)}",
+            )
+        for key, asked in self.parameters_of(value).items():
+            if item.parameters[key] != asked:
+                raise QMoEError(
+                    "argument", f"{key} of the matrix is {asked}, not {item.parameters[key]}"
+                )
+
+    def encode(self, value: EncodedMatrix, item: Item, sink: Sink) -> None:
+        trits = value.trits
+        length_width = trits.lengths.itemsize
+        sections = _Sections.of(item, length_width, trits.segment_bytes)
+        extent = np.zeros(sections.end, np.uint8)
+        _HEADER.pack_into(
+            extent.data, 0, sink.dictionary_number(trits.dictionary), trits.length_base,
+            length_width, bytes(7), trits.nonzeros, trits.segment_bytes,
+        )  # fmt: skip
+        for bounds, array in (
+            (sections.row_scale, value.row_scale),
+            (sections.column_scale, value.column_scale),
+            (sections.block_offsets, trits.block_offsets),
+            (sections.lengths, trits.lengths),
+            (sections.segments, trits.segments[: trits.segment_bytes]),
+        ):
+            if array is not None:
+                extent[slice(*bounds)] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        sink.write(extent.data)
+
+
+def _groups(item: Item) -> int:
+    """G, the number of groups of columns with scales of their own. [E-2]"""
+    size = int(item.parameters["group_size"])
+    return -(-item.shape[1] // size) if size else 1
+
+
+def counts(header: bytes) -> tuple[int, int]:
+    """(segment bytes, non-zero trits) that an extent's header tells."""
+    *_, nonzeros, segment_bytes = _HEADER.unpack(header)
+    return segment_bytes, nonzeros
+
+
+def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
+    """Bytes of a matrix's extent, guard and all, as its header's numbers make it."""
+    return _Sections.of(item, length_width, segment_bytes).end
+
+
+def _segments(item: Item) -> int:
+    """n, the number of segments. [E-15]"""
+    return -(-item.shape[0] // int(item.parameters["rows_per_segment"]))
+
+
+def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
+    """A codeword has at most 255 weights, so a segment has so and so many bytes. [E-6]"""
+    rows, columns = item.shape
+    together = int(item.parameters["rows_per_segment"])
+    width = int(item.parameters["width"])
+
+    def least(weights: int) -> int:
+        return -(-width * -(-weights // limits.ENTRY_LENGTH[1]) // 8)
+
+    if lengths.size == 0:
+        return
+    full, last = lengths[:-1], int(lengths[-1])
+    weights = (rows - full.size * together) * columns
+    if base + last < least(weights) or (
+        full.size and base + int(full.min()) < least(together * columns)
+    ):
+        raise QMoEError("malformed", f"a segment is too short for rows of {columns} weights")
+
+
+def _check_padding(stored: Bytes, zeros: bytes, sections: _Sections) -> None:
+    """The header's spare bytes, the bytes between sections, and the guard. [E-14]"""
+    gaps = (
+        (sections.row_scale[1], sections.column_scale[0]),
+        (sections.column_scale[1], sections.block_offsets[0]),
+        (sections.block_offsets[1], sections.lengths[0]),
+        (sections.lengths[1], sections.segments[0]),
+        (sections.segments[1], sections.end),
+    )
+    if any(zeros) or any(stored[first:last].any() for first, last in gaps):
+        raise QMoEError("padding", "bytes between the sections of a matrix are not zero")
+
+
+def _check_lengths(
+    lengths: npt.NDArray[Any], base: int, offsets: npt.NDArray[np.uint32], segment_bytes: int
+) -> None:
+    count = lengths.size
+    spread = int(lengths.max()) if count else 0
+    narrowest = 1 if spread < 1 << 8 else 2 if spread < 1 << 16 else 4
+    if lengths.itemsize != narrowest or (int(lengths.min()) if count else base):  # [E-8]
+        raise QMoEError("malformed", "the lengths of segments are not stored in the shortest form")
+    total = int(lengths.sum(dtype=np.uint64)) + count * base
+    if total != segment_bytes:  # [E-5]
+        raise QMoEError(
+            "malformed", f"segments come to {total} bytes, the header says {segment_bytes}"
+        )
+    if count:
+        # No sum can wrap around: all are at most the total.
+        blocks = np.add.reduceat(lengths, np.arange(0, count, BLOCK), dtype=np.int64)[:-1]
+        expected = np.zeros(offsets.size, np.int64)
+        np.cumsum(blocks + BLOCK * base, out=expected[1:])
+        if not np.array_equal(expected, offsets):  # [E-5]
+            raise QMoEError("malformed", "the offset of a block of segments is not where it begins")
