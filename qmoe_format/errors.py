@@ -1,49 +1,104 @@
-"""The one exception type of the package.
+"""The package's one exception, and context managers that put errors into its form.
 
-``QMoEError`` is a ``ValueError`` whose ``code`` is stable and whose message says what is wrong,
-where, and what to do. Codes of the file format are those of SPEC.md section 1; the others belong to
-the library around it.
+Every message reads ``WHERE: PROBLEM; ADVICE``. The modules that know bytes raise
+``QMoEError(code, problem)``; whoever knows the file and the tensor wraps the call:
+``with located("model.qmoe, tensor 'x'"): ...``.
 """
 
 from __future__ import annotations
 
-FORMAT_CODES = frozenset(
-    {
-        "signature",
-        "truncated",
-        "trailing",
-        "checksum",
-        "version",
-        "feature",
-        "limit",
-        "malformed",
-        "duplicate",
-        "padding",
-        "unsupported",
-        "value",
-    }
-)
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DAMAGED = "the file is damaged: get it again from its source"
+_WRONG = "the program that wrote the file broke the format: report this to its author"
+_TOO_NEW = "use a newer release of qmoe-format"
+
+# The codes of SPEC.md section 1, each with what to do unless the error itself says.
+FORMAT_CODES = {
+    "signature": "give a .qmoe file, or the index file of a sharded one",
+    "truncated": "copy or download it again, completely",
+    "trailing": "copy or download it again; another program may have changed it",
+    "checksum": _DAMAGED,
+    "version": "use the release of qmoe-format that wrote it, or convert the model again",
+    "feature": _TOO_NEW,
+    "limit": _WRONG,
+    "malformed": _WRONG,
+    "duplicate": _WRONG,
+    "padding": _WRONG,
+    "unsupported": _TOO_NEW,
+    "value": "quantize the model again from finite weights",
+}
 LIBRARY_CODES = frozenset(
     {
         "argument",  # a call's arguments do not fit each other or the file
         "not-found",  # no such tensor, expert, attachment or file
-        "checkpoint",  # a checkpoint that is incomplete, unreadable or of an unknown family
-        "io",  # the operating system refused: disk full, permission
-        "dependency",  # an optional package is needed for this
+        "checkpoint",  # a checkpoint is incomplete, unreadable or of an unknown family
+        "io",  # the operating system refused: disk full, no permission
+        "dependency",  # an optional package is missing
         "device",  # no GPU, or one that is too old
-        "memory",  # a GPU, or the machine, has not enough of it
+        "memory",  # the GPU, or the machine, ran out of it
     }
 )
+_OS_ADVICE = {
+    errno.ENOSPC: "free some space or write elsewhere",
+    errno.EDQUOT: "free some of the quota or write elsewhere",
+    errno.EFBIG: "raise the system's limit on file sizes, or write shards",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "write to another disk",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EMFILE: "close some files",
+}
 
 
 class QMoEError(ValueError):
-    """An error with a stable ``code``: one of ``FORMAT_CODES`` or ``LIBRARY_CODES``."""
+    """An error with a stable code.
 
-    def __init__(self, code: str, message: str) -> None:
-        if code not in FORMAT_CODES and code not in LIBRARY_CODES:
-            raise AssertionError(f"unknown error code {code!r}")
-        super().__init__(message)
+    Attributes:
+        code: one of ``FORMAT_CODES`` or ``LIBRARY_CODES``.
+        problem: what is wrong, and where.
+        advice: what to do about it; by default that of the format code.
+    """
+
+    def __init__(self, code: str, problem: str, advice: str = "") -> None:
+        assert code in FORMAT_CODES or code in LIBRARY_CODES, f"unknown error code {code!r}"
         self.code = code
+        self.problem = problem
+        self.advice = advice or FORMAT_CODES.get(code, "")
+        super().__init__(f"{problem}; {self.advice}" if self.advice else problem)
 
-    def __reduce__(self) -> tuple[type[QMoEError], tuple[str, str]]:
-        return type(self), (self.code, str(self))
+    def __reduce__(self) -> tuple[type[QMoEError], tuple[str, str, str]]:
+        return type(self), (self.code, self.problem, self.advice)
+
+    def at(self, where: str) -> QMoEError:
+        """The same error, saying where it happened."""
+        return QMoEError(self.code, f"{where}: {self.problem}", self.advice)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where a file-format error raised inside happened."""
+    try:
+        yield
+    except QMoEError as error:
+        if error.code not in FORMAT_CODES:
+            raise
+        raise error.at(where).with_traceback(error.__traceback__) from error.__cause__
+
+
+@contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Turn an ``OSError`` raised inside into ``QMoEError("io")``.
+
+    Args:
+        action: what was being done, with the path: ``cannot write model.qmoe``.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = _OS_ADVICE.get(error.errno or 0, "check the disk and try again")
+        reason = error.strerror or str(error)
+        raise QMoEError("io", f"{action}: {reason}", advice) from error

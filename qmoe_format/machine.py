@@ -1,10 +1,11 @@
-"""What this machine has, and giving memory back to it."""
+"""What this machine offers: cores, memory, devices, optional packages."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,31 +20,52 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def require(*modules: str) -> None:
+    """Import optional packages, which ``import qmoe_format`` does without.
+
+    Raises:
+        QMoEError: ``dependency`` if one is missing.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise QMoEError(
+                "dependency",
+                f"the package {module} cannot be imported ({error})",
+                "run: pip install 'qmoe-format[convert]'",
+            ) from error
+
+
 def check_device(device: Any) -> None:
-    """``argument`` for a device that torch cannot use here."""
+    """Refuse a device that torch cannot use here.
+
+    Raises:
+        QMoEError: ``argument``.
+    """
     import torch
 
     try:
-        torch.zeros(1, device=device).cpu()  # which not all that torch calls devices can
+        torch.zeros(1, device=device).cpu()  # not everything that torch calls a device can do this
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise QMoEError(
-            "argument", f"device {str(device)!r} cannot be used ({reason}); try cpu or cuda"
+            "argument", f"device {str(device)!r} cannot be used ({reason})", "try cpu or cuda"
         ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing; torch has no type of its own for the CPU's."""
+    """Whether ``error`` says so; torch has no exception of its own for the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def flushing_thread() -> ThreadPoolExecutor:
-    """A thread in which torch takes numbers below 1.2e-38 for 0.
+    """A thread in which torch treats numbers below 1.2e-38 as 0.
 
-    A softmax has many of them, and processors are slow with each. The mode is a thread's own, and
-    goes over to those that torch starts from it.
+    A softmax produces many of them, and each is slow to compute with. The mode belongs to a thread
+    and to those that torch starts from it.
     """
     import torch
 
@@ -51,7 +73,7 @@ def flushing_thread() -> ThreadPoolExecutor:
 
 
 def release_memory() -> None:
-    """Give to the system what was freed: glibc keeps it, in pieces and for each thread."""
+    """Return freed memory to the system: glibc keeps it otherwise, in pieces, per thread."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

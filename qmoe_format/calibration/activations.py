@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmoe_format.atomic_file import whole_file
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import os_errors
+from qmoe_format.atomic_file import atomic_write
+from qmoe_format.errors import QMoEError, os_errors
 
 SUFFIX = ".rows"
 _ZEROS = 1 << 16  # rows written at a time
@@ -35,7 +34,7 @@ class Rows:
     @contextmanager
     def writing(self) -> Iterator[Callable[[Tensor], None]]:
         """Gives a function that appends rows; the file is there when the block has ended well."""
-        with whole_file(self.path) as file:
+        with atomic_write(self.path) as file:
 
             def append(rows: Tensor) -> None:
                 data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)

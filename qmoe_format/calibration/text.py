@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import os_errors
+from qmoe_format.errors import QMoEError, os_errors
 
 
 def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import qmoe_format
 from qmoe_format.errors import QMoEError
-from qmoe_format.optional import require
+from qmoe_format.machine import require
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:

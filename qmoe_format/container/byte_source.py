@@ -22,8 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from qmoe_format.dtypes import Bytes
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import os_errors
+from qmoe_format.errors import QMoEError, os_errors
 
 
 class ByteSource(Protocol):

@@ -26,8 +26,7 @@ from qmoe_format.container.entries import AttachmentEntry, Item, TensorEntry
 from qmoe_format.container.index import Index, parse_index
 from qmoe_format.container.preamble import ALIGNMENT, PREAMBLE_LENGTH, ExtentTable, Preamble, align
 from qmoe_format.dtypes import Bytes
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import located
+from qmoe_format.errors import QMoEError, located
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix

@@ -22,8 +22,7 @@ from qmoe_format.container.entries import AttachmentEntry, TensorEntry
 from qmoe_format.container.index import check_file_name, fields
 from qmoe_format.container.preamble import PREAMBLE_LENGTH, VERSION
 from qmoe_format.container.reader import Progress, QMoEFile
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import located
+from qmoe_format.errors import QMoEError, located
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix

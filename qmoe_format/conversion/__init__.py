@@ -11,13 +11,11 @@ from pathlib import Path
 
 from qmoe_format.codec import PROFILES
 from qmoe_format.container.writer import Writer, file_stem
-from qmoe_format.conversion.counter import Counter, Progress
 from qmoe_format.conversion.options import Calibration, Target
 from qmoe_format.conversion.report import report_path
-from qmoe_format.errors import QMoEError
-from qmoe_format.located import os_errors
-from qmoe_format.machine import cores
-from qmoe_format.optional import require
+from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.machine import cores, require
+from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize import Recipe
 
 __all__ = ["Calibration", "Progress", "check_destination", "convert"]

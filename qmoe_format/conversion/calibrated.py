@@ -27,7 +27,6 @@ from qmoe_format.checkpoints.wiring import wiring
 from qmoe_format.codec import PROFILES
 from qmoe_format.container.writer import Writer
 from qmoe_format.conversion.block_experts import Layer
-from qmoe_format.conversion.counter import Counter, Progress
 from qmoe_format.conversion.options import Calibration, Target
 from qmoe_format.conversion.parallel import torch_threads
 from qmoe_format.conversion.passthrough import begin_stack, check_rest, write_rest
@@ -45,6 +44,7 @@ from qmoe_format.conversion.report import (
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import check_device, release_memory
+from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.rd import Rate
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmoe_format.container.writer import StackWriter, Writer
-from qmoe_format.conversion.counter import Counter
 from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
 
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint, ExpertStack

@@ -14,13 +14,13 @@ from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.container.writer import Writer
 from qmoe_format.conversion.block_experts import Layer
-from qmoe_format.conversion.counter import Counter
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
 from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.conversion.passthrough import begin_stack
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import release_memory
+from qmoe_format.progress import Counter
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.rd import Rate

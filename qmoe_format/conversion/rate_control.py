@@ -25,11 +25,11 @@ from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.conversion.block_experts import Layer
-from qmoe_format.conversion.counter import Counter
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
 from qmoe_format.conversion.options import Target
 from qmoe_format.conversion.parallel import batches, side_by_side
 from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
 from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rd import ABSOLUTE, TRUST, Rate

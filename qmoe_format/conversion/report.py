@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from qmoe_format.atomic_file import whole_file
+from qmoe_format.atomic_file import atomic_write
 from qmoe_format.container.writer import file_stem
 from qmoe_format.errors import QMoEError
 
@@ -81,7 +81,7 @@ def _json(value: object) -> str:
 
 
 def write_report(text: bytes, path: Path) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text)
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from qmoe_format.codec import EncodedMatrix, Profile
 from qmoe_format.container.writer import Writer
-from qmoe_format.conversion.counter import Counter
 from qmoe_format.conversion.encoding import encode
 from qmoe_format.conversion.parallel import side_by_side, threads_within
 from qmoe_format.conversion.passthrough import begin_stack, check_rest, write_rest
 from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
 
 if TYPE_CHECKING:
     from torch import Tensor

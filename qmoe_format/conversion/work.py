@@ -24,10 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qmoe_format.atomic_file import partial_files, whole_file
+from qmoe_format.atomic_file import atomic_write, partial_files
 from qmoe_format.conversion.report import report_path
-from qmoe_format.errors import FORMAT_CODES, QMoEError
-from qmoe_format.located import os_errors
+from qmoe_format.errors import FORMAT_CODES, QMoEError, os_errors
 
 try:
     import fcntl
@@ -192,7 +191,7 @@ class Work:
 
     def save(self, name: str, value: object) -> None:
         """Write a value of JSON, durable and at one stroke."""
-        with whole_file(self.path(f"{name}.json")) as file:
+        with atomic_write(self.path(f"{name}.json")) as file:
             file.write(json.dumps(value, allow_nan=False).encode())
 
     def records(self, kind: str) -> list[Any]:

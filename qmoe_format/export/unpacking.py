@@ -20,7 +20,7 @@ import numpy.typing as npt
 from qmoe_format import container
 from qmoe_format.atomic_file import sync_folder
 from qmoe_format.checkpoints import adapter_for
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.export.compressed_folder import (
     CONFIG,
     DENSE,
@@ -35,7 +35,6 @@ from qmoe_format.export.safetensors_writer import (
     write_safetensors,
     write_sharded,
 )
-from qmoe_format.located import os_errors
 from qmoe_format.machine import cores
 
 if TYPE_CHECKING:

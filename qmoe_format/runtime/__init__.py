@@ -9,7 +9,7 @@ Once this is imported, ``from_pretrained`` also loads the folders that ``qmoe un
 writes, and ``save_pretrained`` writes such folders again.
 """
 
-from qmoe_format.optional import require
+from qmoe_format.machine import require
 
 require("torch", "safetensors", "transformers")
 
