@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import qmoe_scheme
 from benchmarks.gpu_timing import DEVICE
-from qmoe_format.gpu import arrays, cuda
+from qmoe_format.gpu import arrays
+from qmoe_format.gpu import launch as launching
 from qmoe_format.gpu.launch import Launch
 
 WARPS = (4, 8, 16, 32)  # rows a block; the benchmark takes the best for each matrix
@@ -95,5 +96,5 @@ def upload(anchor: Anchor, copies: int) -> list[Anchor]:
 
 def execute(launch: Launch) -> None:
     """On torch's device and current stream."""
-    home = arrays.Torch(torch.cuda.current_device())
-    cuda.launch(home.device, home.stream(), [launch])
+    library = arrays.Torch(torch.cuda.current_device())
+    launching.execute([launch], library.device, library.stream())

@@ -1,73 +1,144 @@
-"""Arrays of the caller, CuPy's or torch's, taken as they are: no copy, on the stream it works on.
+"""The caller's arrays, CuPy's or torch's: used as they are, on the current stream of their library.
 
-CuPy has no bfloat16: its ``uint16`` arrays are bit patterns of bf16, as in all of this package.
+CuPy has no bfloat16. In this package, its uint16 arrays hold the bit patterns of bf16.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda
-from qmoe_format.gpu.plan import Operand
 
-NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
+FLOATS = ("bf16", "fp16", "fp32")
+# dtypes by the names of element types in CUDA.
+_CUPY = {"bf16": "uint16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
+_TORCH = {**_CUPY, "bf16": "bfloat16"}
+_ELEMENT_TYPES = {
+    **{name: element for element, name in _CUPY.items()},
+    **{f"torch.{name}": element for element, name in _TORCH.items()},
+}
 
 
-class Cupy:
-    """CuPy's arrays on one device."""
+def element_type(array: Any) -> str:
+    """``bf16``, ``fp16``, ``fp32`` or ``int32``; the name of any other dtype."""
+    return _element_type(array.dtype)
+
+
+@cache
+def _element_type(dtype: Any) -> str:
+    return _ELEMENT_TYPES.get(str(dtype), str(dtype))
+
+
+class Library(ABC):
+    """An array library on one GPU.
+
+    Attributes:
+        device: number of the GPU.
+    """
 
     def __init__(self, device: int) -> None:
         self.device = device
-        self.cupy = cuda.module()
 
-    def dtype(self, array: Any) -> str:
-        """``bf16``, ``fp16``, ``fp32``, or another type's own name."""
-        name = str(array.dtype.name)
-        return "bf16" if name == "uint16" else _short(name)
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """Allocate an array of element type ``dtype``.
+
+        Raises:
+            QMoEError: ``memory``.
+        """
+
+    @abstractmethod
+    def stream(self) -> Any:
+        """The library's current stream, as one of CuPy's."""
+
+    @abstractmethod
+    def _is_contiguous(self, array: Any) -> bool: ...
+
+    def check(
+        self, array: Any, name: str, shape: Sequence[int], dtypes: Sequence[str] = FLOATS
+    ) -> None:
+        """Check that a kernel can take ``array``; -1 in ``shape`` stands for any number.
+
+        Raises:
+            QMoEError: ``argument`` for another library, GPU, shape or dtype, or a non-contiguous
+                array.
+        """
+        if type(library_of(array, name, self.device)) is not type(self):
+            raise QMoEError(
+                "argument",
+                f"{name}: belongs to another library than x",
+                "give CuPy arrays only, or torch tensors only",
+            )
+        found = tuple(array.shape)
+        if len(found) != len(shape) or any(
+            want not in (-1, size) for want, size in zip(shape, found, strict=True)
+        ):
+            want = ", ".join("any" if size < 0 else str(size) for size in shape)
+            raise QMoEError("argument", f"{name}: the shape is {found}, not ({want})")
+        if element_type(array) not in dtypes:
+            raise QMoEError(
+                "argument", f"{name}: the dtype is {array.dtype}, not {' or '.join(dtypes)}"
+            )
+        if not self._is_contiguous(array):
+            raise QMoEError(
+                "argument",
+                f"{name}: the array is not contiguous",
+                f"give {name}.contiguous() (torch) or cupy.ascontiguousarray({name})",
+            )
+
+    def output(self, out: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """``out``, checked; if it is None, a new array."""
+        if out is None:
+            return self.empty(shape, dtype)
+        self.check(out, "out", shape)
+        return out
+
+
+class Cupy(Library):
+    """CuPy's arrays."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        """An array to be written. Raises ``QMoEError``: ``memory``."""
-        name = "uint16" if dtype == "bf16" else NAMES[dtype]
-        with self.cupy.cuda.Device(self.device), cuda.device_memory():
-            return self.cupy.empty(tuple(shape), name)
+        cupy = cuda.module()
+        with cupy.cuda.Device(self.device), cuda.out_of_memory():
+            return cupy.empty(tuple(shape), _CUPY[dtype])
 
     def stream(self) -> Any:
-        """The current stream."""
-        with self.cupy.cuda.Device(self.device):
-            return self.cupy.cuda.get_current_stream()
+        cupy = cuda.module()
+        with cupy.cuda.Device(self.device):
+            return cupy.cuda.get_current_stream()
+
+    def _is_contiguous(self, array: Any) -> bool:
+        return bool(array.flags.c_contiguous)
 
 
-class Torch:
-    """torch's tensors on one device."""
-
-    def __init__(self, device: int) -> None:
-        self.device = device
-        self.torch = sys.modules["torch"]
-
-    def dtype(self, array: Any) -> str:
-        """``bf16``, ``fp16``, ``fp32``, or another type's own name."""
-        return _short(str(array.dtype).removeprefix("torch."))
+class Torch(Library):
+    """torch's tensors."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        """A tensor to be written. Raises ``QMoEError``: ``memory``."""
-        with cuda.device_memory():
-            return self.torch.empty(
-                tuple(shape), dtype=getattr(self.torch, NAMES[dtype]), device=f"cuda:{self.device}"
+        torch: Any = sys.modules["torch"]
+        with cuda.out_of_memory():
+            return torch.empty(
+                tuple(shape), dtype=getattr(torch, _TORCH[dtype]), device=f"cuda:{self.device}"
             )
 
     def stream(self) -> Any:
-        """The current stream, as one of CuPy's."""
-        pointer = self.torch.cuda.current_stream(self.device).cuda_stream
-        return cuda.module().cuda.Stream.from_external(_Stream(pointer))
+        torch: Any = sys.modules["torch"]
+        pointer = torch.cuda.current_stream(self.device).cuda_stream
+        return cuda.module().cuda.Stream.from_external(_ExternalStream(pointer))
+
+    def _is_contiguous(self, array: Any) -> bool:
+        return bool(array.is_contiguous())
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
-    """A CUDA stream as libraries pass them to each other; not every torch's own class can that."""
+class _ExternalStream:
+    """A stream in the form that libraries exchange; torch's own class lacks it in old releases."""
 
     pointer: int
 
@@ -75,67 +146,34 @@ class _Stream:
         return 0, self.pointer
 
 
-Library = Cupy | Torch
+def library_of(array: Any, name: str, device: int) -> Library:
+    """The library that ``array`` belongs to.
 
-
-def library(array: Any, name: str, device: int) -> Library:
-    """Whose ``array`` is.
-
-    Raises ``QMoEError``: ``argument`` if it is of another kind or not on GPU ``device``.
+    Raises:
+        QMoEError: ``argument`` if it is neither CuPy's nor torch's, or not on GPU ``device``.
     """
-    home: Library
+    library: Library
     if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
         if not array.is_cuda:
             raise QMoEError(
                 "argument",
-                f"{name} is on {array.device}, the weights on GPU {device}: "
-                f"{name}.to('cuda:{device}')",
+                f"{name}: is on {array.device}, the weights on GPU {device}",
+                f"give {name}.to('cuda:{device}')",
             )
-        where, home = array.device.index, Torch(device)
+        where, library = array.device.index, Torch(device)
     elif isinstance(array, cuda.module().ndarray):
-        where, home = array.device.id, Cupy(device)
+        where, library = array.device.id, Cupy(device)
     else:
         raise QMoEError(
             "argument",
-            f"{name} is a {type(array).__module__}.{type(array).__qualname__}: it has to be a CuPy "
-            "array or a torch tensor on the GPU (cupy.asarray, cupy.from_dlpack, tensor.cuda())",
+            f"{name}: is a {type(array).__module__}.{type(array).__qualname__}, not a CuPy array "
+            "or a torch tensor on the GPU",
+            "convert it with cupy.asarray, cupy.from_dlpack or tensor.cuda()",
         )
     if where != device:
         raise QMoEError(
-            "argument", f"{name} is on GPU {where}, the weights on GPU {device}: copy one of them"
-        )
-    return home
-
-
-def operand(
-    home: Library, array: Any, name: str, shape: Sequence[int], dtypes: Sequence[str]
-) -> Operand:
-    """``array`` for a kernel, checked. ``shape``: -1 stands for any number.
-
-    Raises ``QMoEError``: ``argument`` for another library, device, shape or type, or gaps in it.
-    """
-    if type(library(array, name, home.device)) is not type(home):
-        raise QMoEError("argument", f"{name} and x are of two libraries, CuPy and torch")
-    fits = len(array.shape) == len(shape) and all(
-        want in (-1, size) for want, size in zip(shape, array.shape, strict=True)
-    )
-    if not fits:
-        want = ", ".join("any" if size < 0 else str(size) for size in shape)
-        raise QMoEError("argument", f"{name} has the shape {tuple(array.shape)}, not ({want})")
-    dtype = home.dtype(array)
-    if dtype not in dtypes:
-        raise QMoEError(
-            "argument", f"{name} has elements of type {array.dtype}, not {' or '.join(dtypes)}"
-        )
-    contiguous = array.is_contiguous() if isinstance(home, Torch) else array.flags.c_contiguous
-    if not contiguous:
-        raise QMoEError(
             "argument",
-            f"{name} is not contiguous: give {name}.contiguous() (torch) or "
-            f"cupy.ascontiguousarray({name})",
+            f"{name}: is on GPU {where}, the weights on GPU {device}",
+            "copy one of them to the other's GPU",
         )
-    return Operand(array, dtype)
-
-
-def _short(name: str) -> str:
-    return next((short for short, long in NAMES.items() if long == name), name)
+    return library

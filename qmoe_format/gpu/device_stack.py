@@ -1,8 +1,7 @@
-"""Matrices in a GPU's memory, as they are stored in a file: no dense weights."""
+"""Matrices in a GPU's memory, encoded as they are in a file: no dense weights."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from qmoe_format.codec import EncodedMatrix
-from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, packing
-from qmoe_format.gpu.packing import Layout, Stack
+from qmoe_format.gpu.packing import Layout, PackedStack
 
-STAGING = 32 << 20  # bytes of page-locked memory; twice that, as one half is filled at a time
+STAGING = 32 << 20  # bytes of page-locked memory in each of two buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +32,14 @@ class DeviceMatrix:
 class DeviceStack:
     """Encoded matrices of one shape on a GPU. ``stack[e]`` is one of them, without a copy.
 
-    ``device``  number of the GPU
-    ``bytes``   that the stack takes there
+    Attributes:
+        device: number of the GPU.
+        packed: the arrays there.
+        recorded: scratch arrays of calls captured in a CUDA graph, which uses them at every replay.
     """
 
     device: int
-    packed: Stack
-    # Scratch arrays of calls that a graph recorded: its launches use them again and again.
+    packed: PackedStack
     recorded: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -68,82 +67,56 @@ class DeviceStack:
 
 
 def upload(
-    matrices: EncodedMatrix | Sequence[EncodedMatrix],
-    *,
-    device: int | None = None,
-    stream: Any = None,
+    matrices: EncodedMatrix | Sequence[EncodedMatrix], *, device: int | None = None
 ) -> DeviceStack:
-    """Copy one matrix, or several of one shape and form, to a GPU as they are coded.
+    """Copy matrices to a GPU as they are encoded. The copy is complete when this returns.
 
-    ``device``: its number, CuPy's current one if None. ``stream``: a CuPy stream; the copy is
-    asynchronous on it, and whoever uses the stack on another one has to wait for it. If None, the
-    copy is done when this returns. The matrices may be dropped then in either case.
+    Args:
+        matrices: one, or several that differ in nothing but their weights and dictionaries.
+        device: number of the GPU; by default CuPy's current one.
 
-    Raises ``QMoEError``: ``dependency``, ``device`` (no CuPy, no GPU), ``memory``, ``argument``
-    for no matrix or matrices that do not fit each other, ``limit`` for a segment of more than 2^26
-    weights.
+    Raises:
+        QMoEError: ``dependency`` without CuPy; ``device`` without a suitable GPU; ``memory``;
+            ``argument`` for no matrix, or matrices that cannot form a stack; ``limit`` for a
+            segment of more than 2^26 weights.
+
+    Example::
+
+        with qmoe_format.open("model.qmoe") as file:
+            stack = gpu.upload([file.encoded(name, expert) for expert in range(16)])
+        stack.shape  # (16, 3072, 768)
     """
     sequence = [matrices] if isinstance(matrices, EncodedMatrix) else list(matrices)
     layout = packing.layout(sequence)
     cupy = cuda.require()
     number = cupy.cuda.Device().id if device is None else device
-    cuda.device(number)
+    cuda.limits(number)
     with cupy.cuda.Device(number):
-        on = cupy.cuda.get_current_stream() if stream is None else stream
-        with on:
-            with cuda.device_memory():
-                buffer = cupy.zeros(layout.bytes, np.uint8)
-            _copy(cupy, layout, sequence, buffer, on)
-        if stream is None:  # no one knows on which stream the stack will be used first
-            on.synchronize()
-    return DeviceStack(number, Stack(layout, layout.arrays(buffer)))
+        with cuda.out_of_memory():
+            buffer = cupy.zeros(layout.bytes, np.uint8)
+        _copy(cupy, layout, sequence, buffer)
+    return DeviceStack(number, PackedStack(layout, layout.arrays(buffer)))
 
 
-# Events, and page-locked memory that is being copied until then.
-_in_flight: list[tuple[Any, Any]] = []
-_in_flight_lock = threading.Lock()
-
-
-def _copy(
-    cupy: Any, layout: Layout, matrices: Sequence[EncodedMatrix], buffer: Any, stream: Any
-) -> None:
-    """Fill ``buffer``, by way of two halves of page-locked memory in turn."""
-    with _in_flight_lock:
-        _in_flight[:] = [(event, memory) for event, memory in _in_flight if not event.done]
+def _copy(cupy: Any, layout: Layout, matrices: Sequence[EncodedMatrix], buffer: Any) -> None:
+    """Fill ``buffer`` through two page-locked buffers: one is filled while the other is copied."""
+    stream = cupy.cuda.get_current_stream()
     size = min(STAGING, layout.bytes)
-    halves = []
-    for _ in range(2):
-        memory = cupy.cuda.alloc_pinned_memory(size)
-        halves.append((memory, np.frombuffer(memory, np.uint8, size)))
-    events = [cupy.cuda.Event(disable_timing=True) for _ in halves]
+    memories = [cupy.cuda.alloc_pinned_memory(size) for _ in range(2)]
+    halves = [np.frombuffer(memory, np.uint8, size) for memory in memories]
+    copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
     turn = used = 0
-    for offset, data in packing.parts(layout, matrices):
+    for offset, data in packing.pieces(layout, matrices):
         for start in range(0, data.size, size):
             piece = data[start : start + size]
             if used + piece.size > size:
-                events[turn].record(stream)
+                copied[turn].record(stream)
                 turn, used = 1 - turn, 0
-                events[turn].synchronize()
-            memory, half = halves[turn]
-            half[used : used + piece.size] = piece
+                copied[turn].synchronize()
+            halves[turn][used : used + piece.size] = piece
             cupy.cuda.runtime.memcpyAsync(
-                *(buffer.data.ptr + offset + start, memory.ptr + used, piece.size),
+                *(buffer.data.ptr + offset + start, memories[turn].ptr + used, piece.size),
                 *(cupy.cuda.runtime.memcpyHostToDevice, stream.ptr),
             )
             used += piece.size
-    events[turn].record(stream)
-    with _in_flight_lock:
-        _in_flight.append((events[turn], halves))
-
-
-def matrix_of(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
-    """The matrix that ``weights`` is. Raises ``QMoEError``: ``argument`` for a stack of several."""
-    if isinstance(weights, DeviceMatrix):
-        return weights
-    if len(weights) != 1:
-        raise QMoEError(
-            "argument",
-            f"this is a stack of {len(weights)} matrices: choose one, stack[e], or call "
-            "expert_matvec",
-        )
-    return weights[0]
+    stream.synchronize()  # the stack may be used next on another stream, such as torch's

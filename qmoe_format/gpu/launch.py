@@ -1,20 +1,31 @@
-"""What is launched, apart from who launches it: tests run the same ``Launch`` on a CPU."""
+"""Kernel launches: what one is, and how it is compiled and put on a GPU's stream."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import numpy as np
+
+from qmoe_format.errors import QMoEError
+from qmoe_format.gpu import cuda
+
+DEFAULT_SHARED = 48 << 10  # bytes of shared memory beyond which a kernel has to ask for them
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch.
+    """One kernel launch, as data: tests execute the same launches on a CPU.
 
-    ``source``        the whole CUDA text, defines included
-    ``kernel``        name of the ``extern "C"`` function in it
-    ``grid, block``   numbers of blocks, and of threads in a block
-    ``shared_bytes``  dynamic shared memory of a block
-    ``arguments``     arrays of whoever launches, or numpy scalars, in the kernel's order
+    Attributes:
+        source: the whole CUDA text, defines included.
+        kernel: name of the ``extern "C"`` function in it.
+        grid: number of blocks.
+        block: threads per block.
+        shared_bytes: dynamic shared memory per block.
+        arguments: CuPy arrays, torch tensors and numpy scalars, in the kernel's order.
     """
 
     source: str
@@ -23,3 +34,43 @@ class Launch:
     block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[Any, ...]
+
+
+def execute(launches: Sequence[Launch], device: int, stream: Any) -> None:
+    """Enqueue ``launches`` on ``stream`` (CuPy's) of GPU ``device`` without waiting for them.
+
+    A kernel is compiled when it is first launched; CuPy keeps the result in its cache folder.
+
+    Raises:
+        QMoEError: ``dependency`` if CuPy cannot compile.
+    """
+    with cuda.module().cuda.Device(device), stream:
+        for launch in launches:
+            kernel = _compiled(device, launch.source, launch.kernel)
+            if launch.shared_bytes > DEFAULT_SHARED:
+                kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
+            arguments = tuple(map(_argument, launch.arguments))
+            kernel(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
+
+
+@cache
+def _compiled(device: int, source: str, name: str) -> Any:
+    """The kernel, loaded on ``device``, which is the current one."""
+    compiled = cuda.module().RawModule(code=source, options=("--std=c++17",))
+    try:
+        return compiled.get_function(name)
+    except (ImportError, RuntimeError) as error:
+        if not any(what in str(error).lower() for what in ("nvrtc", "cuda headers")):
+            raise
+        raise QMoEError(
+            "dependency",
+            f"CuPy does not find the compiler or its headers ({error})",
+            "run: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 for CUDA 12, "
+            "nvidia-cuda-nvrtc nvidia-cuda-runtime for CUDA 13",
+        ) from error
+
+
+def _argument(argument: Any) -> Any:
+    # CuPy does not know torch's tensors, but takes an address in place of an array.
+    pointer = getattr(argument, "data_ptr", None)
+    return argument if pointer is None else np.uint64(pointer())

@@ -1,9 +1,9 @@
 """y = W x on a GPU, straight from the codewords, and W itself where it is wanted.
 
 x and y are CuPy arrays or torch tensors, used as they are, on the current stream of their library.
-Nothing waits for the GPU, and everything can be recorded in a CUDA graph (after one call before,
-so that kernels are compiled). Sums are float32 ([M-1], [M-2]), the same from run to run; a
-subnormal product counts as 0.
+Nothing waits for the GPU, and every call can be captured in a CUDA graph once it has been made
+before, so that its kernels are compiled. Sums are float32 ([M-1], [M-2]) and the same from run to
+run; a subnormal product counts as 0.
 """
 
 from __future__ import annotations
@@ -11,123 +11,156 @@ from __future__ import annotations
 from typing import Any
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu import cuda, plan
-from qmoe_format.gpu.arrays import Cupy, Library, library, operand
-from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack, matrix_of
-from qmoe_format.gpu.launch import Launch
-from qmoe_format.gpu.plan import Operand
-
-FLOATS = tuple(plan.ELEMENTS)
+from qmoe_format.gpu import cuda, launch, launch_plan
+from qmoe_format.gpu.arrays import FLOATS, Cupy, Library, element_type, library_of
+from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack
+from qmoe_format.gpu.launch_plan import Workspace
 
 
 def matvec(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
-    """y [rows] = W x, with x [columns] of bf16, fp16 or fp32, and y of the same type.
+    """Multiply a matrix by a vector: y = W x.
 
-    ``out``: y to be written, of any of these types. Raises ``QMoEError``: ``argument`` for x or
-    out of another library, device, shape or type, or not contiguous; ``memory``.
+    Args:
+        weights: ``stack[e]``, or a stack of one matrix.
+        x: [columns], bf16 (in CuPy: uint16), fp16 or fp32.
+        out: y to write, of any of these dtypes; by default a new array of the dtype of x.
+
+    Returns:
+        y [rows], an array of the same library.
+
+    Raises:
+        QMoEError: ``argument`` for x or out of another library, GPU, shape or dtype, or not
+            contiguous; ``memory``.
+
+    Example::
+
+        y = gpu.matvec(stack[7], x)
     """
-    matrix = matrix_of(weights)
-    home = library(x, "x", matrix.stack.device)
+    matrix = _matrix(weights)
     rows, columns = matrix.shape
-    given = operand(home, x, "x", (columns,), FLOATS)
-    y = _output(home, out, (rows,), given.dtype)
-    _multiply(home, matrix, Operand(x.reshape(1, -1), given.dtype), _reshaped(y, (1, rows)))
-    return y.array
+    library = library_of(x, "x", matrix.stack.device)
+    library.check(x, "x", (columns,))
+    y = library.output(out, (rows,), element_type(x))
+    _multiply(library, matrix, x.reshape(1, -1), y.reshape(1, rows))
+    return y
 
 
 def matmul(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
-    """y [tokens, rows]: W times each row of x [tokens, columns]. Else as ``matvec``.
+    """Multiply a matrix by each row of x: y = x W^T. Otherwise like ``matvec``.
 
-    Meant for 2 to 64 tokens; for many, ``decode`` and a dense product are faster.
+    Meant for 2 to 64 tokens; for more, ``decode`` and a dense product are faster.
+
+    Args:
+        weights: ``stack[e]``, or a stack of one matrix.
+        x: [tokens, columns].
+        out: y to write.
+
+    Returns:
+        y [tokens, rows].
     """
-    matrix = matrix_of(weights)
-    home = library(x, "x", matrix.stack.device)
+    matrix = _matrix(weights)
     rows, columns = matrix.shape
-    given = operand(home, x, "x", (-1, columns), FLOATS)
-    y = _output(home, out, (x.shape[0], rows), given.dtype)
-    _multiply(home, matrix, given, y)
-    return y.array
+    library = library_of(x, "x", matrix.stack.device)
+    library.check(x, "x", (-1, columns))
+    y = library.output(out, (x.shape[0], rows), element_type(x))
+    _multiply(library, matrix, x, y)
+    return y
 
 
 def expert_matvec(
     stack: DeviceStack, x: Any, experts: Any, weights: Any = None, out: Any = None
 ) -> Any:
-    """All (token, expert) pairs of a layer's tokens in one call.
+    """Multiply each token by the experts it is routed to, all in one call. Like ``matvec``.
 
-    ``x`` [tokens, columns], or [tokens, k, columns] if each pair has its own; ``experts`` int32
-    [tokens, k], on the GPU; ``weights`` [tokens, k] of bf16, fp16 or fp32, or None.
+    Args:
+        stack: the experts' matrices W.
+        x: [tokens, columns], or [tokens, k, columns] with an x for each pair.
+        experts: int32 [tokens, k], on the GPU. A number that is not an expert's, which the host
+            cannot see, makes the result of its pair NaN.
+        weights: [tokens, k], bf16, fp16 or fp32: add up the products of each token.
+        out: y to write.
 
-    Returns y [tokens, k, rows], or with ``weights`` their sums [tokens, rows]: y[t] is the sum of
-    weights[t, i] W[experts[t, i]] x[t], added up in the order of i. A number that is not an
-    expert's, which the host cannot see, makes the result of its pair NaN. Else as ``matvec``.
+    Returns:
+        y [tokens, k, rows] = W[experts[t, i]] x[t]; with weights [tokens, rows], the sum of
+        weights[t, i] W[experts[t, i]] x[t] in the order of i.
+
+    Example::
+
+        y = gpu.expert_matvec(stack, x, experts)  # x [5, 768], experts [5, 2]: y [5, 2, 3072]
     """
-    home = library(x, "x", stack.device)
     _, rows, columns = stack.shape
-    chosen = operand(home, experts, "experts", (-1, -1), ("int32",)).array
-    tokens, k = chosen.shape
-    shape = (tokens, k, columns) if len(x.shape) == 3 else (tokens, columns)
-    given = operand(home, x, "x", shape, FLOATS)
-    scales = None
+    library = library_of(x, "x", stack.device)
+    library.check(experts, "experts", (-1, -1), ("int32",))
+    tokens, k = experts.shape
+    library.check(x, "x", (tokens, k, columns) if len(x.shape) == 3 else (tokens, columns))
+    shape: tuple[int, ...] = (tokens, k, rows)
     if weights is not None:
-        scales = operand(home, weights, "weights", (tokens, k), FLOATS)
-    y = _output(home, out, (tokens, k, rows) if scales is None else (tokens, rows), given.dtype)
-    scratch = _Scratch(home)
-    launches = plan.expert_matvec(
-        stack.packed, given, chosen, scales, y, cuda.device(stack.device), scratch.empty
-    )
-    _run(home, stack, launches, scratch)
-    return y.array
+        library.check(weights, "weights", (tokens, k))
+        shape = (tokens, rows)
+    y = library.output(out, shape, element_type(x))
+    workspace = _workspace(library)
+    launches = launch_plan.expert_matvec(stack.packed, x, experts, weights, y, workspace)
+    _run(library, stack, launches, workspace)
+    return y
 
 
 def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = None) -> Any:
-    """The weights [rows, columns], of a stack [experts, rows, columns], exact to the bit.
+    """Decode a matrix or a whole stack, exact to the bit.
 
-    ``dtype``: ``bf16``, ``fp16`` or ``fp32``. Without ``out``, a CuPy array (bf16: ``uint16``);
-    ``out`` may be torch's and has the type itself. Raises as ``matvec``.
+    Args:
+        weights: what to decode.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        out: W to write, CuPy's or torch's; its own dtype counts instead of ``dtype``.
+
+    Returns:
+        W [rows, columns], of a stack [experts, rows, columns]: ``out``, or a CuPy array (bf16:
+        uint16).
+
+    Raises:
+        QMoEError: ``argument`` for another dtype, or an out that does not fit; ``memory``.
     """
-    stack = weights if isinstance(weights, DeviceStack) else weights.stack
-    first, count = (0, len(stack)) if isinstance(weights, DeviceStack) else (weights.expert, 1)
+    if isinstance(weights, DeviceStack):
+        stack, first, count = weights, 0, len(weights)
+    else:
+        stack, first, count = weights.stack, weights.expert, 1
     if dtype not in FLOATS:
-        raise QMoEError("argument", f"weights are decoded to {' or '.join(FLOATS)}, not {dtype}")
-    home = Cupy(stack.device) if out is None else library(out, "out", stack.device)
-    y = _output(home, out, weights.shape, dtype)
-    launches = plan.decode(stack.packed, first, count, y, cuda.device(stack.device))
-    _run(home, stack, launches, _Scratch(home))
-    return y.array
+        raise QMoEError(
+            "argument", f"weights cannot be decoded to {dtype}", f"choose {' or '.join(FLOATS)}"
+        )
+    library = Cupy(stack.device) if out is None else library_of(out, "out", stack.device)
+    y = library.output(out, weights.shape, dtype)
+    workspace = _workspace(library)
+    _run(library, stack, launch_plan.decode(stack.packed, first, count, y, workspace), workspace)
+    return y
 
 
-class _Scratch:
-    """Scratch arrays of a call."""
-
-    def __init__(self, home: Library) -> None:
-        self.home = home
-        self.arrays: list[Any] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.arrays.append(self.home.empty(shape, dtype))
-        return self.arrays[-1]
-
-
-def _multiply(home: Library, matrix: DeviceMatrix, x: Operand, y: Operand) -> None:
-    stack, scratch = matrix.stack, _Scratch(home)
-    limits = cuda.device(stack.device)
-    launches = plan.matmul(stack.packed, matrix.expert, x, y, limits, scratch.empty)
-    _run(home, stack, launches, scratch)
+def _matrix(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
+    if isinstance(weights, DeviceMatrix):
+        return weights
+    if len(weights) != 1:
+        raise QMoEError(
+            "argument",
+            f"this is a stack of {len(weights)} matrices",
+            "choose one of them, stack[e], or call expert_matvec",
+        )
+    return weights[0]
 
 
-def _run(home: Library, stack: DeviceStack, launches: list[Launch], scratch: _Scratch) -> None:
-    stream = home.stream()
-    cuda.launch(stack.device, stream, launches)
-    # torch keeps what was allocated during a recording for its graph; CuPy does not know of graphs.
-    if scratch.arrays and isinstance(home, Cupy) and stream.is_capturing():
-        stack.recorded.append(scratch.arrays)
+def _workspace(library: Library) -> Workspace:
+    return Workspace(cuda.limits(library.device), library.empty)
 
 
-def _output(home: Library, out: Any, shape: tuple[int, ...], dtype: str) -> Operand:
-    if out is None:
-        return Operand(home.empty(shape, dtype), dtype)
-    return operand(home, out, "out", shape, FLOATS)
+def _multiply(library: Library, matrix: DeviceMatrix, x: Any, y: Any) -> None:
+    workspace = _workspace(library)
+    launches = launch_plan.matmul(matrix.stack.packed, matrix.expert, x, y, workspace)
+    _run(library, matrix.stack, launches, workspace)
 
 
-def _reshaped(operand: Operand, shape: tuple[int, ...]) -> Operand:
-    return Operand(operand.array.reshape(shape), operand.dtype)
+def _run(
+    library: Library, stack: DeviceStack, launches: list[launch.Launch], workspace: Workspace
+) -> None:
+    stream = library.stream()
+    launch.execute(launches, stack.device, stream)
+    # torch keeps for its graph what was allocated during a capture; CuPy knows nothing of graphs.
+    if workspace.scratch and isinstance(library, Cupy) and stream.is_capturing():
+        stack.recorded.append(workspace.scratch)

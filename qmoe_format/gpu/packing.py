@@ -2,9 +2,9 @@
 
     segments      uint8 [bytes]: the segments of all experts one after another, each expert's first
                   one at a multiple of 16, with GUARD zero bytes before and after all of them
-    offsets       uint32 [experts, segments + 1]: where each begins, and the last one ends, from
-                  where the expert's do
-    bases         uint64 [experts]: where the expert's begin in ``segments``
+    offsets       uint32 [experts, segments + 1]: where each segment begins, and the last one ends,
+                  relative to the expert's base
+    bases         uint64 [experts]: where each expert's first segment begins in ``segments``
     row_scale     [experts, rows, groups, 1 or 2], column_scale [experts, columns or 0], as stored
     table_of      int32 [experts]: number of the expert's dictionary
     tables        uint32 [dictionaries, 2^width, 1, 2, 4 or 8]: entries as in ``kernels/entry.cu``
@@ -25,8 +25,8 @@ import numpy.typing as npt
 from qmoe_format.codec import Dictionary, EncodedMatrix
 from qmoe_format.errors import QMoEError
 
-# Zero bytes around the segments. A lane takes up to 64 bits a step, and a warp reads the codewords
-# of a step that it then does not make: 2 x 32 x 8 bytes before a segment's first byte.
+# Zero bytes around the segments. A lane takes up to 64 bits per step, and a warp loads the
+# codewords of one step more than it makes: 2 x 32 x 8 bytes before a segment's first byte.
 GUARD = 576
 ALIGNMENT = 256  # of an array in the buffer
 # The kernels count the weights and bits of one segment in 32 bits.
@@ -36,7 +36,7 @@ MAX_SEGMENT_BYTES = 1 << 27
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """The arrays of a stack; numpy's, or a device's."""
+    """The arrays of a stack: numpy's, or a device's."""
 
     segments: Any
     offsets: Any
@@ -47,15 +47,17 @@ class Arrays:
     tables: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # to be looked up fast
+@dataclass(frozen=True, slots=True, eq=False)  # by identity: a key that is hashed fast
 class Layout:
-    """What all members of a stack have in common, and where its arrays are.
+    """What all matrices of a stack have in common, and where its arrays are.
 
-    ``entry``     how dictionaries' entries are packed: ``ONE_WORD``, ``NIBBLES`` or ``BYTE_PLACES``
-    ``slots``     most non-zeros of an entry
-    ``codewords`` in a segment, on average
-    ``places``    name, offset in bytes, numpy type and shape of each array
-    ``bytes``     size of the whole buffer
+    Attributes:
+        scales: per row and group, 1 or 2.
+        entry: form of the dictionaries' entries: ``ONE_WORD``, ``NIBBLES`` or ``BYTE_POSITIONS``.
+        slots: most non-zeros of an entry.
+        mean_codewords: per segment.
+        places: name, offset in bytes, numpy dtype and shape of each array.
+        bytes: size of the whole buffer.
     """
 
     experts: int
@@ -70,13 +72,13 @@ class Layout:
     column_scales: bool
     entry: str
     slots: int
-    codewords: int
+    mean_codewords: int
     places: tuple[tuple[str, int, np.dtype[Any], tuple[int, ...]], ...]
     bytes: int
 
     @property
     def segments(self) -> int:
-        """Number of segments of a matrix."""
+        """Segments per matrix."""
         return -(-self.rows // self.rows_per_segment)
 
     @property
@@ -94,37 +96,39 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class PackedStack:
     """A stack ready for the kernels."""
 
     layout: Layout
     arrays: Arrays
 
 
-def pack(matrices: Sequence[EncodedMatrix]) -> Stack:
-    """Pack into memory of numpy's own. Raises as ``layout``."""
+def pack(matrices: Sequence[EncodedMatrix]) -> PackedStack:
+    """Pack ``matrices`` into numpy's memory; errors as in ``layout``."""
     plan = layout(matrices)
-    buffer = np.empty(plan.bytes, np.uint8)
-    fill(plan, matrices, buffer)
-    return Stack(plan, plan.arrays(buffer))
+    buffer = np.zeros(plan.bytes, np.uint8)
+    for offset, data in pieces(plan, matrices):
+        buffer[offset : offset + data.size] = data
+    return PackedStack(plan, plan.arrays(buffer))
 
 
 def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
-    """Where everything goes.
+    """Decide where everything goes.
 
-    Raises ``QMoEError``: ``argument`` for no matrix or for matrices that do not fit each other,
-    ``limit`` for a segment that is too large.
+    Raises:
+        QMoEError: ``argument`` for no matrix, or matrices that cannot form a stack; ``limit`` for a
+            segment that is too large for the kernels.
     """
     if not matrices:
-        raise QMoEError("argument", "there is no matrix to upload")
+        raise QMoEError("argument", "there is no matrix to upload", "give at least one")
     first = _common(matrices[0])
     for number, matrix in enumerate(matrices):
-        for (what, value), (_, other) in zip(first.items(), _common(matrix).items(), strict=True):
+        for (what, value), other in zip(first.items(), _common(matrix).values(), strict=True):
             if value != other:
                 raise QMoEError(
                     "argument",
-                    f"matrix {number} has {what} {other}, the first one {value}: matrices of one "
-                    "stack differ in their weights only, upload others apart",
+                    f"matrix {number}: {what} is {other}, of matrix 0 it is {value}",
+                    "upload matrices that differ in more than their weights separately",
                 )
         _check_segments(number, matrix)
     matrix = matrices[0]
@@ -133,25 +137,20 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
     dictionaries = _dictionaries(matrices)
     entry = _entry_form(dictionaries)
     slots = max(1, *(d.max_nonzeros for d in dictionaries))
-    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-        "segments": (np.dtype(np.uint8), (_bases(matrices)[1],)),
-        "offsets": (np.dtype(np.uint32), (experts, trits.count + 1)),
-        "bases": (np.dtype(np.uint64), (experts,)),
-        "row_scale": (matrix.row_scale.dtype, (experts, *matrix.row_scale.shape)),
-        "column_scale": (
-            matrix.row_scale.dtype,
-            (experts, 0 if matrix.column_scale is None else columns),
-        ),
-        "table_of": (np.dtype(np.int32), (experts,)),
-        "tables": (
-            np.dtype(np.uint32),
-            (len(dictionaries), 1 << trits.dictionary.width, _entry_words(entry, slots)),
-        ),
+    scale, words = matrix.row_scale.dtype, _entry_words(entry, slots)
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "segments": (np.uint8, (_bases(matrices)[1],)),
+        "offsets": (np.uint32, (experts, trits.count + 1)),
+        "bases": (np.uint64, (experts,)),
+        "row_scale": (scale, (experts, *matrix.row_scale.shape)),
+        "column_scale": (scale, (experts, 0 if matrix.column_scale is None else columns)),
+        "table_of": (np.int32, (experts,)),
+        "tables": (np.uint32, (len(dictionaries), 1 << trits.dictionary.width, words)),
     }
     places, end = [], 0
     for name, (dtype, shape) in shapes.items():
-        places.append((name, end, dtype, shape))
-        end = _align(end + math.prod(shape) * dtype.itemsize + 1, ALIGNMENT)
+        places.append((name, end, np.dtype(dtype), shape))
+        end = _align(end + math.prod(shape) * np.dtype(dtype).itemsize + 1, ALIGNMENT)
     return Layout(
         experts=experts,
         rows=rows,
@@ -165,23 +164,16 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         column_scales=matrix.column_scale is not None,
         entry=entry,
         slots=slots,
-        codewords=_mean_codewords(matrices),
+        mean_codewords=_mean_codewords(matrices),
         places=tuple(places),
         bytes=end,
     )
 
 
-def fill(layout: Layout, matrices: Sequence[EncodedMatrix], buffer: npt.NDArray[np.uint8]) -> None:
-    """Write the arrays of ``matrices``, for which ``layout`` was made, into ``buffer``."""
-    buffer[:] = 0
-    for offset, data in parts(layout, matrices):
-        buffer[offset : offset + data.size] = data
-
-
-def parts(
+def pieces(
     layout: Layout, matrices: Sequence[EncodedMatrix]
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    """What is in the buffer, zeros aside: pieces, uint8, and where they go."""
+    """What the buffer holds besides zeros: offsets and bytes, uint8."""
     where = {name: offset for name, offset, _, _ in layout.places}
     dictionaries = _dictionaries(matrices)
     bases = _bases(matrices)[0]
@@ -214,10 +206,10 @@ def _common(matrix: EncodedMatrix) -> dict[str, Any]:
         "rows per segment": matrix.trits.rows_per_segment,
         "codeword width": matrix.dictionary.width,
         "sign mode": matrix.dictionary.signs,
-        "scales a row": matrix.row_scale.shape[2],
-        "scale type": matrix.scale_dtype,
+        "number of scales per row": matrix.row_scale.shape[2],
+        "scale dtype": matrix.scale_dtype,
         "group size": matrix.group_size,
-        "column scales": matrix.column_scale is not None,
+        "presence of column scales": matrix.column_scale is not None,
     }
 
 
@@ -228,8 +220,9 @@ def _check_segments(number: int, matrix: EncodedMatrix) -> None:
     if weights > MAX_SEGMENT_WEIGHTS or longest > MAX_SEGMENT_BYTES:
         raise QMoEError(
             "limit",
-            f"matrix {number} has a segment of {weights} weights and {longest} bytes; a warp takes "
-            f"{MAX_SEGMENT_WEIGHTS} and {MAX_SEGMENT_BYTES}: encode it with fewer rows a segment",
+            f"matrix {number}: a segment of {weights} weights in {longest} bytes is too large for "
+            f"the kernels, which take {MAX_SEGMENT_WEIGHTS} and {MAX_SEGMENT_BYTES}",
+            "encode it with fewer rows per segment",
         )
 
 
@@ -238,7 +231,7 @@ def _align(size: int, step: int) -> int:
 
 
 def _bases(matrices: Sequence[EncodedMatrix]) -> tuple[list[int], int]:
-    """Where each matrix's segments begin, and the bytes of all with what lies around them."""
+    """Where each matrix's segments begin, and the size of ``segments``, guards included."""
     bases, end = [], GUARD
     for matrix in matrices:
         bases.append(end)
@@ -247,12 +240,12 @@ def _bases(matrices: Sequence[EncodedMatrix]) -> tuple[list[int], int]:
 
 
 def _dictionaries(matrices: Sequence[EncodedMatrix]) -> dict[Dictionary, int]:
-    """Each dictionary once, numbered in the order in which they come."""
+    """The distinct dictionaries, numbered in order of first use."""
     return {d: i for i, d in enumerate(dict.fromkeys(m.dictionary for m in matrices))}
 
 
 def _mean_codewords(matrices: Sequence[EncodedMatrix]) -> int:
-    """Codewords in a segment, on average: the bits that are not signs."""
+    """Codewords per segment: the bits that are not signs."""
     trits = [matrix.trits for matrix in matrices]
     bits = sum(8 * t.segment_bytes for t in trits)
     if trits[0].dictionary.signs == "plane":
@@ -264,14 +257,14 @@ def _entry_form(dictionaries: Iterable[Dictionary]) -> str:
     length = max(d.max_length for d in dictionaries)
     nonzeros = max(d.max_nonzeros for d in dictionaries)
     if any(d.signs == "codeword" for d in dictionaries):
-        return "BYTE_PLACES"
+        return "BYTE_POSITIONS"
     if nonzeros <= 3 and length < 64:
         return "ONE_WORD"
-    return "NIBBLES" if 4 < nonzeros <= 8 and length <= 16 else "BYTE_PLACES"
+    return "NIBBLES" if 4 < nonzeros <= 8 and length <= 16 else "BYTE_POSITIONS"
 
 
 def _entry_words(entry: str, slots: int) -> int:
-    if entry != "BYTE_PLACES":
+    if entry != "BYTE_POSITIONS":
         return 1 if entry == "ONE_WORD" else 2
     return 2 if slots <= 4 else 4 if slots <= 12 else 8
 
@@ -280,23 +273,23 @@ def _entries(dictionary: Dictionary, entry: str, words: int) -> npt.NDArray[np.u
     """uint32 [2^width, words]: the entries of a dictionary."""
     from qmoe_format.codec.tables import tables
 
-    look_up = tables(dictionary)
-    lanes = look_up.positions.view(np.uint16)  # a non-zero each; bit 15: minus, if in the codeword
-    places = np.zeros((len(lanes), 28), np.uint8)
-    places[:, : lanes.shape[1]] = lanes & 0xFF
-    about = look_up.steps.astype(np.uint32) & np.uint32(0xFF)  # an entry's length
-    nonzeros = look_up.nonzeros.astype(np.uint32)
+    table = tables(dictionary)
+    lanes = table.positions.view(np.uint16)  # one per non-zero; bit 15: minus, if in the codeword
+    positions = np.zeros((len(lanes), 28), np.uint8)
+    positions[:, : lanes.shape[1]] = lanes & 0xFF
+    lengths = table.steps.astype(np.uint32) & np.uint32(0xFF)
+    nonzeros = table.nonzeros.astype(np.uint32)
     entries = np.zeros((len(lanes), words), np.uint32)
     if entry == "ONE_WORD":
-        places[:, 3] = about | nonzeros << 6
-        entries[:] = places[:, :4].view(np.uint32)
+        positions[:, 3] = lengths | nonzeros << 6
+        entries[:] = positions[:, :4].view(np.uint32)
         return entries
     if dictionary.signs == "codeword":
         signs = (lanes >> 15).astype(np.uint32) << np.arange(lanes.shape[1], dtype=np.uint32)
-        entries[:, 0] = about | nonzeros << 8 | signs.sum(axis=1, dtype=np.uint32) << 16
+        entries[:, 0] = lengths | nonzeros << 8 | signs.sum(axis=1, dtype=np.uint32) << 16
     else:
-        entries[:, 0] = about | nonzeros << 16
+        entries[:, 0] = lengths | nonzeros << 16
     if entry == "NIBBLES":
-        places[:, :4] |= places[:, 4:8] << 4
-    entries[:, 1:] = places[:, : 4 * (words - 1)].view(np.uint32)[:, : words - 1]
+        positions[:, :4] |= positions[:, 4:8] << 4
+    entries[:, 1:] = positions[:, : 4 * (words - 1)].view(np.uint32)[:, : words - 1]
     return entries

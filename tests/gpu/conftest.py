@@ -1,4 +1,4 @@
-"""Fixtures for the public calls of ``qmoe_format.gpu``."""
+"""A fixture for the public calls of ``qmoe_format.gpu``: a CuPy that runs on the CPU."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from qmoe_format.gpu import cuda
+from qmoe_format.gpu import cuda, launch
 from tests.gpu.fake_cupy import FakeCupy
 
-CACHES = (cuda.module, cuda.device, cuda._kernel)
+CACHES = (cuda.module, cuda.limits, launch._compiled)
 
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
-    """CuPy's place, taken."""
+    """A fake in CuPy's place."""
     fake = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     for cache in CACHES:

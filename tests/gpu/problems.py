@@ -13,27 +13,29 @@ import numpy.typing as npt
 
 from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
-from qmoe_format.gpu import plan
+from qmoe_format.gpu import launch_plan
+from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
-from qmoe_format.gpu.packing import Stack
+from qmoe_format.gpu.launch_plan import Workspace
+from qmoe_format.gpu.packing import PackedStack
 from tests.codec.strategies import dictionary, random_trits
 from tests.gpu import shim
 
 Floats = npt.NDArray[np.float32]
 
 NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-# Half an ulp, relative to a number, and the least half ulp.
+# Half an ulp, relative to a number, and the smallest half ulp.
 ROUNDING = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (0.0, 0.0)}
-# Two blocks at most: there is more to find between two than between many, and they are slow here.
-LARGE = plan.Device(multiprocessors=2, shared_bytes=227 << 10)
-SMALL = plan.Device(multiprocessors=2, shared_bytes=1 << 10)  # neither table nor x fits
+# Two blocks at most: two are enough to disagree, and more are slow here.
+LARGE = DeviceLimits(multiprocessors=2, shared_bytes=227 << 10)
+SMALL = DeviceLimits(multiprocessors=2, shared_bytes=1 << 10)  # neither table nor x fits
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What chooses a kernel's text."""
+    """What decides a kernel's text."""
 
-    dictionary: tuple[str, float, int]  # signs, share of zeros, width
+    dictionary: tuple[str, float, int]  # signs, fraction of zeros, width
     scale_dtype: str
     scales: int
     group_size: int
@@ -41,11 +43,12 @@ class Kind:
     dtype: str  # of x and y
     tokens: int
     weighted: bool  # sums over the experts of a token
-    device: plan.Device
+    limits: DeviceLimits
 
 
 CHOICES: tuple[list[Any], ...] = (
-    # Entries of 1, 2, 4 and 8 words, in all forms; tables above 12 bits are not in shared memory.
+    # Entries of 1, 2, 4 and 8 words, in all forms; tables of more than 12 bits stay out of shared
+    # memory.
     [
         *[("plane", 0.885, 8), ("plane", 0.885, 12), ("plane", 0.6, 9), ("plane", 0.3, 11)],
         *[("codeword", 0.885, 13), ("codeword", 0.3, 10)],
@@ -62,7 +65,7 @@ CHOICES: tuple[list[Any], ...] = (
 
 
 def _kinds() -> list[Kind]:
-    """Few kinds in which any two choices occur together."""
+    """A few kinds in which any two choices occur together."""
     rng = random.Random(0)
     rows: list[tuple[Any, ...]] = []
     missing = {
@@ -86,7 +89,7 @@ KINDS = _kinds()
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What matrices of a kind may still differ in."""
+    """How matrices of a kind may still differ."""
 
     rows: int
     columns: int
@@ -109,7 +112,7 @@ LONG = Shape(3, 4001, 0.8, 2, 0)
 
 
 def matrix(kind: Kind, shape: Shape, seed: int = 0) -> EncodedMatrix:
-    """Matrices with other seeds are of the same stack."""
+    """A random matrix; those with other seeds can be in the same stack."""
     rng = np.random.default_rng([shape.seed, seed])
     groups = -(-shape.columns // kind.group_size) if kind.group_size else 1
 
@@ -132,29 +135,27 @@ def matrix(kind: Kind, shape: Shape, seed: int = 0) -> EncodedMatrix:
 
 
 def vectors(kind: Kind, shape: Shape, *sizes: int) -> Floats:
-    """x float32 [*sizes, columns], which the kind's type holds exactly."""
+    """x float32 [*sizes, columns], exact in the kind's dtype."""
     rng = np.random.default_rng(shape.seed)
     whole = (*sizes, shape.columns)
     x = rng.integers(-8, 9, whole) if shape.exact else rng.standard_normal(whole)
     return rounded(x.astype(np.float32), kind.dtype)
 
 
-def operand(dtype: str, values: Floats) -> plan.Operand:
-    """``values``, which ``dtype`` holds exactly, or else rounded."""
-    return plan.Operand(from_float32(np.ascontiguousarray(values), NAMES[dtype]), dtype)
+def array(dtype: str, values: Floats) -> npt.NDArray[Any]:
+    """``values``, rounded to ``dtype``; bf16 is uint16."""
+    return from_float32(np.ascontiguousarray(values), NAMES[dtype])
 
 
-def unwritten(dtype: str, *shape: int) -> plan.Operand:
-    """Nothing but NaN."""
-    nan = from_float32(np.full(shape, np.nan, np.float32), NAMES[dtype])
-    return plan.Operand(nan, dtype)
-
-
-def scratch(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """What is in fresh memory: anything."""
+def unwritten(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Fresh memory: NaN everywhere, or some number."""
     if dtype == "int32":
         return np.full(shape, 0x5A5A5A5A, np.int32)
-    return np.asarray(unwritten(dtype, *shape).array)
+    return array(dtype, np.full(shape, np.nan, np.float32))
+
+
+def workspace(limits: DeviceLimits) -> Workspace:
+    return Workspace(limits, unwritten)
 
 
 def rounded(values: Floats, dtype: str) -> Floats:
@@ -163,14 +164,14 @@ def rounded(values: Floats, dtype: str) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The shim, with an order of threads and a fault: a text in a kernel, and what replaces it."""
+    """The shim, with an order of threads and a fault: text in a kernel, and its replacement."""
 
     order: int = shim.FORWARD
     fault: tuple[str, str] | None = None
 
-    def run(self, launches: list[Launch], device: plan.Device) -> None:
+    def run(self, launches: list[Launch], limits: DeviceLimits) -> None:
         for launch in launches:
-            assert launch.shared_bytes <= device.shared_bytes
+            assert launch.shared_bytes <= limits.shared_bytes
             if self.fault and self.fault[0] in launch.source:
                 assert launch.source.count(self.fault[0]) == 1
                 launch = replace(launch, source=launch.source.replace(*self.fault))
@@ -181,34 +182,36 @@ FAULTLESS = Machine()
 
 
 def matmul(
-    kind: Kind, stack: Stack, x: Floats, machine: Machine = FAULTLESS, expert: int = 0
+    kind: Kind, stack: PackedStack, x: Floats, machine: Machine = FAULTLESS, expert: int = 0
 ) -> Floats:
     """y [tokens, rows] for x [tokens, columns]."""
-    y = unwritten(kind.dtype, len(x), stack.layout.rows)
-    x_operand = operand(kind.dtype, x)
-    machine.run(plan.matmul(stack, expert, x_operand, y, kind.device, scratch), kind.device)
-    return to_float32(y.array, NAMES[kind.dtype])
+    y = unwritten((len(x), stack.layout.rows), kind.dtype)
+    given = array(kind.dtype, x)
+    launches = launch_plan.matmul(stack, expert, given, y, workspace(kind.limits))
+    machine.run(launches, kind.limits)
+    return to_float32(y, NAMES[kind.dtype])
 
 
 def expert_matvec(
     kind: Kind,
-    stack: Stack,
+    stack: PackedStack,
     x: Floats,
     experts: npt.NDArray[np.int32],
     weights: Floats | None = None,
     machine: Machine = FAULTLESS,
 ) -> Floats:
     """y [tokens, k, rows], or with weights [tokens, rows]; x [tokens, (k,) columns]."""
-    y = unwritten(kind.dtype, *experts.shape[: 2 if weights is None else 1], stack.layout.rows)
-    by = None if weights is None else operand(kind.dtype, weights)
-    x_operand = operand(kind.dtype, x)
-    launches = plan.expert_matvec(stack, x_operand, experts, by, y, kind.device, scratch)
-    machine.run(launches, kind.device)
-    return to_float32(y.array, NAMES[kind.dtype])
+    shape = experts.shape if weights is None else experts.shape[:1]
+    y = unwritten((*shape, stack.layout.rows), kind.dtype)
+    by = None if weights is None else array(kind.dtype, weights)
+    given = array(kind.dtype, x)
+    launches = launch_plan.expert_matvec(stack, given, experts, by, y, workspace(kind.limits))
+    machine.run(launches, kind.limits)
+    return to_float32(y, NAMES[kind.dtype])
 
 
 def decode(
-    stack: Stack,
+    stack: PackedStack,
     dtype: str,
     machine: Machine = FAULTLESS,
     part: tuple[int, int] | None = None,
@@ -216,18 +219,18 @@ def decode(
 ) -> npt.NDArray[Any]:
     """The bits of matrices ``part`` (first, count), [count, rows, columns].
 
-    ``offset``: elements by which their address is not a multiple of 16 bytes.
+    Their address is ``offset`` elements above a multiple of 16 bytes.
     """
     first, count = part or (0, stack.layout.experts)
     size = count * stack.layout.rows * stack.layout.columns
     shape = (count, stack.layout.rows, stack.layout.columns)
-    y: npt.NDArray[Any] = unwritten(dtype, offset + size).array[offset:].reshape(shape)
-    machine.run(plan.decode(stack, first, count, plan.Operand(y, dtype), LARGE), LARGE)
+    y = unwritten((offset + size,), dtype)[offset:].reshape(shape)
+    machine.run(launch_plan.decode(stack, first, count, y, workspace(LARGE)), LARGE)
     return y
 
 
 def within_tolerance(matrix: EncodedMatrix, x: Floats, y: Floats, dtype: str = "fp32") -> bool:
-    """[M-1], and y's rounding to ``dtype``; x [tokens, columns]."""
+    """Whether y is W x by [M-1], rounded to ``dtype``; x [tokens, columns]."""
     weights = dequantize(matrix).astype(np.float64)
     exact = x.astype(np.float64) @ weights.T
     room = (matrix.columns + 8) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(weights.T))

@@ -1,4 +1,4 @@
-"""The public calls, with CuPy's place taken by numpy and the shim."""
+"""The public calls, with numpy and the shim in CuPy's place."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from qmoe_format import gpu
 from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
-from qmoe_format.gpu import device_stack as stacks
 from qmoe_format.gpu import packing
 from tests.codec.strategies import random_trits
 from tests.gpu import shim
-from tests.gpu.fake_cupy import FakeCupy, Stream
+from tests.gpu.fake_cupy import FakeCupy
 
 pytestmark = shim.needs_compiler
 
@@ -22,7 +21,7 @@ EXPERTS, ROWS, COLUMNS = 4, 6, 200
 
 
 def member(seed: int = 0) -> EncodedMatrix:
-    """A matrix whose products with small integers are exact."""
+    """A matrix whose products with small integers are exact in every dtype."""
     return encode_matrix(
         random_trits(ROWS, COLUMNS, 0.885, seed),
         from_float32(np.array([[[-0.5, 2.0]]] * ROWS, np.float32), "BF16"),
@@ -35,36 +34,44 @@ def members() -> list[EncodedMatrix]:
 
 
 def integers(cupy: FakeCupy, *shape: int, dtype: str = "BF16") -> Any:
-    """An array of small integers on the GPU, and the same as float64."""
+    """Small integers, as an array on the GPU and as float64."""
     values = np.random.default_rng(sum(shape)).integers(-3, 4, shape).astype(np.float32)
     return cupy.asarray(from_float32(values, dtype)), values.astype(np.float64)
 
 
-def test_upload_puts_there_what_packing_says(
-    cupy: FakeCupy, members: list[EncodedMatrix], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stacks, "STAGING", 1000)  # many turns, parts that do not fit into one
-    stack = gpu.upload(members, device=1)
+def check_uploaded(stack: gpu.DeviceStack, members: list[EncodedMatrix]) -> None:
     packed = packing.pack(members)
     for name, _, _, _ in packed.layout.places:
         there, here = getattr(stack.packed.arrays, name), getattr(packed.arrays, name)
-        assert there.device.id == 1
+        assert there.device.id == stack.device
         assert np.array_equal(there, here), name
+
+
+def test_upload(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+    stack = gpu.upload(members, device=1)
+    packed = packing.pack(members)
+    check_uploaded(stack, members)
+    assert stack.device == 1
     assert stack.shape == (EXPERTS, ROWS, COLUMNS)
     assert stack.bytes == packed.layout.bytes
     assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
     assert stack[-1].expert == 3
 
 
-def test_upload_waits_unless_a_stream_is_given(
-    cupy: FakeCupy, members: list[EncodedMatrix]
-) -> None:
+def test_upload_is_complete_when_it_returns(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
     """torch's streams do not wait for CuPy's."""
     gpu.upload(members)
     assert cupy.stream.waits == 1
-    given = Stream()
-    gpu.upload(members, stream=given)
-    assert (cupy.stream.waits, given.waits) == (1, 0)
+
+
+def test_upload_of_more_than_the_staging_buffers_hold(cupy: FakeCupy) -> None:
+    """One array of 34 MB is copied in parts, through two buffers of 32 MB that take turns."""
+    rows, columns = 2, 2_200_000
+    scales = np.random.default_rng(0).random((rows, columns, 2), np.float32)
+    large = encode_matrix(
+        np.zeros((rows, columns), np.int8), scales, scale_dtype="F32", group_size=1
+    )
+    check_uploaded(gpu.upload([large, large]), [large, large])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -117,7 +124,7 @@ def test_expert_matvec(
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_experts_that_there_are_not(
+def test_experts_outside_the_stack(
     cupy: FakeCupy, members: list[EncodedMatrix], tokens: int
 ) -> None:
     x, values = integers(cupy, tokens, COLUMNS, dtype="F32")
@@ -141,7 +148,7 @@ def test_decode(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> Non
     assert np.array_equal(out, dense[1])
 
 
-def test_a_recorded_call_keeps_its_scratch_arrays(
+def test_a_captured_call_keeps_its_scratch_arrays(
     cupy: FakeCupy, members: list[EncodedMatrix]
 ) -> None:
     stack = gpu.upload(members)

@@ -15,7 +15,7 @@ import qmoe_format
 from qmoe_format.codec import EncodedMatrix, EncodedTrits, dequantize
 from qmoe_format.conformance import runner
 from qmoe_format.dtypes import from_float32
-from qmoe_format.gpu.packing import Stack, pack
+from qmoe_format.gpu.packing import PackedStack, pack
 from tests.gpu import shim
 from tests.gpu.problems import (
     KINDS,
@@ -92,7 +92,7 @@ def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, machine: Mac
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
-def test_experts_outside_of_the_stack(tokens: int) -> None:
+def test_experts_outside_the_stack(tokens: int) -> None:
     """Their products are NaN, the others are right, and nothing is read out of bounds."""
     kind, shape = KINDS[0], Shape(20, 50, 0.5, 3, 0, exact=True)
     members = [matrix(kind, shape, seed) for seed in range(2)]
@@ -204,7 +204,7 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
     normal = (weights == 0) | ((weights > 2.0**-60) & (weights < 2.0**60))
     if not normal.all():
         return  # [M-1] is about products without underflow and overflow
-    kind = replace(KINDS[0], dtype="fp32", device=LARGE)
+    kind = replace(KINDS[0], dtype="fp32", limits=LARGE)
     x = np.random.default_rng(0).standard_normal((1, members[0].columns)).astype(np.float32)
     experts = np.arange(len(members), dtype=np.int32)[None]
     y = expert_matvec(kind, stack, x, experts)
@@ -231,7 +231,7 @@ def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMa
     return replace(coded, trits=trits)
 
 
-def run_everything(kind: Kind, stack: Stack) -> None:
+def run_everything(kind: Kind, stack: PackedStack) -> None:
     x = vectors(kind, Shape(0, stack.layout.columns, 0, None, 0), kind.tokens)
     experts = np.zeros((kind.tokens, 1), np.int32)
     for machine in (Machine(shim.FORWARD), Machine(2)):

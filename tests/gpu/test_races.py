@@ -62,7 +62,7 @@ def products(machine: Machine, kind: Kind = KIND) -> None:
 
 
 def products_of_large_x(machine: Machine) -> None:
-    products(machine, replace(KIND, device=SMALL))
+    products(machine, replace(KIND, limits=SMALL))
 
 
 def mixtures(machine: Machine) -> None:

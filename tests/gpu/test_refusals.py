@@ -1,4 +1,4 @@
-"""What cannot be done is refused, with a code and a word on what to do."""
+"""What cannot be done is refused, with a code and advice."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_gpu(cupy: FakeCupy) -> None:
 def test_no_such_gpu(cupy: FakeCupy) -> None:
     assert refusal(lambda: gpu.upload(MATRIX, device=2)) == (
         "device",
-        "there is no GPU 2: they are numbered 0 to 1",
+        "there is no GPU 2; choose from 0 to 1",
     )
 
 
@@ -114,16 +114,19 @@ def array(cupy: FakeCupy, *shape: int, dtype: Any = np.float16, device: int = 0)
         return cupy.zeros(shape, dtype)
 
 
-# What is given for x, and what is said about it.
+# What is given as x, and what the message says about it.
 BAD_X: dict[str, tuple[Callable[[FakeCupy], Any], str]] = {
-    "list": (lambda _: [1.0] * COLUMNS, "a builtins.list: it has to be a CuPy array or a torch"),
-    "numpy": (lambda _: np.zeros(COLUMNS, np.float16), "a numpy.ndarray: it has to be a CuPy"),
-    "torch on the CPU": (lambda _: torch.zeros(COLUMNS), "x is on cpu, the weights on GPU 0"),
-    "other GPU": (lambda c: array(c, COLUMNS, device=1), "x is on GPU 1, the weights on GPU 0"),
-    "double": (lambda c: array(c, COLUMNS, dtype=np.float64), "type float64, not bf16 or fp16"),
-    "too short": (lambda c: array(c, COLUMNS - 1), "the shape (39,), not (40)"),
-    "two tokens": (lambda c: array(c, 2, COLUMNS), "the shape (2, 40), not (40)"),
-    "with gaps": (lambda c: array(c, 2 * COLUMNS)[::2], "not contiguous: give x.contiguous()"),
+    "list": (lambda _: [1.0] * COLUMNS, "a builtins.list, not a CuPy array or a torch tensor"),
+    "numpy": (lambda _: np.zeros(COLUMNS, np.float16), "a numpy.ndarray, not a CuPy array"),
+    "torch on the CPU": (lambda _: torch.zeros(COLUMNS), "x: is on cpu, the weights on GPU 0"),
+    "other GPU": (lambda c: array(c, COLUMNS, device=1), "x: is on GPU 1, the weights on GPU 0"),
+    "double": (
+        lambda c: array(c, COLUMNS, dtype=np.float64),
+        "the dtype is float64, not bf16 or fp16",
+    ),
+    "too short": (lambda c: array(c, COLUMNS - 1), "x: the shape is (39,), not (40)"),
+    "two tokens": (lambda c: array(c, 2, COLUMNS), "x: the shape is (2, 40), not (40)"),
+    "with gaps": (lambda c: array(c, 2 * COLUMNS)[::2], "not contiguous; give x.contiguous()"),
 }
 
 
@@ -138,47 +141,47 @@ def test_x(cupy: FakeCupy, stack: gpu.DeviceStack, name: str) -> None:
 BAD_CALLS: dict[str, tuple[Callable[[FakeCupy, gpu.DeviceStack], Any], str]] = {
     "a stack for a matrix": (
         lambda c, s: gpu.matvec(s, array(c, COLUMNS)),
-        "a stack of 2 matrices: choose one, stack[e]",
+        "a stack of 2 matrices; choose one of them, stack[e]",
     ),
-    "out of another shape": (
+    "out of the wrong shape": (
         lambda c, s: gpu.matmul(s[0], array(c, 2, COLUMNS), out=array(c, ROWS, 2)),
-        "out has the shape (3, 2), not (2, 3)",
+        "out: the shape is (3, 2), not (2, 3)",
     ),
     "out on another GPU": (
         lambda c, s: gpu.matmul(s[0], array(c, 2, COLUMNS), out=array(c, 2, ROWS, device=1)),
-        "out is on GPU 1",
+        "out: is on GPU 1",
     ),
     "out of another library": (
         lambda c, s: gpu.matvec(s[0], array(c, COLUMNS), out=np.zeros(ROWS, np.float16)),
-        "out is a numpy.ndarray",
+        "out: is a numpy.ndarray",
     ),
     "integers for out": (
         lambda c, s: gpu.matvec(s[0], array(c, COLUMNS), out=array(c, ROWS, dtype=np.int32)),
-        "out has elements of type int32",
+        "out: the dtype is int32",
     ),
     "experts of 64 bits": (
         lambda c, s: gpu.expert_matvec(s, array(c, 2, COLUMNS), array(c, 2, 2, dtype=np.int64)),
-        "experts has elements of type int64, not int32",
+        "experts: the dtype is int64, not int32",
     ),
-    "one expert a token": (
+    "one expert per token": (
         lambda c, s: gpu.expert_matvec(s, array(c, 2, COLUMNS), array(c, 2, dtype=np.int32)),
-        "experts has the shape (2,), not (any, any)",
+        "experts: the shape is (2,), not (any, any)",
     ),
     "another number of tokens": (
         lambda c, s: gpu.expert_matvec(s, array(c, 3, COLUMNS), array(c, 2, 2, dtype=np.int32)),
-        "x has the shape (3, 40), not (2, 40)",
+        "x: the shape is (3, 40), not (2, 40)",
     ),
     "another k": (
         lambda c, s: gpu.expert_matvec(s, array(c, 2, 3, COLUMNS), array(c, 2, 2, dtype=np.int32)),
-        "x has the shape (2, 3, 40), not (2, 2, 40)",
+        "x: the shape is (2, 3, 40), not (2, 2, 40)",
     ),
     "weights of another shape": (
         lambda c, s: gpu.expert_matvec(
             s, array(c, 2, COLUMNS), array(c, 2, 2, dtype=np.int32), array(c, 2, 1)
         ),
-        "weights has the shape (2, 1), not (2, 2)",
+        "weights: the shape is (2, 1), not (2, 2)",
     ),
-    "decode to integers": (lambda _, s: gpu.decode(s, "int8"), "to bf16 or fp16 or fp32, not int8"),
+    "decode to integers": (lambda _, s: gpu.decode(s, "int8"), "cannot be decoded to int8"),
 }
 
 
@@ -191,6 +194,6 @@ def test_calls(cupy: FakeCupy, stack: gpu.DeviceStack, name: str) -> None:
     assert not cupy.launched
 
 
-def test_expert_outside_of_the_stack(stack: gpu.DeviceStack) -> None:
+def test_expert_outside_the_stack(stack: gpu.DeviceStack) -> None:
     with pytest.raises(IndexError, match="expert 2 of a stack of 2"):
         stack[2]

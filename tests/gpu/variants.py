@@ -1,4 +1,4 @@
-"""Kernels as the plan launches them: at least one for each of the choices that shape a source."""
+"""Kernels as they are launched: at least one for each choice that shapes their text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 
 from benchmarks import gpu_anchor
 from qmoe_format import codec
-from qmoe_format.gpu import plan
+from qmoe_format.gpu import launch_plan
+from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
-from qmoe_format.gpu.packing import Stack, pack
+from qmoe_format.gpu.launch_plan import Workspace
+from qmoe_format.gpu.packing import PackedStack, pack
 
-H200 = plan.Device(multiprocessors=132, shared_bytes=227 << 10)
-ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10)
+ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int32": np.int32}
 
 
 @cache
@@ -30,8 +32,8 @@ def stack(
     scales: int = 2,
     group_size: int = 0,
     column_scales: bool = False,
-) -> Stack:
-    """Two experts, alike."""
+) -> PackedStack:
+    """Two equal experts."""
     half = (1 - zeros) / 2
     trits = np.random.default_rng(0).choice([-1, 0, 1], (rows, columns), p=[half, zeros, half])
     dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
@@ -47,43 +49,40 @@ def stack(
     return pack([matrix, matrix])
 
 
-def operand(dtype: str, *shape: int) -> plan.Operand:
-    """Zeros."""
-    return plan.Operand(np.zeros(shape, ELEMENTS[dtype]), dtype)
-
-
-def empty(shape: tuple[int, ...], dtype: str) -> Any:
-    return np.empty(shape, dtype.replace("fp", "float"))
+def array(shape: tuple[int, ...], dtype: str) -> Any:
+    return np.empty(shape, ELEMENTS[dtype])
 
 
 def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) -> Launch:
-    """The launch at ``place`` of the product of a matrix and so many vectors."""
-    layout = stack(**options).layout
-    x, y = operand(dtype, tokens, layout.columns), operand(dtype, tokens, layout.rows)
-    return plan.matmul(stack(**options), 0, x, y, H200, empty)[place]
+    """The launch at ``place`` of the product of a matrix and ``tokens`` vectors."""
+    packed = stack(**options)
+    x = array((tokens, packed.layout.columns), dtype)
+    y = array((tokens, packed.layout.rows), dtype)
+    return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
 def expert_matvec(tokens: int, place: int, dtype: str = "bf16", **options: Any) -> Launch:
-    """The launch at ``place`` of products with 8 experts each, weighted."""
-    layout = stack(**options).layout
-    x, weights = operand(dtype, tokens, layout.columns), operand(dtype, tokens, 8)
-    experts, y = np.zeros((tokens, 8), np.int32), operand(dtype, tokens, layout.rows)
-    return plan.expert_matvec(stack(**options), x, experts, weights, y, H200, empty)[place]
+    """The launch at ``place`` of weighted products with 8 experts per token."""
+    packed = stack(**options)
+    x, weights = array((tokens, packed.layout.columns), dtype), array((tokens, 8), dtype)
+    experts, y = array((tokens, 8), "int32"), array((tokens, packed.layout.rows), dtype)
+    workspace = Workspace(H200, array)
+    return launch_plan.expert_matvec(packed, x, experts, weights, y, workspace)[place]
 
 
 def decode(dtype: str = "bf16", **options: Any) -> Launch:
-    layout = stack(**options).layout
-    y = operand(dtype, 1, layout.rows, layout.columns)
-    return plan.decode(stack(**options), 0, 1, y, H200)[-1]
+    packed = stack(**options)
+    y = array((1, packed.layout.rows, packed.layout.columns), dtype)
+    return launch_plan.decode(packed, 0, 1, y, Workspace(H200, array))[-1]
 
 
 def anchor(warps: int) -> Launch:
-    """The benchmark's other kernel."""
+    """The benchmark's reference kernel."""
     nothing = gpu_anchor.Anchor(1, 40, None, None, None, None)
     return gpu_anchor.matvec(nothing, None, None, warps)
 
 
-# What most calls take, compiled for every architecture.
+# What most calls launch, compiled for every architecture.
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
     "product, pairs": partial(expert_matvec, 1, 0),

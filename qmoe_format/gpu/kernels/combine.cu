@@ -1,9 +1,9 @@
-// y [tokens, rows]: the weighted sum of each token's k products, in the order of k.
+// The weighted sum of each token's k products, in the order of k.
 
 extern "C" __global__ void combine(
-    const float* products,       // [tokens, k, rows]
-    const WEIGHT_TYPE* weights,  // [tokens, k]
-    Y_TYPE* y,                   // [tokens, rows]
+    const float* products,       // float32 [tokens, k, rows]
+    const WEIGHT_TYPE* weights,  // bf16, fp16 or fp32 [tokens, k]
+    Y_TYPE* y,                   // bf16, fp16 or fp32 [tokens, rows]
     int tokens, int k, int rows) {
     const u64 size = (u64)tokens * rows, step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {

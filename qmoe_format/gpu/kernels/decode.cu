@@ -1,13 +1,13 @@
 // The weights as bf16, fp16 or fp32, exact to the bit [V-1] to [V-3].
 //
 // A warp decodes its segment through a window of WINDOW bytes in shared memory: zeros first, then
-// the non-zeros, then out to global memory 16 bytes a lane. Windows begin at multiples of 16 bytes
-// in global memory, wherever the segment begins:
+// the non-zeros, then out to global memory 16 bytes per lane. Windows begin at multiples of 16
+// bytes in global memory, wherever the segment begins:
 //
 //     global   . . . . | . . s s | s s s s | s s . .        s: the segment's weights
 //     windows          '-- first ---------'-- last --       (here of two vectors of 16 bytes)
 
-// Bits as they are stored: a number may not pass through arithmetic that flushes subnormal ones.
+// The bits to store: a number must not pass through arithmetic, which flushes subnormal ones.
 __device__ inline u16 bits_of(bf16 value) { return value.bits; }
 __device__ inline u16 bits_of(fp16 value) { return value.bits; }
 __device__ inline u32 bits_of(fp32 value) { return __float_as_uint(value); }
@@ -15,12 +15,12 @@ typedef decltype(bits_of(Y_TYPE())) Bits;
 
 constexpr int VECTOR = 16 / sizeof(Bits), LENGTH = WINDOW / sizeof(Bits);  // in weights
 
-// A visitor of a walk. A range is what of one row is in the window.
+// A visitor of a walk. A range is the part of one row that is in the window.
 struct Window {
     static constexpr u32 BYTES = sizeof(Bits);
-    const Stack& stack;
+    const PackedStack& stack;
     Bits* window;
-    Bits* out;     // where the window's first weight goes; before the segment's first one, perhaps
+    Bits* out;     // where the window's first weight goes, perhaps before the segment's first
     int expert, row, after;
     int column;    // of the range's first weight
     int skip;      // weights of the window before the segment
@@ -29,7 +29,8 @@ struct Window {
     Values values;
     Bits low, high;
 
-    __device__ Window(const Stack& stack, int expert, int number, Values first, u8* shared, Bits* y)
+    __device__ Window(const PackedStack& stack, int expert, int number, Values first, u8* shared,
+                      Bits* y)
         : stack(stack), window((Bits*)shared), expert(expert),
           row(number * stack.rows_per_segment), after(stack.row_after(number)), column(0) {
         out = y + (u64)row * stack.columns;
@@ -101,14 +102,21 @@ struct Window {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
-    const u8* segments, const u32* offsets, const u64* bases, const SCALE_TYPE* row_scale,
-    const SCALE_TYPE* column_scale, const int* table_of, const Entry* tables, int experts, int rows,
-    int columns, int rows_per_segment, int group_size,
-    Y_TYPE* y,  // [count, rows, columns]
-    int first, int count) {
+    // The arrays and sizes of a PackedStack.
+    const u8* segments,              // uint8 [bytes]
+    const u32* offsets,              // uint32 [experts, segments + 1]
+    const u64* bases,                // uint64 [experts]
+    const SCALE_TYPE* row_scale,     // bf16, fp16 or fp32 [experts, rows, groups, SCALES]
+    const SCALE_TYPE* column_scale,  // of the same dtype [experts, columns] if COLUMN_SCALES
+    const int* table_of,             // int32 [experts]
+    const Entry* tables,             // [dictionaries, 2^WIDTH]
+    int experts, int rows, int columns, int rows_per_segment, int group_size,
+    Y_TYPE* y,   // bf16, fp16 or fp32 [count, rows, columns]
+    int first,   // matrix to begin with
+    int count) {  // number of matrices
     extern __shared__ unsigned char shared[];
-    const Stack stack = {segments, offsets, bases,   row_scale, column_scale,     table_of,
-                         tables,   experts, rows,    columns,   rows_per_segment, group_size};
+    const PackedStack stack = {segments, offsets, bases, row_scale, column_scale,     table_of,
+                               tables,   experts, rows,  columns,   rows_per_segment, group_size};
     const int warp = threadIdx.x / 32, warps = THREADS / 32;
     u8* window = shared + TABLE_SHARED + warp * WINDOW;
     for (int v = threadIdx.x % 32; v < WINDOW / 16; v += 32) {

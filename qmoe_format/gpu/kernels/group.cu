@@ -1,23 +1,25 @@
-// Put pairs with the same expert together and cut each expert's into tiles: one block, no host.
+// Sort (token, expert) pairs by expert and cut each expert's into tiles: one block, no host.
 //
-//     experts  2 0 2 9 2        numbers of the experts; those outside of the stack count as one
-//     order    1 0 2 4 3        numbers of the pairs, by expert, else as they came
-//     tiles    3 | 0 0 1 | 2 1 3 | 9 4 1        how many; then expert, first place in order, count
+//     experts  2 0 2 9 2        the pairs' experts; all those outside the stack count as one
+//     order    1 0 2 4 3        the pairs by expert, otherwise in their order (a stable sort)
+//     tiles    3 | 0 0 1 | 2 1 3 | 9 4 1        count; then expert, first index in order, pairs
 //
-// A tile has up to TOKENS pairs; what is left of an expert, if it is not more than half of that, is
-// cut into tiles of SOME. The same every time: atomics are not needed, as the warps take turns.
+// A tile has up to TOKENS pairs; when at most half of that is left of an expert, the rest is cut
+// into tiles of SOME. The warps take turns, so no atomics are needed and the result is always the
+// same.
 
 __device__ inline int tile_size(int left) {
     return left > TOKENS / 2 ? min(left, TOKENS) : min(left, SOME);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) group(
-    const int* experts,  // [pairs]
-    int* order,          // [pairs]
-    int* tiles,          // [1 + 3 * most tiles]
-    int* ranks,          // [pairs]: how many of the same expert came before
-    int* counts,         // [count + 1]: pairs of an expert, then where they begin in order
-    int pairs, int count) {
+    const int* experts,  // int32 [pairs]
+    int* order,          // int32 [pairs]
+    int* tiles,          // int32 [1 + 3 pairs]
+    int* ranks,          // int32 [pairs], scratch: earlier pairs with the same expert
+    int* counts,         // int32 [count + 1], scratch: an expert's pairs, then its first in order
+    int pairs,           // number of pairs
+    int count) {         // number of experts
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     for (int e = thread; e <= count; e += THREADS) counts[e] = 0;
     __syncthreads();
@@ -40,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group(
         }
     }
 
-    // Each thread has some neighbouring experts: a scan over their numbers of pairs and of tiles.
+    // Each thread has a few consecutive experts; a scan over their numbers of pairs and of tiles.
     __shared__ int pairs_before[THREADS], tiles_before[THREADS];
     const int each = count / THREADS + 1, from = min(thread * each, count + 1);
     const int to = min(from + each, count + 1);

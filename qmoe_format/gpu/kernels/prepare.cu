@@ -1,12 +1,14 @@
-// x times the column scales of each pair's expert, and a zero after it, as float32 in global
-// memory: for matrices of so many columns that x does not fit into shared memory.
+// x times the column scales of each pair's expert, followed by a zero, as float32 in global memory:
+// for matrices with so many columns that x does not fit into shared memory.
 
 extern "C" __global__ void prepare(
-    const X_TYPE* x,                 // [pairs / pairs_per_x, columns]
-    const SCALE_TYPE* column_scale,  // [experts, columns] if COLUMN_SCALES
-    const int* listed,               // [pairs] experts, unless `expert` is that of all
-    float* scaled,                   // [pairs, columns + 1]
-    int experts, int expert, int pairs, int pairs_per_x, int columns) {
+    const X_TYPE* x,                 // bf16, fp16 or fp32 [pairs / pairs_per_x, columns]
+    const SCALE_TYPE* column_scale,  // bf16, fp16 or fp32 [experts, columns] if COLUMN_SCALES
+    const int* listed,               // int32 [pairs]: their experts, if `expert` is -1
+    float* scaled,                   // float32 [pairs, columns + 1]
+    int experts,                     // number of experts
+    int expert,                      // the expert of all pairs, or -1
+    int pairs, int pairs_per_x, int columns) {
     const u64 size = (u64)pairs * (columns + 1), step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
         const int pair = (int)(i / (columns + 1)), column = (int)(i % (columns + 1));

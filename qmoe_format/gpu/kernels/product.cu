@@ -1,6 +1,6 @@
-// y = W x for pairs of a token and an expert, straight from the codewords.
+// y = W x for (token, expert) pairs, straight from the codewords.
 //
-// The work is all segments of all tiles (a tile: up to TOKENS pairs of one expert), one after
+// The work is all segments of all tiles (a tile: up to TOKENS pairs with one expert), one after
 // another. Each block takes an equal share of it, and its warps take segments in turn:
 //
 //     tile 0: segments 0 1 2 ... S-1 | tile 1: segments 0 1 2 ... S-1 | ...
@@ -8,20 +8,20 @@
 //
 // x of a tile lies in shared memory as [columns][tokens], so that a non-zero reads one vector.
 
-// PAIRS: tokens of one matrix, a list of experts, or groups of pairs with one expert.
+// PAIRS: tokens of ONE matrix, a LIST of experts, or GROUPS of pairs with the same expert.
 #define ONE 0
 #define LIST 1
 #define GROUPS 2
 
 struct Tile {
     int expert, count;
-    const int* order;  // GROUPS: numbers of the pairs
-    int first;         // otherwise: they follow each other
+    const int* order;  // GROUPS: its pairs
+    int first;         // otherwise: the first of its pairs, which are consecutive
     __device__ int pair(int i) const { return PAIRS == GROUPS ? order[i] : first + i; }
 };
 
-// What a tile has of one column: x of TB tokens. Their own type is half the bytes, if nothing has
-// to be rounded; a single token is converted once instead of at every non-zero.
+// One column of a tile: x of TB tokens. A 16-bit type of their own is half the bytes, but column
+// scales would have to be rounded; a single token is converted once, not at every non-zero.
 template <int TB>
 struct TileType {
     typedef TILE_TYPE T;
@@ -41,31 +41,31 @@ struct alignas(16) Vector {
     T x[16 / sizeof(T)];
 };
 
-// A visitor of a walk: the sums of one row after another. Each lane has its own until the row ends.
+// A visitor of a walk: sums row after row. Each lane has sums of its own until the row ends.
 template <int TB>
 struct Rows {
     static constexpr u32 BYTES = sizeof(Column<TB>);
-    const Stack& stack;
+    const PackedStack& stack;
     const Tile& tile;
     const u8* x;
     Y_TYPE* y;
     int row, after;
     u32 span;
     Values values;
-    // Of values times x. For one token and no groups: of x over the plus ones, and apart over the
-    // minus ones; the values come in at the row's end.
+    // Of values times x. For one token and no groups: of x over the plus ones, and separately over
+    // the minus ones; the values come in at the end of the row.
     float sums[TB];
     float sum_minus;
 
-    __device__ Rows(const Stack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int number,
+    __device__ Rows(const PackedStack& stack, const Tile& tile, const u8* x, Y_TYPE* y, int number,
                     Values first)
         : stack(stack), tile(tile), x(x), y(y), row(number * stack.rows_per_segment),
           after(stack.row_after(number)), span(stack.columns * BYTES), values(first), sums{},
           sum_minus(0.0f) {}
     __device__ bool done() const { return row == after; }
 
-    // No branches: they would keep the loads of other non-zeros waiting. After a row's last column
-    // there is a zero.
+    // No branches: they would keep the loads of other non-zeros waiting. A non-zero that is not
+    // there reads the zero after the last column.
     __device__ void nonzero(bool there, u32 byte, bool minus) {
         const Column<TB> column = *(const Column<TB>*)(x + (there ? byte : span));
         if (TB == 1 && !GROUPED) {
@@ -97,10 +97,10 @@ struct Rows {
         if (!GROUPED && !done()) values = stack.row_values(tile.expert, row);
     }
 
-    // Add up over the lanes. As long as several sums are left, two lanes share them out among them:
-    // TB sums take TB - 1 + log2(32 / TB) shuffles.
+    // Add up over the lanes. While several sums are left, two lanes take half of them each: TB sums
+    // take TB - 1 + log2(32 / TB) shuffles.
     __device__ void write() {
-        constexpr int sharing = 32 / TB;  // lanes that share a sum in the end
+        constexpr int sharing = 32 / TB;  // lanes left with the same sum
         const int lane = threadIdx.x % 32;
         share_out<TB / 2>(lane);
 #pragma unroll
@@ -129,9 +129,9 @@ struct Rows {
     }
 };
 
-// The block brings x of a tile into shared memory, times the column scales, and a column of zeros.
+// The block copies x of a tile to shared memory, times the column scales, and adds a zero column.
 template <int TB>
-__device__ __forceinline__ void stage_x(const Stack& stack, const Tile& tile, const X_TYPE* x,
+__device__ __forceinline__ void stage_x(const PackedStack& stack, const Tile& tile, const X_TYPE* x,
                                         int pairs_per_x, u8* shared) {
     const X_TYPE* from[TB];
 #pragma unroll
@@ -169,8 +169,9 @@ __device__ __forceinline__ void stage_x(const Stack& stack, const Tile& tile, co
 }
 
 template <int TB>
-__device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
-                                         const X_TYPE* x, int pairs_per_x, Y_TYPE* y, u8* shared) {
+__device__ __forceinline__ void run_tile(const PackedStack& stack, const Tile& tile,
+                                         Share::Part part, const X_TYPE* x, int pairs_per_x,
+                                         Y_TYPE* y, u8* shared) {
     const int warps = blockDim.x / 32;
     int number = part.from + threadIdx.x / 32;
     Segment ahead = {};
@@ -193,18 +194,25 @@ __device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, S
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
-    const u8* segments, const u32* offsets, const u64* bases, const SCALE_TYPE* row_scale,
-    const SCALE_TYPE* column_scale, const int* table_of, const Entry* tables, int experts, int rows,
-    int columns, int rows_per_segment, int group_size,
-    const X_TYPE* x,    // [pairs / pairs_per_x, columns], or, not X_SHARED, prepared
-    Y_TYPE* y,          // [pairs, rows]
-    const int* listed,  // [pairs]. LIST: their experts. GROUPS: their numbers, ordered by expert
-    const int* tiles,   // GROUPS: number of tiles, then expert, first and count of each
-    int expert,         // ONE: the expert of all
+    // The arrays and sizes of a PackedStack.
+    const u8* segments,              // uint8 [bytes]
+    const u32* offsets,              // uint32 [experts, segments + 1]
+    const u64* bases,                // uint64 [experts]
+    const SCALE_TYPE* row_scale,     // bf16, fp16 or fp32 [experts, rows, groups, SCALES]
+    const SCALE_TYPE* column_scale,  // of the same dtype [experts, columns] if COLUMN_SCALES
+    const int* table_of,             // int32 [experts]
+    const Entry* tables,             // [dictionaries, 2^WIDTH]
+    int experts, int rows, int columns, int rows_per_segment, int group_size,
+    const X_TYPE* x,    // bf16, fp16 or fp32 [pairs / pairs_per_x, columns];
+                        // if not X_SHARED, float32 [pairs, columns + 1] from `prepare`
+    Y_TYPE* y,          // bf16, fp16 or fp32 [pairs, rows]
+    const int* listed,  // int32 [pairs]. LIST: their experts. GROUPS: the pairs, sorted by expert
+    const int* tiles,   // int32 [1 + 3 tiles]. GROUPS: how many; expert, first and count of each
+    int expert,         // ONE: the expert of all pairs
     int pairs, int pairs_per_x) {
     extern __shared__ unsigned char shared[];
-    const Stack stack = {segments, offsets, bases,   row_scale, column_scale,     table_of,
-                         tables,   experts, rows,    columns,   rows_per_segment, group_size};
+    const PackedStack stack = {segments, offsets, bases, row_scale, column_scale,     table_of,
+                               tables,   experts, rows,  columns,   rows_per_segment, group_size};
     const int tile_count = PAIRS == GROUPS ? tiles[0] : (pairs - 1) / TOKENS + 1;
     for (Share share(tile_count, stack.segment_count()); share.more();) {
         const Share::Part part = share.next();

@@ -19,7 +19,7 @@ __device__ inline float negative(float value) {
     return __uint_as_float(__float_as_uint(value) ^ 0x80000000u);
 }
 
-// One multiplication that keeps subnormal numbers, also where the compiler is told to flush them.
+// A product that keeps subnormal numbers even where the compiler is told to flush them.
 __device__ inline float multiply(float a, float b) { return __fmaf_ieee_rn(a, b, -0.0f); }
 
 __device__ inline float to_float(fp32 value) { return value; }

@@ -1,20 +1,20 @@
-// One warp walks one segment (SPEC.md section 7.2), CODEWORDS codewords a lane and step:
+// One warp walks one segment (SPEC.md section 7.2), CODEWORDS codewords per lane and step:
 //
 //     high end                                                            low end
 //     | lane 0  | lane 1  | ... | lane 31 | lane 0  | ...      |  ... signs 2 1 0 |
 //     '-------------- step 0 -------------'------ step 1 ...
 //
-// Each lane looks its codewords up; one scan over packed lengths and numbers of non-zeros tells it
-// where its first weight is and which sign its first non-zero has. From there on there is work for
-// non-zeros only. A visitor says what to do with one, range of weights by range (a row, or what of
-// it fits a window).
+// Each lane looks up its codewords; one scan over packed lengths and numbers of non-zeros tells it
+// the index of its first weight and of its first sign. From there on there is work for non-zeros
+// only. A visitor says what to do with each, one range of weights after another (a row, or the part
+// of it that fits a window).
 //
-// Lanes that have no codeword left read what lies before the segment as if it were codewords: these
-// come after the segment's last weight, and such weights are left out. So whatever bytes a segment
-// holds, nothing is read further than GUARD bytes (packing.py) outside of it, and no more steps are
-// made than it has bits for.
+// Lanes that have no codeword left take what lies before the segment for codewords. Their weights
+// come after the segment's last one and are left out. So whatever bytes a segment holds, nothing is
+// read more than GUARD bytes (packing.py) outside it, and there are no more steps than it has bits
+// for.
 
-constexpr int STEP_BITS = 32 * CODEWORDS * WIDTH;  // bits of codewords that a warp takes at a time
+constexpr int STEP_BITS = 32 * CODEWORDS * WIDTH;  // codeword bits of one step of a warp
 constexpr u32 MASK = (1u << WIDTH) - 1;
 
 // The values of trits -1 and +1 [V-1].
@@ -27,14 +27,14 @@ __device__ inline Values values_at(const SCALE_TYPE* scales) {
     return {SCALES == 2 ? to_float(scales[0]) : negative(high), high};
 }
 
-struct Stack {
+// The arrays of packing.py; for shapes, see the parameters of the kernels.
+struct PackedStack {
     const u8* segments;
-    const u32* offsets;              // [experts, segments + 1]
-    const u64* bases;                // [experts]
-    const SCALE_TYPE* row_scale;     // [experts, rows, groups, SCALES]
-    const SCALE_TYPE* column_scale;  // [experts, columns] if COLUMN_SCALES
-    const int* table_of;             // [experts]
-    const Entry* tables;             // [tables, 2^WIDTH]
+    const u32* offsets;
+    const u64* bases;
+    const SCALE_TYPE *row_scale, *column_scale;
+    const int* table_of;
+    const Entry* tables;
     int experts, rows, columns, rows_per_segment, group_size;
 
     __device__ int segment_count() const { return (rows - 1) / rows_per_segment + 1; }
@@ -52,7 +52,7 @@ struct Stack {
     }
 };
 
-// A block's share of the segments of `all` matrices, one after another; parts of one matrix each.
+// A block's share of the segments of `all` matrices, in parts that belong to one matrix each.
 struct Share {
     u64 begin, end;
     int count;  // segments of a matrix
@@ -73,8 +73,8 @@ struct Share {
     }
 };
 
-// The block copies a table to shared memory, or leaves it where it is. To be followed by a barrier.
-__device__ inline const Entry* stage_table(const Stack& stack, int expert, u8* shared) {
+// The block copies a table to shared memory, or leaves it where it is. A barrier has to follow.
+__device__ inline const Entry* stage_table(const PackedStack& stack, int expert, u8* shared) {
     const Entry* table = stack.tables + ((u64)stack.table_of[expert] << WIDTH);
 #if TABLE_SHARED
 #pragma unroll 4
@@ -92,9 +92,9 @@ struct Segment {
     const u32* words;  // from the aligned word in which the segment begins
     int begin, end;    // its bits, counted from there
     int at;            // the lowest bit of this lane's next codewords
-    u32 low, high;     // these: 64 bits from there on
-    u32 signs;         // word number `lane` of the signs
-    Values values;     // of its first row; if GROUPED, 0
+    u32 low, high;     // the 64 bits from there on
+    u32 signs;         // word `lane` of the signs
+    Values values;     // of its first row; 0 if GROUPED
 
     __device__ void load() {
         const u32* from = words + (at >> 5);
@@ -107,13 +107,14 @@ struct Segment {
         if (shift >= 32) return high >> (shift - 32) & MASK;
         return (shift + WIDTH > 32 ? __funnelshift_r(low, high, shift) : low >> shift) & MASK;
     }
-    // Word `first + lane` of the signs, but none after the segment.
+    // Word `first + lane` of the signs, but never one after the segment.
     __device__ u32 sign_word(int first) const {
         return __ldg(words + min(first + (int)(threadIdx.x % 32), end >> 5));
     }
 };
 
-__device__ __forceinline__ Segment open_segment(const Stack& stack, int expert, int segment) {
+__device__ __forceinline__ Segment open_segment(const PackedStack& stack, int expert,
+                                                int segment) {
     const u32* offset = stack.offsets + (u64)expert * (stack.segment_count() + 1) + segment;
     const u64 first = stack.bases[expert] + offset[0];
     Segment s;
@@ -127,8 +128,8 @@ __device__ __forceinline__ Segment open_segment(const Stack& stack, int expert, 
     return s;
 }
 
-// `value` plus that of the lane `distance` below, where there is one. The compiler does not find
-// out that the shuffle says whether there is.
+// `value` plus that of the lane `distance` below, if there is one. In assembly, because the shuffle
+// itself says whether there is, which the compiler does not use.
 template <int distance>
 __device__ inline u32 add_lane_below(u32 value) {
 #if defined(__CUDA_ARCH__)
@@ -145,7 +146,7 @@ __device__ inline u32 add_lane_below(u32 value) {
 #endif
 }
 
-// Show a lane's non-zeros to a visitor. `entry`: where the first entry is, in the visitor's bytes;
+// Show a lane's non-zeros to a visitor. `entry`: offset of the first entry, in the visitor's bytes;
 // `inside`: all weights of the step are in the range.
 template <bool inside, typename Visitor>
 __device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
@@ -155,9 +156,9 @@ __device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
     for (int i = 0; i < CODEWORDS; i++) {
 #pragma unroll
         for (int j = 0; j < SLOTS; j++) {
-            // A dot product of bytes takes one out, scales and adds it in one instruction.
+            // A dot product of bytes extracts one, scales it and adds it in one instruction.
             const u32 scale = Visitor::BYTES << 8 * (j % 4);
-            const u32 byte = __dp4a(entries[i].places(j / 4), scale, entry);
+            const u32 byte = __dp4a(entries[i].positions(j / 4), scale, entry);
             const bool there = entries[i].has(j) && (inside || byte < visit.span);
             visit.nonzero(there, byte, (signs[i] & 2u << j) != 0);
         }
@@ -165,22 +166,21 @@ __device__ __forceinline__ void visit_entries(const Entry (&entries)[CODEWORDS],
     }
 }
 
-// Calls, for the non-zeros of a segment,
-//     visit.nonzero(there, byte, minus)  if there is one: weight number byte / BYTES of the range,
+// Walk a segment, one range of visit.span bytes after another without gaps, until visit.done():
+//     visit.nonzero(there, byte, minus)  if `there`, weight byte / BYTES of the range is non-zero;
 //                                        byte < visit.span
-//     visit.next()                       by all lanes: that range is done, go on to the next one
-// until visit.done(). Ranges follow each other without gaps.
+//     visit.next()                       by all lanes: the range is done, go on to the next one
 template <typename Visitor>
 __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& visit) {
     Entry entries[CODEWORDS];
-    u32 signs[CODEWORDS];     // of each entry's non-zeros, from bit 1 on: bit 0 is slower
+    u32 signs[CODEWORDS];     // of each entry's non-zeros, from bit 1 on (from bit 0 is slower)
     u32 start = 0, step = 0;  // first weight of this lane and weights of the step, in bytes
-    u32 place = 0;            // first weight of the step in bytes from the range's; may wrap around
-    u32 sign = s.begin;       // first sign of the step to come: a bit of the words in `s.signs`
-    int window = 0;           // number of the first of these words
-    bool again = false;       // this step goes on into the next range
-    // One loop over steps and ranges: of an inner one over ranges, the compiler would do all tests
-    // of signs ahead, and has not enough predicates to keep their results.
+    u32 place = 0;            // first weight of the step, in bytes from the range's; may wrap
+    u32 sign = s.begin;       // first sign of the next step, as a bit of the words in `s.signs`
+    int window = 0;           // index of the first of these words
+    bool again = false;       // the step continues into the next range
+    // One loop over steps and ranges: ahead of an inner loop over ranges, the compiler would do all
+    // tests of signs, and it has too few predicates for their results.
     for (int bits = s.end - s.begin; !visit.done();) {
         if (!again) {
             if (bits <= 0) break;
@@ -204,11 +204,11 @@ __device__ __forceinline__ void walk(Segment s, const Entry* table, Visitor& vis
             step = (total & 0xffffu) * Visitor::BYTES;
 
             if (!SIGNS_IN_CODEWORD) {
-                if (sign + (total >> 16) >= 31 * 32) {  // a step's signs have to be in 31 words
+                if (sign + (total >> 16) >= 31 * 32) {  // a step's signs must be in 31 words
                     window += sign >> 5;
                     sign &= 31u;
                     s.signs = s.sign_word(window);
-                    __syncwarp();  // so that it is a branch, not a dozen predicated instructions
+                    __syncwarp();  // makes this a branch, not a dozen predicated instructions
                 }
                 const u32 first = sign + (before >> 16);
                 const u32 low = __shfl_sync(FULL, s.signs, first >> 5);
