@@ -1,17 +1,28 @@
-"""What each subcommand does with its options."""
+"""``qmoe convert``: compress a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import qmoe_format
-from qmoe_format.cli.progress_line import Progress
-from qmoe_format.cli.text import duration
+from qmoe_format import container
+from qmoe_format.checkpoints import FAMILIES
+from qmoe_format.cli.arguments import (
+    Commands,
+    add_text_options,
+    parse_size,
+    positive_integer,
+    positive_number,
+)
+from qmoe_format.cli.formatting import duration
+from qmoe_format.cli.progress_line import ProgressLine
+from qmoe_format.cli.tables import summary
+from qmoe_format.codec import PROFILES
+from qmoe_format.container.inspection import describe
 from qmoe_format.errors import QMoEError
-from qmoe_format.machine import cores
+from qmoe_format.quantize import RECIPES
 
 if TYPE_CHECKING:
     from qmoe_format.conversion import Calibration
@@ -29,14 +40,92 @@ CALIBRATION = (
 )
 
 
-def convert(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.tables import summary
-    from qmoe_format.container.inspection import describe
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="compress a Hugging Face checkpoint",
+        description="Compress the experts of a Hugging Face checkpoint (safetensors or .bin), and "
+        "keep all other tensors as they are. Supported model types: "
+        f"{', '.join(sorted(FAMILIES))}.",
+        epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json")
+    parser.add_argument("destination", metavar="DST", type=Path, help="file to write")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+        + " (default: rd with --calibration, otherwise rtn)",
+    )
+    parser.add_argument(
+        "--profile",
+        default="fast",
+        choices=PROFILES,
+        help="fast: fastest decoding (default); size: one or two percent smaller",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="start another file after this many bytes, such as 5GB (default: a single file)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="number of threads (default: all cores)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace DST if it exists; without --resume, also discard an unfinished conversion",
+    )
+    group = parser.add_argument_group(
+        "calibration", "run the model on text, and fit each expert to the tokens routed to it"
+    )
+    group.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text: a .jsonl, .txt or .parquet file"
+    )
+    add_text_options(group)
+    group.add_argument(
+        "--token-cap",
+        type=positive_number,
+        metavar="X",
+        help="use at most X times the mean number of tokens per expert (default: 4)",
+    )
+    group.add_argument(
+        "--mask-special-tokens",
+        action="store_true",
+        default=None,
+        help="leave special tokens (sentinels, ends of sequences) out of the Hessians, as QMoE "
+        "does",
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--bits-per-weight",
+        type=positive_number,
+        metavar="BITS",
+        help="target size of the experts, such as 0.8, including scales and dictionaries",
+    )
+    size.add_argument(
+        "--lambda",
+        dest="rate_lambda",
+        type=positive_number,
+        metavar="X",
+        help="instead of a target size: the error that one more bit must remove, relative to the "
+        "output of a typical expert (default: 0.05)",
+    )
+    group.add_argument("--device", metavar="NAME", help="torch device, such as cuda (default: cpu)")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
     from qmoe_format.conversion import convert
 
     calibration = _calibration(options)
     started = time.monotonic()
-    with Progress("convert", "weights") as progress:
+    with ProgressLine("convert", "weights") as progress:
         path = convert(
             options.source,
             options.destination,
@@ -52,7 +141,7 @@ def convert(options: argparse.Namespace) -> None:
             resume=options.resume,
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
-    with qmoe_format.open(path, memory_map=False) as file:
+    with container.open(path, memory_map=False) as file:
         print("\n".join(summary(describe(file))))
 
 
@@ -65,70 +154,7 @@ def _calibration(options: argparse.Namespace) -> Calibration | None:
         return Calibration(options.calibration, **given)
     if given:
         option = next(iter(given)).replace("_", "-")
-        raise QMoEError("argument", f"--{option} is about calibration text: give --calibration")
-    return None
-
-
-def inspect(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.tables import quality_tables, summary, tensor_table
-    from qmoe_format.container.inspection import describe
-    from qmoe_format.conversion.report import read_report
-
-    if options.quality:
-        with qmoe_format.open(options.file, memory_map=False) as file:
-            quality = read_report(file)
-        print(json.dumps(quality) if options.json else "\n".join(quality_tables(quality)))
-        return
-    with qmoe_format.open(options.file, memory_map=False) as file:
-        description = describe(file)
-    if options.json:
-        print(json.dumps(description))
-    else:
-        print("\n".join([*tensor_table(description), "", *summary(description)]))
-
-
-def verify(options: argparse.Namespace) -> None:
-    # Without a memory map nothing that happens to the file meanwhile can end this process.
-    with (
-        qmoe_format.open(options.file, memory_map=False) as file,
-        Progress("verify", "B") as progress,
-    ):
-        file.verify(progress, threads=cores())
-        tensors = len(file.tensors)
-    print(f"{options.file}: good, all of {tensors} tensors checked")
-
-
-def unpack(options: argparse.Namespace) -> None:
-    from qmoe_format.export.unpacking import unpack
-
-    with Progress("unpack", "B") as progress:
-        folder = unpack(
-            options.file,
-            options.folder,
-            shard_bytes=options.shard_size,
-            compressed=options.compressed,
-            progress=progress,
+        raise QMoEError(
+            "argument", f"--{option} applies to calibration text only", "also give --calibration"
         )
-    needed = ", after import qmoe_format.runtime" if options.compressed else ""
-    print(f"{folder}: written; transformers loads it with from_pretrained{needed}")
-
-
-def generate(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.generate import run
-
-    run(options)
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.models import quiet
-
-    quiet()  # before what needs torch is imported
-    from qmoe_format.cli.eval import run
-
-    run(options)
-
-
-def demo(options: argparse.Namespace) -> None:
-    from qmoe_format.cli.demo import demo
-
-    demo()
+    return None

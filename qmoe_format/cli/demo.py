@@ -1,7 +1,8 @@
-"""``qmoe demo``: the whole way on a small model that ships with the package."""
+"""``qmoe demo``: every step, on a small model that ships with the package."""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import textwrap
 import time
@@ -9,35 +10,48 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import qmoe_format
-from qmoe_format.cli.models import quiet
-from qmoe_format.cli.progress_line import Progress
+from qmoe_format import container
+from qmoe_format.cli import models
+from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli.formatting import size
+from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import quality_tables, summary, tensor_table
-from qmoe_format.cli.text import size
 from qmoe_format.container.inspection import describe
-from qmoe_format.conversion import Calibration, convert
-from qmoe_format.conversion.report import read_report
 from qmoe_format.errors import QMoEError
 
-BITS = 1.0  # a weight, scales included; of so narrow experts these alone are 0.2
+BITS = 1.0  # per weight, scales included: the experts are so narrow that these alone take 0.2
 PROMPTS = ("The LORD is my shepherd;", "And Moses said unto the children of Israel,")
 
 
-def demo() -> None:
-    """Convert, verify and inspect the package's model, and let it write before and after."""
-    quiet()
-    with resources.as_file(resources.files(qmoe_format) / "demo") as folder:
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="try everything on a small model that ships with the package",
+        description="Convert, verify and inspect a small Switch Transformer that ships with the "
+        "package, and let the original and the compressed model continue a text.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    models.require_transformers()
+    with resources.as_file(resources.files("qmoe_format") / "demo") as folder:
         _demo(folder)
 
 
 def _demo(source: Path) -> None:
+    from qmoe_format.conversion import Calibration, convert
+    from qmoe_format.conversion.report import read_report
+
     if not (source / "config.json").is_file():
-        raise QMoEError("not-found", f"{source}: the demo's model is not there; install again")
+        raise QMoEError(
+            "not-found", f"{source}: the demo model is missing", "reinstall qmoe-format"
+        )
     target = Path(tempfile.mkdtemp(prefix="qmoe-demo-")) / "demo.qmoe"
 
-    _begin("Convert", f"the model reads some text, its experts become {BITS:g} bit a weight")
+    _begin("Convert", f"read some text, and compress the experts to {BITS:g} bit per weight")
     started = time.perf_counter()
-    with Progress("convert", "weights") as progress:
+    with ProgressLine("convert", "weights") as progress:
         convert(
             source,
             target,
@@ -46,40 +60,40 @@ def _demo(source: Path) -> None:
             progress=progress,
         )
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    _say(
+    _print(
         f"{size(before)} of weights became {target.name}, {size(target.stat().st_size)}, "
         f"in {time.perf_counter() - started:.0f} s"
     )
-    with qmoe_format.open(target) as file:
-        _begin("Verify", "checksums, every codeword, every byte of padding")
+    with container.open(target) as file:
+        _begin("Verify", "check all checksums, codewords and padding")
         file.verify()
-        _say(f"{target.name} is good")
-        _begin("Inspect", "what was compressed; everything else is kept as it was")
+        _print(f"{target.name} is good")
+        _begin("Inspect", "the compressed tensors; all others are kept as they were")
         description = describe(file)
         quality = read_report(file)
-    _say("\n".join([*tensor_table(description, compressed_only=True), ""]))
-    _say("\n".join([*quality_tables(quality), ""]))
-    _say("\n".join(summary(description)))
+    _print("\n".join([*tensor_table(description, compressed_only=True), ""]))
+    _print("\n".join([*quality_tables(quality), ""]))
+    _print("\n".join(summary(description)))
 
-    _begin("Generate", "what the model makes of a prompt, before, and with compressed experts")
-    original, compressed = _models(source, target)
+    _begin("Generate", "continue prompts, with the original and with the compressed model")
+    original, compressed = _load(source, target)
     for prompt in PROMPTS:
-        _say(f"prompt:     {prompt}")
-        _say(f"original:   {_continuation(*original, prompt)}")
-        _say(f"compressed: {_continuation(*compressed, prompt)}\n")
+        _print(f"prompt:     {prompt}")
+        _print(f"original:   {_continuation(*original, prompt)}")
+        _print(f"compressed: {_continuation(*compressed, prompt)}\n")
 
-    print(f"The file is {target}\nLook into it with: qmoe inspect {target}")
-
-
-def _begin(name: str, what: str) -> None:
-    print(f"\n{name}: {what}\n", flush=True)
+    print(f"The file is {target}\nTo look at it again: qmoe inspect {target}")
 
 
-def _say(text: str) -> None:
+def _begin(step: str, text: str) -> None:
+    print(f"\n{step}: {text}\n", flush=True)
+
+
+def _print(text: str) -> None:
     print(textwrap.indent(text, "  "), flush=True)
 
 
-def _models(source: Path, target: Path) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def _load(source: Path, target: Path) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Tokenizer and model of both, in float32: bfloat16 is slow on many CPUs."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

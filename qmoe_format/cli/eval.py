@@ -1,25 +1,62 @@
-"""``qmoe eval``: how well a compressed model predicts a text."""
+"""``qmoe eval``: measure how well a compressed model predicts a text."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qmoe_format.calibration.sequences import default_sequence_length, read_batches
-from qmoe_format.calibration.text import check_file
 from qmoe_format.cli import models
-from qmoe_format.cli.progress_line import Progress
-from qmoe_format.cli.text import table
-from qmoe_format.runtime.evaluation import Evaluation, Mean, evaluate, perplexity
+from qmoe_format.cli.arguments import Commands, add_model_options, add_text_options
+from qmoe_format.cli.formatting import table
+from qmoe_format.cli.progress_line import ProgressLine
 
-TOKENS_AT_ONCE = 2048
+if TYPE_CHECKING:
+    from qmoe_format.runtime.evaluation import Evaluation, Mean
+
+TOKENS_PER_BATCH = 2048
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure how well a compressed model predicts a text",
+        description="Print the cross-entropy and perplexity of a compressed model on a text: of "
+        "each next token, or of an encoder-decoder model's targets (by default those of T5 span "
+        "corruption).",
+        epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="a .jsonl, .txt or .parquet file",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="the original checkpoint: also show its loss, KL(original ‖ compressed), and the "
+        "error of each layer's experts",
+    )
+    add_text_options(parser)
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the figures that ``options`` ask for."""
+    models.require_transformers()
+    from qmoe_format.calibration.sequences import default_sequence_length, read_batches
+    from qmoe_format.calibration.text import read_documents
+    from qmoe_format.runtime.evaluation import evaluate
+
     column, target_column = options.text_column or "text", options.target_column
-    check_file(options.text, column, target_column)  # before a large model is loaded
+    read_documents(options.text, column, target_column)  # refuses before a large model is loaded
     if options.against:
         models.check_original(options.against, options.file)
     tokenizer, model = models.load(options)
@@ -34,39 +71,37 @@ def run(options: argparse.Namespace) -> None:
         sequence_length=length,
         samples=options.samples,
         seed=options.seed or 0,
-        batch_size=max(1, TOKENS_AT_ONCE // length),
+        batch_size=max(1, TOKENS_PER_BATCH // length),
     )
     original = models.load_original(options.against, model) if options.against else None
-    with Progress("eval", "tokens") as progress:
-        found = evaluate(model, batches, against=original, progress=progress)
-    print(json.dumps(_report(found)) if options.json else "\n".join(_tables(found)))
+    with ProgressLine("eval", "tokens") as progress:
+        result = evaluate(model, batches, against=original, progress=progress)
+    print(json.dumps(_report(result)) if options.json else "\n".join(_tables(result)))
 
 
-def _report(found: Evaluation) -> dict[str, object]:
-    """For programs: the figures, and the perplexities of the cross-entropies."""
-    report = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
-    report["perplexity"] = perplexity(found.cross_entropy.value)
-    return report
+def _report(result: Evaluation) -> dict[str, object]:
+    from qmoe_format.runtime.evaluation import perplexity
+
+    given = {name: each for name, each in dataclasses.asdict(result).items() if each is not None}
+    return given | {"perplexity": perplexity(result.cross_entropy.value)}
 
 
-def _tables(found: Evaluation) -> list[str]:
-    def row(label: str, mean: Mean, relative: bool) -> tuple[str, ...]:
-        value = f"{mean.value:+.5f}" if relative else f"{mean.value:.5f}"
-        shown = "" if relative else f"{perplexity(mean.value):.3f}"
-        return label, value, f"± {mean.error:.5f}", shown
+def _tables(result: Evaluation) -> list[str]:
+    from qmoe_format.runtime.evaluation import perplexity
 
-    rows = [row("compressed", found.cross_entropy, relative=False)]
-    if found.original and found.gap:
-        rows.append(row("original", found.original, relative=False))
-        rows.append(row("difference", found.gap, relative=True))
-    header = (f"{found.tokens:,} tokens", "nats a token", "", "perplexity")
+    def row(label: str, mean: Mean) -> tuple[str, ...]:
+        return label, f"{mean.value:.5f}", f"± {mean.error:.5f}", f"{perplexity(mean.value):.3f}"
+
+    rows = [row("compressed", result.cross_entropy)]
+    if result.original and result.gap:
+        gap = (f"{result.gap.value:+.5f}", f"± {result.gap.error:.5f}")
+        rows += [row("original", result.original), ("difference", *gap, "")]
+    header = (f"{result.tokens:,} tokens", "nats/token", "", "perplexity")
     lines = table(header, rows, left=1)
-    if found.kl:
-        lines += [
-            "",
-            f"KL(original ‖ compressed): {found.kl.value:.3e} ± {found.kl.error:.0e} nats",
-        ]
-    if found.output_errors:
-        errors = [(name, f"{error:.4f}") for name, error in found.output_errors.items()]
+    if result.kl:
+        kl = f"{result.kl.value:.3e} ± {result.kl.error:.0e}"
+        lines += ["", f"KL(original ‖ compressed): {kl} nats/token"]
+    if result.output_errors:
+        errors = [(name, f"{error:.4f}") for name, error in result.output_errors.items()]
         lines += ["", *table(("experts", "output error"), errors, left=1)]
     return lines

@@ -1,45 +1,82 @@
-"""``qmoe generate``: a model's text, as it is written."""
+"""``qmoe generate``: stream the text that a compressed model generates."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from qmoe_format.cli import models
+from qmoe_format.cli.arguments import (
+    Commands,
+    add_model_options,
+    natural_number,
+    positive_integer,
+    positive_number,
+)
 from qmoe_format.errors import QMoEError
 
-NEW_TOKENS = 100  # unless the model's file or the user says
-COLDEST = 1e-3  # temperature; logits over less may be too large for a float
+NEW_TOKENS = 100  # unless the model's generation_config or the user says otherwise
+LEAST_TEMPERATURE = 1e-3  # logits divided by less may overflow
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with a compressed model",
+        description="Continue a prompt or, with an encoder-decoder model, respond to it. The "
+        "experts stay compressed in memory; on a CPU only the ones in use are read from the file.",
+        epilog='example: qmoe generate mixtral.qmoe "The LORD is my shepherd;" --max-new-tokens 50',
+    )
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_integer,
+        metavar="N",
+        help="default: what the model's configuration says, or 100",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=positive_number,
+        metavar="X",
+        help="sample tokens; a higher temperature favors unlikely ones (default: what the model's "
+        "configuration says, usually greedy decoding)",
+    )
+    parser.add_argument(
+        "--seed", type=natural_number, metavar="N", help="seed of sampling (default: 0)"
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write what the model makes of the prompt to stdout, and its speed to a terminal's stderr."""
     _check(options)
     tokenizer, model = models.load(options)
     import torch
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc] # transformers is not followed
-        """Counts tokens, and notes when the prompt has been read."""
+        """Counts tokens, and notes when the first one was generated."""
 
         tokens = 0
-        read = 0.0
+        first_at = 0.0
 
         def put(self, value: Any) -> None:
             if not self.next_tokens_are_prompt:
                 self.tokens += value.numel()
-                self.read = self.read or time.perf_counter()
+                self.first_at = self.first_at or time.perf_counter()
             super().put(value)
 
     encoded = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     encoded.pop("token_type_ids", None)
     if not encoded.input_ids.numel():
-        raise QMoEError("argument", "the prompt has no tokens; give some text")
+        raise QMoEError("argument", "the prompt has no tokens", "give some text")
     settings: dict[str, Any] = {}
-    said = model.generation_config
-    if options.max_new_tokens or not (said.max_new_tokens or said.max_length):
+    defaults = model.generation_config
+    if options.max_new_tokens or not (defaults.max_new_tokens or defaults.max_length):
         settings["max_new_tokens"] = options.max_new_tokens or NEW_TOKENS
     if options.temperature is not None:
         settings |= {"do_sample": True, "temperature": options.temperature}
@@ -48,24 +85,23 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     model.generate(**encoded, **settings, streamer=streamer)
     if sys.stderr.isatty():
-        seconds = time.perf_counter() - streamer.read
+        seconds = time.perf_counter() - streamer.first_at
         rate = (streamer.tokens - 1) / seconds if streamer.tokens > 1 else 0
         print(
-            f"\nprompt: {encoded.input_ids.shape[1]} tokens in {streamer.read - started:.1f} s; "
-            f"written: {streamer.tokens} tokens, {rate:.1f} a second",
+            f"\nprompt: {encoded.input_ids.shape[1]} tokens in {streamer.first_at - started:.1f} s;"
+            f" generated: {streamer.tokens} tokens, {rate:.1f} tokens/s",
             file=sys.stderr,
         )
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what no model could do."""
-    if options.temperature is not None and options.temperature < COLDEST:
+    if options.temperature is not None and options.temperature < LEAST_TEMPERATURE:
         raise QMoEError(
             "argument",
-            f"a temperature of {options.temperature} is too small to compute with; leave it out "
-            f"for the likeliest tokens, or take {COLDEST} or more",
+            f"a temperature of {options.temperature} is too low to compute with",
+            f"use {LEAST_TEMPERATURE} or more, or leave it out for greedy decoding",
         )
     try:
         options.prompt.encode()
     except UnicodeEncodeError as error:
-        raise QMoEError("argument", "the prompt is not UTF-8; give it in UTF-8") from error
+        raise QMoEError("argument", "the prompt is not UTF-8", "encode it in UTF-8") from error

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM unwind what runs, so that half-written files are removed."""
+"""Let SIGINT and SIGTERM unwind a command, so that it removes its partial files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-PATIENCE = 1.0  # seconds in which another signal is the same: some programs hand theirs on
-
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """In the block SIGINT raises ``KeyboardInterrupt``, SIGTERM ``SystemExit`` (128 + its number).
+def interruptible(patience: float = 1.0) -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` on SIGINT, and ``SystemExit`` (128 + its number) on SIGTERM.
 
-    After a signal whatever error leaves the block becomes that exception. It is raised wherever the
-    main thread is, also where native code looks something up in Python, and some makes an error of
-    its own of it: torch a ``ValueError``, when it asks for a storage's shape. Unwinding may take as
-    long as an expert; another signal kills the process.
+    After a signal, any error that leaves the block becomes that exception. It is raised wherever
+    the main thread happens to be, even where native code calls back into Python and turns it into
+    an error of its own: torch into a ``ValueError``, for example, while it looks up the shape of a
+    storage. Unwinding may take as long as one expert; another signal kills the process.
+
+    Args:
+        patience: seconds in which another signal counts as the same one, because some programs
+            pass theirs on to their children.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,7 +32,7 @@ def interruptible() -> Iterator[None]:
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal since
         if received:
-            if time.monotonic() - since > PATIENCE:
+            if time.monotonic() - since > patience:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
@@ -41,7 +43,7 @@ def interruptible() -> Iterator[None]:
     before = {
         number: handler
         for number in (signal.SIGINT, signal.SIGTERM)
-        # Those that a shell started in the background ignore SIGINT.
+        # A shell starts its background jobs with SIGINT ignored.
         if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
     }
     for number in before:

@@ -1,4 +1,4 @@
-"""One line about work in progress: share, rate, time left. Only for a terminal."""
+"""A line that shows the progress of a command, on a terminal only."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import os
 import shutil
 import sys
 import time
-from types import TracebackType
 from typing import Self, TextIO
 
-from qmoe_format.cli.text import count, duration, size
+from qmoe_format.cli.formatting import count, duration, size
 
-INTERVAL = 0.1
+INTERVAL_S = 0.1
 
 
-class Progress:
-    """Call it with what is done, what there is to do, and perhaps where in the work that is.
+class ProgressLine:
+    """A ``qmoe_format.progress.Progress`` that shows percentage, time left and rate on stderr.
 
-    Use it as a context manager. If less is done than before, the clock starts again from there.
-
-    ``unit`` is ``B`` for bytes, or what is counted. Writes to stderr, and nothing at all where that
-    is no terminal.
+    Use it as a context manager: the line disappears at the end. When less is done than before, the
+    rate is measured anew from there. Where stderr is not a terminal, nothing is written.
     """
 
     def __init__(self, label: str, unit: str, stream: TextIO | None = None) -> None:
+        """
+        Args:
+            label: what is being done.
+            unit: ``B`` for bytes, or the name of what is counted.
+            stream: where to write; by default stderr.
+        """
         self._stream = stream or sys.stderr
         self._label = label
         self._unit = unit
@@ -34,10 +37,10 @@ class Progress:
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None:
         now = time.monotonic()
-        if done < self._done:  # another round, or some of it again
+        if done < self._done:
             self._started, self._done_at_start = now, done
         self._done = done
-        if not self._enabled or now - self._shown < INTERVAL:
+        if not self._enabled or now - self._shown < INTERVAL_S:
             return
         self._shown = now
         elapsed = now - self._started
@@ -51,7 +54,7 @@ class Progress:
             f"{self._amount(rate)}/s",
             f"{self._amount(done)} of {self._amount(total)}",
         ]
-        # A longer line would go over to the next one, and stay.
+        # A longer line would wrap, and its first part could not be overwritten.
         line = "  ".join(part for part in parts if part)[: self._width() - 1]
         self._stream.write(f"\r{line}\x1b[K")
         self._stream.flush()
@@ -60,7 +63,7 @@ class Progress:
     def _width(self) -> int:
         try:
             return os.get_terminal_size(self._stream.fileno()).columns
-        except OSError:  # not known
+        except OSError:
             return shutil.get_terminal_size().columns
 
     def _amount(self, number: float) -> str:
@@ -69,12 +72,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._visible:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -1,12 +1,15 @@
-"""What ``inspect`` shows to people."""
+"""The tables that ``inspect``, ``convert`` and ``demo`` print."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from qmoe_format.cli.text import count, size, table
+from qmoe_format.cli.formatting import count, size, table
 from qmoe_format.container.inspection import PartReport, Report, TensorReport
-from qmoe_format.conversion.report import Quality, StackQuality
+
+if TYPE_CHECKING:
+    from qmoe_format.conversion.report import Quality, StackQuality
 
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
 
@@ -33,56 +36,54 @@ def _row(tensor: TensorReport) -> Sequence[str]:
 
 
 def quality_tables(quality: Quality) -> list[str]:
-    """What was asked for and what came of it; then lines with a row for each stack, then one for
-    each expert that had a fallback."""
+    """Lines with settings and totals, a row for each stack, and one for each fallback."""
     settings, totals = quality["settings"], quality["totals"]
-    asked = settings.get("bits_per_weight")
+    target = settings.get("bits_per_weight")
     lambdas = [each["lambda"] for each in quality["stacks"] if each["lambda"] is not None]
     lines = [
-        f"recipe {settings.get('recipe')}, text of SHA-256 {settings.get('text_sha256')}",
+        f"recipe {settings.get('recipe')}, text with SHA-256 {settings.get('text_sha256')}",
         f"{totals.get('total_bits_per_weight')} bits/weight"
-        + (f", {asked} asked for" if asked else "")
+        + (f", target {target}" if target else "")
         + (f", lambda {min(lambdas):.3g} to {max(lambdas):.3g}" if lambdas else ""),
         "",
     ]
     header = ("stack", "experts", "fallbacks", "tokens", "damping", "relative error", "bits/weight")
     lines += table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
-    lines += ["", "of each stack's experts: least / mean / most"]
-    fallen = [
+    lines += ["", "minimum / mean / maximum over the experts of each stack"]
+    fallbacks = [
         (stack["name"], str(number), count(expert["tokens"]), expert["fallback"])
         for stack in quality["stacks"]
         for number, expert in enumerate(stack["experts"])
         if expert["fallback"] is not None
     ]
-    if fallen:
-        lines += ["", *table(("stack", "expert", "tokens", "fallback"), fallen, left=1)]
+    if fallbacks:
+        lines += ["", *table(("stack", "expert", "tokens", "fallback"), fallbacks, left=1)]
     return lines
 
 
 def _quality_row(stack: StackQuality) -> Sequence[str]:
     experts = stack["experts"]
-    errors = [each["relative_error"] for each in experts]
-    dampings = [each["damping"] for each in experts]
     return (
         stack["name"],
         str(len(experts)),
         str(sum(each["fallback"] is not None for each in experts)),
-        _spread([float(each["tokens"]) for each in experts], count),
-        _spread([damping for damping in dampings if damping is not None], lambda d: f"{d:.3g}"),
-        _spread([error for error in errors if error is not None], lambda error: f"{error:.4f}"),
-        _spread([each["bits"] for each in experts], lambda bits: f"{bits:.3f}"),
+        _spread([each["tokens"] for each in experts], count),
+        _spread([each["damping"] for each in experts], "{:.3g}".format),
+        _spread([each["relative_error"] for each in experts], "{:.4f}".format),
+        _spread([each["bits"] for each in experts], "{:.3f}".format),
     )
 
 
-def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """Least / mean / most."""
-    if not values:
+def _spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    """Minimum / mean / maximum of the values that there are."""
+    known = [value for value in values if value is not None]
+    if not known:
         return ""
-    return " / ".join(map(text, (min(values), sum(values) / len(values), max(values))))
+    return " / ".join(map(text, (min(known), sum(known) / len(known), max(known))))
 
 
 def summary(description: Report) -> list[str]:
-    """Lines that say how small experts and file are, and what that is against bfloat16."""
+    """Lines with the sizes of experts and file, and how they compare with bfloat16."""
     totals = description["totals"]
     parts: list[tuple[str, PartReport]] = [
         ("experts", totals["experts"]),

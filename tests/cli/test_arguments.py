@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from qmoe_format._version import __version__
-from qmoe_format.cli import main
-from qmoe_format.cli.text import count, duration, parse_size, size, table
+from qmoe_format.cli import COMMANDS, main
+from qmoe_format.cli.arguments import parse_size
+from qmoe_format.cli.formatting import count, duration, size, table
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ from qmoe_format.cli.text import count, duration, parse_size, size, table
         ["verify"],
     ],
 )
-def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -43,7 +44,7 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["convert"], ["inspect"], ["verify"], ["unpack"], ["demo"]):
+    for command in ([], *([command.__name__.rpartition(".")[2]] for command in COMMANDS)):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
@@ -79,7 +80,7 @@ def test_help_loads_neither_torch_nor_numba() -> None:
         ("70B", 70),
     ],
 )
-def test_sizes_in(text: str, expected: int) -> None:
+def test_sizes_are_parsed(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
@@ -97,11 +98,11 @@ def test_sizes_in(text: str, expected: int) -> None:
         (1.6e15, "1600 T"),
     ],
 )
-def test_numbers_out(number: float, expected: str) -> None:
+def test_counts_are_formatted(number: float, expected: str) -> None:
     assert count(number) == expected
 
 
-def test_sizes_and_times_out() -> None:
+def test_sizes_and_durations_are_formatted() -> None:
     assert (size(17), size(1_234_567)) == ("17 B", "1.23 MB")
     assert (duration(3.4), duration(75), duration(3725)) == ("0:03", "1:15", "1:02:05")
 

@@ -314,7 +314,7 @@ def test_interrupted(switch: Make, tmp_path: Path, qmoe: Any, number: int, code:
         assert qmoe("verify", target).code == 0
     else:
         assert list(target.parent.iterdir()) == [target]
-        assert errors == ("interrupted; nothing half-written is left\n" if code == 130 else "")
+        assert errors == ("interrupted; no partial files are left\n" if code == 130 else "")
 
 
 def test_disk_full(switch: Make, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a command ends that something from outside ends."""
+"""Exit codes and messages of commands that signals, a lack of memory or bugs end."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any
 
 import pytest
 
-from qmoe_format.cli import convert as commands
+from qmoe_format.cli import verify
 
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """A shell's background jobs, such as these tests may be, are started with SIGINT ignored."""
+    """Undo what a shell does to its background jobs, which may include these tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def raised() -> None:
+def unchanged() -> None:
     pass
 
 
 def as_another_error() -> None:
-    raise ValueError("what native code makes of an exception in what it calls")
+    raise ValueError("native code may turn an exception in a callback into another one")
 
 
 def code_of(qmoe: Any, path: Path) -> object:
@@ -39,9 +39,9 @@ def code_of(qmoe: Any, path: Path) -> object:
         return error.code
 
 
-@pytest.mark.parametrize("after", [raised, as_another_error])
+@pytest.mark.parametrize("after", [unchanged, as_another_error])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_told_whatever_becomes_of_its_exception(
+def test_a_signal_decides_the_exit_code_whatever_its_exception_turns_into(
     number: int,
     code: int,
     after: Callable[[], None],
@@ -49,27 +49,26 @@ def test_a_signal_is_told_whatever_becomes_of_its_exception(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def verify(options: object) -> None:
+    def run(options: object) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(after)
             os.kill(os.getpid(), number)
             pytest.fail("the signal was not seen")
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(commands, "verify", verify)
+    monkeypatch.setattr(verify, "run", run)
     assert code_of(qmoe, tmp_path) == code
     assert signal.getsignal(number) == before
 
 
 TWICE = """
 import os, signal, time
-from qmoe_format.cli import interruption
-with interruption.interruptible():
+from qmoe_format.cli.interruption import interruptible
+with interruptible(patience={patience}):
     try:
         signal.raise_signal({number})
     finally:
         signal.raise_signal({number})
-        interruption.PATIENCE = {patience}
         time.sleep(0.01)
         signal.raise_signal({number})
         print("unwound", flush=True)
@@ -78,8 +77,8 @@ with interruption.interruptible():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("patience", [0, 1000])
-def test_signals_while_it_ends(number: int, patience: int) -> None:
-    """What comes at once is the same one, handed on; later it is meant."""
+def test_a_second_signal(number: int, patience: int) -> None:
+    """Shortly after the first it counts as the same one; later it kills the process."""
     code = TWICE.format(number=int(number), patience=patience)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if patience:
@@ -90,10 +89,10 @@ def test_signals_while_it_ends(number: int, patience: int) -> None:
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
-def test_signals_that_are_ignored_stay_so(
+def test_ignored_signals_stay_ignored(
     ignored: int, qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "verify", lambda options: os.kill(os.getpid(), ignored))
+    monkeypatch.setattr(verify, "run", lambda options: os.kill(os.getpid(), ignored))
     before = signal.signal(ignored, signal.SIG_IGN)
     try:
         assert code_of(qmoe, tmp_path) == 0
@@ -102,37 +101,39 @@ def test_signals_that_are_ignored_stay_so(
         signal.signal(ignored, before)
 
 
-def too_much() -> None:
+def fail_in_python() -> None:
     raise MemoryError
 
 
-def too_much_for_torch() -> None:
+def fail_on_cpu() -> None:
     import torch
 
     torch.empty(1 << 60, dtype=torch.uint8)
 
 
-def too_much_for_a_gpu() -> None:
+def fail_on_gpu() -> None:
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("allocate", [too_much, too_much_for_torch, too_much_for_a_gpu])
+@pytest.mark.parametrize("allocate", [fail_in_python, fail_on_cpu, fail_on_gpu])
 def test_out_of_memory(
     allocate: Callable[[], None], qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "verify", lambda options: allocate())
+    monkeypatch.setattr(verify, "run", lambda options: allocate())
     done = qmoe("verify", tmp_path)
     assert done.code == 1
     assert done.err.startswith("error[memory]: ")
     assert done.err.count("\n") == 1
 
 
-def test_bugs_are_shown(qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(options: object) -> None:
+def test_a_bug_shows_its_traceback(
+    qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "verify", verify)
+    monkeypatch.setattr(verify, "run", run)
     with pytest.raises(RuntimeError, match="a bug"):
         qmoe("verify", tmp_path)

@@ -3,66 +3,76 @@
     python -m tools.conformance_vectors [DIR]
 
 writes ``DIR/manifest.json`` and ``DIR/vectors/`` (by default those of the package), the same bytes
-each time. What a reader has to find in an accepted file is computed by ``file_builder`` from what
-was put in, not by a reader.
+each time. Each module ``*_vectors.py`` has the vectors of some sections of SPEC.md. What a reader
+has to find in an accepted file is computed from what was put in, not by a reader. Each rejected
+file has one defect and is otherwise right, checksums included; where one has two (those named
+``order-...``, a few of [N-2] and [S-2]), a rule says which comes first.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qmoe_format.conformance.runner import HERE
-from tools.conformance_vectors import file_vectors, tensor_vectors
+from tools.conformance_vectors import (
+    file_vectors,
+    index_vectors,
+    shard_vectors,
+    tensor_vectors,
+    ternary_vectors,
+)
 from tools.conformance_vectors.file_builder import canonical, sha256
-from tools.conformance_vectors.table import VECTORS, Vector
+from tools.conformance_vectors.vector import Vector
 
 SPEC_VERSION = "0.1"
+MODULES = (file_vectors, index_vectors, tensor_vectors, ternary_vectors, shard_vectors)
 
 
-@cache
-def vectors() -> list[Vector]:
-    file_vectors.section_2()
-    file_vectors.section_3()
-    tensor_vectors.section_4_and_5()
-    tensor_vectors.section_6()
-    tensor_vectors.section_7()
-    file_vectors.section_8()
-    file_vectors.section_12()
-    return VECTORS
+def vectors() -> Iterator[Vector]:
+    """Those of all functions ``section_...``, in the order of their definition."""
+    for module in MODULES:
+        for name, section in vars(module).items():
+            if name.startswith("section_"):
+                yield from section()
+
+
+def manifest_entry(vector: Vector, files: dict[str, bytes]) -> dict[str, Any]:
+    """A line of the manifest; ``files`` by their paths in the corpus."""
+    file, *others = files
+    entry: dict[str, Any] = {
+        "description": vector.description,
+        "file": file,
+        "id": vector.id,
+        "outcome": vector.outcome,
+        "requirements": vector.requirements.split(),
+        "sha256": sha256(files[file]),
+        "spec": SPEC_VERSION,
+    }
+    if others:
+        entry["others"] = {name: sha256(files[name]) for name in others}
+    if vector.stage:
+        return entry | {"stage": vector.stage}
+    return entry | {"contents": vector.contents}
 
 
 def write(folder: Path) -> None:
+    """Replace the vectors and the manifest in ``folder``."""
     shutil.rmtree(folder / "vectors", ignore_errors=True)
-    entries = []
+    lines: dict[str, bytes] = {}
     for vector in vectors():
+        assert vector.id not in lines, vector.id
         kind = vector.outcome.partition(":")[0]
         files = {f"vectors/{kind}/{name}": data for name, data in vector.files.items()}
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-        file, *others = files
-        entry: dict[str, Any] = {
-            "description": vector.description,
-            "file": file,
-            "id": vector.id,
-            "outcome": vector.outcome,
-            "requirements": vector.requirements,
-            "sha256": sha256(files[file]),
-            "spec": SPEC_VERSION,
-        }
-        if others:
-            entry["others"] = {name: sha256(files[name]) for name in others}
-        if vector.stage:
-            entry["stage"] = vector.stage
-        else:
-            entry["contents"] = vector.contents
-        entries.append(canonical(entry))
+        lines[vector.id] = canonical(manifest_entry(vector, files))
     # One vector a line, so that a change of one is a change of one line.
-    (folder / "manifest.json").write_bytes(b"[\n" + b",\n".join(entries) + b"\n]\n")
+    (folder / "manifest.json").write_bytes(b"[\n" + b",\n".join(lines.values()) + b"\n]\n")
 
 
 if __name__ == "__main__":

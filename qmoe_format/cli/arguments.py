@@ -1,0 +1,89 @@
+"""Types of arguments, and options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_UNITS = {"": 1, **{c: 1000**i for i, c in enumerate("kmgt", 1)}}
+_UNITS |= {f"{c}i": 1024**i for i, c in enumerate("kmgt", 1)}
+
+
+def parse_size(text: str) -> int:
+    """The number of bytes in ``5GB``, ``300 MB``, ``1.5GiB`` or ``1000``."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 5GB or 500MB")
+    return size
+
+
+def positive_integer(text: str) -> int:
+    """An integer above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def natural_number(text: str) -> int:
+    """An integer, 0 or above."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer, 0 or above")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
+    return number
+
+
+def add_text_options(to: argparse._ActionsContainer) -> None:
+    """How a text becomes sequences of tokens."""
+    to.add_argument(
+        "--text-column", metavar="NAME", help="key or column that holds the text (default: text)"
+    )
+    to.add_argument(
+        "--target-column",
+        metavar="NAME",
+        help="key or column that holds the target text of an encoder-decoder model (default: T5 "
+        "span corruption of the text)",
+    )
+    to.add_argument(
+        "--sequence-length",
+        type=positive_integer,
+        metavar="N",
+        help="tokens per sequence (default: 256 for an encoder, otherwise up to 2048); longer "
+        "texts that have a target are truncated",
+    )
+    to.add_argument(
+        "--samples",
+        type=positive_integer,
+        metavar="N",
+        help="number of sequences to choose at random (default: all)",
+    )
+    to.add_argument(
+        "--seed", type=natural_number, metavar="N", help="seed of random choices (default: 0)"
+    )
+
+
+def add_model_options(to: argparse._ActionsContainer) -> None:
+    """Where and in which data type a model computes."""
+    to.add_argument(
+        "--device", default="cpu", metavar="NAME", help="torch device, such as cuda (default: cpu)"
+    )
+    to.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="data type of activations and uncompressed weights (default: float32 on a CPU, "
+        "otherwise the type that the model was saved in)",
+    )

@@ -1,0 +1,45 @@
+"""``qmoe inspect``: show what a file contains."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qmoe_format import container
+from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli.tables import quality_tables, summary, tensor_table
+from qmoe_format.container.inspection import describe
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a file contains",
+        description="List the tensors of a .qmoe file and compare their sizes with bfloat16. Only "
+        "headers are read; to check the data, use verify.",
+        epilog="example: qmoe inspect switch.qmoe --json | jq .totals",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="show the error of each expert on its calibration tokens",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from qmoe_format.conversion.report import read_report
+
+    with container.open(options.file, memory_map=False) as file:
+        if options.quality:
+            quality = read_report(file)
+            print(json.dumps(quality) if options.json else "\n".join(quality_tables(quality)))
+            return
+        description = describe(file)
+    if options.json:
+        print(json.dumps(description))
+    else:
+        print("\n".join([*tensor_table(description), "", *summary(description)]))

@@ -1,0 +1,33 @@
+"""``qmoe verify``: check every byte of a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qmoe_format import container
+from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli.progress_line import ProgressLine
+from qmoe_format.machine import cores
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check every byte of a file",
+        description="Verify all checksums, decode everything, and check all padding.",
+        epilog="example: qmoe verify switch.qmoe && echo good",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    # With a memory map, a file that is truncated meanwhile would kill the process.
+    with (
+        container.open(options.file, memory_map=False) as file,
+        ProgressLine("verify", "B") as progress,
+    ):
+        file.verify(progress, threads=cores())
+        tensors = len(file.tensors)
+    print(f"{options.file}: good, all {tensors} tensors checked")

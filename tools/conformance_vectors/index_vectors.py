@@ -1,0 +1,363 @@
+"""The vectors of SPEC.md sections 3 and 9: the index and its limits."""
+
+# A table, where a line holds as much as fits:
+# fmt: off
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tools.conformance_vectors.file_builder import Content, canonical, frame, pack, shuffled
+from tools.conformance_vectors.samples import (
+    TINY,
+    mixed,
+    small,
+    symmetric,
+    ternary,
+    unknown,
+    with_text,
+)
+from tools.conformance_vectors.ternary_builder import Matrix
+from tools.conformance_vectors.vector import Vector, accept, reject
+
+# Made by Zstandard 1.5.7 from "the quick brown fox jumps over the lazy dog; " * 8.
+COMPRESSED_TEXT = bytes.fromhex(
+    "28b52ffd606800bd0100c40274686520717569636b2062726f776e20666f7820"
+    "6a756d7073206f76657220746865206c617a7920646f673b0200345029c01066"
+    "19"
+)
+
+
+def changed_text(needed: str, changes: Sequence[tuple[str, str, str, str]]) -> Iterator[Vector]:
+    """``changes`` are (name, part of the index's text, what replaces it, description)."""
+    for name, old, new, what in changes:
+        yield reject(f"json-{name}", needed, "malformed", what, with_text(small(), old, new))
+
+
+def whole_text(needed: str, texts: Sequence[tuple[str, bytes, str]]) -> Iterator[Vector]:
+    """``texts`` are (name, the index's text, description)."""
+    for name, text, what in texts:
+        yield reject(f"json-{name}", needed, "malformed", what, pack(text, [b"abc"]))
+
+
+def section_3_json() -> Iterator[Vector]:
+    text = canonical(small().index)
+    yield from changed_text("J-1", (
+        ("newline", '"tensors"', '\n"tensors"', "A line feed between tokens"),
+        ("control", "vectors", "vec\ttors", "A tab within a string"),
+        ("delete", "vectors", "vec\x7ftors", "Byte 0x7F within a string"),
+        ("utf8", "vectors", "vecteurs é", "UTF-8 within a string"),
+        ("escape", "vectors", "\\u0076ectors", "An escape within a string"),
+        ("escape-slash", "vectors", "vectors\\/", "Another escape"),
+        ("space-colon", '"generator":', '"generator": ', "A space after a colon"),
+        ("space-comma", ',"tensors"', ', "tensors"', "A space after a comma"),
+        ("space-array", "[3]", "[3 ]", "A space within an array"),
+    ))
+    yield from whole_text("J-1", (
+        ("space-before", b" " + text, "A space before the JSON text"),
+        ("space-after", text + b" ", "A space after the JSON text"),
+        ("bom", b"\xef\xbb\xbf" + text, "A byte order mark before the JSON text"),
+        ("zero-after", text + b"\0", "A zero byte after the JSON text, within index_length"),
+    ))
+    yield from changed_text("J-2", (
+        ("null", '"qmoe vectors"', "null", "null instead of a string"),
+        ("fraction", '"extent":0', '"extent":0.0', "A number with a fraction"),
+        ("exponent", '"extent":0', '"extent":0e0', "A number with an exponent"),
+        ("negative", '"extent":0', '"extent":-1', "A negative number"),
+        ("minus-zero", '"extent":0', '"extent":-0', "Minus zero"),
+        ("plus", '"extent":0', '"extent":+0', "A plus sign"),
+        ("leading-zero", "[3]", "[03]", "A leading zero"),
+        ("nan", '"extent":0', '"extent":NaN', "NaN, which is no JSON"),
+        ("hexadecimal", "[3]", "[0x3]", "A hexadecimal number"),
+        ("true-capital", '"stack":false', '"stack":False', "False instead of false"),
+        ("comma-array", "[3]", "[3,]", "A comma before the end of an array"),
+        ("comma-array-first", "[3]", "[,3]", "A comma at the beginning of an array"),
+        ("comma-object", '"stack":false}', '"stack":false,}',
+         "A comma before the end of an object"),
+        ("comma-missing", '"generator":"qmoe vectors",', '"generator":"qmoe vectors"', "No comma"),
+        ("colon-missing", '"generator":', '"generator"', "A colon is missing"),
+        ("apostrophes", '"qmoe vectors"', "'qmoe vectors'", "Apostrophes around a string"),
+        ("empty-value", '"extent":0', '"extent":', "A value is missing"),
+    ))
+    yield from whole_text("J-2", (
+        ("unfinished", text[:-1], "The last bracket is missing"),
+        ("unfinished-string", text[: text.index(b"vectors")], "The text ends within a string"),
+        ("twice", text + text, "The text is there twice"),
+        ("bracket-after", text + b"}", "A bracket too many"),
+    ))
+    what = "The greatest number, 2^53 - 1, as a key of an unknown encoding: the file can be opened"
+    content = unknown(x=2**53 - 1)
+    yield reject("json-number-most", "J-2 T-4", "unsupported", what, content, stage="verify")
+    for number in (2**53, 2**64, 10**400):
+        digits = len(str(number))
+        what = f"A number of {digits} digits, beyond 2^53 - 1"
+        yield reject(f"json-number-{digits}", "J-2", "malformed", what, unknown(x=number))
+    backwards = dict(sorted(json.loads(text).items(), reverse=True))
+    yield from whole_text("J-3", (
+        ("order", json.dumps(backwards, separators=(",", ":")).encode(),
+         "The keys of the top-level object are in descending order"),
+        ("order-tensor",
+         text.replace(b'"dtype":"U8","encoding":"raw"', b'"encoding":"raw","dtype":"U8"'),
+         "Two keys of a tensor are exchanged"),
+        ("key-twice", text.replace(b'"stack":false', b'"stack":false,"stack":false'),
+         "A key of a tensor is there twice, with the same value"),
+        ("key-twice-top", text.replace(b'"tensors"', b'"tensors":[],"tensors"'),
+         "A key of the top-level object is there twice"),
+        ("order-unknown",
+         canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"b":0,"a":0}'),
+         "Keys in descending order within a key of an unknown encoding"),
+    ))
+
+
+def section_3_keys() -> Iterator[Vector]:
+    """[J-4]: each key of each kind of object missing, and of another kind; one key too many."""
+    wrong: dict[type, list[Any]] = {
+        bool: [0, "false"], int: [True, "1"], str: [1, ["raw"]], list: [{}, "x"],
+    }
+    common = set(small().index["tensors"][0])
+    places: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "top": lambda index: index,
+        "attachment": lambda index: index["attachments"][0],
+        "dictionary": lambda index: index["dictionaries"][0],
+        "tensor": lambda index: index["tensors"][0],
+        "ternary": lambda index: index["tensors"][1],
+    }
+    for name, find in places.items():
+        keys = find(mixed().index)
+        for key in sorted(set(keys) - (common if name == "ternary" else set())):
+            content = mixed()
+            del find(content.index)[key]
+            what = f"{name}: the key {key} is missing"
+            yield reject(f"key-{name}-{key}-missing", "J-4", "malformed", what, content)
+            for number, value in enumerate(wrong[type(keys[key])]):
+                content = mixed()
+                find(content.index)[key] = value
+                what = f"{name}: {key} is {json.dumps(value)}"
+                yield reject(f"key-{name}-{key}-kind-{number}", "J-4", "malformed", what, content)
+        content = mixed()
+        find(content.index)["zzz"] = 0
+        yield reject(f"key-{name}-more", "J-4", "malformed", f"{name}: there is a key zzz", content)
+    for key in sorted(common - {"encoding"}):
+        content = unknown()
+        del content.index["tensors"][0][key]
+        what = f"A tensor of an unknown encoding without the common key {key}"
+        yield reject(f"key-unknown-{key}-missing", "J-4", "malformed", what, content)
+    content = unknown().change(stack=0)
+    what = "A common key of another kind, unknown encoding"
+    yield reject("key-unknown-kind", "J-4", "malformed", what, content)
+    for name, data, what in (
+        ("shape-true", small().change(shape=[True]).pack(), "An item of shape is true"),
+        ("shape-string", small().change(shape=["3"]).pack(), "An item of shape is a string"),
+        ("shape-array", small().change(shape=[[3]]).pack(), "An item of shape is an array"),
+        ("raw-width", small().change(width=8).pack(), "A raw tensor with a key of a ternary one"),
+        ("top-is-array", pack(b"[]", []), "The JSON text is [], no object"),
+        ("top-is-string", pack(b'""', []), 'The JSON text is "", no object'),
+        ("top-is-number", pack(b"10", []), "The JSON text is 10, no object"),
+    ):
+        yield reject(f"key-{name}", "J-4", "malformed", what, data)
+    for part in ("attachments", "dictionaries", "tensors"):
+        content = Content()
+        content.index[part] = [0]
+        what = f"An item of {part} is a number"
+        yield reject(f"key-{part}-item", "J-4", "malformed", what, content)
+
+
+def named(kind: str, *names: str) -> Content:
+    """Tensors or attachments in this order."""
+    content = Content()
+    for number, name in enumerate(names):
+        data = str(number + 1).encode()
+        content.tensor(name, "U8", [1], data) if kind == "tensor" else content.attach(name, data)
+    return content
+
+
+def section_3_names() -> Iterator[Vector]:
+    content = Content()
+    for name in ("!", "A", "Z", "a", "a.10", "a.2", "a.2.0", "~"):
+        content.tensor(name, "U8", [1], name[:1].encode())
+    yield accept("name-order", "J-5", "Names in the order of their bytes", content)
+    for kind, name, first, second, code in (
+        ("tensor", "twice", "a", "a", "duplicate"),
+        ("tensor", "order", "b", "a", "malformed"),
+        ("tensor", "order-number", "a.2", "a.10", "malformed"),
+        ("tensor", "order-case", "a", "B", "malformed"),
+        ("attachment", "twice", "a", "a", "duplicate"),
+        ("attachment", "order", "b", "a", "malformed"),
+    ):
+        what = f"{kind.capitalize()}s {first}, {second} in this order"
+        yield reject(f"{kind}-{name}", "J-5", code, what, named(kind, first, second))
+    content = Content().attach("a", b"1").tensor("a", "U8", [1], b"1")
+    yield accept("name-shared", "J-5", "A tensor and an attachment of the same name", content)
+    content = Content().tensor("n" * 512, "U8", [1], b"1").attach("-" * 512, b"1")
+    yield accept("name-512", "J-6", "Names of 512 bytes, the most", content)
+    content = Content()
+    for name in ("-", "0", "A.B", "_.", "a..b", "z-"):
+        content.attach(name, name.encode())
+    content.tensor("../odd/{}/name~'", "U8", [1], b"1")
+    yield accept("name-odd", "J-6", "Odd names that are allowed", content)
+    for kind, name, value in (
+        ("tensor", "empty", ""), ("tensor", "513", "n" * 513), ("tensor", "space", "a b"),
+        ("attachment", "empty", ""), ("attachment", "513", "n" * 513),
+        ("attachment", "space", "a b"), ("attachment", "slash", "a/b"),
+        ("attachment", "parent", "../a"), ("attachment", "dot", ".a"),
+        ("attachment", "tilde", "~a"), ("attachment", "colon", "c:a"),
+    ):
+        shown = repr(value) if len(value) < 10 else f"of {len(value)} bytes"
+        what = f"The name of the {kind} is {shown}"
+        yield reject(f"{kind}-name-{name}", "J-6", "malformed", what, named(kind, value))
+
+
+def section_3_1() -> Iterator[Vector]:
+    text = b"the quick brown fox jumps over the lazy dog; " * 8
+    content = Content().attach("a.txt", b"raw").attach("b.txt", text, COMPRESSED_TEXT, "zstd")
+    content.attach("c.txt", b"").attach("d.txt", b"", frame(b""), "zstd")
+    what = "Attachments, raw and compressed, two of them empty"
+    yield accept("attachments", "A-2 Z-1 J-6", what, content)
+    for size in (3, 5):
+        content = mixed().change("attachments", bytes=size)
+        what = f"A raw attachment of 4 bytes is said to have {size}"
+        yield reject(f"attachment-bytes-{size}", "A-2", "malformed", what, content)
+    content = mixed().change("attachments", encoding="future")
+    what = "An attachment of an encoding that no reader knows"
+    yield reject("attachment-unknown", "T-4", "unsupported", what, content, stage="verify")
+    content = Content().attach("a", b"text", frame(b"texts"), "zstd")
+    what = "A compressed attachment is longer than it is said to be"
+    yield reject("attachment-zstd-bytes", "Z-1", "malformed", what, content, stage="verify")
+
+
+def section_3_2() -> Iterator[Vector]:
+    value: int | str
+    for key, value, code in (
+        ("width", 7, "limit"), ("width", 17, "limit"), ("signs", "none", "malformed"),
+        ("max_length", 0, "limit"), ("max_length", 256, "limit"), ("max_nonzeros", 17, "limit"),
+    ):
+        content = Content().dictionary(TINY).change("dictionaries", **{key: value})
+        what = f"A dictionary's {key} is {value}"
+        yield reject(f"dictionary-{key}-{value}", "D-1 L-1", code, what, content)
+
+
+def section_3_3_shapes() -> Iterator[Vector]:
+    content = Content().tensor("a", "I32", [], struct.pack("<i", -2)).tensor("b", "F16", [0], b"")
+    content.tensor("c", "F64", [3, 0, 2], b"").tensor("d", "BF16", [1] * 8, b"\x80\x3f")
+    content.tensor("e", "U8", [], b"\0", stored=[frame(b"\0")], encoding="zstd")
+    content.tensor("f", "U32", [0, 7], b"", stored=[frame(b"")], encoding="zstd")
+    what = "No dimension, eight of them, zero elements"
+    yield accept("shapes", "R-1 T-1 T-3", what, content)
+    parts = [bytes([i] * 6) for i in range(3)]
+    stored = [frame(shuffled(part, 2)) for part in parts]
+    content = Content()
+    content.tensor("a.{}", "U16", [3, 3], *parts, stack=True, members="a.{}.weight")
+    content.tensor("b", "U16", [3, 3], *parts, stored=stored, encoding="zstd", stack=True)
+    content.tensor("c", "F32", [0, 5], stack=True)
+    content.tensor("d", "U8", [4], b"1", b"2", b"3", b"4", stack=True, members="{}")
+    what = "Stacks: raw, compressed, without experts, of numbers"
+    yield accept("stacks", "T-1 T-2 Z-4", what, content)
+    content = Content().tensor("a", "U8", [], b"1", stack=True)
+    yield reject("stack-without-dimension", "T-1", "malformed", "A stack of shape []", content)
+    content = small().tensor("b", "U8", [0, 5], stack=True, extent=1)
+    what = "The extent of a stack without experts is 1, not 0"
+    yield reject("stack-empty-extent", "T-1", "malformed", what, content)
+    for name, stack, members in (
+        ("single", False, "a.{}"), ("none", True, "a.weight"), ("twice", True, "a.{}.{}"),
+        ("open", True, "a.{0}"),
+    ):
+        content = Content().tensor("a", "U8", [1, 1], b"1", stack=stack, members=members)
+        what = f"members is {members} of {'a stack' if stack else 'a tensor that is no stack'}"
+        yield reject(f"members-{name}", "T-2", "malformed", what, content)
+    content = Content()
+    for name, members in (("0", "{}"), ("1", "{}"), ("a", f"a {'b' * 600}{{}}{{")):
+        content.tensor(name, "U8", [1, 1], name.encode(), stack=True, members=members)
+    what = "members with a space, of more than 512 bytes, and twice of the same names"
+    yield accept("members-odd", "T-2", what, content)
+    data = bytes(range(12))
+    content = Content().tensor("a", "F16", [2, 3], data)
+    content.tensor("b", "F16", [2, 3], data, stored=[frame(shuffled(data, 2))], encoding="zstd")
+    yield accept("row-major", "T-3 Z-4", "The same 2 x 3 numbers, raw and shuffled", content)
+    content = Content().tensor("a", "BOOL", [4], b"\x00\x01\x02\xff")
+    yield accept("bool-bytes", "T-3", "Bytes of BOOL other than 0 and 1", content)
+
+
+def section_3_3_unknown() -> Iterator[Vector]:
+    def unsupported(id: str, needed: str, what: str, content: Content) -> Vector:
+        return reject(id, needed, "unsupported", what, content, stage="verify")
+
+    what = "An encoding that no reader knows, with keys of its own: the file can be opened"
+    content = unknown(bits=4, nested={"a": [1, {"b": True}]})
+    yield unsupported("encoding-unknown", "T-4 J-4", what, content)
+    for name, encoding in (("int-group", "int-group"), ("empty", "")):
+        content = small().change(encoding=encoding)
+        yield unsupported(f"encoding-{name}", "T-4 T-5", f"The encoding is {encoding!r}", content)
+    content = small().tensor("b", "U8", [0, 5], encoding="future", stack=True, bits=4)
+    content.tensor("c", "F4", [0, 5], stack=True)
+    content.tensor("d", "U8", [0, 5], encoding="int-group", stack=True)
+    what = "What no reader knows, in stacks without experts only: there is nothing to read"
+    yield accept("unknown-no-experts", "T-4 T-5 T-1 J-4", what, content)
+    for encoding, data in (("raw", b"abc"), ("zstd", frame(b"abc"))):
+        content = Content().tensor("a", "F4", [3], b"abc", stored=[data], encoding=encoding)
+        what = f"A {encoding} tensor of an element type that no reader knows"
+        yield unsupported(f"dtype-unknown-{encoding}", "T-4", what, content)
+    content = ternary(symmetric([1]), TINY).change(dtype="F8_E8M0")
+    what = "A ternary tensor of an element type that no reader knows"
+    yield unsupported("dtype-unknown-ternary", "T-4 E-3", what, content)
+
+
+def section_9_nesting() -> Iterator[Vector]:
+    what = "Arrays and objects nested {} deep, in a key of an unknown encoding"
+    values: dict[int, list[Any]] = {4: []}  # by depth: the key itself is at depth 3
+    for depth in range(5, 501):
+        values[depth] = [values[depth - 1]]
+    content = unknown(x=values[8])
+    yield reject(
+        "limit-nesting-8", "L-1 T-4", "unsupported", what.format(8), content, stage="verify")
+    yield reject("limit-nesting-9", "L-1", "limit", what.format(9), unknown(x=values[9]))
+    yield reject("limit-nesting-500", "L-1 N-3", "limit", what.format(500), unknown(x=values[500]))
+    content = unknown(x={"a": {"a": {"a": {"a": {"a": {}}}}}})
+    yield reject("limit-nesting-objects", "L-1", "limit", what.format(9), content)
+
+
+def section_9_shapes() -> Iterator[Vector]:
+    def empty(shape: Sequence[int], dtype: str = "U8") -> Content:
+        return Content().tensor("a", dtype, shape, b"")
+
+    def bad(id: str, what: str, content: Content, needed: str = "L-1") -> Vector:
+        return reject(f"limit-{id}", needed, "limit", what, content)
+
+    yield accept("limit-dimensions-8", "L-1", "Eight dimensions", empty([0] * 8))
+    yield bad("dimensions-9", "Nine dimensions", empty([0] * 9))
+    yield accept("limit-dimension", "L-1", "A dimension of 2^40", empty([2**40, 0]))
+    yield bad("dimension-more", "A dimension of 2^40 + 1", empty([2**40 + 1, 0]))
+    # 2^53 - 1 = 6361 x 69431 x 20394401; the 0 makes a tensor of that many elements empty.
+    most = [6361, 69431, 20394401, 0]
+    yield accept("limit-size", "L-1", "Dimensions other than 0 multiply to 2^53 - 1", empty(most))
+    what = "Dimensions other than 0 multiply to 2^53"
+    yield bad("size-more", what, empty([2**27, 2**26, 0]))
+    yield bad("size-bytes", "2^50 elements of 8 bytes", empty([2**40, 2**10], "F64"))
+    what = "Seven dimensions of 2^40, whose product wraps around in 64 bits"
+    yield bad("size-overflow", what, empty([2**40] * 7 + [0]), "L-1 N-2")
+    what = "An unknown element type counts as one byte: {}"
+    yield reject("limit-size-unknown", "L-1 T-4", "unsupported", what.format("2^53 - 1"),
+                 empty(most, "F4"), stage="verify")
+    yield bad("size-unknown-more", what.format("2^53"), empty([2**27, 2**26, 0], "F4"))
+
+
+def section_9_ternary() -> Iterator[Vector]:
+    def empty(shape: Sequence[int], **keys: int) -> Content:
+        stack = len(shape) == 3
+        matrices = [] if stack else [Matrix([], [], columns=shape[1])]
+        content = Content().dictionary(TINY)
+        return content.ternary("w", "F32", *matrices, shape=shape, stack=stack).change(**keys)
+
+    for key, value in (("width", 7), ("width", 17), ("group_size", 2**31)):
+        what = f"A ternary tensor's {key} is {value}"
+        content = empty([0, 1], **{key: value})
+        yield reject(f"limit-{key}-{value}", "L-1", "limit", what, content)
+    content = empty([0, 1], group_size=2**31 - 1)
+    yield accept("limit-group-size", "L-1 E-2", "group_size is 2^31 - 1", content)
+    what = "A matrix of 0 rows, 2^31 - 1 columns"
+    yield accept("limit-columns", "L-1 N-3", what, empty([0, 2**31 - 1]))
+    yield reject("limit-columns-more", "L-1", "limit", "0 rows, 2^31 columns", empty([0, 2**31]))
+    yield accept("limit-rows", "L-1", "0 experts of 2^31 - 1 rows", empty([0, 2**31 - 1, 0]))
+    yield reject("limit-rows-more", "L-1", "limit", "0 experts of 2^31 rows", empty([0, 2**31, 0]))
