@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--samples", "3"], "--samples is about calibration text"),
+        (["--samples", "3"], "--samples applies to calibration text"),
         (["--text-column", "body"], "--text-column is about"),
         (["--device", "cpu"], "--device is about"),
         (["--recipe", "rd"], "'rd' needs calibration text"),
