@@ -1,7 +1,7 @@
 """The one canonical form of JSON that a file may contain (SPEC.md section 3, [J-1] to [J-3]).
 
-A hostile text must not cost more than its length: nesting is counted before Python's parser, which
-recurses, sees the text, and integers are refused by their number of digits.
+A hostile text must not cost more than its length: nesting is measured before Python's parser, which
+recurses, sees the text, and long integers are refused before they are converted.
 """
 
 from __future__ import annotations
@@ -26,23 +26,29 @@ _DEPTH[list(b"]}")] = -1
 def dumps(value: object) -> bytes:
     """The canonical text of ``value``: objects, arrays, strings, booleans, integers.
 
-    Raises ``QMoEError("argument")`` for a string with a character outside [J-1].
+    Raises:
+        QMoEError: ``argument`` for a string with a character outside [J-1].
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if _FORBIDDEN.search(text):
         raise QMoEError(
             "argument",
-            "a name has a character that is not printable ASCII, or a quote or backslash",
+            "a string contains a quote, a backslash or a character that is not printable ASCII",
+            "use other characters",
         )
     return text
 
 
 def loads(text: Bytes) -> Any:
-    """Parse a canonical text, uint8 [n]; raise ``QMoEError``: ``malformed``, ``limit``."""
+    """Parse a canonical text.
+
+    Raises:
+        QMoEError: ``malformed``, ``limit``.
+    """
     _check_nesting(text)
     data = text.tobytes()
     if found := _FORBIDDEN.search(data):  # [J-1]
-        raise QMoEError("malformed", f"byte {found.start()} of the JSON text is not allowed there")
+        raise QMoEError("malformed", f"byte {found.start()} of the JSON text is not allowed")
     try:
         value = json.loads(
             data.decode("ascii"),
@@ -54,16 +60,16 @@ def loads(text: Bytes) -> Any:
     except QMoEError:
         raise
     except (ValueError, RecursionError) as error:
-        raise QMoEError("malformed", f"the index is not JSON ({error})") from error
+        raise QMoEError("malformed", f"the text is not JSON ({error})") from error
     if not canonical:  # [J-1] [J-2] [J-3]
         raise QMoEError(
-            "malformed", "the JSON text is not in canonical form (order of keys, spaces, numbers)"
+            "malformed", "the JSON text is not canonical (order of keys, spaces, numbers)"
         )
     return value
 
 
 def _check_nesting(text: Bytes) -> None:
-    """Count brackets outside strings; [J-1] leaves a quote no other meaning than its own."""
+    """Count brackets outside strings, where quotes cannot be escaped ([J-1])."""
     depth = 0
     inside = False
     for start in range(0, text.size, _CHUNK):
@@ -87,4 +93,4 @@ def _no_float(text: str) -> NoReturn:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise QMoEError("malformed", f"{text} is not a value of the index")  # [J-2]
+    raise QMoEError("malformed", f"{text} is not an allowed value")  # [J-2]

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeAlias
 
 from qmoe_format.dtypes import STORAGE
 from qmoe_format.errors import QMoEError
 
-Parameter = bool | int | str
+Parameter: TypeAlias = bool | int | str
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
 
@@ -22,8 +23,10 @@ def _none() -> Mapping[str, Parameter]:
 class Item:
     """What one extent holds once it is decoded: a tensor, or one expert of a stack.
 
-    ``dtype`` and ``shape`` are those before encoding; ``parameters`` are the encoding's further
-    keys in the index.
+    Attributes:
+        dtype: element type before encoding.
+        shape: before encoding.
+        parameters: the encoding's further keys in the index.
     """
 
     dtype: str
@@ -32,12 +35,16 @@ class Item:
 
     @property
     def elements(self) -> int:
-        """Their number; 1 for a tensor without dimensions."""
+        """Number of elements; 1 for a tensor without dimensions."""
         return math.prod(self.shape)
 
     @property
     def element_size(self) -> int:
-        """Bytes of one element; raises ``QMoEError("unsupported")`` if the dtype is unknown."""
+        """Bytes of one element.
+
+        Raises:
+            QMoEError: ``unsupported`` if the dtype is unknown.
+        """
         if self.dtype not in STORAGE:  # [T-4]
             raise QMoEError("unsupported", f"element type {self.dtype!r} is unknown")
         return STORAGE[self.dtype].itemsize
@@ -50,11 +57,20 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor, or a stack of experts (``stack``: the first dimension counts them).
+    """A tensor, or a stack of experts.
 
-    ``members``: what the experts were called in the checkpoint, ``{}`` for their number; empty if
-    the stack was one tensor there. ``parameters``: the encoding's further keys. ``stored_bytes``:
-    the extents' lengths together, without alignment.
+    Attributes:
+        name: of the tensor.
+        dtype: element type before encoding.
+        shape: before encoding; the first dimension of a stack counts its experts.
+        encoding: name of the encoding.
+        stack: whether this is a stack of experts.
+        members: what the experts were called in the checkpoint, ``{}`` for their number; empty if
+            the stack was one tensor there.
+        extent: number of the first extent.
+        extent_count: 1, or the number of experts.
+        stored_bytes: length of all extents, without alignment.
+        parameters: the encoding's further keys.
     """
 
     name: str
@@ -75,13 +91,38 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
-        """Number of elements, all experts together."""
+        """Number of elements of all experts."""
         return math.prod(self.shape)
+
+    def label(self, expert: int) -> str:
+        """What an error message calls the tensor, or one of its experts."""
+        return f"tensor {self.name!r}" + (f", expert {expert}" if self.stack else "")
+
+
+class _ByteEntry:
+    """What attachments and dictionaries share: they are some bytes, in one extent."""
+
+    __slots__ = ()
+    size: int
+    extent_count = 1
+
+    @property
+    def item(self) -> Item:
+        """What the extent holds."""
+        return Item("U8", (self.size,))
 
 
 @dataclass(frozen=True, slots=True)
-class AttachmentEntry:
-    """A small file that travels along: ``size`` bytes, ``stored_bytes`` of them in the file."""
+class AttachmentEntry(_ByteEntry):
+    """An attached file.
+
+    Attributes:
+        name: of the file.
+        size: bytes of the file.
+        encoding: name of the encoding.
+        extent: number of the extent.
+        stored_bytes: length of the extent.
+    """
 
     name: str
     size: int
@@ -89,16 +130,27 @@ class AttachmentEntry:
     extent: int
     stored_bytes: int
 
-    @property
-    def item(self) -> Item:
-        """What the extent holds: the file's bytes."""
-        return Item("U8", (self.size,))
+    def label(self, _: int = 0) -> str:
+        """What an error message calls it."""
+        return f"attachment {self.name!r}"
 
 
 @dataclass(frozen=True, slots=True)
-class DictionaryEntry:
-    """A dictionary: where its tree of ``size`` bytes is, and what is said about it."""
+class DictionaryEntry(_ByteEntry):
+    """A dictionary.
 
+    Attributes:
+        number: its position in the index.
+        size: bytes of the tree.
+        encoding: name of the encoding.
+        extent: number of the extent.
+        width: bits of a codeword.
+        signs: ``plane`` or ``codeword``.
+        max_length: most weights of an entry.
+        max_nonzeros: most non-zeros of an entry.
+    """
+
+    number: int
     size: int
     encoding: str
     extent: int
@@ -107,7 +159,9 @@ class DictionaryEntry:
     max_length: int
     max_nonzeros: int
 
-    @property
-    def item(self) -> Item:
-        """What the extent holds: the tree's bytes."""
-        return Item("U8", (self.size,))
+    def label(self, _: int = 0) -> str:
+        """What an error message calls it."""
+        return f"dictionary {self.number}"
+
+
+Entry: TypeAlias = TensorEntry | AttachmentEntry | DictionaryEntry

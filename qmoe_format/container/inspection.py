@@ -1,4 +1,4 @@
-"""What is in a file and how small it is, from the index and the headers of extents alone."""
+"""What is in a file and how small it is, from its index and the headers of its extents."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from qmoe_format.container.reader import QMoEFile
-    from qmoe_format.container.shards import ShardedFile
 
 BF16_BYTES = 2
 
 
 class FormatReport(TypedDict):
-    """``version``: the file's, such as ``0.1``."""
+    """Attributes:
+    version: of the file's format, such as ``0.1``.
+    """
 
     version: str
 
@@ -20,10 +21,13 @@ class FormatReport(TypedDict):
 class TensorReport(TypedDict):
     """One tensor or stack of experts.
 
-    ``bytes``: its extents, without alignment. Payload is codewords, signs and the rounding of
-    segments to bytes; total is all of ``bytes``, with scales and lengths, but without the
-    dictionary, which tensors share. ``zero_fraction`` is None where the encoding does not tell, the
-    bits are None where there are no weights.
+    Attributes:
+        bytes: its extents, without alignment.
+        payload_bits_per_weight: of codewords, signs and the rounding of segments to bytes. This and
+            the next are None if there are no weights.
+        total_bits_per_weight: of all ``bytes``, with scales and lengths, but without the
+            dictionary, which tensors share.
+        zero_fraction: None if the encoding does not tell.
     """
 
     name: str
@@ -37,9 +41,10 @@ class TensorReport(TypedDict):
 
 
 class PartReport(TypedDict):
-    """Some of the file's bytes beside what the same weights take in bfloat16.
+    """A part of the file compared with the same weights in bfloat16.
 
-    ``ratio`` is ``bf16_bytes / bytes``; it and the bits are None where there are no weights.
+    Attributes:
+        ratio: ``bf16_bytes / bytes``. It and the bits are None if there are no weights.
     """
 
     weights: int
@@ -57,7 +62,7 @@ class ExpertReport(PartReport):
 
 
 class TotalsReport(TypedDict):
-    """``file`` has everything: alignment, index, attachments, and all shards."""
+    """Totals; ``file`` is everything: alignment, index, attachments, and all shards."""
 
     experts: ExpertReport
     others: PartReport
@@ -74,8 +79,8 @@ class Report(TypedDict):
     totals: TotalsReport
 
 
-def describe(file: QMoEFile | ShardedFile) -> Report:
-    """Measure an open file. 32 bytes of each expert are read, and nothing is verified.
+def describe(file: QMoEFile) -> Report:
+    """Measure an open file. At most a header of each expert is read, and nothing is verified.
 
     Open it with ``memory_map=False``: otherwise a page of each expert stays in memory.
 
@@ -85,20 +90,20 @@ def describe(file: QMoEFile | ShardedFile) -> Report:
     tensors = []
     weights = {"experts": 0, "others": 0}
     stored = {"experts": 0, "others": 0}
-    payload = nonzeros = ternary = 0
+    payload = nonzeros = counted = 0
     for name, entry in file.tensors.items():
-        is_ternary = entry.encoding == "ternary-dict"
-        segment_bytes, tensor_nonzeros = entry.stored_bytes, 0
-        if is_ternary:
-            segment_bytes, tensor_nonzeros = file.ternary_counts(name)
-        part = "experts" if entry.stack or is_ternary else "others"
+        summary = file.summarize(name)
+        zero_fraction = None
+        if summary.nonzeros is not None:
+            zero_fraction = _zeros(summary.nonzeros, entry.elements)
+            nonzeros += summary.nonzeros
+            counted += entry.elements
+        is_expert = entry.stack or summary.nonzeros is not None
+        part = "experts" if is_expert else "others"
         weights[part] += entry.elements
         stored[part] += entry.stored_bytes
-        if part == "experts":
-            payload += segment_bytes
-        if is_ternary:
-            nonzeros += tensor_nonzeros
-            ternary += entry.elements
+        if is_expert:
+            payload += summary.payload_bytes
         tensors.append(
             TensorReport(
                 name=name,
@@ -106,16 +111,16 @@ def describe(file: QMoEFile | ShardedFile) -> Report:
                 shape=list(entry.shape),
                 dtype=entry.dtype,
                 bytes=entry.stored_bytes,
-                payload_bits_per_weight=_ratio(8 * segment_bytes, entry.elements),
+                payload_bits_per_weight=_ratio(8 * summary.payload_bytes, entry.elements),
                 total_bits_per_weight=_ratio(8 * entry.stored_bytes, entry.elements),
-                zero_fraction=_zeros(tensor_nonzeros, entry.elements) if is_ternary else None,
+                zero_fraction=zero_fraction,
             )
         )
     dictionaries = file.dictionary_bytes
     experts = ExpertReport(
         **_part(weights["experts"], stored["experts"] + dictionaries),
         payload_bits_per_weight=_ratio(8 * payload, weights["experts"]),
-        zero_fraction=_zeros(nonzeros, ternary),
+        zero_fraction=_zeros(nonzeros, counted),
     )
     return Report(
         format=FormatReport(version=".".join(map(str, file.version))),

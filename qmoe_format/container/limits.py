@@ -1,4 +1,4 @@
-"""The table of limits (SPEC.md section 9), and the one way to compare a number with it."""
+"""The table of limits (SPEC.md section 9)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def zstd_content(frame: int) -> int:
 
 
 def check(what: str, value: int, least: int, most: int) -> None:
-    """Raise ``QMoEError("limit")`` unless ``least <= value <= most``. [L-1]"""
+    """Refuse a value outside ``least`` to ``most``. [L-1]
+
+    Raises:
+        QMoEError: ``limit``.
+    """
     if not least <= value <= most:
         raise QMoEError("limit", f"{what} is {value}, not from {least} to {most}")

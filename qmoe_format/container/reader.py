@@ -1,371 +1,303 @@
-"""Reading one ``.qmoe`` file.
-
-Opening reads the preamble and the index, nothing else. An extent is checked against its CRC-32 the
-first time it is used, and reading one expert of a stack touches that expert's bytes alone.
-
-Arrays of ``raw`` tensors and the arrays inside encoded matrices are read-only views of the file and
-stay valid after ``close``; others are fresh.
-"""
+"""Reading a model: ``QMoEFile`` over one ``.qmoe`` file, or over all shards of a set."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from qmoe_format import codec
-from qmoe_format.container.byte_source import ByteSource
-from qmoe_format.container.encodings import TERNARY_DICT, Dictionaries, encoding_of
-from qmoe_format.container.encodings.ternary_dict import HEADER_LENGTH, counts
-from qmoe_format.container.entries import AttachmentEntry, Item, TensorEntry
-from qmoe_format.container.index import Index, parse_index
-from qmoe_format.container.preamble import ALIGNMENT, PREAMBLE_LENGTH, ExtentTable, Preamble, align
-from qmoe_format.dtypes import Bytes
+from qmoe_format.container import limits
+from qmoe_format.container.encodings import Summary
+from qmoe_format.container.entries import AttachmentEntry, TensorEntry
+from qmoe_format.container.file_source import FileSource
+from qmoe_format.container.preamble import PREAMBLE_LENGTH, VERSION
+from qmoe_format.container.shard import Shard
+from qmoe_format.container.shard_list import (
+    BEGINNING,
+    ListedShard,
+    check_unique,
+    parse_shard_list,
+)
 from qmoe_format.errors import QMoEError, located
+from qmoe_format.progress import Counter, Progress
 
 if TYPE_CHECKING:
-    from qmoe_format.codec import Dictionary, EncodedMatrix
+    from qmoe_format.codec import Dictionary
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes there are."""
 
-_STRIDE = 1 << 24  # bytes between two reports of progress inside one extent
+def open(path: str | os.PathLike[str], *, memory_map: bool = True) -> QMoEFile:
+    """Open a ``.qmoe`` file, or all shards that a text file names.
+
+    Args:
+        path: of the file, or of the text file.
+        memory_map: map files into memory. Without, bytes are read: slower, but nothing that another
+            process does to a file can end this one (see ``qmoe_format.container.file_source``).
+
+    Returns:
+        The open file: a context manager.
+
+    Raises:
+        QMoEError: a code of SPEC.md section 1; ``not-found``; ``io``.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import qmoe_format
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = folder.name + "/model.qmoe"
+        >>> with qmoe_format.Writer(path) as writer:
+        ...     writer.add_tensor("norm.weight", np.array([1, 2, 3], np.float32), "F32")
+        >>> with qmoe_format.open(path) as file:
+        ...     print(list(file.tensors), file.read("norm.weight"))
+        ['norm.weight'] [1. 2. 3.]
+        >>> folder.cleanup()
+    """
+    return QMoEFile(path, memory_map=memory_map)
 
 
 class QMoEFile:
-    """An open file; use it as a context manager, or call ``close``.
+    """An open model; use it as a context manager, or call ``close``.
 
-    ``source``: where the bytes come from, closed with the file. With ``checksums=False`` reading
-    does not compare extents with their CRC-32; ``verify`` always does.
+    Arrays of ``raw`` tensors and the arrays inside encoded matrices are read-only views of the file
+    and stay valid after ``close``; others are new. Arguments and errors are those of ``open``; a
+    set of shards has further errors: ``truncated`` for a shard that is missing, ``checksum`` for
+    one of another model, ``duplicate``.
 
-    Raises ``QMoEError`` with a code of SPEC.md section 1, or ``io``.
+    Attributes:
+        path: of the file, or of the text file that names the shards.
+        shards: the files that make up the model, each open.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from qmoe_format import QMoEFile, Writer
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with (
+        ...     Writer(folder.name + "/model.qmoe") as writer,
+        ...     writer.add_stack("experts", (2, 3), "U8") as stack,
+        ... ):
+        ...     stack.append(np.array([1, 2, 3], np.uint8))
+        ...     stack.append(np.array([4, 5, 6], np.uint8))
+        >>> with QMoEFile(folder.name + "/model.qmoe") as file:
+        ...     file.verify()
+        ...     print(file.tensors["experts"].shape, file.read_expert("experts", 1))
+        (2, 3) [4 5 6]
+        >>> folder.cleanup()
     """
 
-    def __init__(self, source: ByteSource, *, checksums: bool = True) -> None:
-        self._source = source
-        try:
-            with located(source.name):
-                self._preamble, self._table, index = _open(source)
-        except BaseException:
-            source.close()
-            raise
-        self._index: Index = index
-        # Extents whose CRC need not be looked at again. Two threads may both check one: no harm.
-        self._checked = np.full(len(self._table), not checksums)
-        self._trees: dict[int, Dictionary] = {}
+    def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = True) -> None:
+        source = FileSource(path, memory_map=memory_map)
+        self.path = str(source.path)
+        self._list_length = 0
+        with ExitStack() as opened:
+            opened.callback(source.close)
+            with located(self.path):
+                listed = _read_list(source)
+            if listed is None:
+                self.shards = [Shard(source)]
+            else:
+                self._list_length = source.length
+                source.close()
+                self.shards = []
+                for each in listed:
+                    with located(self.path):
+                        source = _open_listed(self.path, each, memory_map)
+                    opened.callback(source.close)
+                    self.shards.append(Shard(source))
+            with located(self.path):
+                self._tensors = _merge([each.tensors for each in self.shards], "tensors")
+                self._attachments = _merge([e.attachments for e in self.shards], "attachments")
+            opened.pop_all()
+        self._home = {name: shard for shard in self.shards for name in shard.tensors}
 
     def __enter__(self) -> QMoEFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<QMoEFile {self.path}: {len(self.tensors)} tensors>"
 
     def close(self) -> None:
-        """Nothing can be read any more; arrays already read stay valid."""
-        self._source.close()
-
-    @property
-    def path(self) -> str:
-        """Where the file is."""
-        return self._source.name
+        """Read nothing more; arrays already read stay valid."""
+        for shard in self.shards:
+            shard.close()
 
     @property
     def version(self) -> tuple[int, int]:
         """Major and minor version of the format."""
-        return self._preamble.version
+        return self.shards[0].version if self.shards else VERSION
 
     @property
     def generator(self) -> str:
-        """The program that wrote the file."""
-        return self._index.generator
+        """The program that wrote the file, or the first shard; empty if there is none."""
+        return self.shards[0].generator if self.shards else ""
 
     @property
     def file_length(self) -> int:
-        """Bytes of the whole file."""
-        return self._preamble.file_length
-
-    @property
-    def preamble_crc32(self) -> int:
-        """The preamble's checksum; it identifies the whole contents."""
-        return int.from_bytes(self._preamble.to_bytes()[-4:], "little")
+        """Bytes of all files."""
+        return self._list_length + sum(shard.file_length for shard in self.shards)
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """The tensors' entries by name, in ascending order."""
-        return self._index.tensors
+        return self._tensors
 
     @property
     def attachments(self) -> Mapping[str, AttachmentEntry]:
         """The attachments' entries by name, in ascending order."""
-        return self._index.attachments
+        return self._attachments
 
     @property
     def dictionary_bytes(self) -> int:
-        """What all dictionaries take in the file."""
-        return sum(int(self._table.lengths[each.extent]) for each in self._index.dictionaries)
+        """What all dictionaries take in the files."""
+        return sum(shard.dictionary_bytes for shard in self.shards)
 
     @property
     def dictionaries(self) -> Sequence[Dictionary]:
-        """The dictionaries, each read when first asked for."""
-        return _Dictionaries(self)
+        """All dictionaries, shard by shard."""
+        found = []
+        for shard in self.shards:
+            with located(shard.path):
+                found += [shard.dictionary(number) for number in range(shard.dictionary_count)]
+        return found
 
     def read(self, name: str, threads: int = 1) -> npt.NDArray[Any]:
-        """A tensor in storage form (BF16 as uint16); ternary ones dequantized.
+        """Read a tensor; ternary ones are dequantized.
 
-        Raises ``QMoEError``: ``not-found``, ``argument`` for a stack, or what is wrong with the
-        file.
+        Returns:
+            The tensor in storage form: BF16 as uint16, 8-bit floats as uint8.
+
+        Raises:
+            QMoEError: ``not-found``; ``argument`` for a stack; what is wrong with the file.
         """
-        entry = self._tensor(name)
-        if entry.stack:
-            raise QMoEError("argument", f"{name!r} is a stack: read it with read_expert")
-        with located(self._where(entry)):
-            stored = self._extent(entry.extent)
-            return encoding_of(entry.encoding).decode(stored, entry.item, self._plain(), threads)
+        shard, entry = self._find(name)
+        return shard.decode(entry, threads=threads)
 
     def read_expert(self, name: str, expert: int, threads: int = 1) -> npt.NDArray[Any]:
-        """One expert of a stack, in storage form, as ``read`` gives a tensor."""
-        entry = self._tensor(name)
-        extent = self._expert(entry, expert)
-        with located(self._where(entry, expert)):
-            stored = self._extent(extent)
-            return encoding_of(entry.encoding).decode(stored, entry.item, self._plain(), threads)
+        """Read one expert of a stack, as ``read`` does a tensor.
 
-    def encoded(self, name: str, expert: int | None = None) -> EncodedMatrix:
-        """A ``ternary-dict`` matrix as it is stored: views of the file.
-
-        ``expert`` is given for a stack, and only then. Everything is checked but the segments,
-        which the codec checks when it decodes them.
+        Raises:
+            QMoEError: ``not-found``; ``argument`` unless it is a stack; what is wrong with the
+                file.
         """
-        entry = self._tensor(name)
-        if entry.encoding != TERNARY_DICT.name:
-            raise QMoEError("argument", f"{name!r} is stored as {entry.encoding}: use read")
-        if entry.stack == (expert is None):
-            raise QMoEError("argument", f"{name!r}: give an expert's number for a stack only")
-        extent = entry.extent if expert is None else self._expert(entry, expert)
-        with located(self._where(entry, expert)):
-            return TERNARY_DICT.matrix(self._extent(extent), entry.item, self._plain())
+        shard, entry = self._find(name, expert)
+        return shard.decode(entry, expert, threads)
 
-    def ternary_counts(self, name: str) -> tuple[int, int]:
-        """(segment bytes, non-zero trits) of a ternary tensor, all experts of a stack together.
+    def encoded(self, name: str, expert: int | None = None) -> Any:
+        """Read a tensor, or one expert of a stack, in the form in which it is stored.
 
-        Looks at the extents' headers only, so no checksum is checked.
+        Returns:
+            What ``StackWriter.append`` stores again as it is: an ``EncodedMatrix`` of views for
+            ``ternary-dict``, of which all but the segments has been checked (the codec checks these
+            when it decodes them); the array that ``read`` returns for other encodings.
+
+        Raises:
+            QMoEError: ``not-found``; ``argument`` if ``expert`` is missing for a stack or given for
+                another tensor; what is wrong with the file.
         """
-        entry = self._tensor(name)
-        segment_bytes = nonzeros = 0
-        for extent in range(entry.extent, entry.extent + entry.extent_count):
-            offset, length = self._bounds(extent)
-            if length < HEADER_LENGTH:
-                raise QMoEError("malformed", f"{self._where(entry)}: an extent has no header")
-            more, more_nonzeros = counts(self._source.view(offset, HEADER_LENGTH).tobytes())
-            segment_bytes += more
-            nonzeros += more_nonzeros
-        if segment_bytes > entry.stored_bytes or nonzeros > entry.elements:
-            raise QMoEError(
-                "malformed", f"{self._where(entry)}: its headers cannot be right; run verify"
-            )
-        return segment_bytes, nonzeros
+        shard, entry = self._find(name, expert)
+        return shard.encoded(entry, expert or 0)
+
+    def summarize(self, name: str) -> Summary:
+        """What the headers of a tensor's extents tell, of all experts; no checksum is checked.
+
+        Raises:
+            QMoEError: ``not-found``; ``malformed``; ``io``.
+        """
+        return self._home[name].summarize(self.tensors[name])
 
     def attachment(self, name: str) -> bytes:
-        """The contents of an attached file."""
-        try:
-            entry = self.attachments[name]
-        except KeyError:
-            raise QMoEError(
-                "not-found", f"{self.path} has no attachment {name!r}: look at .attachments"
-            ) from None
-        with located(f"{self.path}, attachment {name!r}"):
-            stored = self._extent(entry.extent)
-            return encoding_of(entry.encoding).decode(stored, entry.item, self._plain()).tobytes()
+        """The contents of an attached file.
+
+        Raises:
+            QMoEError: ``not-found``; what is wrong with the file.
+        """
+        for shard in self.shards:
+            if entry := shard.attachments.get(name):
+                return shard.decode(entry).tobytes()
+        raise self._not_found(f"attachment {name!r}", "look at .attachments")
 
     def verify(self, progress: Progress | None = None, threads: int = 1) -> None:
         """Check every byte: checksums, padding, the contents of all extents. [C-3]
 
-        Raises ``QMoEError`` for the first defect found; what this version does not know
-        (``unsupported``) comes last, so that damage is found first.
+        Args:
+            progress: counts the bytes checked.
+            threads: for decoding.
+
+        Raises:
+            QMoEError: the first defect of a file. What this version does not know (``unsupported``)
+                comes after the file's damage.
         """
-        report = progress or _silent
-        dictionaries = self._plain()
-        unknown: tuple[str, QMoEError] | None = None
-        end = PREAMBLE_LENGTH
-        for extent, (where, check) in enumerate(self._owners(dictionaries, threads)):
-            offset, length = self._bounds(extent)
-            with located(where):
-                self._check_crc(extent, report)
-                self._checked[extent] = True
-                stored = self._source.view(offset, length)
-                end = align(offset + length, ALIGNMENT)
-                if self._source.view(offset + length, end - offset - length).any():  # [F-2]
-                    raise QMoEError("padding", f"bytes after extent {extent} are not zero")
-                try:
-                    check(stored)
-                except QMoEError as error:
-                    if error.code != "unsupported":
-                        raise
-                    unknown = unknown or (where, error)
-            del stored
-            self._source.release(offset, length)
-            report(end, self.file_length)
-        if unknown:
-            with located(unknown[0]):
-                raise unknown[1]
-        report(self.file_length, self.file_length)
+        counter = Counter(progress, sum(shard.file_length for shard in self.shards))
+        for shard in self.shards:
+            shard.verify(counter.add, threads)
 
-    def _owners(
-        self, dictionaries: Dictionaries, threads: int
-    ) -> Iterator[tuple[str, Callable[[Bytes], None]]]:
-        """For each extent in order: what it is, and how to check its contents."""
-        # (first extent, number of extents, what, entry or number of a dictionary)
-        owners: list[tuple[int, int, str, Any]] = []
-        for number, each in enumerate(self._index.dictionaries):
-            owners.append((each.extent, 1, f"dictionary {number}", number))
-        for attachment in self.attachments.values():
-            owners.append((attachment.extent, 1, f"attachment {attachment.name!r}", attachment))
-        for tensor in self.tensors.values():
-            if tensor.extent_count:
-                owners.append((tensor.extent, tensor.extent_count, "", tensor))
-        for _, count, what, owner in sorted(owners, key=lambda each: each[0]):
-            if isinstance(owner, int):
-                yield f"{self.path}, {what}", partial(self._check_tree, owner)
-                continue
-
-            def check(
-                stored: Bytes, encoding: str = owner.encoding, item: Item = owner.item
-            ) -> None:
-                encoding_of(encoding).verify(stored, item, dictionaries, threads)
-
-            for expert in range(count):
-                if isinstance(owner, TensorEntry):
-                    yield self._where(owner, expert if owner.stack else None), check
-                else:
-                    yield f"{self.path}, {what}", check
-
-    def _tensor(self, name: str) -> TensorEntry:
-        try:
-            return self._index.tensors[name]
-        except KeyError:
+    def _find(self, name: str, expert: int | None = None) -> tuple[Shard, TensorEntry]:
+        """Where a tensor is; ``expert`` is given for a stack, and only then."""
+        if name not in self._home:
+            raise self._not_found(f"tensor {name!r}", "look at .tensors")
+        entry = self.tensors[name]
+        if entry.stack and expert is None:
             raise QMoEError(
-                "not-found", f"{self.path} has no tensor {name!r}: look at .tensors"
-            ) from None
-
-    def _expert(self, entry: TensorEntry, expert: int) -> int:
-        """The number of an expert's extent."""
-        if not entry.stack:
-            raise QMoEError("argument", f"{entry.name!r} is not a stack: read it with read")
-        if not 0 <= expert < entry.extent_count:
-            raise QMoEError(
-                "not-found",
-                f"stack {entry.name!r} has no expert {expert}: it has {entry.extent_count}",
+                "argument",
+                f"{self.path}: tensor {name!r} is a stack of experts",
+                "say which expert to read (read_expert)",
             )
-        return entry.extent + expert
-
-    def _where(self, entry: TensorEntry, expert: int | None = None) -> str:
-        of_stack = "" if expert is None else f", expert {expert}"
-        return f"{self.path}, tensor {entry.name!r}{of_stack}"
-
-    def _bounds(self, extent: int) -> tuple[int, int]:
-        return int(self._table.offsets[extent]), int(self._table.lengths[extent])
-
-    def _extent(self, extent: int) -> Bytes:
-        """An extent's bytes, checked when they are used the first time. [F-6]"""
-        if not self._checked[extent]:
-            self._check_crc(extent)
-            self._checked[extent] = True
-        return self._source.view(*self._bounds(extent))
-
-    def _check_crc(self, extent: int, report: Progress | None = None) -> None:
-        offset, length = self._bounds(extent)
-        crc32 = 0
-        for start in range(0, length, _STRIDE):
-            part = min(_STRIDE, length - start)
-            crc32 = zlib.crc32(self._source.view(offset + start, part).data, crc32)
-            if report:
-                report(offset + start + part, self.file_length)
-        if crc32 != self._table.crc32[extent]:
-            raise QMoEError("checksum", f"extent {extent} does not have its checksum")
-
-    def _tree(self, number: int) -> Dictionary:
-        """Dictionary ``number``, parsed once. Raises ``QMoEError`` that does not say which."""
-        if (tree := self._trees.get(number)) is None:
-            stored = self._extent(self._index.dictionaries[number].extent)
-            tree = self._trees[number] = self._parse_tree(number, stored)
-        return tree
-
-    def _check_tree(self, number: int, stored: Bytes) -> None:
-        self._trees[number] = self._parse_tree(number, stored)
-
-    def _parse_tree(self, number: int, stored: Bytes) -> Dictionary:
-        entry = self._index.dictionaries[number]
-        bits = encoding_of(entry.encoding).decode(stored, entry.item, self._plain())
-        tree = _parse_dictionary(entry.width, entry.signs, bits.tobytes())
-        if (tree.max_length, tree.max_nonzeros) != (entry.max_length, entry.max_nonzeros):  # [D-1]
+        if expert is not None and not entry.stack:
             raise QMoEError(
-                "malformed",
-                f"the entries have up to {tree.max_length} weights, {tree.max_nonzeros} non-zeros, "
-                f"the index says {entry.max_length} and {entry.max_nonzeros}",
+                "argument",
+                f"{self.path}: tensor {name!r} is not a stack of experts",
+                "read it without an expert's number (read)",
             )
-        return tree
+        if expert is not None and not 0 <= expert < entry.extent_count:
+            raise self._not_found(
+                f"expert {expert} in {name!r}", f"give a number below {entry.extent_count}"
+            )
+        return self._home[name], entry
 
-    def _plain(self) -> Dictionaries:
-        return _Dictionaries(self, complete=False)
-
-
-class _Dictionaries(Sequence["Dictionary"]):
-    """A file's dictionaries; ``complete`` errors say which one it was."""
-
-    def __init__(self, file: QMoEFile, complete: bool = True) -> None:
-        self._file = file
-        self._complete = complete
-
-    def __len__(self) -> int:
-        return len(self._file._index.dictionaries)
-
-    @overload
-    def __getitem__(self, number: int) -> Dictionary: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Dictionary]: ...
-    def __getitem__(self, number: int | slice) -> Dictionary | list[Dictionary]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
-        if not self._complete:
-            return self._file._tree(number)
-        with located(f"{self._file.path}, dictionary {number}"):
-            return self._file._tree(number)
+    def _not_found(self, what: str, advice: str) -> QMoEError:
+        return QMoEError("not-found", f"{self.path}: there is no {what}", advice)
 
 
-@lru_cache(maxsize=64)
-def _parse_dictionary(width: int, signs: str, tree: bytes) -> Dictionary:
-    """Few dictionaries serve many files: walking a tree costs more than all else in opening one."""
-    return codec.Dictionary.from_tree(width, signs, tree)
+def _read_list(source: FileSource) -> list[ListedShard] | None:
+    """The shards that a text file names; None if it is another file. [S-1]"""
+    head = source.view(0, min(len(BEGINNING), source.length)).tobytes()
+    if head != BEGINNING:
+        return None
+    limits.check("length of the list of shards", source.length, *limits.INDEX_LENGTH)
+    return parse_shard_list(source.view(0, source.length))
 
 
-def _open(source: ByteSource) -> tuple[Preamble, ExtentTable, Index]:
-    """Everything that is checked when a file is opened. [C-1]"""
-    head = source.view(0, min(PREAMBLE_LENGTH, source.length)).tobytes()
-    preamble = Preamble.parse(head, source.length)
-    offset = preamble.index_offset
-    tail = source.view(offset, source.length - offset)
-    if zlib.crc32(tail.data) != preamble.index_crc32:  # [P-9]
-        raise QMoEError("checksum", "the index does not have its checksum")
-    text, rest = preamble.index_length, preamble.table_offset - offset
-    if tail[text:rest].any():  # [F-2]
-        raise QMoEError("padding", "bytes after the JSON text are not zero")
-    table = ExtentTable.parse(tail[rest:], offset)
-    return preamble, table, parse_index(tail[:text], table.lengths)
+def _open_listed(path: str, shard: ListedShard, memory_map: bool) -> FileSource:
+    """The bytes of a shard, if they are those that the text file at ``path`` means. [S-2]"""
+    try:
+        source = FileSource(Path(path).with_name(shard.file), memory_map=memory_map)
+    except QMoEError as error:
+        if error.code != "not-found":
+            raise
+        raise QMoEError("truncated", f"shard {shard.file!r} is missing") from error
+    with ExitStack() as opened:
+        opened.callback(source.close)
+        crc32 = b""
+        if source.length >= PREAMBLE_LENGTH:
+            crc32 = source.view(PREAMBLE_LENGTH - 4, 4).tobytes()
+        if (source.length, int.from_bytes(crc32, "little")) != (shard.bytes, shard.preamble_crc32):
+            raise QMoEError("checksum", f"shard {shard.file!r} is not the listed file")
+        opened.pop_all()
+    return source
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def _merge(parts: Sequence[Mapping[str, Any]], what: str) -> Mapping[str, Any]:
+    """The entries of all shards, in the order of their names."""
+    if len(parts) == 1:
+        return parts[0]
+    check_unique((name for part in parts for name in part), what)  # [S-3]
+    merged = {name: entry for part in parts for name, entry in part.items()}
+    return MappingProxyType(dict(sorted(merged.items())))

@@ -11,6 +11,8 @@ import json
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ import numpy.typing as npt
 
 from qmoe_format import QMoEError, QMoEFile, Writer
 from qmoe_format.codec import EncodedMatrix, encode_matrix
-from qmoe_format.container.byte_source import BytesSource
 
 SIGNATURE = b"\x8fQMOE\r\n\x1a"
 PREAMBLE = "<8sHHIIIQQQI8s"
@@ -124,9 +125,19 @@ def take_apart(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
     return json.loads(data[offset : offset + text]), extents
 
 
+@contextmanager
+def opened(data: bytes) -> Iterator[QMoEFile]:
+    """A file of these bytes, open."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.qmoe"
+        path.write_bytes(data)
+        with QMoEFile(path) as file:
+            yield file
+
+
 def read_all(data: bytes) -> dict[str, npt.NDArray[Any] | bytes]:
     """Open, read everything, verify."""
-    with QMoEFile(BytesSource(data)) as file:
+    with opened(data) as file:
         found: dict[str, npt.NDArray[Any] | bytes] = {}
         for name, entry in file.tensors.items():
             if entry.stack:
@@ -143,7 +154,7 @@ def read_all(data: bytes) -> dict[str, npt.NDArray[Any] | bytes]:
 def code_of(data: bytes) -> str | None:
     """What is wrong with a file, or None. Another exception than ``QMoEError`` passes through."""
     try:
-        with QMoEFile(BytesSource(data)) as file:
+        with opened(data) as file:
             file.verify()
     except QMoEError as error:
         return error.code
@@ -153,7 +164,8 @@ def code_of(data: bytes) -> str | None:
 def code_at_opening(data: bytes) -> str | None:
     """What is found without looking at an extent."""
     try:
-        QMoEFile(BytesSource(data))
+        with opened(data):
+            pass
     except QMoEError as error:
         return error.code
     return None

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from qmoe_format import QMoEError, QMoEFile
-from qmoe_format.container.byte_source import BytesSource
+from qmoe_format import QMoEError
 from tests.container.files import (
     align,
     assemble,
     code_at_opening,
     code_of,
     index_of,
+    opened,
     read_all,
     take_apart,
     tensor,
@@ -34,7 +34,7 @@ def code_of_zstd(frame: bytes, size: int = 100) -> str | None:
     assert code_at_opening(data) is None
     code = code_of(data)
     # Reading finds what verification finds.
-    with QMoEFile(BytesSource(data)) as file:
+    with opened(data) as file:
         if code is None:
             assert file.read("t").nbytes == size
         else:
@@ -211,7 +211,7 @@ def code_of_extent(change: Callable[[bytearray], Any], **keys: Any) -> str | Non
     assert code_at_opening(data) is None
     code = code_of(data)
     # Reading finds what verification finds.
-    with QMoEFile(BytesSource(data)) as file:
+    with opened(data) as file:
         if code is None:
             file.read("w")
         else:
@@ -346,11 +346,11 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
     """[E-8]; the segments are not looked at before"""
 
     def message(data: bytes) -> str:
-        with pytest.raises(QMoEError) as caught, QMoEFile(BytesSource(data)) as file:
+        with pytest.raises(QMoEError) as caught, opened(data) as file:
             file.encoded("w")
         return f"{caught.value.code}: {caught.value}"
 
-    with QMoEFile(BytesSource(rebuilt(7, "B", [0, 1, 255], 3, 50))) as file:
+    with opened(rebuilt(7, "B", [0, 1, 255], 3, 50)) as file:
         assert file.encoded("w").trits.lengths.tolist() == [0, 1, 255]
     for data in (
         rebuilt(6, "B", [1, 2, 3], 3, 50),
@@ -360,18 +360,19 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
         rebuilt(1, "B", [], 0, 50),
         rebuilt(0, "H", [], 0, 50),
     ):
-        assert message(data).startswith("malformed: the lengths of segments are not")
+        assert "malformed" in message(data)
+        assert "shortest form" in message(data)
     index, extents = take_apart(rebuilt(0, "B", [], 0, 50))
     extents[0] = extents[0][:8] + b"\3" + extents[0][9:]  # of which there are none
-    assert message(assemble(index, extents)).startswith("malformed: lengths are of 3 bytes")
-    with QMoEFile(BytesSource(rebuilt(7, "H", [0, 1, 256], 3, 50))) as file:
+    assert "lengths have 3 bytes" in message(assemble(index, extents))
+    with opened(rebuilt(7, "H", [0, 1, 256], 3, 50)) as file:
         assert file.encoded("w").trits.lengths.dtype == np.uint16
 
 
 def test_a_segment_too_short_for_the_row_is_found_before_anything_is_decoded() -> None:
     """[E-6]: 1020 columns need 4 codewords, 1021 need 5"""
     for columns, base, expected in ((1020, 4, None), (1021, 4, "malformed"), (1021, 5, None)):
-        with QMoEFile(BytesSource(rebuilt(base, "B", [0], 1, columns))) as file:
+        with opened(rebuilt(base, "B", [0], 1, columns)) as file:
             if expected is None:
                 file.encoded("w")
                 continue
@@ -402,7 +403,7 @@ def test_reading_a_tensor_of_an_unknown_type(encoding: str) -> None:
     if encoding != "ternary-dict":
         record = tensor(name="w", dtype="F4", encoding=encoding)
     data = assemble({**index, "tensors": [record]}, extents)
-    with QMoEFile(BytesSource(data)) as file:
+    with opened(data) as file:
         for call in (lambda: file.read("w"), file.verify):
             with pytest.raises(QMoEError, match="'F4' is unknown") as caught:
                 call()
@@ -433,7 +434,7 @@ def test_dictionaries(
 ) -> None:
     """The code of each defect of a tree is the codec's to test; here, that it is looked at."""
     index, extents, _ = ternary(3, 20)
-    with QMoEFile(BytesSource(assemble(index, extents))) as file:
+    with opened(assemble(index, extents)) as file:
         tree = file.dictionaries[0].tree
     extents[1] = change(tree) if change else tree
     record = index["dictionaries"][0] | {"bytes": len(extents[1]), "encoding": "raw"} | keys
@@ -448,8 +449,7 @@ def test_a_dictionary_that_no_matrix_uses_is_verified_too() -> None:
         {**index, "dictionaries": [*index["dictionaries"], second]}, [*extents, extents[1]]
     )
     assert code_of(data) == "malformed"
-    with QMoEFile(BytesSource(data)) as file:
+    with opened(data) as file:
         file.read("w")
-        assert file.dictionaries[0].width == 8
         with pytest.raises(QMoEError, match="dictionary 1"):
-            file.dictionaries[-1]
+            _ = file.dictionaries

@@ -241,9 +241,19 @@ def test_attachments(keys: dict[str, Any], expected: str | None) -> None:
     assert code_at_opening(assemble(index_of(attachments=[record]), [b"ab"])) == expected
 
 
-def test_an_attachment_of_an_unknown_encoding() -> None:
-    record = {"bytes": 2, "encoding": "new", "extent": 0, "name": "a"}
-    data = assemble(index_of(attachments=[record]), [b"ab"])
+@pytest.mark.parametrize("encoding", ["new", "ternary-dict"])
+def test_an_attachment_of_an_unknown_encoding(encoding: str) -> None:
+    """[T-4]; ``ternary-dict`` is for tensors only."""
+    record = {"bytes": 64, "encoding": encoding, "extent": 0, "name": "a"}
+    data = assemble(index_of(attachments=[record]), [bytes(64)])
+    assert code_at_opening(data) is None
+    assert code_of(data) == "unsupported"
+
+
+@pytest.mark.parametrize("encoding", ["new", "ternary-dict"])
+def test_a_dictionary_of_an_unknown_encoding(encoding: str) -> None:
+    """[T-4]"""
+    data = assemble(index_of(dictionaries=[DICTIONARY | {"encoding": encoding}]), [bytes(64)])
     assert code_at_opening(data) is None
     assert code_of(data) == "unsupported"
 

@@ -1,13 +1,12 @@
 """The registry of encodings (SPEC.md sections 4, 5 and 7).
 
 An encoding is one class in one module: it turns what one extent holds (a tensor, or one expert of a
-stack) into bytes and back. To add one, write the class and list it in ``ENCODINGS``; the container
-stays as it is.
+stack) into bytes and back. To add one, write the class and list it in ``ENCODINGS``.
 """
 
 from __future__ import annotations
 
-from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, Summary
 from qmoe_format.container.encodings.raw import Raw
 from qmoe_format.container.encodings.ternary_dict import TernaryDict
 from qmoe_format.container.encodings.zstd import Zstd
@@ -23,15 +22,20 @@ __all__ = [
     "RAW",
     "TERNARY_DICT",
     "ZSTD",
-    "Dictionaries",
     "Encoding",
+    "GetDictionary",
     "Sink",
+    "Summary",
     "encoding_of",
 ]
 
 
 def encoding_of(name: str) -> Encoding:
-    """The encoding of this name; raises ``QMoEError("unsupported")`` if it is unknown. [T-4]"""
+    """The encoding of this name. [T-4]
+
+    Raises:
+        QMoEError: ``unsupported`` if it is unknown.
+    """
     try:
         return ENCODINGS[name]
     except KeyError:

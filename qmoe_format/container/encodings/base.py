@@ -1,10 +1,10 @@
-"""What every encoding is: ``Encoding``, and the two things that the container lends it."""
+"""What every encoding is, and what the container lends it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,10 @@ from qmoe_format.dtypes import STORAGE, Bytes
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
-    from qmoe_format.codec import Dictionary, EncodedMatrix
+    from qmoe_format.codec import Dictionary
 
-
-class Dictionaries(Protocol):
-    """A file's dictionaries by number, read when first asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Dictionary: ...
+GetDictionary: TypeAlias = "Callable[[int], Dictionary]"
+"""A file's dictionary of this number, read when first asked for; ``malformed`` if there is none."""
 
 
 class Sink(Protocol):
@@ -36,69 +31,115 @@ class Sink(Protocol):
         """Append."""
 
     def restart(self) -> None:
-        """Forget what was written of this extent."""
+        """Discard what was written of this extent."""
 
     def dictionary_number(self, dictionary: Dictionary) -> int:
         """The number of this dictionary in the file; it is added if it is new."""
 
 
+class Summary(NamedTuple):
+    """What the headers of extents tell.
+
+    Attributes:
+        payload_bytes: bytes that hold weights: not scales, lengths or headers.
+        nonzeros: how many weights are not zero, or None if the encoding does not tell.
+    """
+
+    payload_bytes: int
+    nonzeros: int | None
+
+
 class Encoding(ABC):
     """One way to store a tensor, or an expert of a stack, in an extent.
 
-    ``name`` stands in the index, ``defaults`` has the further keys of a tensor's entry with the
-    values they have where nothing else says so.
+    A value to be stored, or one in its stored form, is an array in storage form (BF16 as uint16) or
+    another object with a ``shape``, such as an ``EncodedMatrix``.
+
+    Attributes:
+        name: what the index calls it.
+        defaults: the further keys of a tensor's entry, with their default values. An encoding that
+            has any is for tensors only.
+        header_bytes: bytes at the beginning of an extent that ``summarize`` reads; 0: none.
+        multipliable: whether ``codec`` and ``gpu`` multiply by what ``encoded`` returns.
+        raw_if_larger: whether a writer stores ``raw`` instead where this saves nothing.
     """
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Parameter]] = {}
+    header_bytes: ClassVar[int] = 0
+    multipliable: ClassVar[bool] = False
+    raw_if_larger: ClassVar[bool] = False
 
     def check_entry(self, item: Item) -> None:  # noqa: B027 -- most have nothing to check
         """Check dtype, shape and parameters when a file is opened or a tensor is begun.
 
-        The parameters' keys and kinds are right already. Raises ``QMoEError``: ``limit``,
-        ``malformed``, ``unsupported``.
+        The parameters' keys and kinds are right already.
+
+        Raises:
+            QMoEError: ``limit``, ``malformed``, ``unsupported``.
+        """
+
+    def check_length(self, length: int, item: Item) -> None:  # noqa: B027
+        """Check an attachment's extent by its ``length`` in bytes, when a file is opened. [A-2]
+
+        Raises:
+            QMoEError: ``malformed``.
         """
 
     @abstractmethod
     def decode(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> npt.NDArray[Any]:
-        """The array, in storage form (BF16 as uint16), of an extent's bytes; it may be a view.
+        """The array, in storage form, that an extent's bytes stand for; it may be a view of them.
 
-        Raises ``QMoEError`` with the codes of the encoding's section; nothing is allocated before
-        the lengths have been compared with ``stored``.
+        Nothing is allocated before the lengths have been compared with ``stored``.
+
+        Raises:
+            QMoEError: with the codes of the encoding's section in SPEC.md.
         """
 
+    def encoded(self, stored: Bytes, item: Item, dictionary: GetDictionary) -> Any:
+        """The value in its stored form, which ``encode`` takes; by default the decoded array."""
+        return self.decode(stored, item, dictionary)
+
     def verify(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> None:
         """Check everything that can be checked; by default by decoding."""
-        self.decode(stored, item, dictionaries, threads)
+        self.decode(stored, item, dictionary, threads)
 
-    def parameters_of(self, value: npt.NDArray[Any] | EncodedMatrix) -> dict[str, Parameter]:
-        """The further keys that a value to be stored asks for."""
+    def summarize(self, header: bytes) -> Summary:
+        """What the first ``header_bytes`` of an extent tell; nothing has been checked."""
+        raise NotImplementedError(f"{self.name} has no header")
+
+    def parameters_of(self, value: Any) -> dict[str, Parameter]:
+        """The further keys of the entry of a tensor that has this value."""
         return {}
 
-    def check_value(self, value: npt.NDArray[Any] | EncodedMatrix, item: Item) -> None:
-        """Raise ``QMoEError("argument")`` unless ``value`` can be stored as ``item``."""
-        check_array(value, item)
+    def check_value(self, value: Any, item: Item) -> None:
+        """Refuse a value that cannot be stored as ``item``.
+
+        Raises:
+            QMoEError: ``argument``.
+        """
+        expected = STORAGE[item.dtype]
+        if not isinstance(value, np.ndarray):
+            raise QMoEError(
+                "argument",
+                f"{self.name} cannot store a value of type {type(value).__name__}",
+                "give a numpy array",
+            )
+        if value.shape != item.shape or value.dtype != expected:
+            raise QMoEError(
+                "argument",
+                f"the array is {value.dtype} {list(value.shape)}, "
+                f"not {expected} {list(item.shape)} (for {item.dtype})",
+                "give an array of the declared shape and type",
+            )
 
     @abstractmethod
     def encode(self, value: Any, item: Item, sink: Sink) -> None:
         """Write the extent of a value that ``check_value`` has passed."""
-
-
-def check_array(value: object, item: Item) -> None:
-    """Raise ``QMoEError("argument")`` unless ``value`` is an array of the item's shape and type."""
-    expected = STORAGE[item.dtype]
-    if not isinstance(value, np.ndarray):
-        raise QMoEError("argument", f"a {type(value).__name__} was given, not a numpy array")
-    if value.shape != item.shape or value.dtype != expected:
-        raise QMoEError(
-            "argument",
-            f"the array is {value.dtype} {list(value.shape)}, "
-            f"{item.dtype} {list(item.shape)} needs {expected} {list(item.shape)}",
-        )
 
 
 def as_array(data: Bytes, item: Item) -> npt.NDArray[Any]:

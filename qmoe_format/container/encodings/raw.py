@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink, as_array, as_bytes
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, as_array, as_bytes
 from qmoe_format.container.entries import Item
 from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
@@ -17,11 +17,14 @@ class Raw(Encoding):
 
     name = "raw"
 
+    def check_length(self, length: int, item: Item) -> None:
+        if length != item.size:
+            raise QMoEError("malformed", f"{length} bytes are stored, not {item.size}")
+
     def decode(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> npt.NDArray[Any]:
-        if stored.size != item.size:
-            raise QMoEError("malformed", f"{stored.size} bytes are stored, {item.size} are needed")
+        self.check_length(stored.size, item)
         return as_array(stored, item)
 
     def encode(self, value: npt.NDArray[Any], item: Item, sink: Sink) -> None:

@@ -1,7 +1,7 @@
 """Encoding ``ternary-dict``: the extent of a ternary matrix (SPEC.md section 7.1).
 
-The extent is nothing but the arrays of an ``EncodedMatrix`` one after the other, so decoding its
-frame copies nothing; the codec knows what the segments mean.
+The extent is the arrays of an ``EncodedMatrix`` one after the other, so ``encoded`` copies nothing;
+the codec knows what the segments mean.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qmoe_format import codec
 from qmoe_format.codec.dictionary import SIGN_MODES
 from qmoe_format.codec.segments import BLOCK, GUARD
 from qmoe_format.container import limits
-from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink
-from qmoe_format.container.entries import Item
-from qmoe_format.container.preamble import align
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, Summary
+from qmoe_format.container.entries import Item, Parameter
+from qmoe_format.container.extent_table import align
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, Bytes, from_float32
 from qmoe_format.errors import QMoEError
 
@@ -30,17 +30,12 @@ DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
 _HEADER = struct.Struct("<IIB7sQQ")
-HEADER_LENGTH = _HEADER.size
-_LENGTHS: dict[int, np.dtype[Any]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("<u2"),
-    4: np.dtype("<u4"),
-}
+_LENGTH_WIDTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sections:
-    """Where the sections are in an extent: (first byte, byte after the last) of each."""
+    """Where the sections of an extent are: (first byte, byte after the last) of each."""
 
     row_scale: tuple[int, int]
     column_scale: tuple[int, int]
@@ -50,12 +45,12 @@ class _Sections:
 
     @property
     def end(self) -> int:
-        """The extent's length, guard and all."""
+        """The extent's length, including the guard."""
         return align(self.segments[1] + GUARD, _ALIGNMENT)
 
     @classmethod
     def of(cls, item: Item, length_width: int, segment_bytes: int) -> _Sections:
-        """From numbers alone; Python's integers do not wrap around. [N-2]"""
+        """Lay out a matrix's extent; Python's integers do not wrap around. [N-2]"""
         rows, columns = item.shape
         scale = STORAGE[str(item.parameters["scale_dtype"])].itemsize
         values = 1 if item.parameters["symmetric"] else 2
@@ -87,15 +82,15 @@ class TernaryDict(Encoding):
         "symmetric": False,
         "width": codec.PROFILES["fast"].width,
     }
+    header_bytes = _HEADER.size
+    multipliable = True
 
     def check_entry(self, item: Item) -> None:
         p = item.parameters
         if item.dtype not in DTYPES and item.dtype in STORAGE:  # [E-3]
-            raise QMoEError("malformed", f"a ternary matrix cannot be of type {item.dtype}")
+            raise QMoEError("malformed", f"a ternary matrix cannot be {item.dtype}")
         if len(item.shape) != 2:  # [E-3]
-            raise QMoEError(
-                "malformed", f"a ternary matrix has {len(item.shape)} dimensions, not 2"
-            )
+            raise QMoEError("malformed", f"a matrix has 2 dimensions, not {len(item.shape)}")
         for side in item.shape:
             limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
         limits.check("group_size", int(p["group_size"]), 0, limits.GROUP_SIZE)
@@ -106,43 +101,42 @@ class TernaryDict(Encoding):
         if p["scale_dtype"] not in SCALE_DTYPES:
             raise QMoEError("malformed", f"scales cannot be of type {p['scale_dtype']!r}")
 
-    def matrix(self, stored: Bytes, item: Item, dictionaries: Dictionaries) -> EncodedMatrix:
-        """The extent as an encoded matrix of views; everything but the segments is checked.
+    def encoded(self, stored: Bytes, item: Item, dictionary: GetDictionary) -> EncodedMatrix:
+        """The extent as a matrix of views; everything but the segments is checked.
 
-        Raises ``QMoEError``: ``malformed``, ``padding``, ``limit``, ``value``.
+        Raises:
+            QMoEError: ``malformed``, ``padding``, ``limit``, ``value``.
         """
         if stored.size < _HEADER.size:  # [E-4]
-            raise QMoEError("malformed", f"{stored.size} bytes have no room for a header")
+            raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
         number, base, length_width, zeros, nonzeros, segment_bytes = _HEADER.unpack_from(
             stored.data
         )
         rows, columns = item.shape
         limits.check("segment_bytes", segment_bytes, 0, limits.SEGMENT_BYTES)  # [E-4]
-        if length_width not in _LENGTHS:  # [E-4]
-            raise QMoEError("malformed", f"lengths are of {length_width} bytes, not 1, 2 or 4")
+        if length_width not in _LENGTH_WIDTHS:  # [E-4]
+            raise QMoEError("malformed", f"lengths have {length_width} bytes each, not 1, 2 or 4")
         sections = _Sections.of(item, length_width, segment_bytes)
         if stored.size != sections.end:  # [E-4] [N-3]
             raise QMoEError(
-                "malformed", f"{stored.size} bytes are stored, the header needs {sections.end}"
+                "malformed", f"{stored.size} bytes are stored, the header describes {sections.end}"
             )
         _check_padding(stored, zeros, sections)
 
         def section(bounds: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
             return stored[slice(*bounds)].view(dtype)
 
-        lengths = section(sections.lengths, _LENGTHS[length_width])
+        lengths = section(sections.lengths, np.dtype(f"<u{length_width}"))
         block_offsets = section(sections.block_offsets, np.dtype("<u4"))
         _check_lengths(lengths, base, block_offsets, segment_bytes)
         _check_room(item, lengths, base)
         width = int(item.parameters["width"])
-        if number >= len(dictionaries):  # [E-1]
-            raise QMoEError("malformed", f"there is no dictionary {number}")
-        dictionary = dictionaries[number]
-        if dictionary.width != width or dictionary.signs != item.parameters["signs"]:  # [E-1]
+        tree = dictionary(number)
+        if (tree.width, tree.signs) != (width, item.parameters["signs"]):  # [E-1]
             raise QMoEError(
                 "malformed",
-                f"dictionary {number} has width {dictionary.width} and signs {dictionary.signs!r}, "
-                "the index says otherwise",
+                f"dictionary {number} has width {tree.width} and signs {tree.signs!r}, unlike the "
+                "tensor's entry in the index",
             )
         scale_dtype = str(item.parameters["scale_dtype"])
         values = 1 if item.parameters["symmetric"] else 2
@@ -153,7 +147,7 @@ class TernaryDict(Encoding):
                 rows=rows,
                 columns=columns,
                 rows_per_segment=int(item.parameters["rows_per_segment"]),
-                dictionary=dictionary,
+                dictionary=tree,
                 nonzeros=nonzeros,
                 length_base=base,
                 lengths=lengths,
@@ -168,30 +162,32 @@ class TernaryDict(Encoding):
         )
 
     def decode(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> npt.NDArray[Any]:
-        matrix = self._of_known_type(stored, item, dictionaries)
+        matrix = self._of_known_type(stored, item, dictionary)
         if not item.elements:
-            # Without a row, a matrix of a few bytes may have 2^31 groups of columns to go through.
+            # A matrix of 0 rows, in a few bytes, may have 2^31 groups of columns: do not walk them.
             codec.decode(matrix.trits, threads=threads)
             return np.empty(item.shape, STORAGE[item.dtype])
         return from_float32(codec.dequantize(matrix, threads), item.dtype)  # [V-3]
 
     def verify(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> None:
-        matrix = self._of_known_type(stored, item, dictionaries)
+        matrix = self._of_known_type(stored, item, dictionary)
         codec.decode(matrix.trits, threads=threads)
 
-    def _of_known_type(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries
-    ) -> EncodedMatrix:
-        """``matrix``; ``unsupported`` if this version cannot make elements of its type."""
+    def _of_known_type(self, stored: Bytes, item: Item, dictionary: GetDictionary) -> EncodedMatrix:
+        """``encoded``, of an element type that can be decoded to."""
         if item.dtype not in STORAGE:  # [T-4]
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
-        return self.matrix(stored, item, dictionaries)
+        return self.encoded(stored, item, dictionary)
 
-    def parameters_of(self, value: npt.NDArray[Any] | EncodedMatrix) -> dict[str, Any]:
+    def summarize(self, header: bytes) -> Summary:
+        *_, nonzeros, segment_bytes = _HEADER.unpack(header)
+        return Summary(segment_bytes, nonzeros)
+
+    def parameters_of(self, value: Any) -> dict[str, Parameter]:
         if not isinstance(value, codec.EncodedMatrix):
             return {}
         return {
@@ -204,20 +200,24 @@ class TernaryDict(Encoding):
             "width": value.dictionary.width,
         }
 
-    def check_value(self, value: npt.NDArray[Any] | EncodedMatrix, item: Item) -> None:
+    def check_value(self, value: Any, item: Item) -> None:
         if not isinstance(value, codec.EncodedMatrix):
             raise QMoEError(
-                "argument", f"a {type(value).__name__} was given, ternary-dict stores EncodedMatrix"
-            )
-        if (value.rows, value.columns) != item.shape:
-            raise QMoEError(
                 "argument",
-                f"the matrix is {value.rows} x {value.columns}, the entry says {list(item.shape)}",
+                f"{self.name} cannot store a value of type {type(value).__name__}",
+                "give an EncodedMatrix (codec.encode_matrix)",
             )
-        for key, asked in self.parameters_of(value).items():
-            if item.parameters[key] != asked:
+        advice = "give a matrix of the declared form, or declare another one"
+        if value.shape != item.shape:
+            raise QMoEError(
+                "argument", f"the matrix is {list(value.shape)}, not {list(item.shape)}", advice
+            )
+        for key, actual in self.parameters_of(value).items():
+            if item.parameters[key] != actual:
                 raise QMoEError(
-                    "argument", f"{key} of the matrix is {asked}, not {item.parameters[key]}"
+                    "argument",
+                    f"{key} of the matrix is {actual}, not {item.parameters[key]}",
+                    advice,
                 )
 
     def encode(self, value: EncodedMatrix, item: Item, sink: Sink) -> None:
@@ -242,19 +242,13 @@ class TernaryDict(Encoding):
 
 
 def _groups(item: Item) -> int:
-    """G, the number of groups of columns with scales of their own. [E-2]"""
+    """G, the number of column groups. [E-2]"""
     size = int(item.parameters["group_size"])
     return -(-item.shape[1] // size) if size else 1
 
 
-def counts(header: bytes) -> tuple[int, int]:
-    """(segment bytes, non-zero trits) that an extent's header tells."""
-    *_, nonzeros, segment_bytes = _HEADER.unpack(header)
-    return segment_bytes, nonzeros
-
-
 def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
-    """Bytes of a matrix's extent, guard and all, as its header's numbers make it."""
+    """Bytes of the extent of a matrix with these numbers in its header, including the guard."""
     return _Sections.of(item, length_width, segment_bytes).end
 
 
@@ -264,7 +258,7 @@ def _segments(item: Item) -> int:
 
 
 def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
-    """A codeword has at most 255 weights, so a segment has so and so many bytes. [E-6]"""
+    """A codeword has at most 255 weights, which bounds a segment's bytes from below. [E-6]"""
     rows, columns = item.shape
     together = int(item.parameters["rows_per_segment"])
     width = int(item.parameters["width"])
@@ -302,11 +296,11 @@ def _check_lengths(
     spread = int(lengths.max()) if count else 0
     narrowest = 1 if spread < 1 << 8 else 2 if spread < 1 << 16 else 4
     if lengths.itemsize != narrowest or (int(lengths.min()) if count else base):  # [E-8]
-        raise QMoEError("malformed", "the lengths of segments are not stored in the shortest form")
+        raise QMoEError("malformed", "segment lengths are not stored in the shortest form")
     total = int(lengths.sum(dtype=np.uint64)) + count * base
     if total != segment_bytes:  # [E-5]
         raise QMoEError(
-            "malformed", f"segments come to {total} bytes, the header says {segment_bytes}"
+            "malformed", f"the segments have {total} bytes, the header says {segment_bytes}"
         )
     if count:
         # No sum can wrap around: all are at most the total.
@@ -314,4 +308,4 @@ def _check_lengths(
         expected = np.zeros(offsets.size, np.int64)
         np.cumsum(blocks + BLOCK * base, out=expected[1:])
         if not np.array_equal(expected, offsets):  # [E-5]
-            raise QMoEError("malformed", "the offset of a block of segments is not where it begins")
+            raise QMoEError("malformed", "the offset of a block of segments is wrong")

@@ -9,18 +9,20 @@ import numpy.typing as npt
 import zstandard
 
 from qmoe_format.container import limits
-from qmoe_format.container.encodings.base import Dictionaries, Encoding, Sink, as_array, as_bytes
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, as_array, as_bytes
 from qmoe_format.container.entries import Item
 from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
 
+# With other values of the next three numbers the same tensor becomes other bytes.
+#
 # On shuffled bf16 weights level 1 is the fastest and the smallest: it entropy-codes the exponents
-# and does not look long for matches that are not there. Weights of a small Mixtral, one core,
+# and does not search long for matches that are not there. Weights of a small Mixtral, one core,
 # zstd 1.5.7: level 1 gives 0.686 of the size at 230 MB/s, 3 0.714 at 136, 9 0.702 at 24, 19 0.688
 # at 1.
 LEVEL = 1
-_CHUNK = 1 << 20  # elements shuffled at a time: what a compression needs beyond its input
-# A block for every 2 KiB keeps the frame of the dullest content above 1/512 of it, see [Z-2].
+_CHUNK = 1 << 20  # elements shuffled at a time: the memory needed beyond the input
+# A block for every 2 KiB keeps the frame of all zeros above 1/512 of its content, see [Z-2].
 _SMALL_BLOCK = 2048
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _HEADER = 18  # bytes of the longest frame header
@@ -30,9 +32,10 @@ class Zstd(Encoding):
     """Byte 0 of all elements, then byte 1 and so on, in one frame."""
 
     name = "zstd"
+    raw_if_larger = True
 
     def decode(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> npt.NDArray[Any]:
         size = item.size
         _check_frame(stored, size)
@@ -47,7 +50,7 @@ class Zstd(Encoding):
         return as_array(out.reshape(-1), item)
 
     def verify(
-        self, stored: Bytes, item: Item, dictionaries: Dictionaries, threads: int = 1
+        self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> None:
         _check_frame(stored, item.size)
         _decompress(stored, item.size)
@@ -61,14 +64,14 @@ class Zstd(Encoding):
 
 
 def _check_frame(stored: Bytes, size: int) -> None:
-    """Read the frame's header: [Z-1] and [Z-2], before anything is allocated. [N-3]
+    """Check the frame's header before anything is allocated: [Z-1], [Z-2], [N-3].
 
-    RFC 8878, section 3.1.1.1, by hand: the library calls a great window an error like any other.
-    A header that is cut off or has a reserved bit set is for the library to find.
+    RFC 8878, section 3.1.1.1, parsed here because the library does not tell a window that is too
+    large from other errors. The library finds a header that is cut off or has a reserved bit set.
     """
     head = stored[:_HEADER].tobytes()
     if head[:4] != _MAGIC or len(head) < 6:
-        raise QMoEError("malformed", "there is no Zstandard frame")
+        raise QMoEError("malformed", "the extent does not begin with a Zstandard frame")
     descriptor = head[4]
     single_segment = bool(descriptor & 0x20)
     dictionary_bytes = (0, 1, 2, 4)[descriptor & 3]
@@ -76,7 +79,7 @@ def _check_frame(stored: Bytes, size: int) -> None:
     dictionary_at = 5 if single_segment else 6
     content_at = dictionary_at + dictionary_bytes
     if not content_bytes:
-        raise QMoEError("malformed", "the Zstandard frame does not say how much it holds")
+        raise QMoEError("malformed", "the Zstandard frame does not give its content size")
     content = int.from_bytes(head[content_at : content_at + content_bytes], "little")
     content += 256 if content_bytes == 2 else 0
     if content != size:
@@ -97,8 +100,8 @@ def _decompress(stored: Bytes, size: int) -> bytes:
     try:
         if size:
             return decompressor.decompress(stored.data, allow_extra_data=False)
-        # The call above believes a frame that says it is empty and does not look further. What
-        # comes out of so few bytes before the check finds it is at most 2 MiB.
+        # The call above does not look into a frame that says it is empty. At most 2 MiB come out of
+        # 64 bytes before the check below sees them.
         stream = decompressor.decompressobj(read_across_frames=False)
         for start in range(0, stored.size, 64):
             if stream.decompress(stored[start : start + 64].data) or stream.unused_data:
@@ -106,12 +109,12 @@ def _decompress(stored: Bytes, size: int) -> bytes:
         if not stream.eof:
             raise QMoEError("malformed", "the Zstandard frame is cut off")  # [Z-3]
     except zstandard.ZstdError as error:  # [Z-1] [Z-3]
-        raise QMoEError("malformed", f"the Zstandard frame is not sound ({error})") from error
+        raise QMoEError("malformed", f"the Zstandard frame is damaged ({error})") from error
     return b""
 
 
 def _compress(data: Bytes, sink: Sink, chunk: int) -> None:
-    """Shuffle and compress ``data`` uint8 [elements, bytes of one], some elements at a time."""
+    """Shuffle and compress ``data`` uint8 [elements, element size], by ``chunk`` elements."""
     small = chunk == _SMALL_BLOCK
     stream = zstandard.ZstdCompressor(
         level=LEVEL, write_content_size=True, write_checksum=False, write_dict_id=False

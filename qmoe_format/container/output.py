@@ -1,0 +1,127 @@
+"""The file or shards of a model being written: all of them appear, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from qmoe_format.atomic_file import PartialFile, sync_folder
+from qmoe_format.container import canonical_json
+from qmoe_format.container.encodings import Encoding
+from qmoe_format.container.entries import Item
+from qmoe_format.container.shard_list import ListedShard, dump_shard_list, shard_name
+from qmoe_format.container.shard_writer import ShardWriter
+from qmoe_format.errors import QMoEError
+
+
+class Output:
+    """Where ``Writer`` writes to.
+
+    Args:
+        target: of the file, or of the text file that names the shards.
+        shard_bytes: begin another shard before a tensor that would make one longer; None: do not.
+        generator: the program that writes.
+
+    Attributes:
+        target: as given.
+        state: whether more can be written, and if not, why.
+    """
+
+    def __init__(self, target: Path, shard_bytes: int | None, generator: str) -> None:
+        self.target = target
+        self.state: Literal["open", "finished", "failed", "aborted"] = "open"
+        self._shard_bytes = shard_bytes
+        self._generator = generator
+        self._shards = [ShardWriter(target)]
+
+    def check_open(self) -> None:
+        """Refuse to go on after the end.
+
+        Raises:
+            QMoEError: ``argument``.
+        """
+        if self.state != "open":
+            raise QMoEError(
+                "argument",
+                f"{self.target}: the writer is not open ({self.state})",
+                "make a new one",
+            )
+
+    @property
+    def shard(self) -> ShardWriter:
+        """The file being written."""
+        return self._shards[-1]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Write something inside; if that fails half-way, everything is discarded."""
+        try:
+            yield
+        except BaseException:
+            self.discard("failed")
+            raise
+
+    def put_first(
+        self, record: dict[str, Any], encoding: Encoding, value: Any, item: Item, extents: int
+    ) -> Encoding:
+        """Write a tensor's first extent, into a new shard if the whole makes this one too long."""
+        shard = self.shard
+        mark = shard.mark()
+        used = shard.put(encoding, value, item)
+        index_bytes = len(canonical_json.dumps(record))
+        if (
+            self._shard_bytes is not None
+            and shard.tensors
+            and shard.expected_length(extents, index_bytes) > self._shard_bytes
+        ):
+            shard.undo(mark)
+            # Closed now: a shard that waits for its name needs no open file.
+            shard.close(self._generator)
+            self._shards.append(ShardWriter(self.target))
+            used = self.shard.put(encoding, value, item)
+        return used
+
+    def finish(self) -> Sequence[Path]:
+        """Complete all files, make them durable and give them their names.
+
+        Returns:
+            The files, first the one to open.
+        """
+        self.shard.close(self._generator)
+        files = self._publish()
+        self.state = "finished"
+        sync_folder(self.target.parent)
+        return files
+
+    def discard(self, state: Literal["failed", "aborted"]) -> None:
+        """Leave nothing behind unless all is finished. Does not raise."""
+        if self.state != "finished":
+            self.state = state
+            for shard in self._shards:
+                shard.partial.discard()
+
+    def _publish(self) -> Sequence[Path]:
+        if len(self._shards) == 1:
+            self.shard.partial.publish()
+            return [self.target]
+        paths = []
+        listed = []
+        for number, shard in enumerate(self._shards, 1):
+            name = shard_name(self.target, number, len(self._shards))
+            listed.append(ListedShard(name, shard.partial.length, shard.preamble_crc32))
+            paths.append(self.target.with_name(name))
+        listing = PartialFile(self.target)
+        try:
+            listing.write(dump_shard_list(listed))
+            listing.seal()
+            for path, shard in zip(paths, self._shards, strict=True):
+                shard.partial.publish(path)
+            # The shards must be durable before the file that names them.
+            sync_folder(self.target.parent)
+            listing.publish()
+        except BaseException:
+            listing.discard()
+            raise
+        return [self.target, *paths]

@@ -1,0 +1,222 @@
+"""Writing one physical file: extents as they come, then the index and the extent table.
+
+Tensors go to the disk as they come. What stays in memory is 12 bytes per extent, the entries of the
+index, and the dictionaries of the stack being written. ``writer`` decides what may be written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from qmoe_format.atomic_file import PartialFile
+from qmoe_format.container import canonical_json, limits
+from qmoe_format.container.encodings import RAW, ZSTD, Encoding
+from qmoe_format.container.entries import Item
+from qmoe_format.container.extent_table import (
+    ALIGNMENT,
+    FIRST_EXTENT,
+    RECORD_LENGTH,
+    ExtentTable,
+    align,
+)
+from qmoe_format.container.index import dump_index
+from qmoe_format.container.preamble import Preamble
+from qmoe_format.errors import QMoEError
+
+if TYPE_CHECKING:
+    from qmoe_format.codec import Dictionary
+
+
+class Mark(NamedTuple):
+    """A state of a file, between two tensors."""
+
+    extents: int
+    end: int
+    dictionaries: int
+
+
+class ShardWriter:
+    """One file being written.
+
+    After an operation that failed, discard ``partial``. All methods raise ``QMoEError``: ``io``,
+    ``limit``.
+
+    Attributes:
+        partial: the file on the disk.
+        tensors: the index's objects so far.
+        preamble_crc32: known after ``close``.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.partial = PartialFile(target)
+        self.tensors: list[dict[str, Any]] = []
+        self.preamble_crc32 = 0
+        self._attachments: list[dict[str, Any]] = []
+        self._dictionaries: list[dict[str, Any]] = []
+        self._lengths = array("Q")
+        self._crc32 = array("I")
+        self._end = FIRST_EXTENT  # of the last extent
+        self._numbers: dict[bytes, int] = {}
+        # A dictionary first used inside a stack waits: a stack's extents are consecutive.
+        self._waiting: list[Dictionary] = []
+        self._index_bytes = 0
+        try:
+            self.partial.write(bytes(FIRST_EXTENT))
+        except BaseException:
+            self.partial.discard()
+            raise
+
+    def put(self, encoding: Encoding, value: Any, item: Item, *, settled: bool = False) -> Encoding:
+        """Write one extent.
+
+        Args:
+            encoding: how.
+            value: what its ``check_value`` has passed.
+            item: what the extent holds.
+            settled: whether the encoding must not be replaced by ``raw`` if that is smaller.
+
+        Returns:
+            The encoding that was used.
+        """
+        self._check_limit("extents", len(self._lengths) + 1, limits.EXTENTS)
+        extent = _Extent(self.partial, self._dictionary_number)
+        encoding.encode(value, item, extent)
+        if encoding.raw_if_larger and not settled and extent.length >= item.size:
+            extent.restart()
+            encoding = RAW
+            encoding.encode(value, item, extent)
+        self._end = self.partial.length
+        self._check_limit("bytes", self._end, limits.INTEGER)
+        self._lengths.append(extent.length)
+        self._crc32.append(extent.crc32)
+        return encoding
+
+    def add_tensor(self, record: dict[str, Any], extents: int) -> None:
+        """Add a tensor to the index, whose extents are the last ones."""
+        first = len(self._lengths) - extents if extents else 0
+        self.tensors.append(record | {"extent": first})
+        self._index_bytes += len(canonical_json.dumps(record)) + 8
+        for dictionary in self._waiting:
+            entry = {
+                **self._put_bytes(dictionary.tree),
+                "max_length": dictionary.max_length,
+                "max_nonzeros": dictionary.max_nonzeros,
+                "signs": dictionary.signs,
+                "width": dictionary.width,
+            }
+            self._dictionaries.append(entry)
+            self._index_bytes += len(canonical_json.dumps(entry)) + 1
+        self._waiting.clear()
+
+    def add_attachment(self, name: str, data: bytes) -> None:
+        """Write a file's contents and add it to the index."""
+        self._attachments.append({**self._put_bytes(data), "name": name})
+
+    def expected_length(self, experts: int, index_bytes: int) -> int:
+        """Bytes of the file if it ended after the stack whose first expert was just written."""
+        extents = len(self._lengths) - 1 + experts
+        last = self._lengths[-1]
+        stack = experts * align(last, ALIGNMENT)
+        trees = sum(align(len(each.tree), ALIGNMENT) for each in self._waiting)
+        index = self._index_bytes + index_bytes + RECORD_LENGTH * extents + 256
+        return align(self._end - last, ALIGNMENT) + stack + trees + index
+
+    def mark(self) -> Mark:
+        """Where ``undo`` can return to; only between tensors."""
+        return Mark(len(self._lengths), self._end, len(self._numbers))
+
+    def undo(self, mark: Mark) -> None:
+        """Remove the extents since ``mark``."""
+        del self._lengths[mark.extents :], self._crc32[mark.extents :]
+        self._end = mark.end
+        self._numbers = {key: n for key, n in self._numbers.items() if n < mark.dictionaries}
+        self._waiting.clear()
+        self.partial.truncate(self._end)
+
+    def close(self, generator: str) -> None:
+        """Write the index, then the preamble, and make everything durable."""
+        text = dump_index(generator, self.tensors, self._attachments, self._dictionaries)
+        self._check_limit("bytes of index", len(text), limits.INDEX_LENGTH[1])
+        table = ExtentTable.to_bytes(
+            np.frombuffer(self._lengths, np.uint64), np.frombuffer(self._crc32, np.uint32)
+        )
+        offset = align(self._end, ALIGNMENT)
+        tail = text + bytes(align(len(text), 8) - len(text)) + table
+        self.partial.write(bytes(offset - self._end))
+        self.partial.write(tail)
+        preamble = Preamble(
+            extent_count=len(self._lengths),
+            file_length=self.partial.length,
+            index_offset=offset,
+            index_length=len(text),
+            index_crc32=zlib.crc32(tail),
+        ).to_bytes()
+        self.preamble_crc32 = int.from_bytes(preamble[-4:], "little")
+        self.partial.overwrite(preamble)
+        self.partial.seal()
+
+    def _put_bytes(self, data: bytes) -> dict[str, Any]:
+        """Write an extent of plain bytes; returns what the index says of it."""
+        content = np.frombuffer(data, np.uint8)
+        encoding = self.put(ZSTD, content, Item("U8", content.shape))
+        return {
+            "bytes": content.size, "encoding": encoding.name, "extent": len(self._lengths) - 1
+        }  # fmt: skip
+
+    def _dictionary_number(self, dictionary: Dictionary) -> int:
+        """The number of this dictionary; a new one is written with the next tensor's entry."""
+        key = hashlib.sha256(dictionary.tree).digest()
+        key += f"{dictionary.width} {dictionary.signs}".encode()
+        if key not in self._numbers:
+            count = len(self._numbers) + 1
+            self._check_limit("dictionaries", count, limits.ENTRIES)
+            self._numbers[key] = count - 1
+            self._waiting.append(dictionary)
+        return self._numbers[key]
+
+    def _check_limit(self, what: str, number: int, most: int) -> None:
+        check_limit(self.partial.target, what, number, most)
+
+
+class _Extent:
+    """The ``Sink`` of one extent, at the end of a file."""
+
+    def __init__(self, file: PartialFile, number_of: Callable[[Dictionary], int]) -> None:
+        self._file = file
+        self.dictionary_number = number_of
+        file.write(bytes(align(file.length, ALIGNMENT) - file.length))
+        self._start = file.length
+        self.crc32 = 0
+
+    @property
+    def length(self) -> int:
+        return self._file.length - self._start
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+    def restart(self) -> None:
+        self._file.truncate(self._start)
+        self.crc32 = 0
+
+
+def check_limit(target: Path, what: str, number: int, most: int) -> None:
+    """Refuse a file that no reader would accept. [L-1]
+
+    Raises:
+        QMoEError: ``limit``.
+    """
+    if number > most:
+        raise QMoEError(
+            "limit",
+            f"{target}: {number} {what} are more than the {most} that a file may have",
+            "write shards, or fewer and larger tensors",
+        )
