@@ -4,105 +4,64 @@
                              [--width BITS] [--segment WEIGHTS] [--results FOLDER]
 
 Needs a CUDA device, CuPy (extra ``cuda12`` or ``cuda13``) and torch with CUDA. Writes gpu.json
-into benchmarks/results after each shape, so that a stopped run goes on with ``--resume``, and
-gpu.png in the end; ``--quick`` and ``--correctness-only`` write nothing.
+into benchmarks/results after each shape, so that ``--resume`` can continue an interrupted run, and
+gpu.png at the end; ``--quick`` and ``--correctness-only`` write nothing.
 
-What is measured on a shape is compared with products in binary64 first. Then all ways take turns:
-ours and the anchor at three shares of zeros, and bf16. Times are by CUDA events, in a CUDA graph
-and launched one by one. Matrices come from memory: each way has copies of its matrix at other
-addresses, more than four times the L2 cache together, and every call takes the next one. (A matrix
-is coded once; experts differ in their scales alone.) Dictionary and x stay in the cache, as they do
-in a model.
+Every shape is first checked against products in binary64. Then all ways take turns: ours and the
+anchor at three fractions of zeros, and bf16. They are timed with CUDA events, in a CUDA graph and
+launched one by one. Matrices come from memory: each way has copies of its matrix at different
+addresses, together more than four times the L2 cache, and every call uses the next one. (A matrix
+is encoded once; experts differ in their scales only.) Dictionary and x stay in the cache, as they
+do in a model.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import gpu_figures, report
+import torch
+
+from benchmarks import gpu_figures, gpu_works, report
+from benchmarks.gpu_checks import Wrong, check
 from benchmarks.gpu_figures import SHAPES, ZEROS, Record, Shape
-from qmoe_format import codec, gpu
+from benchmarks.gpu_timing import Cuda
+from benchmarks.gpu_works import Problem
+from qmoe_format import codec
 from qmoe_format.errors import QMoEError
 
 QUICK_SHAPES = ((2080, 6144), (4096, 1536))
 DENSE_ZEROS = 0.885  # the matrix that bf16 multiplies, too
 
 
-def require_device() -> None:
-    """Raises ``QMoEError`` where nothing can be measured."""
-    gpu.require()
-    import torch
-
-    if not torch.cuda.is_available():
-        raise QMoEError(
-            "dependency",
-            f"torch {torch.__version__} finds no CUDA device: install one built for CUDA",
-        )
-
-
-def problems(shape: Shape, profile: codec.Profile) -> list[Any]:
-    """One a share of zeros, each found to be right."""
-    from benchmarks.gpu_checks import check
-    from benchmarks.gpu_ways import Problem
-
-    made = [Problem(*shape, zeros, profile) for zeros in ZEROS]
-    for problem in made:
-        check(problem)
-    return made
-
-
-def measure(shape: Shape, profile: codec.Profile, rounds: int, bandwidth: Record) -> Record:
-    """Check, then time, everything on one shape."""
-    import torch
-
-    from benchmarks import gpu_ways
-    from benchmarks.gpu_timing import times
-
-    made = problems(shape, profile)
-    x = gpu_ways.bf16(max(gpu_ways.TOKENS), shape[1])
-    values = next(p.values(torch.bfloat16) for p in made if p.zeros == DENSE_ZEROS)
+def measure(device: Cuda, problems: list[Problem], rounds: int, bandwidth: Record) -> Record:
+    """Time everything on one shape; ``problems``: one per fraction of zeros."""
+    rows, columns = problems[0].rows, problems[0].columns
+    x = device.bf16(max(gpu_works.TOKENS), columns)
+    values = next(p.values(torch.bfloat16) for p in problems if p.zeros == DENSE_ZEROS)
     works = [
-        *itertools.chain.from_iterable(gpu_ways.ours(problem, x) for problem in made),
-        *itertools.chain.from_iterable(gpu_ways.anchors(problem, x) for problem in made),
-        *gpu_ways.dense(values, x),
+        *itertools.chain.from_iterable(gpu_works.ours(problem, x) for problem in problems),
+        *itertools.chain.from_iterable(gpu_works.anchors(problem, x) for problem in problems),
+        *gpu_works.dense(device, values, x),
     ]
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     measured = []
     for call in dict.fromkeys(work.call for work in works):
-        measured += times([work for work in works if work.call == call], rounds, stream)
+        measured += device.times([work for work in works if work.call == call], rounds)
     return {
-        "rows": shape[0],
-        "columns": shape[1],
-        "bits_per_weight": {p.zeros: 8 * p.bytes / (shape[0] * shape[1]) for p in made},
+        "rows": rows,
+        "columns": columns,
+        "bits_per_weight": {p.zeros: 8 * p.bytes / (rows * columns) for p in problems},
         "compared": gpu_figures.compare(measured, bandwidth),
         "works": measured,
     }
 
 
-def release() -> None:
-    """Give the device's memory back."""
-    import cupy
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    cupy.get_default_memory_pool().free_all_blocks()
-    cupy.get_default_pinned_memory_pool().free_all_blocks()
-
-
-def run(options: argparse.Namespace) -> None:
-    """All shapes; those that turn out wrong are named and left out. Exit status 1 then."""
-    import torch
-
-    from benchmarks import gpu_timing
-    from benchmarks.gpu_checks import Wrong
-
+def run(options: argparse.Namespace, device: Cuda) -> tuple[list[Record], list[str]]:
+    """Check and measure all shapes: figures, and what turned out wrong and was left out."""
     torch.manual_seed(0)
     shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     rounds = 6 if options.quick else 15
@@ -112,34 +71,43 @@ def run(options: argparse.Namespace) -> None:
         "segment_weights": profile.segment_weights,
         "rounds": rounds,
     }
-    device = gpu_timing.device()
-    measured = gpu_figures.kept(options.results, settings, device) if options.resume else []
-    bandwidth = gpu_timing.bandwidth(rounds)
-    wrong = []
+    about = device.description()
+    measured = gpu_figures.kept(options.results, settings, about) if options.resume else []
+    bandwidth = device.bandwidth(rounds)
+    wrong: list[str] = []
     for shape in shapes:
         if any((record["rows"], record["columns"]) == shape for record in measured):
             continue
         started = time.perf_counter()
+        problems = []
         try:
-            if options.correctness_only:
-                problems(shape, profile)
-            else:
-                measured.append(measure(shape, profile, rounds, bandwidth))
+            for zeros in ZEROS:
+                problems.append(Problem(device, *shape, zeros, profile))
+                check(problems[-1])
+            if not options.correctness_only:
+                measured.append(measure(device, problems, rounds, bandwidth))
                 print(gpu_figures.lines(measured[-1]))
         except Wrong as found:
             wrong.append(str(found))
             print(f"wrong: {found}", file=sys.stderr)
-        release()
+        del problems
+        device.release()
         print(f"{shape[0]} x {shape[1]}: {time.perf_counter() - started:.1f} s\n", flush=True)
         if measured and not options.quick:
-            gpu_figures.save(options.results, settings, device, bandwidth, measured)
-    if measured:
-        if not options.quick:
-            gpu_figures.plot(measured, options.results / "gpu.png")
-        for name, value in gpu_figures.summary(measured).items():
-            print(f"{name}: {value}")
-    if wrong:
-        sys.exit("\n".join(["wrong:", *wrong]))
+            gpu_figures.save(options.results, settings, about, bandwidth, measured)
+    return measured, wrong
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds, no files")
+    parser.add_argument("--correctness-only", action="store_true", help="check, measure nothing")
+    parser.add_argument("--shapes", type=shape_list, help="such as 4096x14336,2080x6144")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--width", type=int, default=codec.PROFILES["fast"].width)
+    parser.add_argument("--segment", type=int, default=codec.PROFILES["fast"].segment_weights)
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder")
+    return parser.parse_args(arguments)
 
 
 def shape_list(text: str) -> list[Shape]:
@@ -148,21 +116,20 @@ def shape_list(text: str) -> list[Shape]:
     return [(rows, columns) for rows, columns in shapes]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds, no files")
-    parser.add_argument("--correctness-only", action="store_true", help="check, measure nothing")
-    parser.add_argument("--shapes", type=shape_list, help="such as 4096x14336,2080x6144")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    parser.add_argument("--width", type=int, default=codec.PROFILES["fast"].width)
-    parser.add_argument("--segment", type=int, default=codec.PROFILES["fast"].segment_weights)
-    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     try:
-        require_device()
+        device = Cuda()
     except QMoEError as error:
         sys.exit(f"error[{error.code}]: {error}")
-    run(options)
+    measured, wrong = run(options, device)
+    if measured:
+        if not options.quick:
+            gpu_figures.plot(measured, options.results / "gpu.png")
+        for name, value in gpu_figures.summary(measured).items():
+            print(f"{name}: {value}")
+    if wrong:
+        sys.exit("\n".join(["wrong:", *wrong]))
 
 
 if __name__ == "__main__":

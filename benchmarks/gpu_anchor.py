@@ -1,6 +1,6 @@
 """QMoE's published scheme and kernel (arXiv 2310.16795), the anchor of ``benchmarks.gpu``.
 
-The code is that of ``benchmarks.qmoe_scheme``; the kernel is ``gpu_anchor.cu``.
+The encoder is ``benchmarks.qmoe_scheme``, the kernel ``gpu_anchor.cu``.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import qmoe_scheme
-from benchmarks.gpu_timing import DEVICE
-from qmoe_format.gpu import arrays
-from qmoe_format.gpu import launch as launching
 from qmoe_format.gpu.launch import Launch
 
-WARPS = (4, 8, 16, 32)  # rows a block; the benchmark takes the best for each matrix
+WARPS = (4, 8, 16, 32)  # rows per block; the benchmark takes the best for each matrix
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A matrix in QMoE's scheme: arrays of numpy, or tensors on a device.
+    """A matrix in QMoE's scheme: numpy's arrays, or tensors on a device.
 
-    ``dictionary``  uint32 [2 * 65536]
-    ``codewords``   uint16 [number of codewords]
-    ``offsets``     uint32 [rows + 1]
-    ``low_high``    uint32 [rows]: bf16 low, bf16 high << 16
+    Attributes:
+        dictionary: uint32 [2 * 65536].
+        codewords: uint16 [number of codewords].
+        offsets: uint32 [rows + 1].
+        low_high: uint32 [rows], bf16 low, bf16 high << 16.
     """
 
     rows: int
@@ -42,7 +40,7 @@ class Anchor:
 
 
 def encode(trits: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anchor:
-    """From int8 [rows, columns] and bf16 bits [rows, 2]."""
+    """Encode trits int8 [rows, columns] with scales bf16 [rows, 2]."""
     dictionary = qmoe_scheme.qmoe_dictionary().decoder_table()
     codewords, offsets = qmoe_scheme.encode(trits)
     scales = np.ascontiguousarray(low_high, "<u2").view("<u4")[:, 0]
@@ -51,13 +49,13 @@ def encode(trits: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anc
 
 @cache
 def source(warps: int) -> str:
-    """CUDA text of the kernel with ``warps`` rows a block."""
+    """CUDA text of the kernel with ``warps`` rows per block."""
     text = Path(__file__).with_name("gpu_anchor.cu").read_text()
     return f'#define WARPS {warps}\n#line 1 "gpu_anchor.cu"\n{text}'
 
 
 def matvec(anchor: Anchor, x: Any, y: Any, warps: int) -> Launch:
-    """y = W x: x bf16 [columns], y bf16 [rows], ``warps`` rows a block."""
+    """y [rows] = W x [columns], both bf16, with ``warps`` rows per block."""
     return Launch(
         source=source(warps),
         kernel="anchor_matvec",
@@ -65,23 +63,17 @@ def matvec(anchor: Anchor, x: Any, y: Any, warps: int) -> Launch:
         block=(32 * warps, 1, 1),
         shared_bytes=4 * (anchor.columns + 32),
         arguments=(
-            anchor.dictionary,
-            anchor.codewords,
-            anchor.offsets,
-            anchor.low_high,
-            x,
-            y,
-            np.int32(anchor.rows),
-            np.int32(anchor.columns),
+            *(anchor.dictionary, anchor.codewords, anchor.offsets, anchor.low_high),
+            *(x, y, np.int32(anchor.rows), np.int32(anchor.columns)),
         ),
     )
 
 
-def upload(anchor: Anchor, copies: int) -> list[Anchor]:
-    """Copies on torch's device, at addresses of their own."""
-    dictionary = torch.from_numpy(anchor.dictionary.view(np.int32)).to(DEVICE)
+def upload(anchor: Anchor, copies: int, device: torch.device) -> list[Anchor]:
+    """Copies on ``device``, at different addresses."""
+    dictionary = torch.from_numpy(anchor.dictionary.view(np.int32)).to(device)
     repeated = [
-        torch.from_numpy(array.view(signed)).to(DEVICE).repeat(copies, 1)
+        torch.from_numpy(array.view(signed)).to(device).repeat(copies, 1)
         for array, signed in (
             (anchor.codewords, np.int16),
             (anchor.offsets, np.int32),
@@ -92,9 +84,3 @@ def upload(anchor: Anchor, copies: int) -> list[Anchor]:
         Anchor(anchor.rows, anchor.columns, dictionary, *(array[i] for array in repeated))
         for i in range(copies)
     ]
-
-
-def execute(launch: Launch) -> None:
-    """On torch's device and current stream."""
-    library = arrays.Torch(torch.cuda.current_device())
-    launching.execute([launch], library.device, library.stream())

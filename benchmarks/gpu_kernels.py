@@ -1,18 +1,17 @@
-"""What the kernels take of a multiprocessor, as NVRTC's log says. No GPU needed.
+"""Registers, shared memory and spills of the kernels, from NVRTC's log. No GPU needed.
 
     python -m benchmarks.gpu_kernels
 
-Writes benchmarks/results/gpu_kernels.json and prints it as a table in Markdown: registers a thread
-for every architecture, where the two compilers differ as a range; threads and shared memory of a
-block; local memory (stack) and spills, the most over all architectures. If a kernel spills, the
-exit status is 1. The requirements are those of the tests.
+Writes benchmarks/results/gpu_kernels.json and prints it as a table in Markdown: registers per
+thread for every architecture (a range where the two compilers differ); threads and shared memory
+per block; local memory (stack) and spills, the most over all architectures. The exit status is 1 if
+a kernel spills. Needs the extra ``test``.
 """
 
 from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks import report
@@ -22,31 +21,28 @@ from tests.gpu import nvrtc, variants
 
 
 def measure(name: str, launch: Launch) -> dict[str, Any]:
-    """One kernel with both compilers, which work at the same time."""
+    """Compile one kernel with both compilers, which work at the same time."""
 
-    def compile_all(compiler: nvrtc.Compiler) -> list[dict[str, int]]:
-        return [
-            asdict(compiler.compile(launch.source, architecture)[launch.kernel])
+    def compile_all(compiler: nvrtc.Compiler) -> dict[str, nvrtc.Resources]:
+        return {
+            architecture: compiler.compile(launch.source, architecture)[launch.kernel]
             for architecture in nvrtc.ARCHITECTURES
-        ]
+        }
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(compile_all, nvrtc.compilers()))
-
-    def most(what: str) -> int:
-        return max(resources[what] for all_of_one in found for resources in all_of_one)
-
+    every = [resources for by_architecture in found for resources in by_architecture.values()]
     return {
         "variant": name,
         "kernel": launch.kernel,
         "threads": launch.block[0],
-        "shared": most("shared") + launch.shared_bytes,
-        "stack": most("stack"),
-        "spill_stores": most("spill_stores"),
-        "spill_loads": most("spill_loads"),
+        "shared": max(resources.shared for resources in every) + launch.shared_bytes,
+        "stack": max(resources.stack for resources in every),
+        "spill_stores": max(resources.spill_stores for resources in every),
+        "spill_loads": max(resources.spill_loads for resources in every),
         "registers": {
-            architecture: [all_of_one[place]["registers"] for all_of_one in found]
-            for place, architecture in enumerate(nvrtc.ARCHITECTURES)
+            architecture: [by_architecture[architecture].registers for by_architecture in found]
+            for architecture in nvrtc.ARCHITECTURES
         },
     }
 

@@ -8,11 +8,11 @@
     gpu.expert_matvec(stack, x, experts, weights)       # each token's k experts, in one call
     gpu.decode(stack[7], "bf16")                        # W itself
 
-x and y are CuPy arrays or torch tensors. CuPy is needed (``pip install 'qmoe-format[cuda13]'`` or
-``[cuda12]``) and imported by the first call; ``available()`` says whether it can run.
+x and y are CuPy arrays or torch tensors. The first call imports CuPy, an optional dependency
+(``pip install 'qmoe-format[cuda13]'`` or ``[cuda12]``); ``available()`` says whether it can run.
 
-Beneath: ``packing`` lays out a stack, ``plan`` says which kernels a call takes, ``kernels/*.cu``
-are these kernels, ``cuda`` runs them. Nothing of that but ``cuda`` needs a GPU.
+How it works: ``packing`` lays out a stack, ``launch_plan`` chooses the kernels for a call,
+``kernels/*.cu`` are their source, ``launch`` runs them. Only ``cuda`` and ``launch`` use CuPy.
 """
 
 from qmoe_format.gpu.cuda import available, require

@@ -5,39 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks import gpu_anchor, report
-from benchmarks.gpu_timing import DEVICE, Work, copies
-from qmoe_format import codec, gpu
+from benchmarks.gpu_timing import Cuda, Work
+from qmoe_format import codec
 
-FUSED = 8  # experts of a token
-FUSED_TOKENS = (1, 4, 16)  # for each of these experts
-TOKENS = (1, 2, 4, 8, 16, 32, 64)  # for one matrix
+FUSED = 8  # experts per token
+FUSED_TOKENS = (1, 4, 16)  # per expert
+TOKENS = (1, 2, 4, 8, 16, 32, 64)  # with one matrix
 
-Shape = tuple[int, int]
 Run = Callable[[int], object]
-Turns = tuple[int, Run]  # number of copies, and what to do with one
 
 
 class Problem:
     """A random matrix in our format, as a stack of experts, and in the anchor's.
 
-    It is coded once; the experts are copies of it with scales of their own. ``trits`` int8
-    [rows, columns] and ``low_high`` bf16 [rows, 2] are those of expert 0, on the device.
+    It is encoded once; the experts are copies of it with different scales.
+
+    Attributes:
+        trits: int8 [rows, columns], on the device.
+        low_high: bf16 [rows, 2], the scales of expert 0, on the device.
     """
 
-    def __init__(self, rows: int, columns: int, zeros: float, profile: codec.Profile) -> None:
-        self.rows, self.columns, self.zeros = rows, columns, zeros
-        random = torch.Generator(DEVICE).manual_seed(rows + columns)
-        share = torch.rand((rows, columns), generator=random, device=DEVICE)
+    def __init__(
+        self, device: Cuda, rows: int, columns: int, zeros: float, profile: codec.Profile
+    ) -> None:
+        self.device, self.rows, self.columns, self.zeros = device, rows, columns, zeros
+        random = torch.Generator(device.name).manual_seed(rows + columns)
+        share = torch.rand((rows, columns), generator=random, device=device.name)
         half = (1 - zeros) / 2
         self.trits = (share < half).to(torch.int8) - (share >= 1 - half).to(torch.int8)
-        scales = 0.5 + torch.rand((rows, 2), generator=random, device=DEVICE)
-        self.low_high = (scales * torch.tensor([-1, 1], device=DEVICE)).bfloat16()
+        scales = 0.5 + torch.rand((rows, 2), generator=random, device=device.name)
+        self.low_high = (scales * torch.tensor([-1, 1], device=device.name)).bfloat16()
         trits = self.trits.cpu().numpy()
         bits = self.low_high.view(torch.int16).cpu().numpy().view(np.uint16)
         self.matrix = codec.encode_matrix(
@@ -49,8 +53,8 @@ class Problem:
         )
         coded = self.matrix.trits
         self.bytes = coded.segment_bytes + 4 * (coded.count + 1) + bits.nbytes
-        self.experts = FUSED * math.ceil(max(copies(self.bytes), 2 * FUSED) / FUSED)
-        self.stack = gpu.upload([self.expert(number) for number in range(self.experts)])
+        self.experts = sets_of_experts(device, self.bytes) * FUSED
+        self.stack = device.gpu.upload([self.expert(number) for number in range(self.experts)])
         self.anchor = gpu_anchor.encode(trits, bits)
         stored = (self.anchor.codewords, self.anchor.offsets, self.anchor.low_high)
         self.anchor_bytes = sum(array.nbytes for array in stored)
@@ -62,104 +66,94 @@ class Problem:
 
     @staticmethod
     def factor(numbers: torch.Tensor) -> torch.Tensor:
-        """What experts are times expert 0."""
+        """The experts' weights divided by those of expert 0."""
         return 2.0 ** (numbers % 3)
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns]: expert 0, from its trits."""
+        """The weights of expert 0 [rows, columns], from its trits."""
         scales = self.low_high.to(dtype)
         low, high = scales[:, :1], scales[:, 1:]
-        zero = torch.zeros((), dtype=dtype, device=DEVICE)
+        zero = scales.new_zeros(())
         return torch.where(self.trits < 0, low, torch.where(self.trits > 0, high, zero))
 
 
-def bf16(*shape: int) -> torch.Tensor:
-    """Normal numbers."""
-    return torch.randn(shape, dtype=torch.float32, device=DEVICE).bfloat16()
-
-
-def empty(*shape: int) -> torch.Tensor:
-    """bf16 to be written."""
-    return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+def sets_of_experts(device: Cuda, size: int) -> int:
+    """How many sets of ``FUSED`` matrices of ``size`` bytes a work needs, two at least."""
+    return math.ceil(max(device.copies(size), 2 * FUSED) / FUSED)
 
 
 def work(
-    call: str, way: tuple[str, str], zeros: float | None, shape: Shape, stored: int, turns: Turns
+    call: str,
+    family: str,
+    way: str,
+    zeros: float | None,
+    shape: tuple[int, int],
+    stored: int,
+    copies: int,
+    run: Run,
 ) -> Work:
-    """``way``: family and name; ``stored``: bytes of a matrix."""
+    """A product with one matrix or, fused, with ``FUSED``; ``stored``: bytes of a matrix."""
     kind, tokens = call.split()
     rows, columns = shape
     matrices = FUSED if kind == "fused" else 1
     vectors = 2 * int(tokens) * (columns + matrices * rows)
-    copies, run = turns
-    return Work(
-        call,
-        *way,
-        zeros,
-        bytes=matrices * stored + vectors,
-        weights=matrices * int(tokens) * rows * columns,
-        copies=copies,
-        run=run,
-    )
+    weights = matrices * int(tokens) * rows * columns
+    return Work(call, family, way, zeros, matrices * stored + vectors, weights, copies, run)
 
 
 def ours(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     """One matrix with one token or several, eight experts, decoding; ``x`` bf16 [64, columns]."""
     rows, columns = shape = problem.rows, problem.columns
-    stack = problem.stack
-    one = [stack[number] for number in range(problem.experts)]
+    device, gpu, stack, experts = problem.device, problem.device.gpu, problem.stack, problem.experts
+    one = [stack[number] for number in range(experts)]
+    numbers = torch.arange(experts, dtype=torch.int32, device=x.device).view(-1, 1, FUSED)
 
-    def products(tokens: int) -> Turns:
-        xs, y = x[:tokens], empty(tokens, rows)
+    def product(tokens: int) -> Run:
+        xs, y = x[:tokens], device.empty(tokens, rows)
         if tokens == 1:
             x0, y0 = xs[0], y[0]
-            return problem.experts, lambda i: gpu.matvec(one[i], x0, out=y0)
-        return problem.experts, lambda i: gpu.matmul(one[i], xs, out=y)
+            return lambda i: gpu.matvec(one[i], x0, out=y0)
+        return lambda i: gpu.matmul(one[i], xs, out=y)
 
-    def fused(tokens: int) -> Turns:
-        xs, y = x[:tokens], empty(tokens, FUSED, rows)
-        # Turn i: every token goes to experts 8 i to 8 i + 7.
-        experts = torch.arange(problem.experts, dtype=torch.int32, device=DEVICE)
-        turns = list(experts.view(-1, 1, FUSED).repeat(1, tokens, 1))
-        return len(turns), lambda i: gpu.expert_matvec(stack, xs, turns[i], out=y)
+    def fused(tokens: int) -> Run:
+        xs, y = x[:tokens], device.empty(tokens, FUSED, rows)
+        turns = list(numbers.repeat(1, tokens, 1))  # turn i: experts 8 i to 8 i + 7, every token
+        return lambda i: gpu.expert_matvec(stack, xs, turns[i], out=y)
 
-    def decode() -> Turns:
-        outs = list(empty(min(copies(2 * rows * columns), problem.experts), rows, columns))
-        return len(outs), lambda i: gpu.decode(one[i], "bf16", out=outs[i])
-
-    way = "ours", "qmoe_format.gpu"
+    ours = partial(work, family="ours", way="qmoe_format.gpu", zeros=problem.zeros, shape=shape)
+    ours = partial(ours, stored=problem.bytes)
     for tokens in TOKENS:
-        yield work(f"one {tokens}", way, problem.zeros, shape, problem.bytes, products(tokens))
+        yield ours(f"one {tokens}", copies=experts, run=product(tokens))
     for tokens in FUSED_TOKENS:
-        yield work(f"fused {tokens}", way, problem.zeros, shape, problem.bytes, fused(tokens))
-    yield replace(
-        work("decode 0", way, problem.zeros, shape, problem.bytes, decode()),
-        bytes=2 * rows * columns,  # that are written
-        weights=rows * columns,
+        yield ours(f"fused {tokens}", copies=len(numbers), run=fused(tokens))
+    outs = list(device.empty(min(device.copies(2 * rows * columns), experts), rows, columns))
+    decode = ours(
+        "decode 0", copies=len(outs), run=lambda i: gpu.decode(one[i], "bf16", out=outs[i])
     )
+    yield replace(decode, bytes=2 * rows * columns, weights=rows * columns)
 
 
-def dense(values: torch.Tensor, x: torch.Tensor) -> Iterator[Work]:
+def dense(device: Cuda, values: torch.Tensor, x: torch.Tensor) -> Iterator[Work]:
     """torch with bf16 ``values`` [rows, columns], several functions for each call."""
     rows, columns = shape = values.shape[0], values.shape[1]
     stored = 2 * rows * columns
-    sets = math.ceil(max(copies(stored), 2 * FUSED) / FUSED)
+    sets = sets_of_experts(device, stored)
     experts = values.repeat(FUSED * sets, 1, 1)
     turns = experts.view(sets, FUSED, rows, columns)
-
     for tokens in TOKENS:
         for way, run in dense_products(experts, x[:tokens]):
-            yield work(f"one {tokens}", ("bf16", way), None, shape, stored, (len(experts), run))
+            yield work(f"one {tokens}", "bf16", way, None, shape, stored, len(experts), run)
     for tokens in FUSED_TOKENS:
         for way, run in dense_fused(turns, x[:tokens]):
-            yield work(f"fused {tokens}", ("bf16", way), None, shape, stored, (sets, run))
+            yield work(f"fused {tokens}", "bf16", way, None, shape, stored, sets, run)
 
 
 def dense_products(experts: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run]]:
     """``x`` [tokens, columns] times one of ``experts`` [:, rows, columns]."""
-    y = empty(len(x), experts.shape[1])
-    w, wt, xt, yt = list(experts), list(experts.mT), x.t(), empty(experts.shape[1], len(x))
-    if len(x) == 1:
+    tokens, rows = len(x), experts.shape[1]
+    y, yt = x.new_empty((tokens, rows)), x.new_empty((rows, tokens))
+    w, wt, xt = list(experts), list(experts.mT), x.t()
+    if tokens == 1:
         x0, y0 = x[0], y[0]
         yield "mv", lambda i: torch.mv(w[i], x0, out=y0)
     yield "mm, y = x Wt", lambda i: torch.mm(x, wt[i], out=y)
@@ -170,7 +164,7 @@ def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run
     """``x`` [tokens, columns] times all eight experts of a turn [:, 8, rows, columns]."""
     tokens, rows = len(x), turns.shape[2]
     each = x.repeat(FUSED, 1, 1)
-    y, yt = empty(FUSED, tokens, rows), empty(FUSED, rows, tokens)
+    y, yt = x.new_empty((FUSED, tokens, rows)), x.new_empty((FUSED, rows, tokens))
     w, wt, each_t = list(turns), list(turns.mT), each.mT
     singles = [(list(expert_wt), list(y)) for expert_wt in wt]
 
@@ -185,20 +179,20 @@ def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run
     if grouped is None:
         return
     rows_of_x = each.view(FUSED * tokens, -1)
-    ends = tokens * torch.arange(1, FUSED + 1, dtype=torch.int32, device=DEVICE)
+    ends = tokens * torch.arange(1, FUSED + 1, dtype=torch.int32, device=x.device)
     try:
         grouped(rows_of_x, wt[0], offs=ends)
-    except RuntimeError:  # not for this device
+    except RuntimeError:  # not supported on this device
         return
     yield "grouped_mm", lambda i: grouped(rows_of_x, wt[i], offs=ends)
 
 
 def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
-    """QMoE's kernel, one launch a matrix and token, with several sizes of block."""
-    shape = problem.rows, problem.columns
-    stored = max(copies(problem.anchor_bytes), 2 * FUSED)
-    uploaded = gpu_anchor.upload(problem.anchor, stored)
-    y = empty(FUSED, problem.rows)
+    """QMoE's kernel, one launch per matrix and token, with several block sizes."""
+    device, shape, stored = problem.device, (problem.rows, problem.columns), problem.anchor_bytes
+    copies = max(device.copies(stored), 2 * FUSED)
+    uploaded = gpu_anchor.upload(problem.anchor, copies, x.device)
+    y = device.empty(FUSED, problem.rows)
 
     def products(warps: int, matrices: int) -> Run:
         launches = [
@@ -208,12 +202,12 @@ def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
 
         def run(i: int) -> None:
             for launch in launches[matrices * i : matrices * (i + 1)]:
-                gpu_anchor.execute(launch)
+                device.execute(launch)
 
         return run
 
     for warps in gpu_anchor.WARPS:
-        way = "anchor", f"{warps} rows a block"
-        arguments = way, problem.zeros, shape, problem.anchor_bytes
-        yield work("one 1", *arguments, (stored, products(warps, 1)))
-        yield work("fused 1", *arguments, (stored // FUSED, products(warps, FUSED)))
+        for call, matrices in (("one 1", 1), ("fused 1", FUSED)):
+            turns, run = copies // matrices, products(warps, matrices)
+            way = f"{warps} rows a block"
+            yield work(call, "anchor", way, problem.zeros, shape, stored, turns, run)
