@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import qmoe_format
-from qmoe_format.checkpoints.wiring import Wiring, family_for, wiring
+from qmoe_format.checkpoints import family_for
+from qmoe_format.checkpoints.wiring import Wiring, expert_modules, wiring
 from qmoe_format.dtypes import to_float32
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
@@ -187,15 +188,8 @@ class Evaluation:
 def _experts(model: nn.Module, config: dict[str, Any]) -> Iterator[tuple[str, str, nn.Module]]:
     """(stack of blocks, what the names of its matrices in a file begin with, module)."""
     family = family_for(config)
-    for stage in family.stages:
-        blocks = model.get_submodule(f"{stage.stack}.{stage.blocks}")
-        for number, block in enumerate(blocks.children()):
-            try:
-                module = block.get_submodule(stage.experts)
-            except AttributeError:  # a dense block
-                continue
-            name = f"{stage.stack}.{stage.blocks}.{number}.{stage.experts}"
-            yield stage.stack, family.on_disk(name), module
+    for path, module, *_ in expert_modules(model):
+        yield path.partition(".")[0], family.in_checkpoint(path), module
 
 
 def _matrices(model: nn.Module, config: dict[str, Any]) -> dict[str, list[Tensor]]:

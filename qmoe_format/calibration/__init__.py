@@ -1,4 +1,5 @@
 """What the experts of a model see: text run through it block by block (needs torch, transformers).
 
-``text`` reads the user's file, ``sequences`` makes the batches of tokens a model was trained on.
+``text`` reads the user's file, ``sequences`` makes batches of tokens like those that the model was
+trained on, ``walk`` runs the model.
 """

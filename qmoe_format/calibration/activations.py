@@ -1,13 +1,14 @@
-"""Rows of numbers on disk: a layer's hidden states, and what its experts are given.
+"""Activations on disk: a layer's hidden states, and what its experts are given.
 
 They are far larger than memory, written once from the first row to the last, and appear under their
-name only when they are whole and durable.
+name only when they are complete and durable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,20 +21,21 @@ SUFFIX = ".rows"
 _ZEROS = 1 << 16  # rows written at a time
 
 
-class Rows:
-    """A file of ``rows`` × ``columns`` numbers. All methods raise ``QMoEError("io")``."""
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """A file that holds a matrix [rows, columns], row by row.
 
-    def __init__(
-        self, path: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.path = path
-        self.rows = rows
-        self.columns = columns
-        self.dtype = dtype
+    Methods raise ``QMoEError``: ``not-found`` if it is missing or of another size, and ``io``.
+    """
+
+    path: Path
+    rows: int
+    columns: int
+    dtype: torch.dtype = torch.float32
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Tensor], None]]:
-        """Gives a function that appends rows; the file is there when the block has ended well."""
+        """A function that appends rows; the file appears when the block ends without an error."""
         with atomic_write(self.path) as file:
 
             def append(rows: Tensor) -> None:
@@ -49,42 +51,43 @@ class Rows:
                 piece = torch.empty(count, self.columns, dtype=self.dtype)
                 data = piece.view(-1).view(torch.uint8).numpy().data
                 if file.readinto(data) != len(data):
-                    raise _not_whole(self.path)
+                    raise self._incomplete()
                 yield piece
 
     def mapped(self) -> Tensor:
-        """[rows, columns]; what is written into it is written into the file."""
+        """The matrix as a memory map: what is written into it is written into the file."""
         self.check()
         size = self.rows * self.columns
         flat = torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype)
         return flat.view(self.rows, self.columns)
 
     def check(self) -> None:
-        """``not-found`` unless the file is there, with as many bytes as it should have."""
+        """Refuse a file that is missing or of another size."""
         bytes_expected = self.rows * self.columns * self.dtype.itemsize
         if not self.path.is_file() or self.path.stat().st_size != bytes_expected:
-            raise _not_whole(self.path)
+            raise self._incomplete()
+
+    def _incomplete(self) -> QMoEError:
+        return QMoEError(
+            "not-found",
+            f"{self.path}: is missing or belongs to another model or text",
+            "start the conversion again",
+        )
 
 
-def _not_whole(path: Path) -> QMoEError:
-    return QMoEError(
-        "not-found",
-        f"{path}: is missing or is of another model or text; begin the conversion again",
-    )
+def delete_row_files(folder: Path, keep: Sequence[RowFile] = ()) -> None:
+    """Delete every row file in ``folder`` but ``keep``, also those begun by a killed process.
 
-
-def sweep(folder: Path, keep: Sequence[Rows] = ()) -> None:
-    """Delete every file of rows in ``folder`` but ``keep``, also those begun by a killed process.
-
-    Raises ``QMoEError("io")``.
+    Raises:
+        QMoEError: ``io``.
     """
     with os_errors(f"cannot delete files in {folder}"):
         for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.*.partial")]:
-            if path not in [rows.path for rows in keep]:
+            if path not in [file.path for file in keep]:
                 path.unlink(missing_ok=True)
 
 
-class Routed:
+class RoutedTokens:
     """What the experts of one block are given, in the order of batches, sequences and positions.
 
     Padding is left out. Tensors on disk are memory maps: index them, do not copy them whole.
@@ -97,20 +100,22 @@ class Routed:
     """
 
     def __init__(
-        self, inputs: Rows, experts: Rows, weights: Rows, counted: Tensor, number: int
+        self, inputs: RowFile, experts: RowFile, weights: RowFile, counted: Tensor, number: int
     ) -> None:
+        """The three files hold the attributes of their names; ``number`` counts the experts."""
         self.inputs = inputs.mapped()
         self.experts = experts.mapped()
         self.weights = weights.mapped()
         self.counted = counted
-        self._outputs = Rows(inputs.path.with_name(f"outputs{SUFFIX}"), inputs.rows, inputs.columns)
+        path = inputs.path.with_name(f"outputs{SUFFIX}")
+        self._outputs = RowFile(path, inputs.rows, inputs.columns)
         flat = self.experts.view(-1)
         self._order = flat.argsort(stable=True)
-        # Entry e is where expert e begins in that order, after the -1; entry e + 1 where it ends.
+        # Expert e begins in that order, after all -1, at entry e; it ends at entry e + 1.
         self._begin = torch.bincount(flat + 1, minlength=number + 1).cumsum(0)
 
     def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that go to an expert: int64 [m] in ascending order; float32 [m] weights."""
+        """The tokens that go to an expert: int64 [m], ascending; and their weights float32 [m]."""
         begin, end = self._begin[expert].item(), self._begin[expert + 1].item()
         chosen = self._order[int(begin) : int(end)]
         return chosen // self.experts.shape[1], self.weights.view(-1)[chosen]

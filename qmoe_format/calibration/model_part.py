@@ -1,15 +1,14 @@
-"""One part of a Hugging Face model, encoder or decoder, of which one block at a time is run.
+"""One stage of a Hugging Face model, encoder or decoder, of which one block at a time is run.
 
-The model's own forward runs, so masks, rotary embeddings and position biases are made by the model
-itself. The blocks before the wanted one only hand on hidden states, and the forward ends with the
-wanted one. In place of each block's experts there is a module that takes down what they are given,
-or returns what it was told.
+First the stage's own forward runs with blocks that pass the hidden states through: thus the model
+itself makes masks, rotary embeddings and position biases. Then the wanted block runs with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,41 +16,37 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_format.calibration.sequences import Tokens
-from qmoe_format.checkpoints import Checkpoint
-from qmoe_format.checkpoints.wiring import Family, Stage
+from qmoe_format.checkpoints import Checkpoint, Family
+from qmoe_format.checkpoints.family import Stage
 from qmoe_format.errors import QMoEError
-from qmoe_format.machine import flushing_thread
+
+_ROTARY = "rotary_emb"  # transformers' name in every stack
 
 
-class _Reached(Exception):
-    """Ends the forward of a part, with what was wanted of it."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of the model.
 
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
+    Attributes:
+        name: the checkpoint's name of it, such as ``encoder.block.1``.
+        prefix: what the names of its expert stacks begin with; None for a dense block.
+    """
 
-
-class _Experts(nn.Module):
-    """Stands for a block's experts: returns ``answer``, or ends the forward with its arguments."""
-
-    answer: Tensor | None = None
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        if self.answer is None:
-            raise _Reached(arguments)
-        return self.answer
+    name: str
+    prefix: str | None
 
 
 class ModelPart:
-    """The encoder, the decoder or the only stack of blocks of a model, and the tokens it reads.
+    """The encoder, the decoder or the only stage of a model, and the tokens it reads.
 
     Attributes:
         tokens: of each batch, on the device.
-        counts: how many of each batch's are not padding; ``count`` of all.
+        counts: how many of each batch's tokens are not padding; ``count`` in all.
         counted: bool [count], of those that are not padding.
         width: of the hidden states.
+        top_k: how many experts a token goes to.
         embedding_name: the checkpoint's name of the token embedding.
-        blocks: the model's blocks, without experts and, unless ``loaded``, without weights.
+        blocks: in order.
     """
 
     def __init__(
@@ -63,8 +58,12 @@ class ModelPart:
         tokens: Sequence[Tokens],
         device: str,
     ) -> None:
-        self.family = family
-        self.stage = stage
+        """Take the stage out of a ``model`` without weights, and the experts out of the stage.
+
+        Raises:
+            QMoEError: ``checkpoint`` if a tensor is missing or of another shape; ``argument`` for
+                tokens that the model does not have.
+        """
         self.counts = [int(batch.attended.sum()) for batch in tokens]
         self.count = sum(self.counts)
         self.counted = torch.cat([batch.counted[batch.attended] for batch in tokens])
@@ -74,52 +73,53 @@ class ModelPart:
         ]
         self.top_k: int = getattr(model.config, family.top_k) if family.top_k else 1
         self.width: int = model.config.hidden_size
+        self._family = family
+        self._stage = stage
         self._checkpoint = checkpoint
         self._device = device
-        self._thread = flushing_thread()
         self._module = model.get_submodule(stage.stack)
-        if stage.rotary:
-            made = type(self._module.get_submodule(stage.rotary))(config=self._module.config)
-            self._module.set_submodule(stage.rotary, made.to(device))
-        self.blocks: list[Any] = list(self._module.get_submodule(stage.blocks))
-        self._experts: list[_Experts | None] = []
-        for number, block in enumerate(self.blocks):
-            sparse = any(name == stage.experts for name, _ in block.named_modules())
-            self._experts.append(_Experts() if sparse else None)
-            if sparse:
-                block.set_submodule(stage.experts, self._experts[number])
-            block.forward = partial(self._step, number, block.forward)
-        there = [name for name in stage.embedding if name in checkpoint.tensors]
-        self.embedding_name = (there or stage.embedding)[0]
-        self._check()
-        self._kept = {name: self._read(f"{stage.stack}.{name}") for name in stage.kept}
-        self._keep()
+        if rotary := getattr(self._module, _ROTARY, None):  # a table, not weights
+            setattr(self._module, _ROTARY, type(rotary)(config=self._module.config).to(device))
+        self._blocks: list[Any] = list(self._module.get_submodule(stage.blocks))
+        self._experts: list[list[nn.Module]] = []  # none or one of each block
+        self.blocks: list[Block] = []
+        for number, block in enumerate(self._blocks):
+            paths = [path for path, _ in block.named_modules() if family.is_experts(path)]
+            for path in paths:
+                block.set_submodule(path, nn.Identity())
+            self._experts.append([block.get_submodule(path) for path in paths])
+            self.blocks.append(self.block(number, *paths))
+        self.embedding_name = f"{stage.stack}.embed_tokens.weight"
+        if stage.shared_embedding and self.embedding_name not in checkpoint.tensors:
+            self.embedding_name = stage.shared_embedding
+        embedding = self._module.get_input_embeddings().weight
+        kept = [
+            name
+            for name, parameter in self._module.named_parameters()
+            if name in stage.kept
+            or not (name.startswith(f"{stage.blocks}.") or parameter is embedding)
+        ]
+        self._check(embedding.shape, kept)
+        self._kept = {name: self._read(f"{stage.stack}.{name}") for name in kept}
+        self._restore_kept()
 
-    def name(self, number: int) -> str:
-        """The checkpoint's name of a block; one beyond the last may be in the checkpoint only."""
-        return f"{self.stage.stack}.{self.stage.blocks}.{number}"
-
-    def head(self, number: int) -> str | None:
-        """What the names of a block's expert stacks begin with; None for a dense block.
-
-        A block beyond the last counts as sparse.
-        """
-        if number < len(self.blocks) and self._experts[number] is None:
-            return None
-        return self.family.on_disk(f"{self.name(number)}.{self.stage.experts}")
+    def block(self, number: int, experts: str | None = None) -> Block:
+        """A block by its number and the name of the experts in it."""
+        name = f"{self._stage.stack}.{self._stage.blocks}.{number}"
+        return Block(name, experts and self._family.in_checkpoint(f"{name}.{experts}"))
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
         """Have a block's weights in memory."""
-        block = self.blocks[number]
-        weights = {name: self._read(f"{self.name(number)}.{name}") for name in block.state_dict()}
+        block, name = self._blocks[number], self.blocks[number].name
+        weights = {each: self._read(f"{name}.{each}") for each in block.state_dict()}
         block.load_state_dict(weights, assign=True)
         del weights
         try:
             yield
         finally:
             block.to("meta")
-            self._keep()
+            self._restore_kept()
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -131,95 +131,131 @@ class ModelPart:
         finally:
             module.to("meta")
 
-    def forward(
+    def embed(self, tokens: Tokens) -> Tensor:
+        """The hidden states before the first block, whose ``embedding`` is in memory.
+
+        Returns:
+            float32 [sequences, length, d].
+        """
+        calls, _ = self._pass_through(tokens, None, {})
+        hidden: Tensor = calls[0].args[0]
+        return hidden
+
+    def run_block(
         self,
         number: int,
         tokens: Tokens,
-        rows: Tensor | None = None,
-        answer: Tensor | None = None,
-        more: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        """The arguments of a block's experts, or with their ``answer`` the block's hidden states.
+        rows: Tensor,
+        outputs: Tensor | None,
+        further: Mapping[str, Tensor],
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run a block that is ``loaded``.
 
-        Without ``rows``: the hidden states before the block. After the last block: the part's
-        output.
+        Args:
+            number: of the block.
+            tokens: of a batch.
+            rows: float32 [tokens, d], the hidden states before the block, without padding.
+            outputs: float32 [tokens, d], what the experts return; None: zeros.
+            further: arguments of the stage's forward.
+
+        Returns:
+            The arguments of the experts' forward, () for a dense block; and the hidden states after
+            the block: float32 [sequences, length, d].
         """
-        states = None if rows is None else padded(rows, tokens.attended)
-        experts = self._experts[number] if number < len(self.blocks) else None
-        if experts and answer is not None:
-            experts.answer = padded(answer, tokens.attended).flatten(0, 1)
-        self._current, self._states = number, states
-        inputs = {"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}
-        mask = tokens.attended.long()
-        try:
-            return self._thread.submit(
-                self._call, **inputs, **(more or {}), attention_mask=mask
-            ).result()
-        finally:  # or each block would keep a batch
-            self._states = None
-            if experts:
-                experts.answer = None
+        given: tuple[Tensor, ...] = ()
 
-    @torch.no_grad()
-    def _call(self, **inputs: Tensor) -> Any:
-        try:
-            return self._module(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        except _Reached as reached:
-            return reached.value
+        def experts(module: nn.Module, *arguments: Tensor) -> Tensor:
+            nonlocal given
+            given = arguments
+            if outputs is None:
+                return torch.zeros_like(arguments[0])
+            return padded(outputs, tokens.attended).flatten(0, 1)
+
+        call = self._pass_through(tokens, padded(rows, tokens.attended), further)[0][number]
+        with _forward(self._experts[number], experts):
+            result = call()
+        return given, result[0] if isinstance(result, tuple) else result
 
     def output(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """What the part returns after its last block: float32 [sequences, length, d]."""
-        states: Tensor = self.forward(len(self.blocks), tokens, rows)
-        return states
+        """What the stage returns after its last block: float32 [sequences, length, d]."""
+        return self._pass_through(tokens, padded(rows, tokens.attended), {})[1]
 
-    def _step(self, number: int, real: Any, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        """In place of a block's forward."""
-        if self._states is None:
-            raise _Reached(hidden)
-        if number < self._current:
-            return self.family.skip(self.blocks[number], self._states, *arguments)
-        result = real(self._states, *arguments, **options)
-        raise _Reached(result[0] if isinstance(result, tuple) else result)
+    def _pass_through(
+        self, tokens: Tokens, states: Tensor | None, further: Mapping[str, Tensor]
+    ) -> tuple[list[partial[Any]], Tensor]:
+        """Run the stage without its blocks.
+
+        Returns:
+            A call of each block, with the hidden states as the first argument; the stage's output.
+        """
+        calls = []
+
+        def forward(block: Any, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+            if states is not None:  # the stage may scale its inputs, which are no embeddings here
+                hidden = states
+            calls.append(partial(block, hidden, *arguments, **options))
+            return self._family.pass_through(block, hidden, *arguments)
+
+        inputs = {"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}
+        mask = tokens.attended.long()
+        with _forward(self._blocks, forward):
+            output = self._module(
+                **inputs, **further, attention_mask=mask, use_cache=False, return_dict=True
+            )
+        return calls, output.last_hidden_state
 
     def _read(self, name: str) -> Tensor:
-        """A parameter by its module's name, or on disk: float32, on the device, a copy."""
-        tensor = self._checkpoint.read(self.family.on_disk(name))
+        """A parameter by transformers' name or the checkpoint's: float32, on the device, a copy."""
+        tensor = self._checkpoint.read(self._family.in_checkpoint(name))
         return tensor.to(self._device, torch.float32, copy=True)
 
-    def _keep(self) -> None:
+    def _restore_kept(self) -> None:
         for name, tensor in self._kept.items():
             owner, _, parameter = name.rpartition(".")
             setattr(self._module.get_submodule(owner), parameter, nn.Parameter(tensor, False))
 
-    def _check(self) -> None:
-        """That what will be read is there, and as large as the model's."""
-        embedding = self._module.get_input_embeddings().weight
-        expected = {self.embedding_name: embedding.shape}
-        parameters = self._module.state_dict()
-        for name, tensor in parameters.items():
-            if name in self.stage.kept or name.startswith(f"{self.stage.blocks}."):
-                expected[f"{self.stage.stack}.{name}"] = tensor.shape
+    def _check(self, embedding: torch.Size, kept: Collection[str]) -> None:
+        """Refuse a checkpoint whose tensors are not the model's, and tokens that are not."""
+        stack, blocks = self._stage.stack, self._stage.blocks
+        expected = {self.embedding_name: embedding} | {
+            f"{stack}.{name}": tensor.shape
+            for name, tensor in self._module.state_dict().items()
+            if name in kept or name.startswith(f"{blocks}.")
+        }
         for name, shape in expected.items():
-            info = self._checkpoint.tensors.get(self.family.on_disk(name))
+            name = self._family.in_checkpoint(name)
+            info = self._checkpoint.tensors.get(name)
             if info is None or info.shape != tuple(shape):
-                found = f"is of shape {list(info.shape)}" if info else "is missing"
+                found = f"has shape {list(info.shape)}" if info else "is missing"
                 raise QMoEError(
                     "checkpoint",
-                    f"{self._checkpoint.folder}: tensor {self.family.on_disk(name)!r} {found}, but "
-                    f"config.json makes a model with one of shape {list(shape)}; fetch the "
-                    "checkpoint again or correct config.json",
+                    f"{self._checkpoint.folder}: tensor {name!r} {found}, but by config.json its "
+                    f"shape is {list(shape)}",
+                    "download the checkpoint again or correct config.json",
                 )
         highest = max(int(batch.ids.max()) for batch in self.tokens)
-        if highest >= embedding.shape[0]:
+        if highest >= embedding[0]:
             raise QMoEError(
                 "argument",
-                f"token {highest} is none of the model's {embedding.shape[0]}; the tokenizer is "
-                "not the one that belongs to it",
+                f"token {highest} is not one of the model's {embedding[0]}",
+                "use the tokenizer that belongs to the model",
             )
 
 
+@contextmanager
+def _forward(modules: Sequence[nn.Module], function: Callable[..., Any]) -> Iterator[None]:
+    """Have ``function(module, ...)`` in place of each module's forward."""
+    for module in modules:
+        module.forward = partial(function, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
 def padded(rows: Tensor, attended: Tensor) -> Tensor:
-    """[tokens, d] to [sequences, length, d], with zeros where nothing is attended to."""
+    """[tokens, d] to [sequences, length, d], with zeros for padding: where not ``attended``."""
     states = torch.zeros(*attended.shape, rows.shape[-1], device=attended.device)
     states[attended] = rows.to(attended.device)
     return states

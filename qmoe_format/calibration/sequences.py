@@ -1,9 +1,9 @@
-"""Text to the sequences of tokens that a model was trained on.
+"""From text to sequences of tokens like those that a model was trained on.
 
-Documents are tokenised without special tokens, joined with the end-of-sequence token between them,
+Documents are tokenized without special tokens, joined with the end-of-sequence token between them,
 and cut into windows; the last, short one is kept. A causal model gets them as they are, an
 encoder-decoder with T5's span corruption, see ``spans``. An encoder-decoder that was trained for
-something else is given pairs: what the encoder reads, and what the decoder writes for it.
+something else is given pairs: what the encoder reads, and what the decoder should write for it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qmoe_format.calibration.spans import Ids, corrupt, sentinels, window_length
-from qmoe_format.calibration.text import read_pairs, read_texts
+from qmoe_format.calibration.text import read_documents
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
-
 ENCODER_LENGTH = 256
 CAUSAL_LENGTH = 2048
-# What of a long document is tokenized at once, to a space if there is one: a tokenizer takes many
-# times the memory of a text.
+# Long documents are tokenized in pieces that end at white space if possible: a tokenizer needs many
+# times the memory of its text.
 _PIECE = re.compile(r"(?s).{1,200000}\S{0,1000}")
 
 
@@ -40,9 +38,9 @@ class Tokens:
     """A batch of sequences, padded at the end.
 
     Attributes:
-        ids: int64 ``[sequences, length]``.
-        attended: bool, the same shape; False: padding.
-        counted: bool, the same shape; True: enters the Hessians.
+        ids: int64 [sequences, length].
+        attended: bool, the same shape; False for padding.
+        counted: bool, the same shape; whether the token enters the Hessians.
     """
 
     ids: Tensor
@@ -64,7 +62,7 @@ class Batch:
 
 
 def default_sequence_length(config: Mapping[str, Any]) -> int:
-    """256 for an encoder; otherwise 2048, or what the model can read if that is less."""
+    """256 for an encoder-decoder; otherwise 2048, or the most the model reads if that is less."""
     if config.get("is_encoder_decoder"):
         return ENCODER_LENGTH
     return min(CAUSAL_LENGTH, config.get("max_position_embeddings") or CAUSAL_LENGTH)
@@ -80,25 +78,31 @@ def read_batches(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Batch]:
-    """``make_batches``, or with a ``target_column`` ``make_pair_batches``, of a file of text.
+    """``make_batches``, or with a ``target_column`` ``make_pair_batches``, from a file of text.
 
-    ``progress`` is told how many documents have been read.
+    Args:
+        tokenizer: the model's.
+        config: the contents of its ``config.json``.
+        path: as for ``read_documents``.
+        column: of the text.
+        target_column: of what the decoder should write.
+        progress: called with the number of documents read so far.
+        **options: of ``make_batches``.
 
     Raises:
-        QMoEError: as these, and as ``text.read_texts``.
+        QMoEError: as from these and ``read_documents``.
     """
+
+    def documents() -> Iterator[Sequence[str]]:
+        for number, document in enumerate(read, 1):
+            if progress:
+                progress(number)
+            yield document
+
+    read = read_documents(path, column, target_column)
     if target_column is None:
-        texts = _counted(read_texts(path, column), progress)
-        return make_batches(tokenizer, config, texts, **options)
-    pairs = _counted(read_pairs(path, column, target_column), progress)
-    return make_pair_batches(tokenizer, config, pairs, **options)
-
-
-def _counted(documents: Iterable[T], progress: Callable[[int], None] | None) -> Iterator[T]:
-    for number, document in enumerate(documents, 1):
-        if progress:
-            progress(number)
-        yield document
+        return make_batches(tokenizer, config, (text for (text,) in documents()), **options)
+    return make_pair_batches(tokenizer, config, documents(), **options)
 
 
 def make_batches(
@@ -118,14 +122,14 @@ def make_batches(
         tokenizer: the model's.
         config: the contents of its ``config.json``.
         texts: documents; empty ones are left out.
-        sequence_length: the length of the encoder's or the causal model's input, see
+        sequence_length: tokens that the encoder or the causal model reads; by default
             ``default_sequence_length``.
         samples: how many windows to choose if there are more; they stay in the text's order.
         seed: of the choice and, with a window's number, of its spans: a window's spans do not
             depend on which others are chosen.
         batch_size: sequences in a batch; the last may have fewer.
-        mask_special_tokens: leave sentinels, the end of a sequence and all other special tokens out
-            of the Hessians, as QMoE does (arXiv 2310.16795).
+        mask_special_tokens: leave sentinels, the end-of-sequence token and all other special tokens
+            out of the Hessians, as QMoE does (arXiv 2310.16795).
 
     Raises:
         QMoEError: ``argument`` for numbers out of range or text without a token; ``checkpoint`` if
@@ -155,7 +159,7 @@ def make_batches(
 def make_pair_batches(
     tokenizer: PreTrainedTokenizerBase,
     config: Mapping[str, Any],
-    pairs: Iterable[tuple[str, str]],
+    pairs: Iterable[Sequence[str]],
     *,
     sequence_length: int | None = None,
     samples: int | None = None,
@@ -166,17 +170,20 @@ def make_pair_batches(
     """Make calibration batches of pairs, for an encoder-decoder.
 
     Each text gets the special tokens that the tokenizer gives it. Texts and targets that are longer
-    than ``sequence_length`` are cut.
+    than ``sequence_length`` are cut. Otherwise like ``make_batches``.
 
     Args:
-        pairs: what the encoder reads, and what the decoder is to write.
+        pairs: what the encoder reads, and what the decoder should write.
 
-    Others, and errors, as ``make_batches``; also ``argument`` for a model without an encoder.
+    Raises:
+        QMoEError: as from ``make_batches``; also ``argument`` for a model without an encoder.
     """
     if not config.get("is_encoder_decoder"):
         raise QMoEError(
             "argument",
-            f"a target_column is for encoder-decoders; {config.get('model_type')} has no encoder",
+            f"a target_column is for encoder-decoders, and {config.get('model_type')} has no "
+            "encoder",
+            "leave it out",
         )
     length = _length(config, sequence_length, samples, seed, batch_size)
     start, end = _start(config), _end(tokenizer)
@@ -188,11 +195,11 @@ def make_pair_batches(
         labels = tokenizer(text_target=target, **options).input_ids
         if read:
             inputs.append(np.array(read, np.int64))
-            # The end is to be written, but not read.
+            # The decoder writes the end, but does not read it.
             wanted = labels[:-1] if labels[-1:] == [end] else labels
             targets.append(np.array([start, *wanted], np.int64))
     if not inputs:
-        raise QMoEError("argument", "no pair of text and target has a token; give some")
+        raise QMoEError("argument", "no pair of text and target has a token", "give some text")
     chosen = _choose(len(inputs), samples, seed)
     return _batches(
         tokenizer,
@@ -212,7 +219,7 @@ def _length(
     seed: int,
     batch_size: int,
 ) -> int:
-    """Of a sequence; checks the numbers."""
+    """The length of a sequence, after a check of all numbers."""
     if sequence_length is None:
         sequence_length = default_sequence_length(config)
     for name, value, least in [
@@ -222,11 +229,12 @@ def _length(
         ("batch_size", batch_size, 1),
     ]:
         if value is not None and value < least:
-            raise QMoEError("argument", f"{name} is {value}; it has to be {least} or more")
+            raise QMoEError("argument", f"{name} is {value}, but has to be {least} or more")
     longest = None if config.get("is_encoder_decoder") else config.get("max_position_embeddings")
     if longest and sequence_length > longest:
         raise QMoEError(
-            "argument", f"sequence_length is {sequence_length}; the model reads up to {longest}"
+            "argument",
+            f"sequence_length is {sequence_length}, but the model reads up to {longest}",
         )
     return sequence_length
 
@@ -244,7 +252,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int
     for text in texts:
         begun = False
         for piece in _PIECE.findall(text):
-            # What looks like a special token in a text is text.
+            # In a text, what looks like a special token is text.
             tokens = tokenizer(
                 piece, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
@@ -253,7 +261,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int
             begun = begun or bool(tokens)
             ids.extend(tokens)
     if not ids:
-        raise QMoEError("argument", "the calibration text has no tokens; give some text")
+        raise QMoEError("argument", "the calibration text has no tokens", "give some text")
     return np.array(ids, dtype=np.int64)
 
 
@@ -266,13 +274,14 @@ def _batches(
     batch_size: int,
     masked: bool,
 ) -> list[Batch]:
-    """``special``: tokens that are, beside the tokenizer's own; all are left out if ``masked``."""
+    """``special``: tokens beside the tokenizer's special ones to leave out if ``masked``."""
     largest = max(int(sequence.max()) for sequence in [*inputs, *(targets or [])])
     if largest >= (config.get("vocab_size") or largest + 1):
         raise QMoEError(
             "checkpoint",
-            f"the tokenizer gives token {largest}, the model's vocabulary has "
-            f"{config['vocab_size']}; give the tokenizer that belongs to the model",
+            f"the tokenizer gives token {largest}, but the model's vocabulary has "
+            f"{config['vocab_size']}",
+            "use the tokenizer that belongs to the model",
         )
     end = _end(tokenizer)
     padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -309,5 +318,5 @@ def _start(config: Mapping[str, Any]) -> int:
 
 def _required(token: int | None, missing: str) -> int:
     if token is None:
-        raise QMoEError("checkpoint", f"{missing}; add it, or fetch the checkpoint again")
+        raise QMoEError("checkpoint", missing, "add it, or download the checkpoint again")
     return token

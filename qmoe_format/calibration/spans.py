@@ -1,7 +1,7 @@
-"""Span corruption, what T5 is trained on (arXiv 1910.10683, section 3.1.4).
+"""Span corruption, which T5 is trained on (arXiv 1910.10683, section 3.1.4).
 
-Of a window's tokens 15 % are taken out in spans of 3 on average; in the encoder's input a sentinel
-stands for each span, and the decoder reads sentinel, span, sentinel, span, ...
+15 % of a window's tokens are taken out, in spans of 3 on average. In the encoder's input a sentinel
+stands for each span; the decoder reads sentinel, span, sentinel, span, ...
 
     window   a b c d e f g h
     encoder  a b <extra_id_0> e f g <extra_id_1> </s>
@@ -31,8 +31,10 @@ Ids = NDArray[np.int64]
 def sentinels(tokenizer: PreTrainedTokenizerBase, window: int) -> list[int]:
     """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., as many as a window of that length needs.
 
-    In T5 they descend from the last id. Raises ``QMoEError``: ``checkpoint`` if the tokenizer has
-    none, ``argument`` if it has too few.
+    In T5 they descend from the last id.
+
+    Raises:
+        QMoEError: ``checkpoint`` if the tokenizer has none; ``argument`` if it has too few.
     """
     _, needed = _noise(window)
     found: list[int] = []
@@ -45,22 +47,23 @@ def sentinels(tokenizer: PreTrainedTokenizerBase, window: int) -> list[int]:
         raise QMoEError(
             "checkpoint",
             "the tokenizer has no token <extra_id_0>, so the model was not trained on T5's span "
-            "corruption: give text with a target_column, what the decoder is to write",
+            "corruption",
+            "give text with a target_column, for what the decoder should write",
         )
     if len(found) < needed:
         raise QMoEError(
             "argument",
-            f"sequences of this length need {needed} sentinels, the tokenizer has {len(found)}: "
+            f"sequences of this length need {needed} sentinels, but the tokenizer has {len(found)}",
             "choose a shorter sequence_length",
         )
     return found
 
 
 def window_length(encoder_length: int) -> int:
-    """The shortest window that span corruption makes an encoder input of that length: 283 for 256.
+    """The shortest window from which span corruption makes an encoder input of that length.
 
-    T5 takes the longest, which is one token longer for some lengths, 284 for 256; both are 568 for
-    its own 512.
+    It is 283 for 256. T5 takes the longest, which is one token longer for some lengths: 284 for
+    256. Both are 568 for T5's own 512.
     """
     for length in count(1):
         noise, spans = _noise(length)
@@ -72,7 +75,11 @@ def window_length(encoder_length: int) -> int:
 def corrupt(
     window: Ids, sentinels: Sequence[int], end: int, generator: np.random.Generator
 ) -> tuple[Ids, Ids]:
-    """The encoder's input and the decoder's labels; each ends with ``end``."""
+    """Take random spans out of a window: int64 [tokens].
+
+    Returns:
+        The encoder's input and the decoder's labels; each ends with ``end``.
+    """
     noise, spans = _noise(len(window))
     taken = _segments(noise, spans, generator)
     kept = _segments(len(window) - noise, spans, generator)
@@ -87,15 +94,15 @@ def corrupt(
 
 
 def _noise(length: int) -> tuple[int, int]:
-    """Of a window: how many tokens are taken out, in how many spans; at least one in one."""
+    """How many tokens of a window are taken out, and in how many spans; at least one each."""
     noise = max(1, round(length * NOISE_DENSITY))
     return noise, max(1, round(noise / MEAN_SPAN))
 
 
 def _segments(total: int, parts: int, generator: np.random.Generator) -> Ids:
-    """Lengths, 1 or more, that add up to ``total``; each such division equally likely.
+    """Random lengths of at least 1 that add up to ``total``, every division equally likely.
 
-    ``total`` may also be 0 in one part: a window of one token keeps none.
+    With a ``total`` of 0 in one part the length is 0: a window of one token keeps none.
     """
     cuts = 1 + np.sort(generator.choice(max(0, total - 1), parts - 1, replace=False))
     return np.diff(np.concatenate([[0], cuts, [total]]))

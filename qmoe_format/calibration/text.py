@@ -11,85 +11,82 @@ from typing import Any
 
 from qmoe_format.errors import QMoEError, os_errors
 
+_GIVE_TEXT = "give a file of text"
 
-def read_texts(path: str | Path, column: str = "text") -> Iterator[str]:
-    """The documents of a file, in order; the file's name says which kind it is.
 
-    ``.jsonl``: a JSON object a line, the text under the key ``column``. ``.parquet``: a row each,
-    in the column ``column``. ``.txt``: UTF-8, documents separated by blank lines. Blank documents
-    are left out.
+def read_documents(
+    path: str | Path, column: str = "text", target: str | None = None
+) -> Iterator[tuple[str, ...]]:
+    """The documents of a file, in order; those with a blank text are left out.
+
+    Args:
+        path: a ``.jsonl`` file with a JSON object per line, a ``.parquet`` file with a document per
+            row, or a ``.txt`` file in UTF-8 with blank lines between documents.
+        column: the key or column of the text.
+        target: that of what a decoder should write for the text; a ``.txt`` file has none.
+
+    Returns:
+        (text,), or (text, target) if there is a ``target``.
 
     Raises:
         QMoEError: ``not-found`` if there is no such file; ``argument`` for another kind of file,
             and, while the documents are read, for a line or row that is damaged or has no such
-            column, or if there is no text at all; ``dependency`` if pyarrow is needed and not
-            there; ``io``.
+            column, or if there is no text at all; ``dependency`` if pyarrow is needed but missing;
+            ``io``.
     """
-    return (text for (text,) in _read(path, [column]))
-
-
-def read_pairs(path: str | Path, column: str, target: str) -> Iterator[tuple[str, str]]:
-    """What an encoder is to read and what the decoder is to write for it, from two columns.
-
-    Pairs of which one is blank are left out. Else as ``read_texts``; a ``.txt`` file, which has no
-    columns, is refused.
-    """
+    path = text_file(path)
+    columns = [column] if target is None else [column, target]
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise QMoEError(
+            "argument", f"{path}: is not one of {', '.join(_READERS)}", "convert or rename it"
+        )
     if column == target:
-        raise QMoEError("argument", f"text and target are both the column {column!r}; give two")
-    if text_file(path).suffix.lower() == ".txt":
-        raise QMoEError("argument", f"{path}: has no columns; give a .jsonl or .parquet file")
-    return ((text, wanted) for text, wanted in _read(path, [column, target]))
-
-
-def check_file(path: str | Path, column: str = "text", target: str | None = None) -> None:
-    """Refuse what ``read_texts``, or with a ``target`` ``read_pairs``, does without reading."""
-    if target is None:
-        read_texts(path, column)
-    else:
-        read_pairs(path, column, target)
+        raise QMoEError(
+            "argument", f"text and target are both the column {column!r}", "name two columns"
+        )
+    if target is not None and read is _read_txt:
+        raise QMoEError("argument", f"{path}: has no columns", "give a .jsonl or .parquet file")
+    if read is _read_parquet:
+        _parquet()
+    return _not_blank(read(path, columns), path)
 
 
 def text_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal; ``not-found``, ``argument`` or ``io``."""
+    """The SHA-256 of the file's bytes, in hexadecimal.
+
+    Raises:
+        QMoEError: as from ``text_file``; ``io``.
+    """
     path = text_file(path)
     with os_errors(f"cannot read {path}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_file(path: str | Path) -> Path:
-    """``path``, if it is a file; raises ``QMoEError``: ``not-found``, ``argument``."""
+    """The path, if it is that of a file.
+
+    Raises:
+        QMoEError: ``not-found``; ``argument``.
+    """
     path = Path(path)
-    if path.is_dir():
-        raise QMoEError("argument", f"{path}: is a folder; give a file of text")
+    if path.is_file():
+        return path
     if not path.exists():
-        raise QMoEError("not-found", f"{path}: no such file; give a file of text")
-    if not path.is_file():
-        raise QMoEError("argument", f"{path}: is no ordinary file; give a file of text")
-    return path
+        raise QMoEError("not-found", f"{path}: no such file", _GIVE_TEXT)
+    kind = "a folder" if path.is_dir() else "not an ordinary file"
+    raise QMoEError("argument", f"{path}: is {kind}", _GIVE_TEXT)
 
 
-def _read(path: str | Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
-    path = text_file(path)
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise QMoEError(
-            "argument",
-            f"{path}: text is read from {', '.join(_READERS)} only; convert or rename it",
-        )
-    if read is _read_parquet:
-        _parquet()
-    return _with_text(read(path, columns), path)
-
-
-def _with_text(documents: Iterator[Sequence[str]], path: Path) -> Iterator[Sequence[str]]:
+def _not_blank(documents: Iterator[Sequence[str]], path: Path) -> Iterator[tuple[str, ...]]:
     empty = True
     with os_errors(f"cannot read {path}"):
         for document in documents:
             if all(text and not text.isspace() for text in document):
                 empty = False
-                yield document
+                yield tuple(document)
     if empty:
-        raise QMoEError("argument", f"{path}: has no text; give a file with some")
+        raise QMoEError("argument", f"{path}: has no text", _GIVE_TEXT)
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -101,12 +98,13 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise QMoEError(
-                "argument", f"{where}: not JSON ({error}); correct or remove the line"
+                "argument", f"{where}: not JSON ({error})", "correct or remove the line"
             ) from error
         if not isinstance(document, dict):
             raise QMoEError(
                 "argument",
-                f"{where}: not a JSON object; each line has to be one, like {{{example}}}",
+                f"{where}: not a JSON object",
+                f"make every line one, like {{{example}}}",
             )
         for column in columns:
             if column not in document:
@@ -144,9 +142,9 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]
                     ]
     except QMoEError:
         raise
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
+    except ValueError as error:  # such as pyarrow's ArrowInvalid
         raise QMoEError(
-            "argument", f"{path}: not a parquet file of text ({error}); get it again"
+            "argument", f"{path}: not a parquet file of text ({error})", "download it again"
         ) from error
 
 
@@ -156,7 +154,7 @@ def _parquet() -> Any:
     except ImportError as error:
         raise QMoEError(
             "dependency",
-            f"a .parquet file needs the package pyarrow, which cannot be imported ({error}); "
+            f"a .parquet file needs the package pyarrow, which cannot be imported ({error})",
             "run: pip install 'qmoe-format[parquet]', or convert the file to .jsonl",
         ) from error
 
@@ -169,7 +167,7 @@ _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Sequence[str]]]] = 
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line is, for messages, and the line, ending in a line feed."""
+    """Each line's place, for messages, and the line, ending in a line feed."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -178,30 +176,28 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise QMoEError(
-                    "argument", f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                    "argument", f"{where}: not UTF-8 ({error.reason})", "save the file as UTF-8"
                 ) from error
             yield where, text.rstrip("\r\n") + "\n"
 
 
 def _checked(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise QMoEError(
-            "argument",
-            f"{where}: {column!r} is not text; correct or remove it",
-        )
+        raise QMoEError("argument", f"{where}: {column!r} is not text", "correct or remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise QMoEError(
             "argument",
-            f"{where}: character {error.start} is half of a surrogate pair; correct or remove it",
+            f"{where}: character {error.start} is half of a surrogate pair",
+            "correct or remove it",
         ) from error
     return value
 
 
-def _no_column(where: str, column: str, there: list[str]) -> QMoEError:
+def _no_column(where: str, column: str, columns: list[str]) -> QMoEError:
     return QMoEError(
         "argument",
-        f"{where}: no column {column!r}; name the right one, there is "
-        f"{', '.join(map(repr, there)) or 'none'}",
+        f"{where}: no column {column!r}: there is {', '.join(map(repr, columns)) or 'none'}",
+        "name the right one",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qmoe_format.calibration.text import read_pairs, read_texts, text_sha256
+from qmoe_format.calibration.text import read_documents, text_sha256
 from qmoe_format.errors import QMoEError
 
 
@@ -20,9 +20,13 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def read_texts(path: str | Path, column: str = "text") -> list[str]:
+    return [text for (text,) in read_documents(path, column)]
+
+
 def refusal(path: Path, column: str = "text", code: str = "argument") -> str:
     with pytest.raises(QMoEError) as caught:
-        list(read_texts(path, column))
+        read_texts(path, column)
     assert caught.value.code == code
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -39,22 +43,22 @@ def test_json_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"source": 1, "text": t}, ensure_ascii=False) for t in texts]
     for content in ("\n".join(lines), "\r\n".join(lines) + "\r\n", "\n\n \n".join(lines) + "\n"):
         path = write(tmp_path / "some.JSONL", content)
-        assert list(read_texts(path)) == texts
-        assert list(read_texts(str(path))) == texts
+        assert read_texts(path) == texts
+        assert read_texts(str(path)) == texts
     write(path, b"\xef\xbb\xbf" + content.encode())  # a byte order mark
-    assert list(read_texts(path)) == texts
+    assert read_texts(path) == texts
 
 
 def test_another_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "no", "body": "yes"}\n')
-    assert list(read_texts(path, "body")) == ["yes"]
+    assert read_texts(path, "body") == ["yes"]
 
 
 def test_pairs(tmp_path: Path) -> None:
     lines = [("a", "b"), (" ", "c"), ("d", ""), ("e\n", "f")]
     content = "\n".join(json.dumps({"q": q, "id": 1, "answer": a}) for q, a in lines)
     path = write(tmp_path / "a.jsonl", content)
-    assert list(read_pairs(path, "q", "answer")) == [("a", "b"), ("e\n", "f")]
+    assert list(read_documents(path, "q", "answer")) == [("a", "b"), ("e\n", "f")]
     for columns, reason in [
         (("q", "target"), "no column 'target'"),
         (("text", "answer"), "no column 'text'"),
@@ -62,23 +66,23 @@ def test_pairs(tmp_path: Path) -> None:
         (("q", "q"), "both the column 'q'"),
     ]:
         with pytest.raises(QMoEError, match=reason) as caught:
-            list(read_pairs(path, *columns))
+            list(read_documents(path, *columns))
         assert caught.value.code == "argument"
     with pytest.raises(QMoEError, match="has no columns") as caught:
-        read_pairs(write(tmp_path / "a.txt", "a"), "q", "answer")
+        read_documents(write(tmp_path / "a.txt", "a"), "q", "answer")
     assert caught.value.code == "argument"
     with pytest.raises(QMoEError, match="has no text"):
-        list(read_pairs(write(path, '{"q": "a", "answer": " "}'), "q", "answer"))
+        list(read_documents(write(path, '{"q": "a", "answer": " "}'), "q", "answer"))
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": ""}\n{"text": "a"}\n{"text": " \\n\\t"}\n')
-    assert list(read_texts(path)) == ["a"]
+    assert read_texts(path) == ["a"]
 
 
 def test_blank_lines_separate_documents_of_plain_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "\n\na\nb\n\n \t\r\n\nc  \r\n  d\r\n\r\ne")
-    assert list(read_texts(path)) == ["a\nb", "c  \n  d", "e"]
+    assert read_texts(path) == ["a\nb", "c  \n  d", "e"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,7 @@ def test_blank_lines_separate_documents_of_plain_text(tmp_path: Path) -> None:
         ('{"text": 3}', "'text' is not text"),
         ('{"text": null}', "'text' is not text"),
         ('{"text": ["a"]}', "'text' is not text"),
-        ('{"body": "a", "id": 1}', "no column 'text'; name the right one, there is 'body', 'i"),
+        ('{"body": "a", "id": 1}', "no column 'text': there is 'body', 'id'"),
         ("{}", "there is none"),
         ('{"text": "a\\ud800"}', "character 1 is half of a surrogate pair"),
         (b'{"text": "k\xe4se"}', "not UTF-8"),
@@ -123,15 +127,15 @@ def test_not_a_file_of_text(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "none.jsonl", code="not-found")
     assert "is a folder" in refusal(tmp_path)
     csv = write(tmp_path / "a.csv", "text\na\n")
-    assert ".jsonl, .txt, .parquet only" in refusal(csv)
+    assert "is not one of .jsonl, .txt, .parquet" in refusal(csv)
     with pytest.raises(QMoEError):
-        read_texts(csv)  # at once, not when the first document is asked for
+        read_documents(csv)  # at once, not when the first document is asked for
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_no_file_of_text(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file_of_text(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
-    assert "is no ordinary file" in refusal(tmp_path / "a.txt")
+    assert "is not an ordinary file" in refusal(tmp_path / "a.txt")
 
 
 def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     path = write(tmp_path / "a.parquet", b"PAR1")
     with pytest.raises(QMoEError, match=r"pip install 'qmoe-format\[parquet\]'") as caught:
-        read_texts(path)
+        read_documents(path)
     assert caught.value.code == "dependency"
 
 
@@ -163,12 +167,12 @@ def test_parquet(tmp_path: Path) -> None:
         return path
 
     store(id=list(range(50)), text=[*texts])
-    assert list(read_texts(path)) == texts
-    assert "no column 'body'; name the right one, there is 'id', 'text'" in refusal(path, "body")
+    assert read_texts(path) == texts
+    assert "no column 'body': there is 'id', 'text'" in refusal(path, "body")
     assert "row 1: 'id' is not text" in refusal(path, "id")
     assert "row 42: 'text' is not text" in refusal(store(text=[*texts[:41], None, *texts[42:]]))
     assert "has no text" in refusal(store(text=["", " "]))
     answers: list[object] = [str(i) for i in range(50)]
     store(answer=answers, text=[*texts])
-    assert list(read_pairs(path, "text", "answer")) == list(zip(texts, answers, strict=True))
+    assert list(read_documents(path, "text", "answer")) == list(zip(texts, answers, strict=True))
     assert "not a parquet file" in refusal(write(path, b"PAR1 and so on"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 from collections.abc import Callable
@@ -17,8 +18,7 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qmoe_format.checkpoints import ADAPTERS, open_checkpoint
-from qmoe_format.checkpoints.wiring import FAMILIES
+from qmoe_format.checkpoints import FAMILIES, open_checkpoint
 from qmoe_format.conversion.report import read_report
 from qmoe_format.quantize import RECIPES
 from tests.refusals import refusal
@@ -30,8 +30,7 @@ EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|down_proj|expert_\d+\.w[io]\.w
 @pytest.fixture(autouse=True)
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the time that tiny models take is that of the garbage collector."""
-    for module in ("block", "calibrated"):
-        monkeypatch.setattr(f"qmoe_format.conversion.{module}.release_memory", lambda: None)
+    monkeypatch.setattr(gc, "collect", lambda: None)
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -64,7 +63,7 @@ def rounded(experts: Tensor) -> Tensor:
 
 
 def test_every_family_is_tested() -> None:
-    assert set(CONFIGS) == set(ADAPTERS) == set(FAMILIES)
+    assert set(CONFIGS) == set(FAMILIES)
 
 
 def test_each_expert_is_rounded_and_nothing_else_changes(
@@ -90,14 +89,12 @@ def test_each_expert_is_rounded_and_nothing_else_changes(
 
 
 def test_names(model_type: str, folder_of: Callable[[str], Path]) -> None:
-    adapter, family = ADAPTERS[model_type], FAMILIES[model_type]
+    family = FAMILIES[model_type]
     with open_checkpoint(folder_of(model_type)) as checkpoint:
         stacks = checkpoint.stacks
-        others = checkpoint.others
     assert {stack.matrix for stack in stacks} == {*family.inputs, family.output}
     for stack in stacks:
-        assert adapter.split(stack.name) == (stack.head, stack.matrix)
-        assert adapter.stack_name(stack.head, stack.matrix) == stack.name
+        assert family.stack_name(stack.prefix, stack.matrix) == stack.name
         rows, columns = (48 if "moe_intermediate_size" in CONFIGS[model_type] else 80), 64
         if model_type == "switch_transformers":
             rows = 96
@@ -105,15 +102,13 @@ def test_names(model_type: str, folder_of: Callable[[str], Path]) -> None:
             rows = 160 if stack.matrix in family.inputs else 80
         shape = (columns, rows) if stack.matrix == family.output else (rows, columns)
         assert (stack.rows, stack.columns) == shape
-    for name in others:
-        assert adapter.split(name) is None
     modules = {
-        family.on_disk(name)
+        family.in_checkpoint(name)
         for name, module in load_model(folder_of(model_type)).named_modules()
         if hasattr(module, "is_concatenated")
         or type(module).__name__ == "SwitchTransformersExperts"
     }
-    assert modules == {stack.head for stack in stacks}
+    assert modules == {stack.prefix for stack in stacks}
 
 
 def test_calibrated(

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import qmoe_format
-from qmoe_format.checkpoints.wiring import FAMILIES
+from qmoe_format.checkpoints import FAMILIES
 from tests.runtime.conftest import Converted
 from tests.runtime.models import from_pretrained, generated, logits
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_like_the_dequantised_model(model_type: str, converted: Callable[[str], Converted]) -> None:
+def test_like_the_dequantized_model(model_type: str, converted: Callable[[str], Converted]) -> None:
     files = converted(model_type)
     model = qmoe_format.load_model(files.file)
     dense = from_pretrained(files.dense)

@@ -1,17 +1,19 @@
 """gpt-oss: one tensor holds a matrix of all experts of a layer, transposed; each has a bias.
 
-``gate_up_proj`` is [experts, hidden, 2 × intermediate] on disk, columns of gate and up in turn;
-``down_proj`` is [experts, intermediate, hidden].
+``gate_up_proj`` is [experts, hidden, 2 × intermediate] in the checkpoint, columns of gate and up
+alternating; ``down_proj`` is [experts, intermediate, hidden].
 """
 
-from qmoe_format.checkpoints.expert_stacks import Adapter
+from qmoe_format.checkpoints.family import Family
 
-ADAPTER = Adapter(
+FAMILY = Family(
     model_types=("gpt_oss",),
-    head="mlp.experts",
-    tensor="{head}.{matrix}",
-    matrices=("down_proj", "gate_up_proj"),
+    experts="mlp.experts",
     router="mlp.router.weight",
+    tensor="{prefix}.{matrix}",
+    inputs=("gate_up_proj",),
+    output="down_proj",
     transposed=True,
     biases=("down_proj_bias", "gate_up_proj_bias"),
+    activation=None,
 )

@@ -1,15 +1,20 @@
-"""Granite's names: one tensor holds a matrix of all experts of a layer.
+"""Granite: one tensor holds a matrix of all experts of a layer.
 
-``input_linear`` is [experts, 2 × intermediate, hidden], the rows of the gate above those of up;
+``input_linear`` is [experts, 2 × intermediate, hidden], the gate's rows above those of up;
 ``output_linear`` is [experts, hidden, intermediate].
 """
 
-from qmoe_format.checkpoints.expert_stacks import Adapter
+from qmoe_format.checkpoints.family import Family
 
-ADAPTER = Adapter(
+FAMILY = Family(
     model_types=("granitemoe",),
-    head="block_sparse_moe",
-    tensor="{head}.{matrix}.weight",
-    matrices=("input_linear", "output_linear"),
-    router="block_sparse_moe.router.layer.weight",
+    experts="block_sparse_moe.experts",
+    router="block_sparse_moe.router.weight",
+    tensor="{prefix}.{matrix}.weight",
+    inputs=("input_linear",),
+    output="output_linear",
+    renamed=(
+        (".block_sparse_moe.experts", ".block_sparse_moe"),
+        (".router.weight", ".router.layer.weight"),
+    ),
 )

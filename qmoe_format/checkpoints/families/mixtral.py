@@ -1,14 +1,16 @@
-"""Mixtral's names (arXiv 2401.04088): gated experts of three matrices with numbers.
+"""Mixtral (arXiv 2401.04088): gated experts whose matrices have numbers.
 
 ``w1`` (gate) and ``w3`` (up) are [intermediate, hidden], ``w2`` (down) is [hidden, intermediate].
 """
 
-from qmoe_format.checkpoints.expert_stacks import Adapter
+from qmoe_format.checkpoints.family import Family
 
-ADAPTER = Adapter(
-    model_types=("mixtral", "phimoe"),
-    head="block_sparse_moe.experts",
-    tensor="{head}.{number}.{matrix}.weight",
-    matrices=("w1", "w2", "w3"),
-    router="block_sparse_moe.gate.weight",
+FAMILY = Family(
+    model_types=("mixtral",),
+    experts="mlp.experts",
+    router="mlp.gate.weight",
+    tensor="{prefix}.{number}.{matrix}.weight",
+    inputs=("w1", "w3"),
+    output="w2",
+    renamed=((".mlp.", ".block_sparse_moe."),),
 )
