@@ -1,9 +1,9 @@
-"""From how many tokens of an expert on which kind of product is the fastest on a CPU.
+"""Which kernel multiplies how many tokens of an expert the fastest on a CPU.
 
     python -m benchmarks.products
 
-Writes benchmarks/results/products.json: microseconds on one core of the three ways that
-``runtime.products.way`` chooses from, and what its choice takes beside the best of them.
+Writes benchmarks/results/products.json: microseconds on one core of the three kernels that
+``choose_kernel`` chooses from, and the time of its choice relative to the best of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 from benchmarks import report
 from qmoe_format import codec
-from qmoe_format.runtime.grouped_linear import SCRATCH, way
+from qmoe_format.runtime.grouped_linear import choose_kernel
+from qmoe_format.runtime.tuning import TUNING
 
 SHAPES = ((3072, 768), (768, 3072), (3584, 1024))
 ZEROS = (0.6, 0.885, 0.95)
@@ -25,24 +26,24 @@ TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS = 15
 
 
-def ways(matrix: codec.EncodedMatrix, tokens: int) -> dict[str, Callable[[], Any]]:
-    """Y = X W^T of as many tokens, in three ways."""
+def kernels(matrix: codec.EncodedMatrix, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Y = X W^T of as many tokens, by each kernel."""
     x = np.random.default_rng(1).standard_normal((tokens, matrix.columns)).astype(np.float32)
     y = np.empty((tokens, matrix.rows), np.float32)
-    together = max(1, SCRATCH // (4 * matrix.columns))
-    buffer = np.empty((min(together, matrix.rows), matrix.columns), np.float32)
+    tile = max(1, TUNING.scratch_bytes // (4 * matrix.columns))
+    scratch = np.empty((min(tile, matrix.rows), matrix.columns), np.float32)
 
     def dense() -> None:
-        for first in range(0, matrix.rows, together):
-            part = buffer[: min(together, matrix.rows - first)]
+        for first in range(0, matrix.rows, tile):
+            part = scratch[: min(tile, matrix.rows - first)]
             codec.dequantize_rows(matrix, first, part, 1)
             columns = torch.from_numpy(y)[:, first : first + len(part)]
             torch.mm(torch.from_numpy(x), torch.from_numpy(part).T, out=columns)
 
     single = [(matrix, x[i], y[i]) for i in range(tokens)]
     return {
-        "alone": partial(codec.matvecs, single, 1),
-        "together": partial(codec.matmul, matrix, x, y, 1),
+        "matvec": partial(codec.matvecs, single, 1),
+        "matmul": partial(codec.matmul, matrix, x, y, 1),
         "dense": dense,
     }
 
@@ -58,21 +59,21 @@ def main() -> None:
             scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
             matrix = codec.encode_matrix(trits.astype(np.int8), scales)
             for tokens in TOKENS:
-                seconds = report.medians(ways(matrix, tokens), ROUNDS)
-                took = {how: 1e6 * each["median"] for how, each in seconds.items()}
-                choice = way(tokens, matrix.trits.zero_fraction)
+                seconds = report.medians(kernels(matrix, tokens), ROUNDS)
+                took = {name: 1e6 * each["median"] for name, each in seconds.items()}
+                choice = choose_kernel(tokens, matrix.trits.zero_fraction)
                 result = {
                     "shape": [rows, columns],
                     "zeros": share,
                     "tokens": tokens,
-                    "microseconds": {how: round(each, 1) for how, each in took.items()},
+                    "microseconds": {name: round(each, 1) for name, each in took.items()},
                     "chosen": choice,
                     "chosen / best": round(took[choice] / min(took.values()), 2),
                 }
                 results.append(result)
                 print(
                     f"{rows} x {columns}, {share:5.1%} zeros, {tokens:3} tokens: "
-                    + "  ".join(f"{how} {each:8.0f} us" for how, each in took.items())
+                    + "  ".join(f"{name} {each:8.0f} us" for name, each in took.items())
                     + f"  {choice}: {result['chosen / best']:.2f} x the best",
                     flush=True,
                 )

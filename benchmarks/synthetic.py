@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qmoe_format.dtypes import from_float32
 from qmoe_format.export.safetensors_writer import OutputTensor, write_sharded
+from qmoe_format.progress import Counter
 
 SHARD_BYTES = 1_000_000_000
 POOL = from_float32(np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02, "BF16")
@@ -57,7 +58,7 @@ def write_checkpoint(config: Config, folder: Path) -> list[OutputTensor]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     written = list(tensors(config))
-    write_sharded(folder, written, SHARD_BYTES)
+    write_sharded(folder, written, SHARD_BYTES, Counter(None, 0))
     return written
 
 

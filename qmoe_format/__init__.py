@@ -32,12 +32,11 @@ from qmoe_format._version import __version__
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
     from qmoe_format.container.entries import AttachmentEntry, DictionaryEntry, TensorEntry
-    from qmoe_format.container.reader import QMoEFile
-    from qmoe_format.container.shards import ShardedFile, open
+    from qmoe_format.container.reader import QMoEFile, open
     from qmoe_format.container.writer import StackWriter, Writer
     from qmoe_format.conversion import convert
     from qmoe_format.errors import QMoEError
-    from qmoe_format.export.unpacking import unpack
+    from qmoe_format.export import unpack
     from qmoe_format.runtime import load_model, load_tokenizer
 
 __all__ = [
@@ -48,7 +47,6 @@ __all__ = [
     "EncodedTrits",
     "QMoEError",
     "QMoEFile",
-    "ShardedFile",
     "StackWriter",
     "TensorEntry",
     "Writer",
@@ -68,15 +66,14 @@ _HOMES = {
     "EncodedTrits": "codec",
     "QMoEError": "errors",
     "QMoEFile": "container.reader",
-    "ShardedFile": "container.shards",
     "StackWriter": "container.writer",
     "TensorEntry": "container.entries",
     "Writer": "container.writer",
     "convert": "conversion",
     "load_model": "runtime",
     "load_tokenizer": "runtime",
-    "open": "container.shards",
-    "unpack": "export.unpacking",
+    "open": "container.reader",
+    "unpack": "export",
 }
 
 

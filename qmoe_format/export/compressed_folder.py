@@ -1,91 +1,91 @@
 """A folder that transformers loads, with experts that stay compressed.
 
-    config.json              the model's, and what says that this is such a folder
-    model.dense.safetensors  every tensor that is not a stack
-    experts.qmoe             the stacks, and the model's own config.json
-    …                        what else was attached, such as a tokenizer
+    config.json              the model's, with entries that say what the folder is
+    model.dense.safetensors  every tensor that is not an expert stack
+    experts.qmoe             the expert stacks, and the model's original config.json
+    …                        the other attachments, such as a tokenizer
 
-Loading it needs ``import qmoe_format.runtime``. Without, transformers only warns of a quantization
-that it does not know, and goes on with random experts wherever it finds weights. Here it finds
-none: they do not have the name it looks for, and where config.json may give another there stands
-what to do, with which loading ends at once.
+Loading it needs ``import qmoe_format.runtime``. Without it, transformers only warns of an unknown
+quantization method, and initializes experts at random wherever it finds the other weights. So it
+must not find them: they do not have the default name, and the entry of config.json that can name
+another file holds advice instead, which ends up in the error message.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmoe_format.container.encodings import TERNARY_DICT
-from qmoe_format.container.writer import Writer
+from qmoe_format.container import Writer
 from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
 
 if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile, ShardedFile
+    from qmoe_format.container import QMoEFile
 
-CONFIG = "config.json"
-DENSE = "model.dense.safetensors"
-EXPERTS = "experts.qmoe"
-METHOD = "qmoe"
+CONFIG_FILE = "config.json"
+DENSE_FILE = "model.dense.safetensors"
+EXPERTS_FILE = "experts.qmoe"
+QUANT_METHOD = "qmoe"
 _IMPORT_FIRST = "for its compressed experts, import qmoe_format.runtime before this model is loaded"
 
 
-def read_config(file: QMoEFile | ShardedFile) -> dict[str, Any]:
-    """The attached ``config.json``.
+def read_config(file: QMoEFile) -> dict[str, Any]:
+    """Parse the attached ``config.json``.
 
-    Raises ``QMoEError``: ``not-found``, ``checkpoint``; the codes of reading.
+    Raises:
+        QMoEError: ``not-found`` without one; ``checkpoint`` if it is not JSON; the codes of
+            reading.
     """
-    if CONFIG not in file.attachments:
+    if CONFIG_FILE not in file.attachments:
         raise QMoEError(
             "not-found",
-            f"{file.path}: has no {CONFIG} attached, so nobody knows which model it is; convert "
-            "the whole folder of the checkpoint",
+            f"{file.path}: {CONFIG_FILE} is not attached, so the kind of model is unknown",
+            "convert the whole folder of the checkpoint",
         )
-    text = file.attachment(CONFIG)
+    text, problem = file.attachment(CONFIG_FILE), "is not a JSON object"
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise QMoEError("checkpoint", f"{file.path}: {CONFIG} is not JSON ({error})") from error
+        config, problem = None, f"is not JSON ({error})"
     if not isinstance(config, dict):
-        raise QMoEError("checkpoint", f"{file.path}: {CONFIG} is not a JSON object")
+        raise QMoEError(
+            "checkpoint",
+            f"{file.path}: {CONFIG_FILE} {problem}",
+            "convert the checkpoint again, with its original config.json",
+        )
     return config
 
 
-def marked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's ``config.json`` as it is to be in such a folder."""
-    return {
-        **config,
-        "quantization_config": {"quant_method": METHOD, "file": EXPERTS},
+def marked_config(config: Mapping[str, Any]) -> bytes:
+    """The text of ``config.json`` in such a folder, from the model's."""
+    marks = {
+        "quantization_config": {"quant_method": QUANT_METHOD, "file": EXPERTS_FILE},
         "transformers_weights": _IMPORT_FIRST,
     }
+    return json.dumps({**config, **marks}, indent=2).encode() + b"\n"
 
 
-def write_experts(
-    file: QMoEFile | ShardedFile, path: Path, written: Callable[[int], None] = lambda size: None
-) -> None:
-    """Copy the stacks of ``file`` as they are stored, and its ``config.json``, into a new file.
+def write_experts(file: QMoEFile, path: Path, counter: Counter) -> None:
+    """Copy the stacks of ``file`` as they are stored, and its ``config.json``, to a new file.
 
-    ``written`` is called after each expert with the bytes it took in ``file``, about.
-
-    Raises ``QMoEError``: the codes of reading and of ``Writer``.
+    Raises:
+        QMoEError: the codes of reading and of ``Writer``.
     """
     with Writer(path) as writer:
-        if CONFIG in file.attachments:
-            writer.add_attachment(CONFIG, file.attachment(CONFIG))
+        if CONFIG_FILE in file.attachments:
+            writer.add_attachment(CONFIG_FILE, file.attachment(CONFIG_FILE))
         for name, entry in file.tensors.items():
             if not entry.stack:
                 continue
             with writer.add_stack(
                 name, entry.shape, entry.dtype, entry.encoding, entry.members, **entry.parameters
             ) as stack:
-                done = 0
+                counted = 0
                 for expert in range(entry.shape[0]):
-                    if entry.encoding == TERNARY_DICT.name:
-                        stack.append(file.encoded(name, expert))
-                    else:
-                        stack.append(file.read_expert(name, expert))
-                    share = entry.stored_bytes * (expert + 1) // entry.shape[0] - done
-                    done += share
-                    written(share)
+                    stack.append(file.encoded(name, expert))
+                    share = entry.stored_bytes * (expert + 1) // entry.shape[0] - counted
+                    counted += share
+                    counter.add(share)

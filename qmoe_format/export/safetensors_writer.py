@@ -1,7 +1,10 @@
 """Sharded safetensors, written one tensor at a time.
 
-The safetensors library wants a whole shard in memory; the file is a JSON header followed by the
-tensors' bytes, so streaming takes a few lines. Needs numpy only.
+The safetensors library needs a whole shard in memory. The file is a JSON header followed by the
+tensors' bytes, so that streaming takes a few lines.
+
+All functions raise ``QMoEError("duplicate")`` if two tensors have one name or a file exists
+already, and ``OSError`` if the operating system refuses.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,13 +23,14 @@ import numpy.typing as npt
 
 from qmoe_format.dtypes import STORAGE
 from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
 
 INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to write; ``parts`` gives its elements in order, in arrays of the storage dtype."""
+    """A tensor to write; ``parts`` makes its elements, in arrays of the storage dtype."""
 
     name: str
     dtype: str
@@ -39,18 +44,15 @@ class OutputTensor:
 
 
 def write_sharded(
-    folder: Path,
-    tensors: Iterable[OutputTensor],
-    shard_bytes: int,
-    written: Callable[[OutputTensor], None] = lambda tensor: None,
+    folder: Path, tensors: Iterable[OutputTensor], shard_bytes: int, counter: Counter
 ) -> None:
     """Write ``model-00001-of-0000N.safetensors`` … and their index into ``folder``.
 
-    A shard has at most ``shard_bytes`` of tensors, or one that is larger.
-
-    Raises:
-        QMoEError: ``duplicate`` if two tensors have one name, or a file is there already.
-        OSError: the operating system refused.
+    Args:
+        folder: existing.
+        tensors: in the order of the shards.
+        shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
+        counter: counts the bytes of tensors.
     """
     shards: list[list[OutputTensor]] = []
     size = 0
@@ -61,16 +63,13 @@ def write_sharded(
         shards[-1].append(tensor)
         size += tensor.nbytes
     shards = shards or [[]]
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for file, shard in zip(files, shards, strict=True):
         for tensor in shard:
-            if tensor.name in weight_map:
-                raise QMoEError("duplicate", f"two tensors would have the name {tensor.name!r}")
-            weight_map[tensor.name] = file
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file, shard, written)
+            _add(weight_map, tensor.name, file)
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, counter)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard)},
         "weight_map": dict(sorted(weight_map.items())),
@@ -78,52 +77,47 @@ def write_sharded(
     write_new(folder / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
 
 
-def write_safetensors(
-    path: Path,
-    tensors: Sequence[OutputTensor],
-    written: Callable[[OutputTensor], None] = lambda tensor: None,
-) -> None:
-    """Write one safetensors file; largest elements first, so that all are aligned.
-
-    Raises as ``write_sharded``.
-    """
+def write_safetensors(path: Path, tensors: Sequence[OutputTensor], counter: Counter) -> None:
+    """Write one safetensors file, largest elements first, so that all are aligned."""
     tensors = sorted(tensors, key=lambda tensor: -STORAGE[tensor.dtype].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        if tensor.name in header:
-            raise QMoEError("duplicate", f"two tensors would have the name {tensor.name!r}")
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
+        offsets = [offset, offset := offset + tensor.nbytes]
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        _add(header, tensor.name, entry)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _create(path) as file:
+    with _new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             start = file.tell()
             for part in tensor.parts():
                 file.write(part.reshape(-1).view(np.uint8).data)
-            if file.tell() != start + tensor.nbytes:
-                raise AssertionError(f"{tensor.name}: wrote {file.tell() - start} bytes")
-            written(tensor)
-        file.flush()
-        os.fsync(file.fileno())
+            written = file.tell() - start
+            assert written == tensor.nbytes, f"{tensor.name}: wrote {written} bytes"
+            counter.add(tensor.nbytes)
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file durably; ``duplicate`` if there is one already."""
-    with _create(path) as file:
+    """Write a whole file durably."""
+    with _new_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _create(path: Path) -> BinaryIO:
+def _add(tensors: dict[str, Any], name: str, entry: Any) -> None:
+    if name in tensors:
+        raise QMoEError("duplicate", f"two tensors would have the name {name!r}")
+    tensors[name] = entry
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
     try:
-        return path.open("xb")
+        file = path.open("xb")
     except FileExistsError as error:
         raise QMoEError("duplicate", f"two files would have the name {path.name!r}") from error
+    with file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

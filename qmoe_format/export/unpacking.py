@@ -5,11 +5,11 @@ Needs memory for one tensor or one expert, and no optional package.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,143 +19,131 @@ import numpy.typing as npt
 
 from qmoe_format import container
 from qmoe_format.atomic_file import sync_folder
-from qmoe_format.checkpoints import adapter_for
+from qmoe_format.checkpoints import family_for
 from qmoe_format.errors import QMoEError, os_errors
-from qmoe_format.export.compressed_folder import (
-    CONFIG,
-    DENSE,
-    EXPERTS,
-    marked,
-    read_config,
-    write_experts,
-)
-from qmoe_format.export.safetensors_writer import (
-    OutputTensor,
-    write_new,
-    write_safetensors,
-    write_sharded,
-)
+from qmoe_format.export import compressed_folder, safetensors_writer
+from qmoe_format.export.compressed_folder import CONFIG_FILE, DENSE_FILE, EXPERTS_FILE, read_config
+from qmoe_format.export.safetensors_writer import OutputTensor
 from qmoe_format.machine import cores
+from qmoe_format.progress import Counter, Progress
 
 if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile, ShardedFile
-    from qmoe_format.container.reader import Progress
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
+    from qmoe_format.container import QMoEFile
 
 
 def unpack(
     source: str | Path,
     folder: str | Path,
     *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int = 5_000_000_000,
     compressed: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write every tensor under its name in the checkpoint, and the attachments.
-
-    Experts are dequantised, or stay as they are if ``compressed``: such a folder is described in
-    ``qmoe_format.export.compressed_folder``. The folder appears when it is whole.
+    """Write all tensors, under their names in the checkpoint, and all attachments to a folder.
 
     Args:
         source: a ``.qmoe`` file, or the index file of shards.
-        folder: where to; it must not be there, or be empty.
-        shard_bytes: the most bytes of tensors in one safetensors file, unless ``compressed``.
-        compressed: leave the experts compressed.
+        folder: a new or an empty one; it appears when it is complete.
+        shard_bytes: most bytes of tensors in one safetensors file, unless ``compressed``.
+        compressed: keep the experts as they are (``qmoe_format.export.compressed_folder``) instead
+            of dequantizing them.
         progress: called with the bytes done and to do.
 
     Raises:
-        QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` is there;
-            ``duplicate`` if two tensors or files would have one name.
-            ``not-found`` if there is no folder above, or ``config.json`` is needed and not
-            attached; ``checkpoint`` if it is needed and is not JSON; ``io``.
+        QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` exists and is
+            not empty; ``duplicate`` if two tensors or files would have one name; ``not-found`` if
+            the folder above does not exist, or ``config.json`` is needed and not attached;
+            ``checkpoint`` if it is needed and is not JSON; ``io``.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from qmoe_format.container import Writer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Writer(f"{folder}/model.qmoe") as writer:
+        ...         writer.add_tensor("norm.weight", np.ones(4, np.float32), "F32")
+        ...     unpacked = unpack(f"{folder}/model.qmoe", f"{folder}/model")
+        ...     sorted(path.name for path in unpacked.iterdir())
+        ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- "folder/.." has a name, too
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- also gives "folder/.." a name
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise QMoEError("argument", f"{folder}: is there already; give a new or an empty folder")
+        raise QMoEError("argument", f"{folder}: exists already", "give a new or an empty folder")
     if not folder.parent.is_dir():
-        raise QMoEError("not-found", f"{folder.parent}: no such folder; make it first")
-    with (
-        os_errors(f"cannot write {folder}"),
-        container.open(source, memory_map=False) as file,
-    ):
-        tensors = list(_tensors(file, stacks=not compressed))
+        raise QMoEError("not-found", f"{folder.parent}: there is no such folder", "create it first")
+    with os_errors(f"cannot write {folder}"), container.open(source, memory_map=False) as file:
+        tensors = list(_tensors(file, compressed))
         total = sum(tensor.nbytes for tensor in tensors)
         changed = {}
         if compressed:
-            changed[CONFIG] = json.dumps(marked(read_config(file)), indent=2).encode() + b"\n"
+            changed[CONFIG_FILE] = compressed_folder.marked_config(read_config(file))
             total += sum(entry.stored_bytes for entry in file.tensors.values() if entry.stack)
-        done = 0
-
-        def report(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress:
-                progress(done, total)
-
-        def written(tensor: OutputTensor) -> None:
-            report(tensor.nbytes)
-
-        unfinished = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.partial")
-        unfinished.mkdir()
-        try:
+        counter = Counter(progress, total)
+        with _new_folder(folder) as unfinished:
             if compressed:
-                write_experts(file, unfinished / EXPERTS, report)
-                write_safetensors(unfinished / DENSE, tensors, written)
+                compressed_folder.write_experts(file, unfinished / EXPERTS_FILE, counter)
+                safetensors_writer.write_safetensors(unfinished / DENSE_FILE, tensors, counter)
             else:
-                write_sharded(unfinished, tensors, shard_bytes, written)
+                safetensors_writer.write_sharded(unfinished, tensors, shard_bytes, counter)
             for name in file.attachments:
-                write_new(unfinished / name, changed.get(name) or file.attachment(name))
-            sync_folder(unfinished)
-            unfinished.rename(folder)
-            sync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+                data = changed.get(name) or file.attachment(name)
+                safetensors_writer.write_new(unfinished / name, data)
     return folder
 
 
-def _tensors(file: QMoEFile | ShardedFile, stacks: bool) -> Iterator[OutputTensor]:
-    """The checkpoint's tensors: an expert stack that was many tensors becomes many again."""
-    threads = cores()
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name, durably, when the block ends without an error."""
+    unfinished = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.partial")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync_folder(unfinished)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _tensors(file: QMoEFile, compressed: bool) -> Iterator[OutputTensor]:
+    """The checkpoint's tensors, without the experts if those stay compressed."""
     fused = any(entry.stack and not entry.members for entry in file.tensors.values())
-    transposed = stacks and fused and _transposed(file)
-
-    def whole(name: str) -> Iterator[npt.NDArray[Any]]:
-        yield file.read(name, threads)
-
-    def experts(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
-        return (file.read_expert(name, expert, threads) for expert in numbers)
-
-    def turned(name: str, numbers: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
-        return (np.ascontiguousarray(matrix.T) for matrix in experts(name, numbers))
-
+    transposed = not compressed and fused and _transposed(file)
     for name, entry in file.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if not entry.stack:
-            yield OutputTensor(name, dtype, shape, partial(whole, name))
-        elif not stacks:
+            yield OutputTensor(name, dtype, shape, lambda name=name: [file.read(name, cores())])
+        elif compressed:
             continue
-        elif not entry.members and transposed:
-            turned_shape = (shape[0], shape[2], shape[1])
-            yield OutputTensor(name, dtype, turned_shape, partial(turned, name, range(shape[0])))
-        elif not entry.members:
-            yield OutputTensor(name, dtype, shape, partial(experts, name, range(shape[0])))
-        else:
+        elif entry.members:
             for expert in range(shape[0]):
                 member = entry.members.replace("{}", str(expert))
-                yield OutputTensor(member, dtype, shape[1:], partial(experts, name, [expert]))
+                parts = partial(_experts, file, name, [expert])
+                yield OutputTensor(member, dtype, shape[1:], parts)
+        else:
+            parts = partial(_experts, file, name, range(shape[0]), transposed)
+            shape = (shape[0], *reversed(shape[1:])) if transposed else shape
+            yield OutputTensor(name, dtype, shape, parts)
 
 
-def _transposed(file: QMoEFile | ShardedFile) -> bool:
-    """Whether the checkpoint's own tensors of many experts are ``[experts, in, out]``.
+def _experts(
+    file: QMoEFile, name: str, experts: Iterable[int], transposed: bool = False
+) -> Iterator[npt.NDArray[Any]]:
+    for expert in experts:
+        matrix = file.read_expert(name, expert, cores())
+        yield np.ascontiguousarray(matrix.T) if transposed else matrix
 
-    Not without ``config.json`` or for a family that is not known: such a file is no conversion's.
+
+def _transposed(file: QMoEFile) -> bool:
+    """Whether a tensor of many experts is ``[experts, in, out]`` in the checkpoint.
+
+    Not without ``config.json`` or for an unknown family: ``convert`` never wrote such a file.
     """
-    if CONFIG not in file.attachments:
+    if CONFIG_FILE not in file.attachments:
         return False
     config = read_config(file)
     try:
-        return adapter_for(config).transposed
+        return family_for(config).transposed
     except QMoEError:
         return False

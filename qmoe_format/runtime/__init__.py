@@ -5,8 +5,8 @@
     model = load_model("model.qmoe")
     tokenizer = load_tokenizer("model.qmoe")
 
-Once this is imported, ``from_pretrained`` also loads the folders that ``qmoe unpack --compressed``
-writes, and ``save_pretrained`` writes such folders again.
+Importing this also lets ``from_pretrained`` load the folders that ``qmoe unpack --compressed``
+writes, and ``save_pretrained`` write them.
 """
 
 from qmoe_format.machine import require

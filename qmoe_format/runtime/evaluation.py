@@ -1,11 +1,12 @@
-"""How well a compressed model predicts a text, and what its experts lose beside the original's."""
+"""How well a compressed model predicts a text, and what its experts lose against the original's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,20 @@ from torch import Tensor, nn
 
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.errors import QMoEError
-
-Progress = Callable[[int, int], None]
-"""Called with the tokens done and the tokens there are."""
+from qmoe_format.progress import Counter, Progress
+from qmoe_format.runtime.experts import compressed_modules
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean per token in nats, and its standard error, from the sequences' means."""
+    """A mean per token and its standard error, estimated from the sequences; both in nats."""
 
     value: float
     error: float
 
     @classmethod
     def of(cls, sums: Tensor, tokens: Tensor) -> Mean:
-        """Of the sequences' sums and numbers of tokens, both float64 ``[sequences]``."""
+        """From each sequence's sum and number of tokens, both float64 [sequences]."""
         total = tokens.sum()
         mean = sums.sum() / total
         spread = (sums - mean * tokens).square().sum().sqrt() / total
@@ -36,16 +36,18 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model makes of a text.
+    """How well a model predicts a text.
 
     Attributes:
-        tokens: that were predicted.
+        tokens: predicted.
         cross_entropy: of the compressed model.
-        original: of the model that it was made from, if that was given; then also
-        gap: the difference of the two,
-        kl: KL(original ‖ compressed) of their distributions, and
-        output_errors: of each layer's experts by the module's name: ``sum |y - y'|² / sum |y|²``,
-            with y what the original's return and y' what the compressed ones make of the same.
+        original: cross-entropy of the model that it was made from; like the following, only if
+            that model was given.
+        gap: ``cross_entropy`` minus ``original``.
+        kl: KL(original ‖ compressed) of the predicted distributions.
+        output_errors: relative error of each layer's experts, by name of the module:
+            ``sum |y - y'|² / sum |y|²``, where y is the output of the original's experts and y'
+            that of the compressed ones for the same input.
     """
 
     tokens: int
@@ -63,29 +65,29 @@ def evaluate(
     """Let a compressed model predict each token from those before it.
 
     Args:
-        model: a model that ``load_model`` returned.
-        batches: of ``calibration.sequences.read_batches``.
+        model: from ``load_model``.
+        batches: from ``calibration.sequences.read_batches``.
         against: the original model, on the same device.
-        progress: told after each batch.
+        progress: called after each batch with the number of tokens predicted and to predict.
 
     Raises:
-        QMoEError: ``argument`` if there is nothing to predict; ``value`` if what a model predicts
-            is NaN; what reading experts finds wrong.
+        QMoEError: ``argument`` if there is nothing to predict; ``value`` if a model predicts NaN;
+            the codes of reading.
     """
     total = sum(int(_targets(batch)[1].sum()) for batch in batches)
     if not total:
-        raise QMoEError("argument", "the text has nothing to predict; give a longer one")
-    rows: list[Tensor] = []  # [sequences, 4]: tokens, losses of both, KL
+        raise QMoEError("argument", "the text has nothing to predict", "give a longer text")
+    counter = Counter(progress, total)
+    rows: list[Tensor] = []
     with _output_errors(model, against) as errors:
         for batch in batches:
             rows.append(_sums(batch, _logits(model, batch), against and _logits(against, batch)))
-            if progress:
-                progress(int(sum(part[:, 0].sum() for part in rows)), total)
+            counter.add(int(rows[-1][:, 0].sum()))
     tokens, loss, original, kl = torch.cat(rows).unbind(1)
     for whose, sums in (("compressed", loss), ("original", original)):
         if sums.isnan().any():
             raise QMoEError(
-                "value", f"what the {whose} model predicts is NaN; look for NaN in its weights"
+                "value", f"the {whose} model predicts NaN", "look for NaN in its weights"
             )
     compared = {}
     if against:
@@ -97,19 +99,19 @@ def evaluate(
     return Evaluation(
         total,
         Mean.of(loss, tokens),
-        output_errors={name: float(lost / there) for name, (lost, there) in errors.items()},
+        output_errors={name: float(error / size) for name, (error, size) in errors.items()},
         **compared,
     )
 
 
 def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
-    """What is to be predicted, int64 ``[sequences, length - 1]``, and which of it counts."""
-    read = batch.targets or batch.inputs
-    return read.ids[:, 1:], read.attended[:, 1:]
+    """The tokens to predict, int64 [sequences, length - 1], and which are no padding, bool."""
+    tokens = batch.targets or batch.inputs
+    return tokens.ids[:, 1:], tokens.attended[:, 1:]
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
-    """``[sequences, length - 1, vocabulary]``, where ``_targets`` are to be."""
+    """The predictions of ``_targets``: [sequences, length - 1, vocabulary]."""
     arguments = {"input_ids": batch.inputs.ids, "attention_mask": batch.inputs.attended.long()}
     if batch.targets:
         arguments |= {
@@ -122,21 +124,18 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def _sums(batch: Batch, logits: Tensor, original: Tensor | None) -> Tensor:
-    """Of each sequence: tokens, its loss, the original's, KL; float64 ``[sequences, 4]``."""
+    """Of each sequence: tokens, both models' losses and KL, summed, float64 [sequences, 4]."""
     ids, counts = (each.to(logits.device) for each in _targets(batch))
     sums = torch.zeros(len(ids), 4, dtype=torch.float64)
-    for place in range(
-        len(ids)
-    ):  # the logarithms of one sequence at a time: vocabularies are large
-        chosen = counts[place]
-        wanted = ids[place][chosen][:, None]
-        found = logits[place][chosen].float().log_softmax(-1)
-        sums[place, 0] = len(wanted)
-        sums[place, 1] = -found.gather(1, wanted).double().sum()
+    for row, chosen in enumerate(counts):  # one at a time: the vocabulary may be large
+        targets = ids[row][chosen][:, None]
+        found = logits[row][chosen].float().log_softmax(-1)
+        sums[row, 0] = len(targets)
+        sums[row, 1] = -found.gather(1, targets).double().sum()
         if original is not None:
-            expected = original[place][chosen].float().log_softmax(-1)
-            sums[place, 2] = -expected.gather(1, wanted).double().sum()
-            sums[place, 3] = nn.functional.kl_div(
+            expected = original[row][chosen].float().log_softmax(-1)
+            sums[row, 2] = -expected.gather(1, targets).double().sum()
+            sums[row, 3] = nn.functional.kl_div(
                 found, expected, reduction="sum", log_target=True
             ).double()
     return sums
@@ -144,34 +143,22 @@ def _sums(batch: Batch, logits: Tensor, original: Tensor | None) -> Tensor:
 
 @contextmanager
 def _output_errors(model: Any, against: Any) -> Iterator[dict[str, Tensor]]:
-    """While ``against`` runs, (lost, there) of each experts module, float64 ``[2]``."""
-    sums: dict[str, Tensor] = {}
-    hooks = []
+    """While ``against`` runs, sum |y - y'|² and |y|² of each layer's experts, float64 [2]."""
+    layers = dict(compressed_modules(model)) if against else {}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
 
-    def watch(name: str, compressed: nn.Module) -> None:
-        sums[name] = torch.zeros(2, dtype=torch.float64)
+    def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        error = output.float() - layers[name](*args, **kwargs).float()
+        for place, value in enumerate((error, output.float())):
+            sums[name][place] += value.square().sum(dtype=torch.float64).cpu()
 
-        def compare(
-            module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
-        ) -> None:
-            ours = compressed(*arguments, **named)
-            for place, value in enumerate((output.float() - ours.float(), output.float())):
-                sums[name][place] += value.square().sum(dtype=torch.float64).cpu()
-
-        original = against.get_submodule(name)
-        hooks.append(original.register_forward_hook(compare, with_kwargs=True))
-
-    try:
-        if against:
-            for name, module in model.named_modules():
-                if hasattr(module, "compressed"):
-                    watch(name, module)
+    with ExitStack() as hooks:
+        for name in layers:
+            register = against.get_submodule(name).register_forward_hook
+            hooks.callback(register(partial(compare, name), with_kwargs=True).remove)
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def perplexity(cross_entropy: float) -> float:
-    """exp of it; infinite where that is too large for a number."""
+    """Its exponential; infinite where that exceeds the range of a float."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf

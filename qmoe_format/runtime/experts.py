@@ -1,42 +1,45 @@
-"""What transformers calls for a layer's experts, with the experts compressed."""
+"""The experts of a layer: what transformers calls, with weights that stay compressed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
-from qmoe_format.runtime.lazy_stack import Stack
+from qmoe_format.runtime.lazy_stack import LazyStack
+from qmoe_format.runtime.tuning import TUNING, Tuning
 
-TOGETHER = 256  # (token, expert) pairs whose activations are held at a time, about
-GPU_FEW = 64  # tokens that the GPU's kernel for pairs takes
+Activation = Callable[[Tensor], Tensor]
+Product = Callable[[Sequence[LazyStack], Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedExperts:
-    """The stacks of one layer: output(act(inputs(x))).
+    """The experts of one layer; an expert returns ``output(activation(inputs(x)))``.
 
-    ``inputs``: one stack of gate and up together, or two, gate first; or the only one that there
-    is. It belongs to an open file, so it is not copied or pickled with a model.
+    Attributes:
+        inputs: gate and up in one stack, or in two, gate first; or the only input.
+        output: the stack whose product is the experts' output.
+        tuning: of their products.
+
+    Raises:
+        QMoEError: ``argument`` if the shapes do not fit each other.
     """
 
-    inputs: tuple[Stack, ...]
-    output: Stack
-
-    @property
-    def experts(self) -> int:
-        """Their number."""
-        return self.output.shape[0]
+    inputs: tuple[LazyStack, ...]
+    output: LazyStack
+    tuning: Tuning = TUNING
 
     def __post_init__(self) -> None:
-        """Check that the stacks fit: ``QMoEError`` (``argument``) if not."""
         experts, hidden, inner = self.output.shape
         rows = sum(stack.shape[1] for stack in self.inputs)
         if rows not in (inner, 2 * inner) or any(
@@ -44,98 +47,86 @@ class CompressedExperts:
         ):
             raise QMoEError(
                 "argument",
-                f"{[*self.inputs, self.output]} are not the inputs and the output of a layer",
+                f"{[*self.stacks]} are not the inputs and the output of one layer",
+                "convert the checkpoint again",
             )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise QMoEError(
             "argument",
-            "compressed experts are views of an open file and cannot be copied or pickled: "
-            "load the model again, or save_pretrained it",
+            "compressed experts are views of an open file and cannot be copied or pickled",
+            "load the model again, or save it with save_pretrained",
         )
 
-
-def experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts function of transformers for modules with an attribute ``compressed``.
-
-    ``hidden_states`` [tokens, hidden], ``top_k_index`` and ``top_k_weights`` [tokens, k]; returns
-    [tokens, hidden] of the type of ``hidden_states``. Pairs whose index is not below the number of
-    experts are left out.
-    """
-    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else None
-    gate = self._apply_gate if self.has_gate else self.act_fn
-    return _forward(self.compressed, hidden_states, top_k_index, top_k_weights, gate, biases)
-
-
-class SwitchExperts(nn.Module):
-    """In place of ``SwitchTransformersExperts``; ``compressed`` is set by who builds it."""
-
-    compressed: CompressedExperts
-
-    def __init__(self, config: Any) -> None:
-        from transformers.activations import ACT2FN
-
-        super().__init__()
-        self.num_experts = int(config.num_experts)
-        self.act = ACT2FN[config.dense_act_fn]
-        self.dropout = nn.Dropout(config.dropout_rate)
+    @property
+    def stacks(self) -> tuple[LazyStack, ...]:
+        """Inputs and output."""
+        return *self.inputs, self.output
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        selected_experts: torch.Tensor,
-        routing_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """``hidden_states`` [tokens, hidden], ``selected_experts`` one-hot [tokens, 1, experts],
-        all zero for a token beyond its expert's capacity, whose result is zero;
-        ``routing_weights`` [tokens, 1].
+        self, x: Tensor, index: Tensor, weights: Tensor, activation: Activation, *biases: Tensor
+    ) -> Tensor:
+        """The weighted sum of each token's experts, added up in float32, in the dtype of ``x``.
+
+        Args:
+            x: hidden states, floating [tokens, hidden].
+            index: experts, integers [tokens, k]; those that do not exist are left out.
+            weights: floating [tokens, k].
+            activation: maps products with ``inputs`` to what ``output`` is multiplied by.
+            biases: none, or those of the inputs [experts, rows] and the output [experts, hidden].
+
+        Raises:
+            QMoEError: those of ``LazyStack``'s methods.
         """
-        chosen, index = selected_experts.max(dim=-1)
-        index = torch.where(chosen > 0, index, self.num_experts)
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        if x.is_cuda and len(x) <= self.tuning.gpu_layer_tokens and not differentiable:
+            return self._forward_fused(x, index, weights, activation, *biases)
+        k = index.shape[1]
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        experts, scales = index.reshape(-1), weights.reshape(-1)
+        for numbers, groups in _by_expert(index, self.output.shape[0], self.tuning.pairs):
+            pairs = torch.from_numpy(numbers).to(x.device)
+            tokens = pairs // k
+            product = partial(grouped_linear, groups=groups, tuning=self.tuning)
+            chosen_biases = (bias[experts[pairs]] for bias in biases)
+            y = self._run(product, x[tokens], activation, *chosen_biases)
+            total = total.index_add(0, tokens, (y * scales[pairs, None]).to(torch.float32))
+        return total.to(x.dtype)
 
-        def gate(y: torch.Tensor) -> torch.Tensor:
-            activated: torch.Tensor = self.dropout(self.act(y))
-            return activated
+    def _forward_fused(
+        self, x: Tensor, index: Tensor, weights: Tensor, activation: Activation, *biases: Tensor
+    ) -> Tensor:
+        """All pairs in one launch per stack, without waiting for the GPU."""
+        from qmoe_format.gpu import expert_matvec
 
-        return _forward(self.compressed, hidden_states, index, routing_weights, gate)
+        known = index < self.output.shape[0]
+        index = torch.where(known, index, 0)
+        chosen = index.to(torch.int32).contiguous()
 
+        def product(stacks: Sequence[LazyStack], x: Tensor) -> Tensor:
+            x, device = x.contiguous(), x.get_device()
+            parts = [expert_matvec(stack.upload(device), x, chosen) for stack in stacks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-def _forward(
-    compressed: CompressedExperts,
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    gate: Callable[[torch.Tensor], torch.Tensor],
-    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    recording = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-    if x.is_cuda and len(x) <= GPU_FEW and not recording:
-        return _few_on_gpu(compressed, x, index, weights, gate, biases)
-    k = index.shape[1]
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    flat_weights = weights.reshape(-1)
-    for numbers, groups in _in_turn(index, compressed.experts):
-        pairs = torch.from_numpy(numbers).to(x.device)
-        tokens = pairs // k
-        y = grouped_linear(compressed.inputs, x[tokens], groups)
+        def activate(y: Tensor) -> Tensor:
+            return activation(y.flatten(0, 1)).view(*index.shape, -1)
+
+        y = self._run(product, x, activate, *(bias[index] for bias in biases))
+        weighted = y * torch.where(known, weights, 0)[..., None]
+        return weighted.sum(dim=1, dtype=torch.float32).to(x.dtype)
+
+    def _run(self, product: Product, x: Tensor, activation: Activation, *biases: Tensor) -> Tensor:
+        y = product(self.inputs, x)
         if biases:
-            experts = index.reshape(-1)[pairs]
-            y = y + biases[0][experts]
-        y = grouped_linear((compressed.output,), gate(y), groups)
-        if biases:
-            y = y + biases[1][experts]
-        y = y * flat_weights[pairs, None]
-        total = total.index_add(0, tokens, y.to(torch.float32))
-    return total.to(x.dtype)
+            y = y + biases[0]
+        y = product((self.output,), activation(y))
+        return y + biases[1] if biases else y
 
 
-def _in_turn(index: torch.Tensor, experts: int) -> Iterator[tuple[np.ndarray, list[Group]]]:
-    """(Token, expert) pairs, expert by expert: numbers in ``index``, flat, and their groups.
-
-    About ``TOGETHER`` at a time, so that activations of long texts stay small.
-    """
+def _by_expert(
+    index: Tensor, experts: int, pairs: int
+) -> Iterator[tuple[npt.NDArray[np.int64], list[Group]]]:
+    """(token, expert) pairs by expert, about ``pairs`` at a time: places in ``index``, groups."""
     flat = index.reshape(-1).cpu().numpy()
     order = np.argsort(flat, kind="stable")
     ranked = flat[order]
@@ -145,7 +136,7 @@ def _in_turn(index: torch.Tensor, experts: int) -> Iterator[tuple[np.ndarray, li
     for first, last in pairwise(cuts):
         if first == last or ranked[first] >= experts:
             break
-        if groups and last - begin > TOGETHER:
+        if groups and last - begin > pairs:
             yield order[begin:first], groups
             begin, groups = first, []
         groups.append(Group(int(ranked[first]), first - begin, last - begin))
@@ -153,30 +144,16 @@ def _in_turn(index: torch.Tensor, experts: int) -> Iterator[tuple[np.ndarray, li
         yield order[begin : begin + groups[-1].last], groups
 
 
-def _few_on_gpu(
-    compressed: CompressedExperts,
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    gate: Callable[[torch.Tensor], torch.Tensor],
-    biases: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """All pairs in one launch a stack; nothing waits for the GPU."""
-    from qmoe_format.gpu import expert_matvec
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """``CompressedExperts.forward`` as transformers calls it, with the layer's module."""
+    activation = self._apply_gate if self.has_gate else self.act_fn
+    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else ()
+    compressed: CompressedExperts = self.compressed
+    return compressed.forward(hidden_states, top_k_index, top_k_weights, activation, *biases)
 
-    device = x.get_device()
-    known = index < compressed.experts
-    index = torch.where(known, index, 0)
-    weights = torch.where(known, weights, 0)
-    chosen = index.to(torch.int32).contiguous()
-    x = x.contiguous()
-    parts = [expert_matvec(stack.upload(device), x, chosen) for stack in compressed.inputs]
-    y = torch.cat(parts, dim=-1)
-    if biases:
-        y = y + biases[0][index]
-    y = gate(y.flatten(0, 1)).view(*index.shape, -1)
-    y = expert_matvec(compressed.output.upload(device), y.contiguous(), chosen)
-    if biases:
-        y = y + biases[1][index]
-    total: torch.Tensor = (y * weights[..., None]).sum(dim=1, dtype=torch.float32)
-    return total.to(x.dtype)
+
+def compressed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of each layer's compressed experts."""
+    return ((name, each) for name, each in model.named_modules() if hasattr(each, "compressed"))

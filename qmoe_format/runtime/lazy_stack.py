@@ -4,68 +4,63 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmoe_format.container.encodings import TERNARY_DICT
+from qmoe_format.container.encodings import encoding_of
 from qmoe_format.errors import QMoEError
-from qmoe_format.machine import cores
 
 if TYPE_CHECKING:
     from qmoe_format.codec import EncodedMatrix
-    from qmoe_format.container.reader import QMoEFile
-    from qmoe_format.container.shards import ShardedFile
+    from qmoe_format.container import QMoEFile
     from qmoe_format.gpu import DeviceStack
 
 
-class Stack:
-    """The experts of stack ``name`` of ``file``, which stays open while the stack is used.
+class LazyStack:
+    """Stack ``name`` of ``file``, which stays open while the stack is used.
 
-    ``shape``    experts, rows (out), columns (in)
-    ``bytes``    what the experts take in the file
-    ``threads``  that a product on the CPU uses; every core if None
+    Attributes:
+        shape: experts, rows (out), columns (in).
 
-    Raises ``QMoEError``: ``not-found`` if there is no such tensor, ``argument`` if it is not a
-    stack of ``ternary-dict`` matrices.
+    Raises:
+        QMoEError: ``not-found`` if there is no such tensor; ``argument`` if it is not a stack of
+            matrices that can be multiplied as they are stored. Methods: the codes of reading, and
+            on a GPU ``dependency``, ``device`` and ``memory``.
     """
 
-    def __init__(self, file: QMoEFile | ShardedFile, name: str, threads: int | None = None) -> None:
+    def __init__(self, file: QMoEFile, name: str) -> None:
         entry = file.tensors.get(name)
         if entry is None:
-            raise QMoEError("not-found", f"{file.path} has no stack {name!r}: look at .tensors")
-        if not entry.stack or entry.encoding != TERNARY_DICT.name or len(entry.shape) != 3:
+            raise QMoEError(
+                "not-found", f"{file.path}: there is no stack {name!r}", "look at .tensors"
+            )
+        multipliable = encoding_of(entry.encoding).multipliable
+        if not (entry.stack and multipliable and len(entry.shape) == 3):
             raise QMoEError(
                 "argument",
-                f"{name!r} in {file.path} is no stack of {TERNARY_DICT.name} matrices but "
-                f"{entry.encoding} of shape {list(entry.shape)}: read it with file.read",
+                f"{file.path}: {name!r} ({entry.encoding}, {list(entry.shape)}) is not a stack of "
+                "matrices that can be multiplied as they are stored",
+                "read it with file.read or file.read_expert",
             )
         self.name = name
         self.shape: tuple[int, int, int] = (entry.shape[0], entry.shape[1], entry.shape[2])
-        self.bytes = entry.stored_bytes
-        self.threads = threads or cores()
         self._file = file
         self._matrices: dict[int, EncodedMatrix] = {}
-        self._on_gpu: dict[int, DeviceStack] = {}
+        self._uploaded: dict[int, DeviceStack] = {}
 
     def __repr__(self) -> str:
-        return f"<Stack {self.name}: {list(self.shape)}, {self.bytes} bytes>"
+        return f"<LazyStack {self.name}: {list(self.shape)}>"
 
     def matrix(self, expert: int) -> EncodedMatrix:
-        """Expert ``expert`` as stored, views of the file; checked when it is first asked for.
-
-        Raises ``QMoEError``: ``not-found`` if there is no such expert, or what is wrong with it.
-        """
+        """One expert, as views of the file; it is checked when first asked for."""
         matrix = self._matrices.get(expert)
         if matrix is None:
             matrix = self._matrices[expert] = self._file.encoded(self.name, expert)
         return matrix
 
     def upload(self, device: int = 0) -> DeviceStack:
-        """All experts in the memory of GPU ``device``, where they stay.
-
-        Raises ``QMoEError``: ``dependency`` without CuPy, ``device``, ``memory``.
-        """
-        stack = self._on_gpu.get(device)
+        """All experts in the memory of GPU number ``device``, where they stay."""
+        stack = self._uploaded.get(device)
         if stack is None:
             from qmoe_format import gpu
 
             every = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
-            stack = self._on_gpu[device] = gpu.upload(every, device=device)
+            stack = self._uploaded[device] = gpu.upload(every, device=device)
         return stack

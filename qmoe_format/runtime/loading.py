@@ -10,27 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
 
 from qmoe_format import container
-from qmoe_format.checkpoints import check_layers
+from qmoe_format.checkpoints import check_layers, family_for
 from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
-from qmoe_format.checkpoints.wiring import family_for
 from qmoe_format.errors import QMoEError
-from qmoe_format.export.compressed_folder import CONFIG, METHOD, read_config
+from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
 from qmoe_format.machine import check_device, out_of_memory
-from qmoe_format.runtime.install import upload
+from qmoe_format.runtime.experts import compressed_modules
+from qmoe_format.runtime.plugin import QMoEConfig
 
 if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile, ShardedFile
+    from qmoe_format.container import QMoEFile
 
 
 def load_model(
@@ -38,42 +30,46 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """The model of a ``.qmoe`` file, in evaluation mode.
-
-    The experts stay in the file, which is mapped: it must not be changed while the model is used.
+) -> transformers.PreTrainedModel:
+    """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
     Args:
         path: a ``.qmoe`` file, or the index file of shards.
-        device: where the model computes. On a GPU the experts are copied there, compressed.
+        device: where the model computes; the experts are copied to a GPU compressed.
         dtype: of everything but the experts; None: the one in ``config.json``.
+
+    Returns:
+        A model of transformers in evaluation mode.
 
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` without ``config.json``;
-            ``checkpoint`` for a family that cannot be run, or if configuration and tensors do not
-            belong together; ``argument`` for a device that torch cannot use; on a GPU also
+            ``checkpoint`` for an unknown family, or if configuration and tensors do not belong
+            together; ``argument`` for a device that torch cannot use; on a GPU also
             ``dependency``, ``device`` and ``memory``.
+
+    Example::
+
+        model = load_model("model.qmoe")
+        tokenizer = load_tokenizer("model.qmoe")
+        inputs = tokenizer("Once upon a time", return_tensors="pt")
+        print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
     """
     check_device(device)
     with container.open(path) as file, _attachments(file) as folder:
-        described = read_config(file)
-        family = family_for(described)
-        check_layers(described, file.tensors)
+        original = read_config(file)
+        family = family_for(original)
+        check_layers(original, file.tensors)
         state = {
             name: _tensor(file, name) for name, entry in file.tensors.items() if not entry.stack
         }
-        kinds = (
-            MODEL_FOR_CAUSAL_LM_MAPPING
-            if len(family.stages) == 1
-            else MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-        )
+        if len(family.stages) == 1:
+            model_classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        else:
+            model_classes = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            config.quantization_config = {
-                "quant_method": METHOD,
-                "file": str(Path(path).absolute()),
-            }
-            model = kinds[type(config)].from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
+            model = model_classes[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -85,42 +81,48 @@ def load_model(
                 raise
             raise QMoEError(
                 "checkpoint",
-                f"{file.path}: transformers cannot load this model ({error}); convert the "
-                "checkpoint again, or update transformers",
+                f"{file.path}: transformers cannot load this model ({error})",
+                "convert the checkpoint again, or update transformers",
             ) from error
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     model.to(device)
-    if model.device.type == "cuda":
-        upload(model, model.device.index)
+    if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
+        for _, module in compressed_modules(model):
+            for stack in module.compressed.stacks:
+                stack.upload(model.device.index)
     return model
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that is attached to a ``.qmoe`` file.
+def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer that is attached to a ``.qmoe`` file.
 
     Raises:
-        QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none that
-            transformers knows.
+        QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none, or none
+            that transformers can load.
+
+    Example::
+
+        ids = load_tokenizer("model.qmoe")("Once upon a time").input_ids
     """
     with container.open(path) as file, _attachments(file) as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            # Some classes make an empty vocabulary where there is none.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # Without a vocabulary some classes make an empty one.
             vocabularies = set(tokenizer.vocab_files_names.values())
             if vocabularies and vocabularies.isdisjoint(file.attachments):
                 raise ValueError(f"there is none of {', '.join(sorted(vocabularies))}")
-        except Exception as error:  # as various as tokenizers are
+        except Exception as error:  # every class of tokenizers has its own
             raise QMoEError(
                 "not-found",
-                f"{file.path}: has no tokenizer that transformers can load ({error}); put its "
-                "files beside the checkpoint's config.json and convert it again",
+                f"{file.path}: there is no tokenizer that transformers can load ({error})",
+                "put its files beside the checkpoint's config.json and convert it again",
             ) from error
     return tokenizer
 
 
 @contextmanager
-def _attachments(file: QMoEFile | ShardedFile) -> Iterator[Path]:
-    """The attached files in a folder of their own, while it is needed."""
+def _attachments(file: QMoEFile) -> Iterator[Path]:
+    """A temporary folder of the attached files."""
     with tempfile.TemporaryDirectory() as folder:
         for name in file.attachments:
             (Path(folder) / name).write_bytes(file.attachment(name))
@@ -128,15 +130,16 @@ def _attachments(file: QMoEFile | ShardedFile) -> Iterator[Path]:
 
 
 def _generation_config(folder: Path) -> Any:
-    """As ``from_pretrained`` finds it: old checkpoints have it in ``config.json``."""
+    """From where ``from_pretrained`` looks for it: old checkpoints have it in ``config.json``."""
+    configs = transformers.GenerationConfig
     try:
-        return GenerationConfig.from_pretrained(folder)
+        return configs.from_pretrained(folder)
     except OSError:
-        return GenerationConfig.from_pretrained(folder, CONFIG, _from_model_config=True)
+        return configs.from_pretrained(folder, CONFIG_FILE, _from_model_config=True)
 
 
-def _tensor(file: QMoEFile | ShardedFile, name: str) -> torch.Tensor:
+def _tensor(file: QMoEFile, name: str) -> torch.Tensor:
     array = file.read(name)
-    if not array.flags.writeable:  # a view of the file: whoever wrote to it would be killed
+    if not array.flags.writeable:  # a view of the mapped file: writing to it would be fatal
         array = array.copy()
     return torch.from_numpy(array).view(TORCH_DTYPES[file.tensors[name].dtype])

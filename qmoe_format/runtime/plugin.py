@@ -1,4 +1,4 @@
-"""What transformers calls when it loads or saves a model whose ``quant_method`` is ``qmoe``."""
+"""What transformers calls to load or save a model whose ``quant_method`` is ``qmoe``."""
 
 from __future__ import annotations
 
@@ -8,49 +8,55 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_format import container
+from qmoe_format.checkpoints import family_for
+from qmoe_format.checkpoints.wiring import check_experts, expert_modules
+from qmoe_format.container import QMoEFile
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import (
-    CONFIG,
-    DENSE,
-    EXPERTS,
-    METHOD,
-    marked,
+    CONFIG_FILE,
+    DENSE_FILE,
+    EXPERTS_FILE,
+    QUANT_METHOD,
+    marked_config,
     write_experts,
 )
-from qmoe_format.runtime.install import build_without_experts, install
+from qmoe_format.progress import Counter
+from qmoe_format.runtime import switch
+from qmoe_format.runtime.experts import CompressedExperts, experts_forward
+from qmoe_format.runtime.lazy_stack import LazyStack
+
+ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, experts_forward)
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class QMoEConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not followed
-    """``quantization_config`` of a folder (``qmoe_format.export.compressed_folder``).
+    """``quantization_config`` of a folder with compressed experts; ``file`` has those."""
 
-    ``file``: what has the experts, in the folder.
-    """
-
-    def __init__(self, file: str = EXPERTS, quant_method: str = METHOD) -> None:
+    def __init__(self, file: str = EXPERTS_FILE, quant_method: str = QUANT_METHOD) -> None:
         self.file = file
         self.quant_method = quant_method
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
     """Gives a model its compressed experts."""
 
     requires_calibration = True  # only a model that is compressed already can be loaded
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one call before weights are looked for and the model is built."""
-        config.transformers_weights = DENSE
-        build_without_experts(config)
+        """The only call before weights are looked for and the model is built."""
+        config.transformers_weights = DENSE_FILE
+        switch.build_without_experts(config)
         return config
 
-    update_tp_plan = update_attn_implementation  # that one call in older releases
+    update_tp_plan = update_attn_implementation  # the only call in older releases
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -59,13 +65,13 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
         if checkpoint_files:
             path = Path(checkpoint_files[0]).parent / path
             if not path.exists():
-                _fetch(model.config.name_or_path, path)
+                _download(model.config.name_or_path, path)
         self.file = container.open(path)
-        install(model, self.file)
+        _install(model, self.file)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         _check_complete(model, self.file.path)
-        self.quantization_config.file = EXPERTS  # as it will be where the model is saved
+        self.quantization_config.file = EXPERTS_FILE  # where save_pretrained will write them
         model.save_pretrained = partial(_save, self.file, model, model.save_pretrained)
 
     def is_serializable(self) -> bool:
@@ -73,18 +79,39 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are; the experts themselves stay as they are."""
+        """Whether adapters can be trained; the experts themselves stay as they are."""
         return True
 
 
-def _fetch(model: str, path: Path) -> None:
-    """Into the cache ``…/models--NAME/snapshots/COMMIT``, where all else was downloaded to."""
+def _download(model: str, path: Path) -> None:
+    """Add a file to the cache ``…/models--NAME/snapshots/COMMIT`` where the others are."""
     if not Path(model).is_dir() and path.parent.parent.name == "snapshots":
         cached_file(model, path.name, cache_dir=path.parents[3], revision=path.parent.name)
 
 
+def _install(model: Any, file: QMoEFile) -> None:
+    """Let every experts module of a model without weights use the stacks of ``file``."""
+    family = family_for({"model_type": model.config.model_type})
+    for path, module, input_shape, output_shape in expert_modules(model):
+        prefix = family.in_checkpoint(path)
+        *inputs, output = (
+            LazyStack(file, family.stack_name(prefix, matrix))
+            for matrix in (*family.inputs, family.output)
+        )
+        for stacks, shape in ((inputs, input_shape), ([output], output_shape)):
+            check_experts(file.path, {stack.name: stack.shape for stack in stacks}, shape)
+        compressed = CompressedExperts(tuple(inputs), output)
+        if family.module_sizes:
+            module = switch.replace_experts(model, path, compressed)
+        else:
+            del module.gate_up_proj, module.down_proj
+            module.config._experts_implementation = QUANT_METHOD
+            module.compressed = compressed
+        module._is_hf_initialized = True
+
+
 def _check_complete(model: Any, path: str) -> None:
-    """transformers marks what it has loaded, and initialises what is missing at random."""
+    """Refuse missing weights: transformers marks what it loaded, and initializes the rest."""
     missing = [
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -94,13 +121,13 @@ def _check_complete(model: Any, path: str) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise QMoEError(
             "checkpoint",
-            f"{path}: there are no weights for {missing[0]}{more}; convert the checkpoint again, "
-            "or update transformers",
+            f"{path}: there are no weights for {missing[0]}{more}",
+            "convert the checkpoint again, or update transformers",
         )
 
 
 def _save(
-    file: Any,
+    file: QMoEFile,
     model: Any,
     save: Any,
     folder: str | os.PathLike[str],
@@ -111,15 +138,16 @@ def _save(
 ) -> None:
     """``save_pretrained`` of a model with compressed experts."""
     if push_to_hub:
-        raise QMoEError("argument", "save_pretrained cannot push this model: call push_to_hub")
+        raise QMoEError(
+            "argument", "save_pretrained cannot push a compressed model", "call push_to_hub"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved
         save(folder, is_main_process, state_dict, **options)
         return
-    # The name that transformers makes of this variant is DENSE.
-    options |= {"variant": DENSE.split(".")[1], "max_shard_size": 1 << 60}
+    # The name that transformers makes of this variant is DENSE_FILE.
+    options |= {"variant": DENSE_FILE.split(".")[1], "max_shard_size": 1 << 60}
     save(folder, is_main_process, state_dict, **options)
     if is_main_process:
-        path = Path(folder) / CONFIG
-        config = marked(json.loads(path.read_text("utf-8")))
-        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        write_experts(file, Path(folder) / EXPERTS)
+        path = Path(folder) / CONFIG_FILE
+        path.write_bytes(marked_config(json.loads(path.read_text("utf-8"))))
+        write_experts(file, Path(folder) / EXPERTS_FILE, Counter(None, 0))

@@ -18,7 +18,7 @@ from tests.tiny_models import save_model
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A ``.qmoe`` file, the folder with compressed experts, and the same weights dequantised."""
+    """A ``.qmoe`` file, the folder with compressed experts, and the same weights dequantized."""
 
     file: Path
     folder: Path
@@ -27,7 +27,7 @@ class Converted:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
-    """``converted("mixtral")``, in float32, so that dequantised weights are exact."""
+    """``converted("mixtral")``, in float32, so that dequantized weights are exact."""
     made: dict[str, Converted] = {}
 
     def convert(model_type: str) -> Converted:

@@ -1,4 +1,4 @@
-"""Layers of compressed experts on a GPU: what is called, on the shim's CPU; and on a real one."""
+"""Layers of compressed experts on a GPU: kernels are called on the shim's CPU, or on a real one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qmoe_format import gpu
 from qmoe_format.container.reader import QMoEFile
 from qmoe_format.gpu.device_stack import DeviceStack
 from qmoe_format.runtime.experts import experts_forward
-from qmoe_format.runtime.grouped_linear import linear
-from qmoe_format.runtime.lazy_stack import Stack
+from qmoe_format.runtime.grouped_linear import Group, grouped_linear
+from qmoe_format.runtime.lazy_stack import LazyStack
 from tests.gpu import shim
 from tests.gpu.conftest import cupy  # noqa: F401 -- a fixture
 from tests.gpu.fake_cupy import FakeCupy
@@ -68,7 +68,7 @@ Calls = list[str]
 
 @pytest.fixture
 def calls(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> Calls:  # noqa: F811
-    """Calls of ``qmoe_format.gpu`` take ``Tensor``, and are written down."""
+    """Calls of ``qmoe_format.gpu``, which take ``Tensor``, are recorded."""
     made: Calls = []
 
     def array(value: Any) -> Any:
@@ -106,7 +106,7 @@ def calls(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> Calls:  # noqa: F8
 @shim.needs_compiler
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_few_tokens_take_one_call_a_stack(
+def test_few_tokens_take_one_call_per_stack(
     file: QMoEFile, dense: Dense, calls: Calls, family: Callable[..., Any], tokens: int
 ) -> None:
     layer, reference = family(file, dense)
@@ -120,7 +120,7 @@ def test_few_tokens_take_one_call_a_stack(
 
 
 @shim.needs_compiler
-def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense, calls: Calls) -> None:
+def test_experts_that_do_not_exist_are_left_out(file: QMoEFile, dense: Dense, calls: Calls) -> None:
     layer, reference = mixtral(file, dense)
     x, (index, weights) = random(4, HIDDEN), routing(4)
     index[1], index[2, 0] = EXPERTS, EXPERTS
@@ -131,13 +131,13 @@ def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense, calls: Cal
 
 
 @shim.needs_compiler
-@pytest.mark.parametrize(("tokens", "way"), [(3, "matmul"), (70, "decode")])
-def test_linear(file: QMoEFile, dense: Dense, calls: Calls, tokens: int, way: str) -> None:
+@pytest.mark.parametrize(("tokens", "kernel"), [(3, "matmul"), (70, "decode")])
+def test_groups(file: QMoEFile, dense: Dense, calls: Calls, tokens: int, kernel: str) -> None:
     """Few tokens are multiplied from the codewords, many with W decoded."""
     x = random(tokens, HIDDEN)
-    y = linear(Stack(file, "up"), to_gpu(x), 1)
+    y = grouped_linear([LazyStack(file, "up")], to_gpu(x), [Group(1, 0, tokens)])
     torch.testing.assert_close(y.as_subclass(torch.Tensor), x @ dense["up"][1].T)
-    assert calls == [way]
+    assert calls == [kernel]
 
 
 @shim.needs_compiler
@@ -152,9 +152,9 @@ def test_a_stack_is_uploaded_once(
         return real(matrices, device=device)
 
     monkeypatch.setattr(gpu, "upload", upload)
-    stack = Stack(file, "gate")
+    stack = LazyStack(file, "gate")
     for _ in range(2):
-        linear(stack, to_gpu(random(2, HIDDEN)), 0)
+        grouped_linear([stack], to_gpu(random(2, HIDDEN)), [Group(0, 0, 2)])
     assert uploads == [0]
     assert len(stack.upload(0)) == EXPERTS
 
@@ -164,7 +164,7 @@ def test_a_stack_is_uploaded_once(
 @pytest.mark.parametrize("recording", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class TestOnAGpu:
-    """As transformers on the CPU, in float32."""
+    """Like transformers on the CPU, in float32."""
 
     pytestmark = on_a_gpu
 
@@ -182,8 +182,8 @@ class TestOnAGpu:
         given = x.cuda().requires_grad_(recording)
         y = experts_forward(layer.cuda(), given, index.cuda(), weights.cuda())
         want = reference(x.float(), index, weights)
-        room = {torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype] * want.abs().max()
-        assert (y.detach().cpu().float() - want).abs().max() <= room
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype] * want.abs().max()
+        assert (y.detach().cpu().float() - want).abs().max() <= tolerance
         if recording:
             (dx,) = torch.autograd.grad(y.float().sum(), given)
             assert torch.isfinite(dx).all()

@@ -20,9 +20,10 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 import qmoe_format
 from qmoe_format.container.reader import QMoEFile
 from qmoe_format.errors import QMoEError
-from qmoe_format.runtime import experts
-from qmoe_format.runtime.experts import CompressedExperts, SwitchExperts, experts_forward
-from qmoe_format.runtime.lazy_stack import Stack
+from qmoe_format.runtime.experts import CompressedExperts, experts_forward
+from qmoe_format.runtime.lazy_stack import LazyStack
+from qmoe_format.runtime.switch import SwitchExperts
+from qmoe_format.runtime.tuning import Tuning
 
 from .files import write_stacks
 
@@ -54,11 +55,12 @@ def dense(written: tuple[Path, Dense]) -> Dense:
     return written[1]
 
 
-def compressed(file: QMoEFile, *inputs: str) -> CompressedExperts:
-    return CompressedExperts(tuple(Stack(file, name) for name in inputs), Stack(file, "down"))
+def compressed(file: QMoEFile, *inputs: str, **tuning: int) -> CompressedExperts:
+    stacks = tuple(LazyStack(file, name) for name in inputs)
+    return CompressedExperts(stacks, LazyStack(file, "down"), Tuning(**tuning))
 
 
-def mixtral(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
+def mixtral(file: QMoEFile, dense: Dense, **tuning: int) -> tuple[Any, Any]:
     """A layer of Mixtral with two stacks for gate and up, and the dense one."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
@@ -66,7 +68,7 @@ def mixtral(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
     reference.gate_up_proj.data = torch.cat([dense["gate"], dense["up"]], dim=1)
     reference.down_proj.data = dense["down"]
     del layer.gate_up_proj, layer.down_proj
-    layer.compressed = compressed(file, "gate", "up")
+    layer.compressed = compressed(file, "gate", "up", **tuning)
     return layer, reference
 
 
@@ -98,7 +100,7 @@ def routing(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 400])
-def test_as_transformers(
+def test_like_transformers(
     file: QMoEFile, dense: Dense, family: Callable[..., Any], tokens: int
 ) -> None:
     layer, reference = family(file, dense)
@@ -108,12 +110,9 @@ def test_as_transformers(
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("together", [1, 100, 10**6])
-def test_any_number_of_pairs_at_a_time(
-    file: QMoEFile, dense: Dense, together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(experts, "TOGETHER", together)
-    layer, reference = mixtral(file, dense)
+@pytest.mark.parametrize("pairs", [1, 100, 10**6])
+def test_any_number_of_pairs_at_a_time(file: QMoEFile, dense: Dense, pairs: int) -> None:
+    layer, reference = mixtral(file, dense, pairs=pairs)
     x, (index, weights) = random(90, HIDDEN), routing(90)
     torch.testing.assert_close(
         experts_forward(layer, x, index, weights), reference(x, index, weights)
@@ -146,8 +145,8 @@ def test_gradients_of_tokens_and_of_the_routing(file: QMoEFile, dense: Dense, to
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense) -> None:
-    """Under expert parallelism, an index of the number of experts means: not here."""
+def test_experts_that_do_not_exist_are_left_out(file: QMoEFile, dense: Dense) -> None:
+    """Under expert parallelism, the number of experts as an index means: on another device."""
     layer, reference = mixtral(file, dense)
     x, (index, weights) = random(5, HIDDEN), routing(5)
     index[1], index[2, 0] = EXPERTS, EXPERTS
@@ -159,11 +158,11 @@ def test_experts_of_others_are_left_out(file: QMoEFile, dense: Dense) -> None:
 
 def switch(file: QMoEFile, dense: Dense) -> tuple[SwitchExperts, Any]:
     config = SwitchTransformersConfig(d_model=HIDDEN, d_ff=INNER, num_experts=EXPERTS)
-    layer, reference = SwitchExperts(config), SwitchTransformersExperts(config)
+    layer = SwitchExperts(config, compressed(file, "up"))
+    reference = SwitchTransformersExperts(config)
     for e in range(EXPERTS):
         reference[f"expert_{e}"].wi.weight.data = dense["up"][e]
         reference[f"expert_{e}"].wo.weight.data = dense["down"][e]
-    layer.compressed = compressed(file, "up")
     return layer.eval(), reference.eval()
 
 
@@ -205,7 +204,7 @@ def test_copies_are_refused(file: QMoEFile, dense: Dense) -> None:
         assert error.value.code == "argument"
 
 
-def test_stacks_that_do_not_fit_are_refused(file: QMoEFile) -> None:
+def test_stacks_of_other_shapes_are_refused(file: QMoEFile) -> None:
     for inputs in (("down",), ("gate_up", "down"), ()):
         with pytest.raises(QMoEError) as error:
             compressed(file, *inputs)

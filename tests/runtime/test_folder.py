@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 import qmoe_format
 from qmoe_format import load_model
+from qmoe_format.container.preamble import Preamble
 from qmoe_format.runtime import QMoEConfig
 from tests.refusals import refusal
 from tests.runtime.conftest import Converted
@@ -27,17 +28,17 @@ WITHOUT_IMPORT = """
 import json, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-said = []
+results = []
 for path in map(Path, sys.argv[1:]):
     sparse = json.loads((path / "config.json").read_text())["model_type"]
     kind = AutoModelForSeq2SeqLM if sparse.startswith("switch") else AutoModelForCausalLM
     for options in ({}, {"ignore_mismatched_sizes": True}):
         try:
             kind.from_pretrained(path, **options)
-            said.append("loaded")
+            results.append("loaded")
         except Exception as error:
-            said.append(f"{type(error).__name__}: {error}")
-print(json.dumps(said))
+            results.append(f"{type(error).__name__}: {error}")
+print(json.dumps(results))
 """
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -82,7 +83,7 @@ def test_what_is_in_it(model: Converted) -> None:
     assert stored(model.file) == stored(model.folder / "experts.qmoe")
 
 
-def test_like_the_file(model: Converted) -> None:
+def test_same_model_as_from_the_file(model: Converted) -> None:
     loaded = from_pretrained(model.folder)
     expected = load_model(model.file)
     assert torch.equal(logits(loaded), logits(expected))
@@ -94,7 +95,7 @@ def test_like_the_file(model: Converted) -> None:
 def test_without_the_import_loading_ends_in_an_error(
     converted: Callable[[str], Converted], tmp_path: Path
 ) -> None:
-    """Also for who does not know the second mark, and where another name is in its place."""
+    """Even where transformers ignores ``transformers_weights``, or it names another file."""
     folders = []
     for model_type in ("switch_transformers", "mixtral"):
         folder = converted(model_type).folder
@@ -111,13 +112,13 @@ def test_without_the_import_loading_ends_in_an_error(
         timeout=120,
         check=True,
     )
-    said = json.loads(done.stdout)
-    assert len(said) == 2 * len(folders)
-    assert "loaded" not in said
+    results = json.loads(done.stdout)
+    assert len(results) == 2 * len(folders)
+    assert "loaded" not in results
     for number, folder in enumerate(folders):
         if folder.parent != tmp_path:
-            assert "import qmoe_format.runtime" in said[2 * number]
-            assert "import qmoe_format.runtime" in said[2 * number + 1]
+            assert "import qmoe_format.runtime" in results[2 * number]
+            assert "import qmoe_format.runtime" in results[2 * number + 1]
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])
@@ -160,8 +161,8 @@ def test_only_the_main_process_writes_experts(model: Converted, tmp_path: Path) 
 
 def test_pushing_while_saving_is_refused(model: Converted, tmp_path: Path) -> None:
     loaded = load_model(model.file)
-    said = refusal(lambda: loaded.save_pretrained(tmp_path / "x", push_to_hub=True), "argument")
-    assert "push_to_hub" in said
+    message = refusal(lambda: loaded.save_pretrained(tmp_path / "x", push_to_hub=True), "argument")
+    assert "push_to_hub" in message
 
 
 def test_pushing_uploads_the_whole_folder(
@@ -190,7 +191,7 @@ class Card:
 
 
 def test_from_a_hub(model: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is in a repository transformers fetches only what it knows."""
+    """transformers downloads only the files that it knows."""
     repository = tmp_path / "models--someone--some-model"
     snapshot = shutil.copytree(model.folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
@@ -220,8 +221,7 @@ def test_damaged_experts(copied: Path) -> None:
     path = copied / "experts.qmoe"
     data = bytearray(path.read_bytes())
     data[64::64] = bytes(each ^ 1 for each in data[64::64])
-    with qmoe_format.open(path) as file:
-        index = file._preamble.index_offset  # type: ignore[union-attr]
+    index = Preamble.parse(bytes(data[:64]), len(data)).index_offset
     path.write_bytes(data[:index] + path.read_bytes()[index:])
     loaded = from_pretrained(copied)
     refusal(lambda: logits(loaded), "checksum")
@@ -236,7 +236,7 @@ def test_a_tensor_that_is_missing(copied: Path) -> None:
     assert gone in refusal(lambda: from_pretrained(copied), "checkpoint")
 
 
-def test_other_checkpoints_are_not_compressed_on_the_way(tmp_path: Path) -> None:
+def test_other_checkpoints_are_not_compressed_while_loading(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "checkpoint", "mixtral")
     with pytest.raises(ValueError, match="pre-quantized"):
         from_pretrained(folder, quantization_config=QMoEConfig())

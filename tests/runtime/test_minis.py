@@ -19,7 +19,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("name", ["switch-mini", "mixtral-mini"])
 @torch.no_grad()
-def test_logits_and_generations_of_the_dequantised_model(
+def test_logits_and_generations_of_the_dequantized_model(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
     file = qmoe_format.convert(shared_data / name, tmp_path / "m.qmoe")

@@ -11,14 +11,15 @@ import torch
 import qmoe_format
 from qmoe_format.container.reader import QMoEFile
 from qmoe_format.errors import QMoEError
-from qmoe_format.runtime import grouped_linear as products
-from qmoe_format.runtime.grouped_linear import Group, grouped_linear, linear
-from qmoe_format.runtime.lazy_stack import Stack
+from qmoe_format.runtime.grouped_linear import Group, choose_kernel, grouped_linear
+from qmoe_format.runtime.lazy_stack import LazyStack
+from qmoe_format.runtime.tuning import Tuning
 
 from .files import write_stacks
 
 EXPERTS, ROWS, COLUMNS = 3, 50, 96
-MANY = 60  # at 60 % zeros, too many for the product from the codewords
+TOKENS = (1, 5, 60)  # for each kernel, at 60 % zeros
+MANY = TOKENS[-1]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
 @pytest.fixture
 def file(weights: tuple[Path, dict[str, torch.Tensor]]) -> Iterator[QMoEFile]:
     with qmoe_format.open(weights[0]) as file:
-        assert isinstance(file, QMoEFile)
         yield file
 
 
@@ -44,16 +44,18 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_these_tokens_take_all_ways(file: QMoEFile) -> None:
-    nonzeros = 1 - Stack(file, "gate").matrix(0).trits.zero_fraction
-    assert products.ALONE < 5
-    assert 17 * nonzeros < products.DENSE < MANY * nonzeros
+def linear(stack: LazyStack, x: torch.Tensor, expert: int, **tuning: int) -> torch.Tensor:
+    return grouped_linear([stack], x, [Group(expert, 0, len(x))], Tuning(**tuning))
 
 
-def test_what_a_stack_says_of_itself(file: QMoEFile) -> None:
-    stack = Stack(file, "gate")
+def test_these_tokens_take_all_kernels(file: QMoEFile) -> None:
+    zeros = LazyStack(file, "gate").matrix(0).trits.zero_fraction
+    assert [choose_kernel(n, zeros) for n in TOKENS] == ["matvec", "matmul", "dense"]
+
+
+def test_a_stack_is_views_of_the_file(file: QMoEFile) -> None:
+    stack = LazyStack(file, "gate")
     assert stack.shape == (EXPERTS, ROWS, COLUMNS)
-    assert stack.bytes == file.tensors["gate"].stored_bytes
     assert stack.matrix(1) is stack.matrix(1)
     assert stack.matrix(1).trits.segments.base is not None  # a view
 
@@ -67,33 +69,26 @@ def test_only_used_experts_are_read(file: QMoEFile, monkeypatch: pytest.MonkeyPa
         return encoded(name, expert)
 
     monkeypatch.setattr(file, "encoded", spy)
-    stack = Stack(file, "up")
+    stack = LazyStack(file, "up")
     for _ in range(2):
         linear(stack, random(2, COLUMNS), 1)
     assert read == [("up", 1)]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, products.ALONE, 17, MANY])
+@pytest.mark.parametrize("tokens", [0, 2, 17, *TOKENS])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_linear(
-    file: QMoEFile,
-    dense: dict[str, torch.Tensor],
-    tokens: int,
-    threads: int,
-    monkeypatch: pytest.MonkeyPatch,
+def test_any_number_of_tokens(
+    file: QMoEFile, dense: dict[str, torch.Tensor], tokens: int, threads: int
 ) -> None:
-    monkeypatch.setattr(products, "PER_THREAD", 1)
     x = random(tokens, COLUMNS)
-    y = linear(Stack(file, "gate", threads), x, 2)
+    y = linear(LazyStack(file, "gate"), x, 2, threads=threads, weights_per_thread=1)
     torch.testing.assert_close(y, x @ dense["gate"][2].T)
 
 
-def test_many_tokens_in_tiles(
-    file: QMoEFile, dense: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(products, "SCRATCH", 4 * COLUMNS * 7)  # seven rows: the last tile has one
+def test_weights_are_decoded_in_tiles(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+    seven_rows = 4 * COLUMNS * 7  # the last tile has one
     x = random(MANY, COLUMNS).requires_grad_()
-    y = linear(Stack(file, "gate"), x, 0)
+    y = linear(LazyStack(file, "gate"), x, 0, scratch_bytes=seven_rows)
     torch.testing.assert_close(y, x @ dense["gate"][0].T)
     dy = random(MANY, ROWS, seed=1)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -101,12 +96,12 @@ def test_many_tokens_in_tiles(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("tokens", [1, 5, MANY])
-def test_sums_are_float32_whatever_the_type(
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_sums_are_float32_for_every_dtype(
     file: QMoEFile, dense: dict[str, torch.Tensor], dtype: torch.dtype, tokens: int
 ) -> None:
     x = random(tokens, COLUMNS).to(dtype)
-    y = linear(Stack(file, "up"), x, 0)
+    y = linear(LazyStack(file, "up"), x, 0)
     assert y.dtype == dtype
     want = x.float() @ dense["up"][0].T
     torch.testing.assert_close(y, want.to(dtype), rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-5)
@@ -115,7 +110,7 @@ def test_sums_are_float32_whatever_the_type(
 def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
     groups = [Group(2, 0, 1), Group(0, 1, 2), Group(1, 2, 7), Group(0, 7, 7 + MANY)]
     x = random(7 + MANY, COLUMNS).requires_grad_()
-    y = grouped_linear([Stack(file, "gate"), Stack(file, "up")], x, groups)
+    y = grouped_linear([LazyStack(file, "gate"), LazyStack(file, "up")], x, groups)
     both = torch.cat([dense["gate"], dense["up"]], dim=1)
     want = torch.cat([x[g.first : g.last] @ both[g.expert].T for g in groups])
     torch.testing.assert_close(y, want)
@@ -125,8 +120,8 @@ def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: dict[str, torch.T
     )
 
 
-def test_a_token_has_the_same_result_in_every_company(file: QMoEFile) -> None:
-    stack = Stack(file, "gate")
+def test_a_token_has_the_same_result_beside_others(file: QMoEFile) -> None:
+    stack = LazyStack(file, "gate")
     x = random(MANY, COLUMNS)
     alone = linear(stack, x[:1], 1)
     for tokens in (2, 20, MANY):
@@ -135,7 +130,7 @@ def test_a_token_has_the_same_result_in_every_company(file: QMoEFile) -> None:
 
 def test_gradient_of_half_precision(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
     x = random(3, COLUMNS).bfloat16().requires_grad_()
-    (dx,) = torch.autograd.grad(linear(Stack(file, "up"), x, 1).sum(), x)
+    (dx,) = torch.autograd.grad(linear(LazyStack(file, "up"), x, 1).sum(), x)
     assert dx.dtype == torch.bfloat16
     torch.testing.assert_close(dx[0], dense["up"][1].sum(dim=0).bfloat16())
 
@@ -143,15 +138,15 @@ def test_gradient_of_half_precision(file: QMoEFile, dense: dict[str, torch.Tenso
 def test_strided_and_inference_tensors(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
     with torch.inference_mode():
         x = random(COLUMNS, 4).T
-        y = linear(Stack(file, "up"), x, 1)
+        y = linear(LazyStack(file, "up"), x, 1)
     torch.testing.assert_close(y, x @ dense["up"][1].T)
 
 
 def test_refusals(file: QMoEFile) -> None:
-    stack = Stack(file, "gate")
+    stack = LazyStack(file, "gate")
     calls: dict[str, list[Callable[[], object]]] = {
         "not-found": [
-            lambda: Stack(file, "down"),
+            lambda: LazyStack(file, "down"),
             lambda: linear(stack, random(1, COLUMNS), EXPERTS),
             lambda: linear(stack, random(1, COLUMNS), -1),
         ],
@@ -176,5 +171,5 @@ def test_other_encodings_are_refused(tmp_path: Path) -> None:
     with qmoe_format.open(tmp_path / "raw.qmoe") as file:
         for name in ("w", "stack"):
             with pytest.raises(QMoEError) as error:
-                Stack(file, name)
+                LazyStack(file, name)
             assert error.value.code == "argument"
