@@ -40,7 +40,7 @@ DENSE_ZEROS = 0.885  # the matrix that bf16 multiplies, too
 
 def measure(device: Cuda, problems: list[Problem], rounds: int, bandwidth: Record) -> Record:
     """Time everything on one shape; ``problems``: one per fraction of zeros."""
-    rows, columns = problems[0].rows, problems[0].columns
+    rows, columns = problems[0].shape
     x = device.bf16(max(gpu_works.TOKENS), columns)
     values = next(p.values(torch.bfloat16) for p in problems if p.zeros == DENSE_ZEROS)
     works = [
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, device: Cuda) -> tuple[list[Record], list[s
         problems = []
         try:
             for zeros in ZEROS:
-                problems.append(Problem(device, *shape, zeros, profile))
+                problems.append(Problem(device, shape, zeros, profile))
                 check(problems[-1])
             if not options.correctness_only:
                 measured.append(measure(device, problems, rounds, bandwidth))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import qmoe_scheme
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel, Launch
 
 WARPS = (4, 8, 16, 32)  # rows per block; the benchmark takes the best for each matrix
 
@@ -49,24 +49,17 @@ def encode(trits: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anc
 
 @cache
 def source(warps: int) -> str:
-    """CUDA text of the kernel with ``warps`` rows per block."""
+    """CUDA text for ``warps`` rows per block."""
     text = Path(__file__).with_name("gpu_anchor.cu").read_text()
     return f'#define WARPS {warps}\n#line 1 "gpu_anchor.cu"\n{text}'
 
 
 def matvec(anchor: Anchor, x: Any, y: Any, warps: int) -> Launch:
     """y [rows] = W x [columns], both bf16, with ``warps`` rows per block."""
-    return Launch(
-        source=source(warps),
-        kernel="anchor_matvec",
-        grid=(-(-anchor.rows // warps), 1, 1),
-        block=(32 * warps, 1, 1),
-        shared_bytes=4 * (anchor.columns + 32),
-        arguments=(
-            *(anchor.dictionary, anchor.codewords, anchor.offsets, anchor.low_high),
-            *(x, y, np.int32(anchor.rows), np.int32(anchor.columns)),
-        ),
-    )
+    kernel = Kernel("anchor_matvec", source(warps), 32 * warps, 4 * (anchor.columns + 32))
+    arrays = (anchor.dictionary, anchor.codewords, anchor.offsets, anchor.low_high, x, y)
+    sizes = (np.int32(anchor.rows), np.int32(anchor.columns))
+    return Launch(kernel, -(-anchor.rows // warps), (*arrays, *sizes))
 
 
 def upload(anchor: Anchor, copies: int, device: torch.device) -> list[Anchor]:

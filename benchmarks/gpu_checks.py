@@ -21,7 +21,8 @@ class Reference:
 
     def __init__(self, problem: Problem) -> None:
         self.weights = problem.values(torch.float64)
-        self.name = f"{problem.rows} x {problem.columns}, zeros {problem.zeros}"
+        rows, columns = problem.shape
+        self.name = f"{rows} x {columns}, zeros {problem.zeros}"
 
     def unwritten(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """NaN everywhere."""
@@ -50,7 +51,7 @@ class Reference:
 
 def check(problem: Problem) -> None:
     """Check everything that is measured on ``problem``; raise ``Wrong`` at the first error."""
-    device, gpu, rows, columns = problem.device, problem.device.gpu, problem.rows, problem.columns
+    device, gpu, (rows, columns) = problem.device, problem.device.gpu, problem.shape
     reference = Reference(problem)
     matrix, stack = problem.stack[0], problem.stack
     for name, dtype in DTYPES.items():

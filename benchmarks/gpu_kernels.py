@@ -16,16 +16,16 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.readme import table
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel
 from tests.gpu import nvrtc, variants
 
 
-def measure(name: str, launch: Launch) -> dict[str, Any]:
+def measure(name: str, kernel: Kernel) -> dict[str, Any]:
     """Compile one kernel with both compilers, which work at the same time."""
 
     def compile_all(compiler: nvrtc.Compiler) -> dict[str, nvrtc.Resources]:
         return {
-            architecture: compiler.compile(launch.source, architecture)[launch.kernel]
+            architecture: compiler.compile(kernel.source, architecture)[kernel.name]
             for architecture in nvrtc.ARCHITECTURES
         }
 
@@ -34,9 +34,9 @@ def measure(name: str, launch: Launch) -> dict[str, Any]:
     every = [resources for by_architecture in found for resources in by_architecture.values()]
     return {
         "variant": name,
-        "kernel": launch.kernel,
-        "threads": launch.block[0],
-        "shared": max(resources.shared for resources in every) + launch.shared_bytes,
+        "kernel": kernel.name,
+        "threads": kernel.threads,
+        "shared": max(resources.shared for resources in every) + kernel.shared_bytes,
         "stack": max(resources.stack for resources in every),
         "spill_stores": max(resources.spill_stores for resources in every),
         "spill_loads": max(resources.spill_loads for resources in every),
@@ -60,8 +60,8 @@ def markdown(kernels: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    launches = {name: make() for name, make in {**variants.MAIN, **variants.OTHER}.items()}
-    kernels = [measure(name, launch) for name, launch in launches.items()]
+    every = {**variants.MAIN, **variants.OTHER}
+    kernels = [measure(name, make().kernel) for name, make in every.items()]
     print(markdown(kernels))
     compilers = [compiler.version for compiler in nvrtc.compilers()]
     report.save("gpu_kernels", {"compilers": compilers, "kernels": kernels})

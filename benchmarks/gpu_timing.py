@@ -12,7 +12,7 @@ import torch
 
 from qmoe_format import gpu
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu.arrays import Torch
+from qmoe_format.gpu.arrays import Library
 from qmoe_format.gpu.launch import Launch, execute
 
 GRAPH_CALLS = 24  # in a graph at least, so that its own launch does not count
@@ -81,7 +81,7 @@ class Cuda:
 
     def execute(self, launch: Launch) -> None:
         """Launch a kernel on torch's current stream."""
-        library = Torch(torch.cuda.current_device())
+        library = Library(torch.cuda.current_device(), torch)
         execute([launch], library.device, library.stream())
 
     def times(self, works: Sequence[Work], rounds: int) -> list[dict[str, Any]]:

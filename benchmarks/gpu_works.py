@@ -33,9 +33,10 @@ class Problem:
     """
 
     def __init__(
-        self, device: Cuda, rows: int, columns: int, zeros: float, profile: codec.Profile
+        self, device: Cuda, shape: tuple[int, int], zeros: float, profile: codec.Profile
     ) -> None:
-        self.device, self.rows, self.columns, self.zeros = device, rows, columns, zeros
+        self.device, self.shape, self.zeros = device, shape, zeros
+        rows, columns = shape
         random = torch.Generator(device.name).manual_seed(rows + columns)
         share = torch.rand((rows, columns), generator=random, device=device.name)
         half = (1 - zeros) / 2
@@ -103,7 +104,7 @@ def work(
 
 def ours(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     """One matrix with one token or several, eight experts, decoding; ``x`` bf16 [64, columns]."""
-    rows, columns = shape = problem.rows, problem.columns
+    rows, columns = problem.shape
     device, gpu, stack, experts = problem.device, problem.device.gpu, problem.stack, problem.experts
     one = [stack[number] for number in range(experts)]
     numbers = torch.arange(experts, dtype=torch.int32, device=x.device).view(-1, 1, FUSED)
@@ -120,7 +121,9 @@ def ours(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
         turns = list(numbers.repeat(1, tokens, 1))  # turn i: experts 8 i to 8 i + 7, every token
         return lambda i: gpu.expert_matvec(stack, xs, turns[i], out=y)
 
-    ours = partial(work, family="ours", way="qmoe_format.gpu", zeros=problem.zeros, shape=shape)
+    ours = partial(
+        work, family="ours", way="qmoe_format.gpu", zeros=problem.zeros, shape=problem.shape
+    )
     ours = partial(ours, stored=problem.bytes)
     for tokens in TOKENS:
         yield ours(f"one {tokens}", copies=experts, run=product(tokens))
@@ -189,10 +192,10 @@ def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run
 
 def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     """QMoE's kernel, one launch per matrix and token, with several block sizes."""
-    device, shape, stored = problem.device, (problem.rows, problem.columns), problem.anchor_bytes
+    device, shape, stored = problem.device, problem.shape, problem.anchor_bytes
     copies = max(device.copies(stored), 2 * FUSED)
     uploaded = gpu_anchor.upload(problem.anchor, copies, x.device)
-    y = device.empty(FUSED, problem.rows)
+    y = device.empty(FUSED, shape[0])
 
     def products(warps: int, matrices: int) -> Run:
         launches = [

@@ -6,7 +6,6 @@ CuPy has no bfloat16. In this package, its uint16 arrays hold the bit patterns o
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,30 +34,39 @@ def _element_type(dtype: Any) -> str:
     return _ELEMENT_TYPES.get(str(dtype), str(dtype))
 
 
-class Library(ABC):
-    """An array library on one GPU.
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The library that the arrays of a call belong to, on one GPU.
 
     Attributes:
         device: number of the GPU.
+        torch: the module ``torch``, or None for CuPy.
     """
 
-    def __init__(self, device: int) -> None:
-        self.device = device
+    device: int
+    torch: Any = None
 
-    @abstractmethod
-    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Allocate an array of element type ``dtype``.
 
         Raises:
             QMoEError: ``memory``.
         """
+        with cuda.out_of_memory():
+            if self.torch:
+                dtype, device = getattr(self.torch, _TORCH[dtype]), f"cuda:{self.device}"
+                return self.torch.empty(shape, dtype=dtype, device=device)
+            with cuda.module().cuda.Device(self.device):
+                return cuda.module().empty(shape, _CUPY[dtype])
 
-    @abstractmethod
     def stream(self) -> Any:
         """The library's current stream, as one of CuPy's."""
-
-    @abstractmethod
-    def _is_contiguous(self, array: Any) -> bool: ...
+        cupy = cuda.module()
+        if self.torch:
+            pointer = self.torch.cuda.current_stream(self.device).cuda_stream
+            return cupy.cuda.Stream.from_external(_ExternalStream(pointer))
+        with cupy.cuda.Device(self.device):
+            return cupy.cuda.get_current_stream()
 
     def check(
         self, array: Any, name: str, shape: Sequence[int], dtypes: Sequence[str] = FLOATS
@@ -69,7 +77,7 @@ class Library(ABC):
             QMoEError: ``argument`` for another library, GPU, shape or dtype, or a non-contiguous
                 array.
         """
-        if type(library_of(array, name, self.device)) is not type(self):
+        if library_of(array, name, self.device) != self:
             raise QMoEError(
                 "argument",
                 f"{name}: belongs to another library than x",
@@ -85,7 +93,7 @@ class Library(ABC):
             raise QMoEError(
                 "argument", f"{name}: the dtype is {array.dtype}, not {' or '.join(dtypes)}"
             )
-        if not self._is_contiguous(array):
+        if not (array.is_contiguous() if self.torch else array.flags.c_contiguous):
             raise QMoEError(
                 "argument",
                 f"{name}: the array is not contiguous",
@@ -98,42 +106,6 @@ class Library(ABC):
             return self.empty(shape, dtype)
         self.check(out, "out", shape)
         return out
-
-
-class Cupy(Library):
-    """CuPy's arrays."""
-
-    def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        cupy = cuda.module()
-        with cupy.cuda.Device(self.device), cuda.out_of_memory():
-            return cupy.empty(tuple(shape), _CUPY[dtype])
-
-    def stream(self) -> Any:
-        cupy = cuda.module()
-        with cupy.cuda.Device(self.device):
-            return cupy.cuda.get_current_stream()
-
-    def _is_contiguous(self, array: Any) -> bool:
-        return bool(array.flags.c_contiguous)
-
-
-class Torch(Library):
-    """torch's tensors."""
-
-    def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        torch: Any = sys.modules["torch"]
-        with cuda.out_of_memory():
-            return torch.empty(
-                tuple(shape), dtype=getattr(torch, _TORCH[dtype]), device=f"cuda:{self.device}"
-            )
-
-    def stream(self) -> Any:
-        torch: Any = sys.modules["torch"]
-        pointer = torch.cuda.current_stream(self.device).cuda_stream
-        return cuda.module().cuda.Stream.from_external(_ExternalStream(pointer))
-
-    def _is_contiguous(self, array: Any) -> bool:
-        return bool(array.is_contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +124,17 @@ def library_of(array: Any, name: str, device: int) -> Library:
     Raises:
         QMoEError: ``argument`` if it is neither CuPy's nor torch's, or not on GPU ``device``.
     """
-    library: Library
-    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
+    torch = sys.modules.get("torch")
+    if torch and isinstance(array, torch.Tensor):
         if not array.is_cuda:
             raise QMoEError(
                 "argument",
                 f"{name}: is on {array.device}, the weights on GPU {device}",
                 f"give {name}.to('cuda:{device}')",
             )
-        where, library = array.device.index, Torch(device)
+        where, library = array.device.index, Library(device, torch)
     elif isinstance(array, cuda.module().ndarray):
-        where, library = array.device.id, Cupy(device)
+        where, library = array.device.id, Library(device)
     else:
         raise QMoEError(
             "argument",

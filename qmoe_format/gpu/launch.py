@@ -16,23 +16,34 @@ DEFAULT_SHARED = 48 << 10  # bytes of shared memory beyond which a kernel has to
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel and the blocks it runs in.
+
+    Attributes:
+        name: of the ``extern "C"`` function in ``source``.
+        source: the whole CUDA text, defines included.
+        threads: per block.
+        shared_bytes: dynamic shared memory per block.
+    """
+
+    name: str
+    source: str
+    threads: int
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel launch, as data: tests execute the same launches on a CPU.
 
     Attributes:
-        source: the whole CUDA text, defines included.
-        kernel: name of the ``extern "C"`` function in it.
-        grid: number of blocks.
-        block: threads per block.
-        shared_bytes: dynamic shared memory per block.
+        kernel: what is launched.
+        blocks: how many.
         arguments: CuPy arrays, torch tensors and numpy scalars, in the kernel's order.
     """
 
-    source: str
-    kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
+    kernel: Kernel
+    blocks: int
     arguments: tuple[Any, ...]
 
 
@@ -46,16 +57,17 @@ def execute(launches: Sequence[Launch], device: int, stream: Any) -> None:
     """
     with cuda.module().cuda.Device(device), stream:
         for launch in launches:
-            kernel = _compiled(device, launch.source, launch.kernel)
-            if launch.shared_bytes > DEFAULT_SHARED:
-                kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
+            kernel, shared = launch.kernel, launch.kernel.shared_bytes
+            function = _compiled(device, kernel.source, kernel.name)
+            if shared > DEFAULT_SHARED:
+                function.max_dynamic_shared_size_bytes = shared
             arguments = tuple(map(_argument, launch.arguments))
-            kernel(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
+            function((launch.blocks,), (kernel.threads,), arguments, shared_mem=shared)
 
 
 @cache
 def _compiled(device: int, source: str, name: str) -> Any:
-    """The kernel, loaded on ``device``, which is the current one."""
+    """The function, loaded on ``device``, which is the current one."""
     compiled = cuda.module().RawModule(code=source, options=("--std=c++17",))
     try:
         return compiled.get_function(name)

@@ -16,7 +16,7 @@ import numpy as np
 
 from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel, Launch
 from qmoe_format.gpu.packing import Layout, PackedStack
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -120,7 +120,7 @@ def decode(
         return []
     kernel = _decode_kernel(layout, element_type(y), limits)
     blocks = limits.multiprocessors * max(1, limits.shared_bytes // kernel.shared_bytes)
-    return [kernel.launch(min(blocks, segments), (*_stack(stack), y, *_ints(first, count)))]
+    return [Launch(kernel, min(blocks, segments), (*_stack(stack), y, *_ints(first, count)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +138,6 @@ class _Pairs:
     per_x: int
     expert: int
     experts: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernel:
-    """A kernel that walks segments: what all calls with these dtypes on a stack have in common."""
-
-    name: str
-    source: str
-    threads: int
-    shared_bytes: int
-
-    def launch(self, blocks: int, arguments: tuple[Any, ...]) -> Launch:
-        grid, block = (blocks, 1, 1), (self.threads, 1, 1)
-        return Launch(self.source, self.name, grid, block, self.shared_bytes, arguments)
 
 
 def _products(
@@ -181,7 +167,7 @@ def _products(
     kernel = _product_kernel(layout, element_type(x), element_type(y), mode, tile, limits)
     arguments = (x, y, listed, tiles, *_ints(pairs.expert, pairs.count, per_x))
     blocks = min(limits.multiprocessors, pairs.count * layout.segments)
-    return [*launches, kernel.launch(blocks, (*_stack(stack), *arguments))]
+    return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
 
 
 def _group(
@@ -194,8 +180,8 @@ def _group(
     counts = workspace.empty((layout.experts + 1,), "int32")
     source = _source("group", THREADS=GROUP_THREADS, TOKENS=tile, SOME=SMALL_TILE)
     sizes = _ints(pairs.count, layout.experts)
-    kernel = _Kernel("group", source, GROUP_THREADS, 0)
-    return [kernel.launch(1, (pairs.experts, order, tiles, ranks, counts, *sizes))], order, tiles
+    arguments = (pairs.experts, order, tiles, ranks, counts, *sizes)
+    return [Launch(Kernel("group", source, GROUP_THREADS), 1, arguments)], order, tiles
 
 
 def _prepare(
@@ -219,19 +205,17 @@ def _prepare(
 
 
 def _elementwise(
-    kernel: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
+    name: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
 ) -> Launch:
     """A launch of a kernel whose threads share out ``size`` elements."""
-    blocks = min(workspace.limits.multiprocessors * 8, -(-size // ELEMENTWISE_THREADS))
-    return _Kernel(kernel, _source(kernel, **defines), ELEMENTWISE_THREADS, 0).launch(
-        max(1, blocks), arguments
-    )
+    blocks = max(1, min(workspace.limits.multiprocessors * 8, -(-size // ELEMENTWISE_THREADS)))
+    return Launch(Kernel(name, _source(name, **defines), ELEMENTWISE_THREADS), blocks, arguments)
 
 
 @lru_cache(maxsize=1024)
 def _product_kernel(
     layout: Layout, x_dtype: str, y_dtype: str, mode: str, tile: int, limits: DeviceLimits
-) -> _Kernel:
+) -> Kernel:
     tokens = max(tile, 1)
     table = _table_bytes(layout, limits.shared_bytes)
     threads = SCALE_GROUP_THREADS if layout.group_size else THREADS[tokens]
@@ -247,16 +231,16 @@ def _product_kernel(
         PAIRS=mode,
         X_SHARED=int(tile > 0),
     )
-    return _Kernel("product", source, threads, table + _tile_bytes(layout, x_dtype, tile))
+    return Kernel("product", source, threads, table + _tile_bytes(layout, x_dtype, tile))
 
 
 @lru_cache(maxsize=1024)
-def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> _Kernel:
+def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> Kernel:
     windows = WINDOW * DECODE_THREADS // 32
     table = _table_bytes(layout, limits.shared_bytes - windows)
     defines = _walk_defines(layout, table, DECODE_THREADS, MOST_CODEWORDS)
     source = _source("decode", **defines, Y_TYPE=y_dtype, WINDOW=WINDOW)
-    return _Kernel("decode", source, DECODE_THREADS, table + windows)
+    return Kernel("decode", source, DECODE_THREADS, table + windows)
 
 
 def _walk_defines(

@@ -12,7 +12,7 @@ from typing import Any
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, launch, launch_plan
-from qmoe_format.gpu.arrays import FLOATS, Cupy, Library, element_type, library_of
+from qmoe_format.gpu.arrays import FLOATS, Library, element_type, library_of
 from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack
 from qmoe_format.gpu.launch_plan import Workspace
 
@@ -127,7 +127,7 @@ def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = 
         raise QMoEError(
             "argument", f"weights cannot be decoded to {dtype}", f"choose {' or '.join(FLOATS)}"
         )
-    library = Cupy(stack.device) if out is None else library_of(out, "out", stack.device)
+    library = Library(stack.device) if out is None else library_of(out, "out", stack.device)
     y = library.output(out, weights.shape, dtype)
     workspace = _workspace(library)
     _run(library, stack, launch_plan.decode(stack.packed, first, count, y, workspace), workspace)
@@ -162,5 +162,5 @@ def _run(
     stream = library.stream()
     launch.execute(launches, stack.device, stream)
     # torch keeps for its graph what was allocated during a capture; CuPy knows nothing of graphs.
-    if workspace.scratch and isinstance(library, Cupy) and stream.is_capturing():
+    if workspace.scratch and not library.torch and stream.is_capturing():
         stack.recorded.append(workspace.scratch)

@@ -271,7 +271,7 @@ def _entry_words(entry: str, slots: int) -> int:
 
 def _entries(dictionary: Dictionary, entry: str, words: int) -> npt.NDArray[np.uint32]:
     """uint32 [2^width, words]: the entries of a dictionary."""
-    from qmoe_format.codec.tables import tables
+    from qmoe_format.codec.kernels.tables import tables
 
     table = tables(dictionary)
     lanes = table.positions.view(np.uint16)  # one per non-zero; bit 15: minus, if in the codeword

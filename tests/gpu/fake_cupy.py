@@ -1,4 +1,4 @@
-"""As much of CuPy as the package uses, on numpy and the shim: two GPUs that are none."""
+"""As much of CuPy as the package uses, on numpy and the shim: two fake GPUs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel, Launch
 from tests.gpu import shim
 
 
 class OutOfMemoryError(MemoryError):
-    """As ``cupy.cuda.memory.OutOfMemoryError``."""
+    """Like ``cupy.cuda.memory.OutOfMemoryError``."""
 
 
 class CUDARuntimeError(RuntimeError):
-    """As ``cupy.cuda.runtime.CUDARuntimeError``."""
+    """Like ``cupy.cuda.runtime.CUDARuntimeError``."""
 
 
 class Array(np.ndarray):
-    """An array on a GPU; views of it are there, too."""
+    """An array on a GPU, as are its views."""
 
     gpu: int
 
@@ -33,18 +33,16 @@ class Array(np.ndarray):
 
     @property
     def device(self) -> Any:
-        """The GPU."""
         return SimpleNamespace(id=self.gpu)
 
     @property
     def data(self) -> Any:
-        """Where it is."""
         return SimpleNamespace(ptr=self.ctypes.data)
 
 
 @dataclass
 class Stream:
-    """Everything on it is done at once."""
+    """A stream on which everything is done at once."""
 
     ptr: int = 0
     capturing: bool = False
@@ -54,11 +52,9 @@ class Stream:
     def __exit__(self, *_: object) -> None: ...
 
     def synchronize(self) -> None:
-        """Nothing is left to wait for."""
         self.waits += 1
 
     def is_capturing(self) -> bool:
-        """Whether a graph is being recorded."""
         return self.capturing
 
 
@@ -67,12 +63,11 @@ class Pinned(np.ndarray):
 
     @property
     def ptr(self) -> int:
-        """Where it is."""
         return int(self.ctypes.data)
 
 
 class FakeCupy(ModuleType):
-    """The module. Attributes to change before a test: how many GPUs, their age and their memory."""
+    """The module. A test may change the number of GPUs, their age and their free memory."""
 
     ndarray = Array
 
@@ -100,13 +95,13 @@ class FakeCupy(ModuleType):
         )
 
     def count(self) -> int:
-        """Number of GPUs; negative: there is no driver."""
+        """Number of GPUs; if negative, there is no driver."""
         if self.gpus < 0:
             raise CUDARuntimeError("cudaErrorInsufficientDriver")
         return self.gpus
 
     def device(self, number: int | None = None) -> Any:
-        """A GPU, current while in ``with``."""
+        """A GPU, current within ``with``."""
         number = self.current if number is None else number
 
         @contextmanager
@@ -124,7 +119,7 @@ class FakeCupy(ModuleType):
         )
 
     def empty(self, shape: Any, dtype: Any) -> Array:
-        """Full of garbage, to be written."""
+        """An array of garbage, to be written."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size > self.free:
             raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
@@ -133,7 +128,7 @@ class FakeCupy(ModuleType):
         return array
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
-        """Full of zeros."""
+        """An array of zeros."""
         array = self.empty(shape, dtype)
         array[...] = 0
         return array
@@ -149,7 +144,7 @@ class FakeCupy(ModuleType):
         assert options == ("--std=c++17",)
 
         def kernel(name: str) -> Any:
-            return Kernel(self, code, name)
+            return Function(self, code, name)
 
         return SimpleNamespace(get_function=kernel)
 
@@ -168,16 +163,18 @@ class _Device:
         self.manager.__exit__(None, None, None)
 
 
-class Kernel:
-    """A kernel. Like a GPU's, it refuses shared memory that was not asked for."""
+class Function:
+    """A kernel that, as on a GPU, refuses more shared memory than was asked for."""
 
     def __init__(self, cupy: FakeCupy, code: str, name: str) -> None:
         self.cupy, self.code, self.name = cupy, code, name
         self.max_dynamic_shared_size_bytes = 48 << 10
 
-    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes, "it was not asked for"
+    def __call__(
+        self, grid: tuple[int], block: tuple[int], arguments: Any, *, shared_mem: int
+    ) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, "more than was asked for"
         plain = tuple(a.view(np.ndarray) if isinstance(a, np.ndarray) else a for a in arguments)
-        launch = Launch(self.code, self.name, grid, block, shared_mem, plain)
+        launch = Launch(Kernel(self.name, self.code, block[0], shared_mem), grid[0], plain)
         self.cupy.launched.append(launch)
         shim.execute(launch)

@@ -1,7 +1,7 @@
-"""NVIDIA's run-time compiler from its wheels, called without CuPy: no driver, no GPU is needed.
+"""NVIDIA's run-time compiler from its wheels, called without CuPy: it needs no driver and no GPU.
 
-What CuPy compiles on a user's machine compiles here with the same options, for any architecture;
-the compiler's log says what each kernel takes.
+Kernels compile here with CuPy's options for any architecture; the compiler's log says what
+resources each kernel takes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 
-# Each CuPy brings one of these compilers: cupy-cuda12x the first, cupy-cuda13x the second.
+# The compilers of cupy-cuda12x and of cupy-cuda13x.
 PACKAGES = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 ARCHITECTURES = (
     *("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"),
@@ -30,12 +30,12 @@ _KERNEL = re.compile(
 
 
 class CompileError(Exception):
-    """The source does not compile; the message is the compiler's log."""
+    """A source that does not compile; the message is the compiler's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a thread, and in ``shared`` (static shared memory) a block, of a kernel takes."""
+    """What a kernel takes per thread, and in ``shared`` (static shared memory) per block."""
 
     registers: int
     shared: int
@@ -45,7 +45,7 @@ class Resources:
 
 
 class Compiler:
-    """One NVRTC, and its ``version``, such as 13.0."""
+    """One NVRTC and its ``version``, such as 13.0."""
 
     def __init__(self, package: str) -> None:
         files = [file for file in metadata.files(package) or () if "alt" not in file.name]
@@ -58,7 +58,7 @@ class Compiler:
         self.version = f"{major.value}.{minor.value}"
 
     def compile(self, source: str, architecture: str) -> dict[str, Resources]:
-        """Machine code of every kernel in ``source``: what each takes. Raises ``CompileError``."""
+        """Compile ``source`` to machine code: resources by kernel. Raises ``CompileError``."""
         nvrtc, program = self._library, ctypes.c_void_p()
         options = [*OPTIONS, "--ptxas-options=-v", f"-arch={architecture}"]
         values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -80,7 +80,7 @@ class Compiler:
 
 
 def parse(log: str) -> dict[str, Resources]:
-    """What the log of ``--ptxas-options=-v`` says of each kernel."""
+    """Resources by kernel, from the log of ``--ptxas-options=-v``."""
     return {
         found["kernel"]: Resources(
             int(found["registers"]),
@@ -95,7 +95,7 @@ def parse(log: str) -> dict[str, Resources]:
 
 @lru_cache(maxsize=1)
 def compilers() -> tuple[Compiler, ...]:
-    """Those of ``PACKAGES`` that are installed; only Linux has them among the requirements."""
+    """Those of ``PACKAGES`` that are installed; they are requirements on Linux only."""
     found = []
     for package in PACKAGES:
         try:

@@ -171,11 +171,12 @@ class Machine:
 
     def run(self, launches: list[Launch], limits: DeviceLimits) -> None:
         for launch in launches:
-            assert launch.shared_bytes <= limits.shared_bytes
-            if self.fault and self.fault[0] in launch.source:
-                assert launch.source.count(self.fault[0]) == 1
-                launch = replace(launch, source=launch.source.replace(*self.fault))
-            shim.execute(launch, self.order)
+            kernel = launch.kernel
+            assert kernel.shared_bytes <= limits.shared_bytes
+            if self.fault and self.fault[0] in kernel.source:
+                assert kernel.source.count(self.fault[0]) == 1
+                kernel = replace(kernel, source=kernel.source.replace(*self.fault))
+            shim.execute(replace(launch, kernel=kernel), self.order)
 
 
 FAULTLESS = Machine()

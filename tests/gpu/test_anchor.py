@@ -1,4 +1,4 @@
-"""The benchmark's anchor computes products, whatever the shape."""
+"""The benchmark's anchor kernel is right for any shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.gpu import shim
 
 
 def bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
-    """Cut off, not rounded: any bf16 numbers do."""
+    """Truncated, not rounded: any bf16 numbers will do."""
     bits: npt.NDArray[np.uint32] = values.astype(np.float32).view(np.uint32)
     return (bits >> 16).astype(np.uint16)
 

@@ -117,7 +117,7 @@ def timed(work: Work) -> dict[str, Any]:
 
 
 def make(gpu: Any = CpuGpu) -> Problem:
-    return Problem(Cpu(gpu), *SHAPE, 0.885, PROFILE)
+    return Problem(Cpu(gpu), SHAPE, 0.885, PROFILE)
 
 
 def works(problem: Problem) -> list[Work]:

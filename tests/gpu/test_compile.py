@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, with both compilers, and spills nothing."""
+"""Every kernel compiles for every architecture, with both compilers, without spills."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel
 from tests.gpu import nvrtc, variants
 from tests.gpu.nvrtc import Compiler, Resources
 
@@ -17,43 +17,43 @@ if not nvrtc.compilers():
     pytest.skip("the compilers are among the requirements on Linux only", allow_module_level=True)
 
 
-def check(found: Resources, launch: Launch) -> None:
+def check(found: Resources, kernel: Kernel) -> None:
     assert found.spill_stores == found.spill_loads == 0, found
-    assert found.registers * launch.block[0] <= REGISTERS
-    assert found.shared + launch.shared_bytes <= variants.H200.shared_bytes
+    assert found.registers * kernel.threads <= REGISTERS
+    assert found.shared + kernel.shared_bytes <= variants.H200.shared_bytes
 
 
 def test_both_compilers_are_there() -> None:
     assert [compiler.version for compiler in nvrtc.compilers()] == ["12.9", "13.0"]
 
 
-def compile_and_check(launch: Launch, jobs: Iterable[tuple[Compiler, str]]) -> None:
-    """With compilers and architectures of ``jobs``, on as many threads."""
+def compile_and_check(kernel: Kernel, jobs: Iterable[tuple[Compiler, str]]) -> None:
+    """Compile with the compilers and architectures of ``jobs``, in parallel."""
     with ThreadPoolExecutor() as pool:
-        for found in pool.map(lambda job: job[0].compile(launch.source, job[1]), jobs):
-            check(found[launch.kernel], launch)
+        for found in pool.map(lambda job: job[0].compile(kernel.source, job[1]), jobs):
+            check(found[kernel.name], kernel)
 
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("variant", variants.MAIN)
 def test_main_kernels_everywhere(variant: str, architecture: str) -> None:
-    launch = variants.MAIN[variant]()
-    compile_and_check(launch, [(compiler, architecture) for compiler in nvrtc.compilers()])
+    kernel = variants.MAIN[variant]().kernel
+    compile_and_check(kernel, [(compiler, architecture) for compiler in nvrtc.compilers()])
 
 
 @pytest.mark.parametrize("variant", variants.OTHER)
 def test_other_variants(variant: str) -> None:
-    """Where they spill first; ``benchmarks.gpu_kernels`` looks at the other architectures."""
+    """On the architectures that spill first; ``benchmarks.gpu_kernels`` covers the others."""
     old, new = nvrtc.compilers()
-    launch = variants.OTHER[variant]()
-    compile_and_check(launch, [(old, "sm_75"), (new, "sm_86"), (new, "sm_100")])
+    kernel = variants.OTHER[variant]().kernel
+    compile_and_check(kernel, [(old, "sm_75"), (new, "sm_86"), (new, "sm_100")])
 
 
 def test_an_error_in_the_source_is_found() -> None:
-    launch = variants.MAIN["product, 1 token"]()
+    source = variants.MAIN["product, 1 token"]().kernel.source
     for compiler in nvrtc.compilers():
         with pytest.raises(nvrtc.CompileError, match=r"error: expected a"):
-            compiler.compile(launch.source + "\nvoid broken( {", "sm_90")
+            compiler.compile(source + "\nvoid broken( {", "sm_90")
 
 
 SPILLING = """
@@ -76,7 +76,7 @@ extern "C" __global__ void fine(float* a) { a[threadIdx.x] *= 2.0f; }
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_120"])
-def test_what_a_kernel_takes_is_read_from_the_log(architecture: str) -> None:
+def test_resources_are_read_from_the_log(architecture: str) -> None:
     for compiler in nvrtc.compilers():
         found = compiler.compile(SPILLING, architecture)
         assert set(found) == {"spilling", "fine"}

@@ -1,4 +1,4 @@
-"""The calls on a GPU: ``pytest -m gpu``. What is done here on one, the shim does on a CPU."""
+"""The calls on a GPU: ``pytest -m gpu``. The shim does the same on a CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ all_kinds = pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
 PLAIN = replace(KINDS[0], dictionary=("plane", 0.885, 12), group_size=0, column_scale=False)
 BF16 = replace(PLAIN, dtype="bf16", scale_dtype="BF16")
 FP32 = replace(PLAIN, dtype="fp32")
-# Rows, columns: nothing is a multiple of anything, up to 16384 and one beyond.
+# Rows, columns: no multiples of anything, up to 16384 and beyond.
 SHAPES = [
     *[(1, 1), (1, 7), (3, 2), (257, 1), (129, 31), (1000, 33), (17, 255), (5, 257), (1023, 511)],
     *[(768, 3072), (2047, 769), (2049, 1409), (4095, 1537), (333, 7169), (127, 14337)],

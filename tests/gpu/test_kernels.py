@@ -1,4 +1,4 @@
-"""The kernels' results, against the codec's and against float64 arithmetic."""
+"""Results of the kernels, compared with the codec and with float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ machines = st.builds(Machine, st.sampled_from([shim.FORWARD, shim.BACKWARD, 2, 3
 
 
 def kinds(step: int) -> pytest.MarkDecorator:
-    """Every so many of the kinds: compiling for all takes long."""
+    """Every ``step``-th kind: compiling for all of them takes long."""
     return pytest.mark.parametrize("kind", KINDS[::step], ids=range(0, len(KINDS), step))
 
 
@@ -75,7 +75,7 @@ def test_matmul(kind: Kind, shape: Shape, machine: Machine) -> None:
 @given(shape=shapes, k=st.integers(1, 2), own=st.booleans(), machine=machines)
 @few
 def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, machine: Machine) -> None:
-    """``own``: each pair has its own x. Some experts come often, some never."""
+    """Some experts come often, some never; with ``own``, each pair has its own x."""
     shape = replace(shape, exact=True)
     members = [matrix(kind, shape, seed) for seed in range(5)]
     rng = np.random.default_rng(shape.seed)
@@ -93,7 +93,7 @@ def test_expert_matvec(kind: Kind, shape: Shape, k: int, own: bool, machine: Mac
 
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_experts_outside_the_stack(tokens: int) -> None:
-    """Their products are NaN, the others are right, and nothing is read out of bounds."""
+    """Their products are NaN, the others right, and nothing is read out of bounds."""
     kind, shape = KINDS[0], Shape(20, 50, 0.5, 3, 0, exact=True)
     members = [matrix(kind, shape, seed) for seed in range(2)]
     listed = [[0, 2], [1, -1], [1, 2**31 - 1], [-(2**31), 0]]
@@ -148,7 +148,7 @@ def test_decode(kind: Kind, shape: Shape, machine: Machine, offset: int) -> None
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_decoding_keeps_subnormal_numbers(dtype: str) -> None:
-    """[V-2], although the compiler is told to flush them."""
+    """[V-2], although the compiler is told to flush them to zero."""
     kind = replace(KINDS[0], scale_dtype="F32", scales=2, group_size=0, column_scale=True)
     coded = matrix(kind, Shape(9, 40, 0.3, 2, 0))
     assert coded.column_scale is not None
@@ -173,7 +173,7 @@ VECTORS = [
 
 @pytest.fixture(scope="module")
 def checked() -> dict[str, Future[None]]:
-    """All vectors at once: there is much to compile."""
+    """All vectors in parallel: there is much to compile."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {vector.id: pool.submit(check_vector, vector) for vector in VECTORS}
 
@@ -203,7 +203,7 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
     weights = np.abs(np.stack([dequantize(member) for member in members]))
     normal = (weights == 0) | ((weights > 2.0**-60) & (weights < 2.0**60))
     if not normal.all():
-        return  # [M-1] is about products without underflow and overflow
+        return  # [M-1] excludes underflow and overflow
     kind = replace(KINDS[0], dtype="fp32", limits=LARGE)
     x = np.random.default_rng(0).standard_normal((1, members[0].columns)).astype(np.float32)
     experts = np.arange(len(members), dtype=np.int32)[None]
@@ -212,11 +212,11 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
         check_product(member, x, y[:, e], "fp32")
 
 
-# -- Segments that are not segments ----------------------------------------------------------------
+# -- Hostile segments ------------------------------------------------------------------------------
 
 
 def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMatrix:
-    """Segments of any length, of random bytes or of one byte."""
+    """Segments of random lengths, of random bytes or of one byte repeated."""
     coded = matrix(kind, Shape(30, 90, kind.dictionary[1], 4, 0))
     lengths = rng.integers(0, 130, coded.trits.count, np.uint8)
     size = int(lengths.sum())
@@ -242,7 +242,7 @@ def run_everything(kind: Kind, stack: PackedStack) -> None:
 
 @kinds(4)
 def test_any_bytes_in_the_segments(kind: Kind) -> None:
-    """No access out of bounds, no race and no end that does not come: the shim looks at that."""
+    """No access out of bounds, no race, no endless loop: the shim checks that."""
     rng = np.random.default_rng(0)
     for fill in (None, 0, 255, None):
         run_everything(kind, pack([hostile(kind, rng, fill)]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from qmoe_format.codec import Dictionary, EncodedMatrix, encode_matrix, fit_dictionary
-from qmoe_format.codec.tables import tables
+from qmoe_format.codec.kernels.tables import tables
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import packing
 from tests.codec.strategies import dictionaries, dictionary, random_trits

@@ -1,6 +1,6 @@
-"""Faults planted in the kernels' own text: each is noticed, so a real one would be.
+"""Faults planted in the kernels' text: each is noticed, so a real one would be.
 
-The kernels as they are run without races, as the shim sees it, in every test of ``test_kernels``.
+The kernels as they are run without races in every test of ``test_kernels``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = shim.needs_compiler
 ORDERS = (shim.FORWARD, shim.BACKWARD, 2)
 
 # Blocks have segments of several matrices; a segment has more signs than 32 words hold and more
-# weights than a window, and the last one has fewer rows; the last tile has fewer tokens.
+# weights than a window; the last segment has fewer rows, the last tile fewer tokens.
 KIND = Kind(("plane", 0.885, 12), "BF16", 2, 0, False, "fp32", 11, True, LARGE)
 SHAPE = Shape(28, 301, 0.2, 12, 0, exact=True)
 
@@ -82,80 +82,80 @@ def decoded(machine: Machine) -> None:
 Call = Callable[[Machine], None]
 CALLS: tuple[Call, ...] = (products, products_of_large_x, mixtures, decoded)
 
-RACE = "race: |which nobody wrote"
+RACE = "race: |which was never written"
 OUTSIDE = "outside all arrays"
 WRONG = "wrong result"
 
-# A call, what is replaced in the text of one of its kernels and by what, and what is noticed.
+# A call, a text in one of its kernels, its replacement, and the error that is expected.
 FAULTS: dict[str, tuple[Call, str, str, str]] = {
     # Barriers.
-    "x and table are not waited for": (
+    "x and table, no barrier": (
         products,
         "__syncthreads();\n    for (; number",
         "for (; number",
         RACE,
     ),
-    "the next tile is not waited for": (
+    "next tile, no barrier": (
         mixtures,
         "__syncthreads();  // the next tile",
         "// the next tile",
         RACE,
     ),
-    "the table is not waited for": (
+    "table, no barrier": (
         decoded,
         "__syncthreads();\n        Bits* out",
         "Bits* out",
         RACE,
     ),
-    "the next table is not waited for": (
+    "next table, no barrier": (
         decoded,
         "__syncthreads();  // the next table",
         "// the next table",
         RACE,
     ),
-    "non-zeros are not waited for": (
+    "non-zeros, no warp barrier": (
         decoded,
         "void write() {\n        __syncwarp();",
         "void write() {",
         RACE,
     ),
-    "the empty window is not waited for": (
+    "empty window, no warp barrier": (
         decoded,
         "__syncwarp();\n        out += LENGTH;",
         "out += LENGTH;",
         RACE,
     ),
-    "counters are not waited for": (
+    "counters, no barrier": (
         mixtures,
         "counts[e] = 0;\n    __syncthreads();",
         "counts[e] = 0;",
         RACE,
     ),
-    "ranks are not waited for": (
+    "ranks, no barrier": (
         mixtures,
         "            }\n            __syncthreads();\n            if (turn",
         "            }\n            if (turn",
         RACE,
     ),
-    "the last of an expert is not waited for": (
+    "last pair of an expert, no barrier": (
         mixtures,
         "ranks[pair] + 1;\n            }\n            __syncthreads();",
         "ranks[pair] + 1;\n            }",
         RACE,
     ),
-    "sums of neighbours are not waited for": (
+    "sums of neighbors, no barrier": (
         mixtures,
         "= my_tiles;\n    __syncthreads();",
         "= my_tiles;",
         RACE,
     ),
-    "sums are overwritten early": (
+    "overwritten sums, no barrier": (
         mixtures,
         "__syncthreads();\n        pairs_before[thread] += more;",
         "pairs_before[thread] += more;",
         RACE,
     ),
-    "places are not waited for": (
+    "positions in order, no barrier": (
         mixtures,
         "__syncthreads();\n    for (int pair = thread",
         "for (int pair = thread",
@@ -173,7 +173,7 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "u32 other = __shfl_up_sync(FULL, value, distance);",
         "u32 other = 0;\n"
         "if (threadIdx.x % 32 >= distance) other = __shfl_up_sync(FULL, value, distance);",
-        "lane|nobody can go on",
+        "lane|deadlock",
     ),
     "the total of 31 lanes": (
         products,
@@ -231,8 +231,8 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "first + 4000 + (int)(threadIdx.x % 32)",
         OUTSIDE,
     ),
-    "words that are not aligned": (products, "first & ~3ull", "first", "not aligned"),
-    "the first vector belongs to two": (
+    "unaligned words": (products, "first & ~3ull", "first", "not aligned"),
+    "the first vector belongs to two segments": (
         decoded,
         "first >= skip && first + VECTOR <= filled",
         "first + VECTOR <= filled",
@@ -263,7 +263,7 @@ def test_without_a_fault(call: Call, order: int) -> None:
 
 @pytest.fixture(scope="module")
 def noticed() -> dict[str, list[Future[None]]]:
-    """All faults at once: there is much to compile."""
+    """All faults in parallel: there is much to compile."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {
             fault: [pool.submit(call, Machine(order, (old, new))) for order in ORDERS]

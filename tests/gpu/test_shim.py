@@ -1,4 +1,4 @@
-"""The shim that runs kernels on the CPU: right results, and every kind of planted fault found."""
+"""The shim that runs kernels on the CPU: right results, and every planted fault is found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qmoe_format.gpu.launch import Launch
+from qmoe_format.gpu.launch import Kernel, Launch
 from tests.gpu import shim
 
 pytestmark = shim.needs_compiler
@@ -16,7 +16,7 @@ pytestmark = shim.needs_compiler
 ORDERS = (shim.FORWARD, shim.BACKWARD, 2, 3)
 
 SUM = """
-// Sums of x, one a block.
+// Sums of x, one per block.
 extern "C" __global__ void __launch_bounds__(128) sum(
     const float* __restrict__ x,  // [n]
     float* sums,                  // [blocks]
@@ -57,7 +57,7 @@ extern "C" __global__ void partition(const unsigned* x, unsigned* out, int n) {
 """
 
 COUNT = """
-// counts[x[i] % 8]++, then every block's first warp turns its own 32 numbers round.
+// counts[x[i] % 8]++, then every block's first warp reverses its own 32 numbers.
 extern "C" __global__ void count(unsigned* x, unsigned* counts) {
     __shared__ unsigned mine[8], turned[32];
     if (threadIdx.x < 8) mine[threadIdx.x] = 0;
@@ -82,7 +82,7 @@ extern "C" __global__ void lanes(unsigned* out) { out[threadIdx.x] = __ballot_sy
 def run_sum(source: str = SUM, order: int = shim.FORWARD) -> None:
     x = np.arange(1000, dtype=np.float32)
     sums = np.zeros(3, np.float32)
-    launch = Launch(source, "sum", (3, 1, 1), (128, 1, 1), 0, (x, sums, np.int32(x.size)))
+    launch = Launch(Kernel("sum", source, 128), 3, (x, sums, np.int32(x.size)))
     shim.execute(launch, order)
     assert sums.sum() == x.sum()
 
@@ -91,7 +91,7 @@ def run_scan(source: str = SCAN, order: int = shim.FORWARD) -> None:
     x = np.random.default_rng(0).integers(0, 100, 96, dtype=np.uint32)
     out = np.zeros_like(x)
     shared = 4 * (3 + 96)
-    launch = Launch(source, "partition", (1, 1, 1), (96, 1, 1), shared, (x, out, np.int32(x.size)))
+    launch = Launch(Kernel("partition", source, 96, shared), 1, (x, out, np.int32(x.size)))
     shim.execute(launch, order)
     assert np.array_equal(out, np.concatenate([x[x % 2 == 0], x[x % 2 == 1]]))
 
@@ -101,15 +101,13 @@ def run_count(source: str = COUNT, order: int = shim.FORWARD) -> None:
     expected = np.concatenate([x[31::-1], x[32:64], x[95:63:-1], x[96:]])
     counts = np.zeros(8, np.uint32)
     histogram = np.bincount(x % 8, minlength=8)
-    shim.execute(Launch(source, "count", (2, 1, 1), (64, 1, 1), 0, (x, counts)), order)
+    shim.execute(Launch(Kernel("count", source, 64), 2, (x, counts)), order)
     assert np.array_equal(counts, histogram)
     assert np.array_equal(x, expected)
 
 
 def run_half_warp(source: str = HALF_WARP, order: int = shim.FORWARD) -> None:
-    shim.execute(
-        Launch(source, "lanes", (1, 1, 1), (16, 1, 1), 0, (np.zeros(16, np.uint32),)), order
-    )
+    shim.execute(Launch(Kernel("lanes", source, 16), 1, (np.zeros(16, np.uint32),)), order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -118,7 +116,8 @@ def test_right_kernels_run_in_any_order(run: Any, order: int) -> None:
     run(order=order)
 
 
-UNORDERED = "race: .* shared memory|which nobody wrote"  # by order, the reader may come first
+# Depending on the order, the reader may come first.
+UNORDERED = "race: .* shared memory|which was never written"
 
 FAULTS = {
     "no barrier": (run_sum, SUM, "mine;\n    __syncthreads();", "mine;", UNORDERED),
@@ -144,12 +143,12 @@ FAULTS = {
         run_sum, SUM, "sums[blockIdx.x] =", "sums[blockIdx.x / 2] =",
         r"race: thread 0 writes sums\[0\] .* thread 0 of another block wrote",
     ),
-    "a block reads what another one writes": (
+    "a block reads what another writes": (
         run_count, COUNT, "blockIdx.x * 64;", "blockIdx.x * 32;", r"race: .* x\[\d+\]",
     ),
-    "a lane has left": (
+    "a lane has returned": (
         run_scan, SCAN, "unsigned ones", "if (lane == 5) return; unsigned ones",
-        r"__shfl_up_sync\(mask ffffffff\) in source:10: lane 5 left the kernel",
+        r"__shfl_up_sync\(mask ffffffff\) in source:10: lane 5 returned",
     ),
     "a lane is not in its mask": (
         run_scan, SCAN, "__shfl_up_sync(~0u", "__shfl_up_sync(0xFFFFu",
@@ -180,7 +179,7 @@ FAULTS = {
     "a barrier that some do not reach": (
         run_count, COUNT, "        __syncwarp();",
         "if (threadIdx.x) __syncwarp(~1u); else __syncthreads();\nif (0)",
-        "nobody can go on: ",
+        "deadlock: ",
     ),
     "beyond dynamic shared memory": (
         run_scan, SCAN, "n - all + before", "n - all + before + 1",
@@ -193,8 +192,8 @@ FAULTS = {
     "beyond a local bound": (
         run_count, COUNT, "turned[31 -", "turned[32 -", "index out of bounds in source:14",
     ),
-    "shared memory that nobody wrote": (
-        run_count, COUNT, "threadIdx.x < 8) mine", "threadIdx.x < 7) mine", "which nobody wrote",
+    "shared memory that was never written": (
+        run_count, COUNT, "threadIdx.x < 8) mine", "threadIdx.x < 7) mine", "was never written",
     ),
     "beyond an array": (run_sum, SUM, "i < n", "i <= n", "4000 bytes from the beginning of x"),
     "before an array": (run_sum, SUM, "x[i]", "x[i - 1]", "-4 bytes from the beginning of x"),
@@ -210,7 +209,7 @@ FAULTS = {
     ),
     "a shift by 32": (run_scan, SCAN, "ones = bit;", "ones = bit << (n - 64);", "a shift by too"),
     "a division by zero": (run_sum, SUM, "i < n", "i < n / (int)blockIdx.y", "division by zero"),
-    "no end": (run_sum, SUM, "i += gridDim.x * 128", "i += 0", "does not end"),
+    "an endless loop": (run_sum, SUM, "i += gridDim.x * 128", "i += 0", "does not end"),
     "float atomics": (run_sum, SUM, "mine += x[i]", "atomicAdd(sums, x[i])", "g\\+\\+ says"),
 }  # fmt: skip
 
@@ -262,7 +261,7 @@ NUMBERS = {
 
 @pytest.fixture(scope="module")
 def numbers() -> dict[str, list[int]]:
-    """Each of these expressions, for each of 32 words ``x``, in one warp."""
+    """Values of these expressions for each of 32 words ``x``, in one warp."""
     stores = "".join(f"*out++ = {body};\n" for body in NUMBERS)
     source = f"""
 extern "C" __global__ void numbers(const unsigned* words, unsigned* out) {{
@@ -273,12 +272,12 @@ extern "C" __global__ void numbers(const unsigned* words, unsigned* out) {{
 }}
 """
     out = np.zeros((32, len(NUMBERS)), np.uint32)
-    shim.execute(Launch(source, "numbers", (1, 1, 1), (32, 1, 1), 0, (RANDOM, out)))
+    shim.execute(Launch(Kernel("numbers", source, 32), 1, (RANDOM, out)))
     return dict(zip(NUMBERS, out.T.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("body", NUMBERS)
-def test_numbers_by_the_programming_guide(body: str, numbers: dict[str, list[int]]) -> None:
+def test_functions_of_the_programming_guide(body: str, numbers: dict[str, list[int]]) -> None:
     assert numbers[body] == [number & 0xFFFFFFFF for number in NUMBERS[body]]
 
 
@@ -294,16 +293,16 @@ def test_numbers_by_the_programming_guide(body: str, numbers: dict[str, list[int
 )
 def test_arguments_that_do_not_fit(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(shim.Fault):
-        shim.execute(Launch(SUM, "sum", (1, 1, 1), (128, 1, 1), 0, arguments))
+        shim.execute(Launch(Kernel("sum", SUM, 128), 1, arguments))
 
 
 def test_one_array_for_two_parameters() -> None:
     x = np.ones(100, np.float32)
-    shim.execute(Launch(SUM, "sum", (1, 1, 1), (128, 1, 1), 0, (x, x, np.int32(100))))
+    shim.execute(Launch(Kernel("sum", SUM, 128), 1, (x, x, np.int32(100))))
     assert x[0] == 100
 
 
 def test_arrays_that_overlap() -> None:
     x = np.ones(100, np.float32)
     with pytest.raises(shim.Fault, match="overlaps"):
-        shim.execute(Launch(SUM, "sum", (1, 1, 1), (128, 1, 1), 0, (x, x[50:], np.int32(100))))
+        shim.execute(Launch(Kernel("sum", SUM, 128), 1, (x, x[50:], np.int32(100))))

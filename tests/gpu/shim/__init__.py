@@ -1,9 +1,9 @@
-"""Run kernels on the CPU: the very text that a GPU gets, with every access to memory checked.
+"""Run kernels on the CPU: the same text that a GPU gets, with every memory access checked.
 
 ``execute(launch)`` compiles the source with g++ (once; the library is kept under ``build/``) and
-runs it on numpy arrays. ``Fault`` says what a kernel did wrong: see ``runtime.cpp`` for what is
-looked at. What a GPU may do and this does not: run blocks side by side, reorder memory accesses,
-contract a * b + c, run out of registers.
+runs it on numpy arrays. ``Fault`` says what a kernel did wrong; ``runtime.cpp`` lists the checks.
+Unlike a GPU, this does not run blocks in parallel, reorder memory accesses, contract a * b + c or
+run out of registers.
 """
 
 from __future__ import annotations
@@ -36,50 +36,51 @@ KERNEL_FLAGS = [
     "-fsanitize=alignment,shift,bounds,integer-divide-by-zero",
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
 ]
-UNUSED_S = 7 * 24 * 3600  # after which a library is deleted
-FORWARD, BACKWARD = 0, 1  # orders of blocks and threads; other numbers are seeds of random ones
+UNUSED_S = 7 * 24 * 3600  # an unused library is deleted after this time
+FORWARD, BACKWARD = 0, 1  # orders of blocks and threads; other numbers are random seeds
 MOST_THREADS, MOST_SHARED = 1024, 227 << 10
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 class Fault(AssertionError):
-    """What a kernel did that it must not do."""
+    """Something that a kernel must not do."""
 
 
 def execute(launch: Launch, order: int = FORWARD) -> None:
     """Run ``launch``; its arguments are numpy arrays, changed in place, and numpy scalars.
 
-    Raises ``Fault``, after which the arrays hold what the kernel had written until then.
+    Raises:
+        Fault: after which the arrays hold what the kernel had written so far.
     """
-    threads = launch.block[0] * launch.block[1] * launch.block[2]
-    if min(launch.grid + launch.block) < 1 or threads > MOST_THREADS:
-        raise Fault(f"{launch.kernel}: no such grid: {launch.grid} of {launch.block}")
-    if not 0 <= launch.shared_bytes <= MOST_SHARED:
-        raise Fault(f"{launch.kernel}: no GPU has {launch.shared_bytes} bytes of shared memory")
-    kernel = _kernel(launch.source, launch.kernel)
-    arrays, pointers, _scalars = _arguments(kernel, launch.arguments)
+    name, threads, shared = launch.kernel.name, launch.kernel.threads, launch.kernel.shared_bytes
+    if launch.blocks < 1 or not 1 <= threads <= MOST_THREADS:
+        raise Fault(f"{name}: no GPU runs {launch.blocks} blocks of {threads} threads")
+    if not 0 <= shared <= MOST_SHARED:
+        raise Fault(f"{name}: no GPU has {shared} bytes of shared memory")
+    compiled = _compiled_kernel(launch.kernel.source, name)
+    arrays, pointers, _scalars = _arguments(compiled, launch.arguments)
     begin, end = ctypes.c_void_p(), ctypes.c_void_p()
-    kernel.library.shim_static_shared(ctypes.byref(begin), ctypes.byref(end))
+    compiled.library.shim_static_shared(ctypes.byref(begin), ctypes.byref(end))
     runtime = _runtime()
     with _one_at_a_time:
         fault = runtime.shim_launch(
-            kernel.library[f"shim_call_{launch.kernel}"],
+            compiled.library[f"shim_call_{name}"],
             pointers,
             arrays,
             len(arrays),
-            (ctypes.c_uint * 3)(*launch.grid),
-            (ctypes.c_uint * 3)(*launch.block),
-            launch.shared_bytes,
+            (ctypes.c_uint * 3)(launch.blocks, 1, 1),
+            (ctypes.c_uint * 3)(threads, 1, 1),
+            shared,
             begin,
             end,
             order,
         )
     if fault:
-        raise Fault(f"{launch.kernel}: {_with_lines(fault.decode())}")
+        raise Fault(f"{name}: {_with_lines(fault.decode())}")
 
 
-_one_at_a_time = threading.Lock()  # only compiling gains from several threads
+_one_at_a_time = threading.Lock()  # threads are for compiling
 
 
 # -- Compiling -------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ _HEAD = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)
 @dataclass(frozen=True, slots=True)
 class _Parameter:
     name: str
-    kind: str  # f, i, u as numpy's, or c: a class of the kernel's own, which is for it to know
+    kind: str  # f, i, u like numpy's, or c: a class of the kernel's own
     size: int
     pointer: bool
     const: bool
@@ -104,7 +105,7 @@ class _Kernel:
 
 
 def _compiled(source: str, flags: list[str], link: list[str]) -> Path:
-    """A shared library of ``source``; made only if there is none of the same text and flags."""
+    """A shared library of ``source``, built unless there is one of the same text and flags."""
     texts = [source, *flags, *link, *(path.read_text() for path in sorted(HERE.glob("*.h")))]
     name = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
     library = BUILD / f"{name}.so"
@@ -145,7 +146,7 @@ def _load_runtime() -> Any:
 
 @cache
 def _library(source: str) -> ctypes.CDLL:
-    # Dynamic shared memory: the only declaration that macros cannot translate.
+    # Dynamic shared memory is the only declaration that macros cannot translate.
     text = re.sub(
         r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"\1* const \2 = (\1*)shim_shared;", source
     )
@@ -157,7 +158,7 @@ def _library(source: str) -> ctypes.CDLL:
 
 
 @cache
-def _kernel(source: str, name: str) -> _Kernel:
+def _compiled_kernel(source: str, name: str) -> _Kernel:
     library = _library(source)
     codes = (ctypes.c_uint * 64)()
     count = library[f"shim_signature_{name}"](codes)
@@ -185,7 +186,7 @@ class _Array(ctypes.Structure):
 
 
 def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """Descriptions of the arrays, the address of each argument, and what the addresses are of."""
+    """Descriptions of the arrays, the address of each argument, and the scalars themselves."""
     if len(arguments) != len(kernel.parameters):
         raise Fault(f"{len(arguments)} arguments for {len(kernel.parameters)} parameters")
     by_address: dict[tuple[int, int], tuple[np.ndarray, _Parameter, bool]] = {}
@@ -198,7 +199,7 @@ def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, A
     taken = sorted((begin, begin + size, by[2]) for (begin, size), by in by_address.items())
     for (_, end, first), (begin, _, second) in pairwise(taken):
         if begin < end and (first or second):
-            raise Fault("an array that is written to overlaps another one")
+            raise Fault("an array that is written overlaps another one")
     arrays = (_Array * max(len(by_address), 1))()
     for array, (data, parameter, writable) in zip(arrays, by_address.values(), strict=False):
         array.name, array.host, array.size = parameter.name.encode(), data.ctypes.data, data.nbytes

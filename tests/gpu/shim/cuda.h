@@ -1,22 +1,22 @@
-// CUDA C++ for g++: as much of it as the kernels use. Included before the first line of a kernel.
+// As much of CUDA C++ as the kernels use, for g++. Included before the first line of a kernel.
 #pragma once
 #include "runtime.h"
 
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline  // at will: always takes g++ much longer
+#define __forceinline__ inline  // forcing it takes g++ much longer
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 #define __constant__ static const
 #define __shared__ static __attribute__((section("cuda_shared")))  // dynamic: see __init__.py
 
-// -- Where a thread is -----------------------------------------------------------------------------
+// -- Indices ---------------------------------------------------------------------------------------
 
 struct uint3 { unsigned x, y, z; };
 using dim3 = uint3;
 extern "C" {
-extern const uint3 threadIdx, blockIdx;  // const: a thread sees them change no more than on a GPU
+extern const uint3 threadIdx, blockIdx;  // const for a thread, as on a GPU
 extern const dim3 blockDim, gridDim;
 extern unsigned char* const shim_shared;  // the block's dynamic shared memory
 }
@@ -104,7 +104,7 @@ inline int __syncthreads_or(int predicate, SHIM_WHERE) {
 template <class T>
 inline T __ldg(const T* address) { return *address; }
 
-// Of integers only: the order of floating-point additions would change the result.
+// For integers only: the order of floating-point additions would change the result.
 #define SHIM_ATOMIC(name, expression)                                                           \
     template <class T>                                                                          \
     __attribute__((noinline, no_sanitize("thread", "undefined")))                               \

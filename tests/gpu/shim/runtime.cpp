@@ -2,17 +2,17 @@
 // waits for others, and checks what it does:
 //
 //     memory    kernels are compiled with -fsanitize=thread, which calls __tsan_read4(address) before
-//               a read of 4 bytes, and so on; the functions of that name are here, not libtsan's.
-//               An access has to be aligned, inside one array, and ordered with all others of the
-//               same bytes that it conflicts with; shared memory is written before it is read
-//     warps     all lanes of a mask come to the same operation in the same line
-//     blocks    all threads come to the same barrier, in the same line
+//               a read of 4 bytes, and so on; these functions are defined here, not in libtsan.
+//               An access must be aligned, inside one array, and ordered with all conflicting
+//               accesses to the same bytes; shared memory must be written before it is read
+//     warps     all lanes of a mask reach the same operation in the same line
+//     blocks    all threads reach the same barrier in the same line
 //     numbers   -fsanitize=shift and others call __ubsan_handle_*
-//     time      -fsanitize-coverage=trace-pc counts the basic blocks
+//     time      -fsanitize-coverage=trace-pc counts basic blocks
 //
-// What orders two accesses: __syncthreads, and __syncwarp for the lanes of its mask. Nothing orders
-// two blocks. Shuffles and votes do not order memory (CUDA C++ Programming Guide, 7.21 and 7.22).
-// As on a GPU with -ftz=true, subnormal float operands and results become zero.
+// Two accesses are ordered by __syncthreads, and by __syncwarp for the lanes of its mask. Nothing
+// orders two blocks. Shuffles and votes do not order memory (CUDA C++ Programming Guide, 7.21 and
+// 7.22). As on a GPU with -ftz=true, subnormal float operands and results become zero.
 #include "runtime.h"
 
 #include <dlfcn.h>
@@ -59,14 +59,14 @@ struct Stop {  // where a thread waits for others
 
 struct Thread {
     char* stack = nullptr;
-    bool started = false;  // its fiber exists, and waits in resume
+    bool started = false;  // its fiber exists and waits in resume
     jmp_buf resume;
     ucontext_t context;
     State state;
     Stop stop;
     unsigned long long result;
     long steps;
-    unsigned seen[WARP];  // of each lane of its warp, the time up to which it knows its accesses
+    unsigned seen[WARP];  // per lane of its warp: accesses up to this time are ordered before
 };
 
 struct Access {
@@ -77,7 +77,7 @@ struct Access {
     const void* code;
 };
 
-struct Cell {  // the last accesses of some bytes, as many as can matter
+struct Cell {  // the latest accesses to some bytes, as many as can matter
     Access writes[2], reads[2];
 };
 
@@ -102,9 +102,9 @@ struct Array {
 static Thread threads[MOST_THREADS];
 static unsigned count, current, barrier, block_serial;
 static std::vector<Region> regions;
-static size_t arrays_end;           // regions from there on are shared memory
-static char* arena;                 // arrays lie there with gaps between them,
-static std::vector<size_t> owners;  // and every GAP bytes belong to one
+static size_t arrays_end;           // later regions are shared memory
+static char* arena;                 // holds the arrays, with gaps between them
+static std::vector<size_t> owners;  // per GAP bytes of the arena, the array they belong to
 static jmp_buf scheduler, bail;
 static char message[4096];
 static void (*entry)(void**);
@@ -145,8 +145,8 @@ static std::string line_of(const void* code) {  // @{file+offset}, for the calle
 }
 
 static std::string stop_of(const Thread& thread) {
-    if (thread.state == DONE) return "left the kernel";
-    if (thread.state == READY) return "still on its way";
+    if (thread.state == DONE) return "returned";
+    if (thread.state == READY) return "still running";
     const Stop& stop = thread.stop;
     std::string mask = thread.state == IN_WARP ? format("(mask %08x)", stop.mask) : "";
     return format("at %s%s in %s:%d", NAMES[stop.operation], mask.c_str(), stop.where.file,
@@ -154,7 +154,7 @@ static std::string stop_of(const Thread& thread) {
 }
 
 [[noreturn]] static void deadlock() {
-    std::string text = "nobody can go on:";
+    std::string text = "deadlock:";
     for (unsigned t = 0, first = 0; t < count; t = first) {
         std::string stop = stop_of(threads[t]);
         while (first < count && stop_of(threads[first]) == stop) first++;
@@ -196,7 +196,7 @@ static void wait(State state) {
     if (!_setjmp(threads[current].resume)) _longjmp(scheduler, 1);
 }
 
-static void open_barrier() {  // nobody can go on: because all are at one barrier?
+static void open_barrier() {  // no thread can run: if they are all at one barrier, open it
     const Stop& first = threads[0].stop;
     unsigned sum = 0;
     for (unsigned t = 0; t < count; t++) {
@@ -309,7 +309,7 @@ unsigned long long shim::warp(Operation operation, unsigned mask, unsigned long 
         if (!(mask >> l & 1)) continue;
         if (first + l >= count) refuse(l, "does not exist");
         const Thread& other = threads[first + l];
-        if (other.state == DONE) refuse(l, "left the kernel");
+        if (other.state == DONE) refuse(l, "returned");
         const Stop& stop = other.stop;
         bool same = stop.operation == operation && stop.mask == mask &&
                     stop.where.line == where.line && stop.width == width;
@@ -328,7 +328,7 @@ unsigned long long shim::warp(Operation operation, unsigned mask, unsigned long 
 
 enum Kind { READ, WRITE, ATOMIC };
 
-static bool before_me(const Access& a) {  // `a` is ordered before what the current thread does now
+static bool before_me(const Access& a) {  // is `a` ordered before what this thread does now?
     if (a.block != block_serial) return false;
     if (a.barrier != barrier || a.thread == current) return true;
     return a.thread / WARP == current / WARP && threads[current].seen[a.thread % WARP] >= a.time;
@@ -338,8 +338,8 @@ static bool same_warp(const Access& a, const Access& b) {
     return a.block == b.block && a.thread / WARP == b.thread / WARP;
 }
 
-// Of two accesses that are not ordered, keep one outside the newest one's warp: what comes later in
-// this block's epoch cannot be ordered with both.
+// Of two unordered accesses, keep one outside the newest one's warp: what comes later between the
+// same two barriers cannot be ordered with both.
 static void remember(Access* pair, const Access& newest) {
     for (int i = 0; i < 2; i++)
         if (!pair[i].block || before_me(pair[i])) {
@@ -374,7 +374,7 @@ static void check_cell(Region& region, size_t offset, Kind kind, const void* cod
     Access now = {block_serial, barrier, threads[current].seen[current % WARP],
                   (unsigned short)current, kind == ATOMIC, code};
     if (region.shared && !cell.writes[0].block && kind != WRITE)
-        fail(format("thread %u %s %s in %s, which nobody wrote", current, verb(kind),
+        fail(format("thread %u %s %s in %s, which was never written", current, verb(kind),
                     place(region, offset).c_str(), line_of(code).c_str()));
     for (const Access& other : cell.writes)
         if (other.block && !before_me(other) && !(other.atomic && now.atomic))
@@ -486,7 +486,7 @@ struct Source { const char* file; unsigned line, column; };
         fail(format("thread %u: " what " in %s:%u", current, source->file, source->line));      \
     }
 HANDLER(type_mismatch_v1, "an address that is not aligned")
-HANDLER(shift_out_of_bounds, "a shift by too many bits, or of a bit out of the number")
+HANDLER(shift_out_of_bounds, "a shift by too many bits, or of a bit out of its type")
 HANDLER(out_of_bounds, "an index out of bounds")
 HANDLER(divrem_overflow, "a division by zero")
 
@@ -499,7 +499,7 @@ static void add_shared(const char* name, char* begin, size_t size) {
     if (size) regions.push_back({name, begin, size, 1, true, true, mine});
 }
 
-// Returns what is wrong, or null. order: 0 forward, 1 backward, others: a seed of a random one.
+// Returns an error message, or null. order: 0 forward, 1 backward, otherwise a random seed.
 extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array* arrays,
                                    int array_count, const unsigned* grid, const unsigned* block,
                                    unsigned shared_bytes, char* static_begin, char* static_end,
@@ -543,7 +543,7 @@ extern "C" const char* shim_launch(void (*call)(void**), void** arguments, Array
             run_block(thread_order, order > 1 ? &random : nullptr);
         }
     flush_subnormals(false);
-    threads[current].steps = 0;  // the library's other functions count, too
+    threads[current].steps = 0;  // its other functions count steps, too
     for (int i = 0; i < array_count; i++) {
         if (arrays[i].writable) memcpy(arrays[i].host, arrays[i].device, arrays[i].size);
         free(regions[i].cells);

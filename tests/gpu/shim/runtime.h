@@ -1,4 +1,4 @@
-// What kernels (cuda.h) and the code that runs them (runtime.cpp) share.
+// What kernels (cuda.h) and the code that runs them (runtime.cpp) have in common.
 #pragma once
 
 namespace shim {
@@ -20,7 +20,7 @@ int block(Operation operation, int predicate, Where where);
 // Announces an atomic operation; `code` is the address of the instruction after it.
 void atomic(const void* address, unsigned size, const void* code);
 
-// a * b + c, subnormal numbers kept.
+// a * b + c without flushing subnormal numbers.
 float fma_ieee(float a, float b, float c);
 
 }  // namespace shim
