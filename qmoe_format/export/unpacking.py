@@ -67,10 +67,11 @@ def unpack(
         ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- also gives "folder/.." a name
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise QMoEError("argument", f"{folder}: exists already", "give a new or an empty folder")
-    if not folder.parent.is_dir():
-        raise QMoEError("not-found", f"{folder.parent}: there is no such folder", "create it first")
+    with os_errors(f"cannot write {folder}"):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise QMoEError("argument", f"{folder}: exists already", "give a new or empty folder")
+        if not folder.parent.is_dir():
+            raise QMoEError("not-found", f"{folder.parent}: no such folder", "create it first")
     with os_errors(f"cannot write {folder}"), container.open(source, memory_map=False) as file:
         tensors = list(_tensors(file, compressed))
         total = sum(tensor.nbytes for tensor in tensors)
