@@ -40,7 +40,7 @@ from benchmarks.evaluation import DATA, Evaluation
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.container.inspection import describe
 from qmoe_format.conversion import Calibration
-from qmoe_format.conversion.calibrated import CalibratedConversion
+from qmoe_format.conversion.passes import BlockPasses
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import Recipe
 
@@ -136,26 +136,27 @@ def quantizer_timed() -> Iterator[Stopwatch]:
 
 
 @contextmanager
-def plans_shared(folder: Path) -> Iterator[None]:
-    """What a conversion measures before it begins does not depend on the size asked for: let only
-    the first of a model and a text do it."""
-    plan = CalibratedConversion._plan
+def surveys_shared(folder: Path) -> Iterator[None]:
+    """The survey does not depend on the size asked for: let only the first conversion of a model
+    and a text do it."""
+    survey = BlockPasses.survey
 
-    def shared(self: Any, work: Any, walk: Any, blocks: Any) -> Any:
+    def shared(self: BlockPasses) -> Any:
+        work = self.work
         told = work.load("state")
         for what in ("bits_per_weight", "lambda"):
             told.pop(what)
         kept = folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()
         for path in kept.glob("*"):
             shutil.copy(path, work.folder)
-        found = plan(self, work, walk, blocks)
+        found = survey(self)
         if not kept.exists():
             kept.mkdir()
-            for path in (*work.folder.glob("plan-*.json"), *work.folder.glob("*.norms")):
+            for path in (*work.folder.glob("survey-*.json"), *work.folder.glob("*.norms")):
                 shutil.copy(path, kept)
         return found
 
-    with mock.patch.object(CalibratedConversion, "_plan", shared):
+    with mock.patch.object(BlockPasses, "survey", shared):
         yield
 
 
@@ -425,7 +426,7 @@ def run(models: Sequence[str], settings: Settings, resume: bool, save: bool) -> 
         if save:
             report.save("quantize", {"settings": stated, "models": results})
 
-    with tempfile.TemporaryDirectory() as folder, plans_shared(Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, surveys_shared(Path(folder)):
         for model in models:
             measure_model(model, settings, results[model], save_now)
     if save:

@@ -36,11 +36,11 @@ from torch import Tensor
 from benchmarks import report
 from qmoe_format.codec import PROFILES
 from qmoe_format.conversion.encoding import encode, stored_bytes
-from qmoe_format.conversion.parallel import batches
+from qmoe_format.conversion.parallel import Resources
 from qmoe_format.machine import cores
 from qmoe_format.quantize import recipe as find_recipe
 from qmoe_format.quantize.hessian import Statistics
-from qmoe_format.quantize.rd import Rate, weighted_energies
+from qmoe_format.quantize.rate import Rate, weighted_energies
 
 PARAMETERS = 1.6e12
 PAPER = {"hardware": "one A6000", "gparam_per_hour": 100.0, "hours": 16.0}
@@ -171,7 +171,7 @@ def measure(case: Case, name: str, settings: Settings) -> dict[str, Any]:
     largest = max(case.shapes.values(), key=lambda shape: shape[0] * shape[1] + shape[1] ** 2)
     done = Done()
     started = time.perf_counter()
-    for group in batches(range(most), *largest, 1, settings.device):
+    for group in Resources(1, settings.device).batches(most, *largest):
         quantize_group(case, name, group, settings, done)
         done.seconds = time.perf_counter() - started
         if done.seconds > settings.seconds:

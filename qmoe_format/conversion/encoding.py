@@ -1,4 +1,4 @@
-"""Ternary weights to what a file holds, and how many bytes that takes."""
+"""From ternary weights to a file's experts, and how many bytes these take."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.container.encodings import TERNARY_DICT, ZSTD
 from qmoe_format.container.encodings.ternary_dict import extent_length
 from qmoe_format.container.entries import Item
+from qmoe_format.container.writer import StackWriter, Writer
 
 if TYPE_CHECKING:
+    from qmoe_format.checkpoints import ExpertStack
     from qmoe_format.quantize.ternary import TernaryWeights
+
+
+def begin_stack(writer: Writer, stack: ExpertStack) -> StackWriter:
+    """Open a stack of ``writer`` for the encoded experts of a checkpoint's."""
+    shape = (stack.experts, stack.rows, stack.columns)
+    return writer.add_stack(stack.name, shape, stack.dtype, "ternary-dict", stack.members)
 
 
 def encode(
     ternary: TernaryWeights, place: int, scale_dtype: str, profile: Profile, threads: int
 ) -> EncodedMatrix:
-    """Code one matrix of a batch."""
+    """Encode the matrix of one expert, the batch's number ``place``."""
     from qmoe_format.checkpoints.torch_dtypes import to_storage
 
     column_scale = ternary.column_scale
@@ -36,13 +44,13 @@ def encode(
 
 
 def stored_bytes(matrix: EncodedMatrix) -> int:
-    """Those of a matrix's extent."""
+    """The length of a matrix's extent."""
     item = Item("F32", (matrix.rows, matrix.columns), TERNARY_DICT.parameters_of(matrix))
     return extent_length(item, matrix.trits.lengths.itemsize, matrix.trits.segment_bytes)
 
 
 def expected_bytes(sample: EncodedMatrix, rows: int, profile: Profile) -> int:
-    """Those of a matrix's extent, ``rows`` high, of which ``sample`` are some of the rows."""
+    """Estimate the length of a matrix's extent from ``sample``, some of its ``rows``."""
     parameters = TERNARY_DICT.parameters_of(sample)
     parameters["rows_per_segment"] = min(profile.rows_per_segment(sample.columns), rows)
     segment_bytes = sample.trits.segment_bytes * rows // max(sample.rows, 1)
@@ -51,13 +59,13 @@ def expected_bytes(sample: EncodedMatrix, rows: int, profile: Profile) -> int:
 
 
 def grid_step(matrix: EncodedMatrix) -> int:
-    """The number of a matrix's dictionary: those of equal numbers are equal."""
+    """The zero fraction of a matrix's dictionary, in steps; it determines the dictionary."""
     return round(on_grid(matrix.trits.zero_fraction))
 
 
 @cache
 def dictionary_bytes(dictionary: Dictionary) -> int:
-    """What it takes in a file."""
+    """The length of a dictionary in a file."""
     tree = np.frombuffer(dictionary.tree, np.uint8)
     sink = _Length()
     ZSTD.encode(tree, Item("U8", tree.shape), sink)

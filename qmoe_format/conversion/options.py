@@ -1,4 +1,4 @@
-"""What a user may ask of a calibrated conversion."""
+"""What a user may ask of a conversion."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmoe_format.codec import PROFILES, Profile
 from qmoe_format.errors import QMoEError
+from qmoe_format.quantize import Recipe
+from qmoe_format.quantize import recipe as find_recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The text that shows a quantizer what the experts are given, and how it is used.
+    """Text that the model reads, so that a quantizer sees the inputs of each expert.
 
     Attributes:
         text: a ``.jsonl``, ``.txt`` or ``.parquet`` file.
         text_column: the key or column of the text in it.
-        target_column: that of what the decoder should write for each text, for an encoder-decoder
-            that was not trained, or not only, to fill in spans.
-        sequence_length: tokens that the model reads at once; by default 256 for an encoder,
-            otherwise 2048 or the most it can read. Text is cut into windows of this length; longer
-            texts and targets of pairs are truncated.
+        target_column: the key or column of what the decoder should write for each text, for an
+            encoder-decoder trained on more than filling in spans.
+        sequence_length: tokens in a sequence; by default 256 for an encoder, otherwise 2048 or the
+            model's limit. Text is cut into windows of this length; longer text-target pairs are
+            truncated.
         samples: how many sequences to choose; by default all.
-        seed: for that choice, and for the spans that an encoder-decoder has to fill in.
-        token_cap: use at most this many times the experts' mean number of tokens for an expert.
+        seed: of that choice, and of the spans that an encoder-decoder has to fill in.
+        token_cap: use at most this many times the mean number of tokens per expert for an expert.
         mask_special_tokens: leave special tokens, such as sentinels and ends of sequences, out of
-            the Hessians, as QMoE does. Nothing then keeps what the model makes of these tokens.
+            the Hessians, as QMoE does. The output of experts for these tokens is then not
+            preserved.
         device: where torch computes, such as ``cpu`` or ``cuda``.
+
+    Raises:
+        QMoEError: ``argument``.
     """
 
     text: str | Path
@@ -40,29 +47,94 @@ class Calibration:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_positive("token_cap", self.token_cap)
+        _check_positive("token_cap", self.token_cap)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """How small the experts are to be: ``bits`` a weight, or a given ``lam``, or neither.
+class ConvertOptions:
+    """How to convert a checkpoint.
 
-    Bits are total: scales, lengths and dictionaries are included. For ``lam`` see
-    ``qmoe_format.quantize.rd.Rate``.
+    Attributes:
+        recipe: the quantizer's name in ``qmoe_format.quantize.RECIPES``; by default ``rd`` with
+            calibration text and ``rtn`` without.
+        profile: ``fast`` (decoding speed) or ``size``.
+        shard_bytes: start a new file after this many bytes; by default there is one file.
+        threads: by default one per core. Without calibration the output does not depend on it;
+            with calibration it may, because torch's rounding does.
+        overwrite: replace existing output and, unless ``resume`` is set, the work folder of an
+            interrupted conversion; otherwise these are errors.
+        calibration: text for the recipes that need it.
+        bits_per_weight: the size of the experts, scales and dictionaries included, met within 2 %;
+            for recipes that weigh error against bits.
+        rate_lambda: that weight itself, instead; see ``qmoe_format.quantize.rate.Rate``.
+        resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
+            first block is quantized ``bits_per_weight`` may still change.
+
+    Raises:
+        QMoEError: ``argument`` for options that do not fit each other.
     """
 
-    bits: float | None = None
-    lam: float | None = None
+    recipe: str | None = None
+    profile: str = "fast"
+    shard_bytes: int | None = None
+    threads: int | None = None
+    overwrite: bool = False
+    calibration: Calibration | None = None
+    bits_per_weight: float | None = None
+    rate_lambda: float | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("bits_per_weight", self.bits)
-        check_positive("rate_lambda", self.lam)
-        if self.bits is not None and self.lam is not None:
-            raise QMoEError(
-                "argument", "bits_per_weight and rate_lambda exclude each other: give one of them"
-            )
+        _check_positive("bits_per_weight", self.bits_per_weight)
+        _check_positive("rate_lambda", self.rate_lambda)
+        rated = self.bits_per_weight is not None or self.rate_lambda is not None
+        recipe, calibrated = self.chosen_recipe, self.calibration is not None
+        for wrong, problem, advice in (
+            (
+                self.bits_per_weight is not None and self.rate_lambda is not None,
+                "bits_per_weight and rate_lambda exclude each other",
+                "give only one",
+            ),
+            (
+                recipe.calibrated and not calibrated,
+                f"recipe {recipe.name!r} needs calibration text",
+                "give some, or choose the recipe 'rtn'",
+            ),
+            (
+                calibrated and not recipe.calibrated,
+                f"recipe {recipe.name!r} does not use calibration text",
+                "leave out one of them",
+            ),
+            (
+                rated and not recipe.rated,
+                f"recipe {recipe.name!r} has one size only",
+                "use calibration text and the recipe 'rd' to choose bits per weight or lambda",
+            ),
+            (
+                self.resume and not calibrated,
+                "only a conversion with calibration text can be resumed",
+                "leave out resume",
+            ),
+            (
+                self.profile not in PROFILES,
+                f"unknown profile {self.profile!r}",
+                f"choose one of {', '.join(PROFILES)}",
+            ),
+        ):
+            if wrong:
+                raise QMoEError("argument", problem, advice)
+
+    @property
+    def chosen_recipe(self) -> Recipe:
+        """The recipe asked for, or the default one."""
+        return find_recipe(self.recipe or ("rtn" if self.calibration is None else "rd"))
+
+    @property
+    def codec_profile(self) -> Profile:
+        """Codeword width and segment length."""
+        return PROFILES[self.profile]
 
 
-def check_positive(name: str, value: float | None) -> None:
+def _check_positive(name: str, value: float | None) -> None:
     if value is not None and not (math.isfinite(value) and value > 0):
-        raise QMoEError("argument", f"{name} is {value}; it has to be a number above 0")
+        raise QMoEError("argument", f"{name} is {value}", "give a positive number")

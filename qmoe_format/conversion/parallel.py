@@ -1,4 +1,4 @@
-"""Experts side by side, or one at a time if they are large."""
+"""Threads and memory: experts in parallel, or one at a time if they are large."""
 
 from __future__ import annotations
 
@@ -6,75 +6,107 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Experts at least this large, matrix and Hessian, are handled one at a time, by all threads;
-# smaller ones side by side.
-LARGE_EXPERT = 1 << 24
-BATCH_ELEMENTS = 1 << 24
-ON_GPU = 16  # times as much at once there, where each of many small steps costs a launch
-LINE = 16  # float32 in a cache line
+_LINE = 16  # float32 in a cache line
 
 
-def times_on(device: str) -> int:
-    """How many times as much as on a CPU is worked on at once."""
-    return 1 if device == "cpu" else ON_GPU
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a conversion computes with, and how much it takes on at once.
 
+    Elements of an expert are those of a matrix and its Hessian.
 
-def threads_within(elements: int, threads: int) -> int:
-    """How many threads one expert of this many elements gets."""
-    return threads if elements >= LARGE_EXPERT else 1
-
-
-def batches(
-    items: range, rows: int, columns: int, threads: int, device: str = "cpu"
-) -> list[range]:
-    """Divide experts, each a matrix and its Hessian, among threads.
-
-    In batches, because a quantizer takes many small steps, and large enough ones cost no overhead;
-    as many for each thread, or some would wait for the last. One at a time where matrices in a
-    batch would not all begin with a cache line: there MKL adds up in another order on AMD's
-    processors, cuBLAS may too, and what becomes of an expert must not depend on its place.
+    Attributes:
+        threads: for everything on the CPU.
+        device: where torch computes.
+        group_bytes: weights and Hessians in memory together, as long as every worker has an expert;
+            a quantizer needs a few times as much again.
+        chunk_elements: of the widest activation in memory at once: 4 MB, which an allocator keeps
+            for reuse.
+        chunk_tokens: at least this many at once. With fewer, reading and writing the Hessian would
+            dominate.
+        large_expert: elements from which an expert gets all workers; smaller ones get one each.
+        batch_elements: in a batch; a quantizer takes many small steps, whose overhead vanishes in
+            batches this large.
+        gpu_factor: how many times larger groups and batches are on a GPU, where every small step is
+            a launch.
     """
-    if rows * columns % LINE or columns**2 % LINE:
-        return [items[place : place + 1] for place in range(len(items))]
-    elements = rows * columns + columns**2
-    shared = -(-len(items) // threads)
-    most = max(1, BATCH_ELEMENTS * times_on(device) // max(elements, 1))
-    rounds = max(1, -(-shared // most))
-    size = max(1, -(-shared // rounds))
-    return [items[first : first + size] for first in range(0, len(items), size)]
 
+    threads: int
+    device: str = "cpu"
+    group_bytes: int = 1 << 28
+    chunk_elements: int = 1 << 20
+    chunk_tokens: int = 1 << 10
+    large_expert: int = 1 << 24
+    batch_elements: int = 1 << 24
+    gpu_factor: int = 16
 
-def side_by_side(
-    call: Callable[[Item], Result], items: Iterable[Item], elements: int, threads: int
-) -> Iterator[Result]:
-    """``call(item)`` for each, in order; few items and results are in memory at a time.
+    @property
+    def workers(self) -> int:
+        """Threads that call torch; a GPU has one queue."""
+        return self.threads if self.device == "cpu" else 1
 
-    Args:
-        call: what to do, in another thread.
-        items: experts, or some of them.
-        elements: of the largest matrix, and its Hessian, that an item is about.
-        threads: how many to use in all; torch gets ``threads_within`` for each item. Threads of
-            torch's own wait for each other at every step, for long on a busy machine.
-    """
-    within = threads_within(elements, threads)
-    workers = max(1, threads // within)
-    with torch_threads(within), ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                del item
-                if len(waiting) > (workers if workers > 1 else 0):
+    @property
+    def factor(self) -> int:
+        """How many times larger groups and batches are than on a CPU."""
+        return 1 if self.device == "cpu" else self.gpu_factor
+
+    def threads_per_expert(self, elements: int) -> int:
+        """Threads that work on one expert of this many elements."""
+        return self.workers if elements >= self.large_expert else 1
+
+    def concurrent_experts(self, elements: int) -> int:
+        """How many experts of this many elements are worked on at the same time."""
+        return self.workers // self.threads_per_expert(elements)
+
+    def batches(self, experts: int, rows: int, columns: int) -> list[range]:
+        """Divide experts, each a matrix and its Hessian, into batches.
+
+        Each worker gets equally many, so that none waits for the last. Batches have one expert
+        where the matrices in a batch would not all begin at a cache line: MKL then sums in another
+        order on AMD processors (cuBLAS may, too), and an expert's result must not depend on its
+        place.
+        """
+        elements = rows * columns + columns**2
+        share = -(-experts // self.workers)
+        limit = max(1, self.batch_elements * self.factor // max(elements, 1))
+        size = max(1, -(-share // max(1, -(-share // limit))))
+        if rows * columns % _LINE or columns**2 % _LINE:
+            size = 1
+        return [range(first, min(first + size, experts)) for first in range(0, experts, size)]
+
+    def map(
+        self, call: Callable[[Item], Result], items: Iterable[Item], elements: int
+    ) -> Iterator[Result]:
+        """Yield ``call(item)`` for each item in order; few are in memory at a time.
+
+        Every call has one thread of torch's own, or all for large experts: these wait for each
+        other at every step, which takes long on a busy machine.
+
+        Args:
+            call: runs in another thread.
+            items: experts or batches of them.
+            elements: of the largest expert.
+        """
+        workers = self.concurrent_experts(elements)
+        threads = self.threads_per_expert(elements)
+        with torch_threads(threads), ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[Result]] = deque()
+            try:
+                for item in items:
+                    waiting.append(pool.submit(call, item))
+                    del item
+                    if len(waiting) > (workers if workers > 1 else 0):
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

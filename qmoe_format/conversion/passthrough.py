@@ -1,36 +1,42 @@
-"""What every conversion writes alike: what is kept as it is, and the beginnings of stacks."""
+"""Tensors and files that every conversion keeps as they are."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmoe_format.container.writer import StackWriter, Writer
+from qmoe_format.container.writer import Writer
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter
 
 if TYPE_CHECKING:
-    from qmoe_format.checkpoints import Checkpoint, ExpertStack
-
-AT_ONCE = 1 << 20  # elements, of an embedding that may have billions
+    from qmoe_format.checkpoints import Checkpoint
 
 
-def check_rest(checkpoint: Checkpoint) -> None:
-    """Raise ``QMoEError("value")`` if a tensor that is kept as it is is NaN or infinite."""
+def check_passthrough(checkpoint: Checkpoint, chunk_elements: int = 1 << 20) -> None:
+    """Make sure that every tensor that is not an expert is finite.
+
+    Args:
+        checkpoint: an open one.
+        chunk_elements: looked at together; an embedding may have billions.
+
+    Raises:
+        QMoEError: ``value``.
+    """
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
         if not tensor.is_floating_point():
             continue
         elements = tensor.flatten()
-        for first in range(0, len(elements), AT_ONCE):
-            # As float64, because torch cannot ask this of every type of 8 bits.
-            if not elements[first : first + AT_ONCE].double().isfinite().all():
+        for first in range(0, len(elements), chunk_elements):
+            # In float64, because torch has no isfinite for some 8-bit types.
+            if not elements[first : first + chunk_elements].double().isfinite().all():
                 raise QMoEError(
-                    "value", f"tensor {name!r}: an element is NaN or infinite; repair the model"
+                    "value", f"tensor {name!r}: an element is NaN or infinite", "repair the model"
                 )
 
 
-def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
-    """Attachments, and all tensors that are not experts."""
+def write_passthrough(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
+    """Write attachments and all tensors that are not experts."""
     from qmoe_format.checkpoints.torch_dtypes import to_storage
 
     for path in checkpoint.attachments:
@@ -39,9 +45,3 @@ def write_rest(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None
         tensor = checkpoint.read(name)
         writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
         counter.add(tensor.numel())
-
-
-def begin_stack(writer: Writer, stack: ExpertStack) -> StackWriter:
-    """To take a stack's ternary experts."""
-    shape = (stack.experts, stack.rows, stack.columns)
-    return writer.add_stack(stack.name, shape, stack.dtype, "ternary-dict", stack.members)

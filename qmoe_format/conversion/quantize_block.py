@@ -1,121 +1,111 @@
-"""Quantise a block's experts, and write a file for each stack of them."""
+"""Quantize a block's experts into staged stacks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TypedDict
 
 from torch import Tensor
 
 from qmoe_format.checkpoints import ExpertStack
-from qmoe_format.codec import EncodedMatrix, Profile
-from qmoe_format.container.writer import Writer
-from qmoe_format.conversion.block_experts import Layer
+from qmoe_format.codec import EncodedMatrix
+from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
-from qmoe_format.conversion.parallel import batches, side_by_side
-from qmoe_format.conversion.passthrough import begin_stack
+from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
+from qmoe_format.conversion.staging import Staging
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import release_memory
 from qmoe_format.progress import Counter
-from qmoe_format.quantize import Recipe
 from qmoe_format.quantize.hessian import Statistics, relative_error
-from qmoe_format.quantize.rd import Rate
+from qmoe_format.quantize.rate import Rate
 
 
 class BlockRecord(TypedDict):
-    """What is known of a finished block: reports and bytes by stack, dictionaries by number."""
+    """What a finished block has become.
 
-    value: float | None
-    stacks: dict[str, StackQuality]
-    stored: dict[str, int]
-    dictionaries: dict[str, int]
+    ``lam``: its rate's, if it has one. ``quality``, ``stack_bytes``: by stack.
+    ``dictionary_bytes``: by ``grid_step``.
+    """
+
+    lam: float | None
+    quality: dict[str, StackQuality]
+    stack_bytes: dict[str, int]
+    dictionary_bytes: dict[str, int]
 
 
 def quantize_block(
-    layer: Layer,
-    recipe: Recipe,
-    profile: Profile,
+    experts: BlockExperts,
+    options: ConvertOptions,
     rate: Rate | None,
-    staged: Callable[[str], Path],
+    staging: Staging,
     outputs: Tensor | None,
     counter: Counter,
 ) -> BlockRecord:
-    """Quantise a block's experts, a group at a time.
+    """Quantize a block's experts, a group at a time, into ``staging``.
 
     Args:
-        layer: the block's experts.
-        recipe, profile: how to quantise and to code.
-        rate: for a recipe that takes one.
-        staged: where to write the file of a matrix of ``layer.stacks``.
-        outputs: float32 ``[tokens, d]``, what the quantised experts return is added to it; or None.
-        counter: told of each matrix.
+        outputs: float32 ``[tokens, d]``, to which the quantized experts' outputs are added; None if
+            nothing depends on them.
 
     Raises:
-        QMoEError: as the recipe; ``value`` if an expert's error is not finite.
+        QMoEError: as ``Recipe.quantize``; ``value`` if an expert's error is not finite.
     """
-    value = float(rate.lam) if rate else None
-    record = BlockRecord(value=value, stacks={}, stored={}, dictionaries={})
+    lam = float(rate.lam) if rate else None
+    record = BlockRecord(lam=lam, quality={}, stack_bytes={}, dictionary_bytes={})
+    for stack in experts.stacks.values():
+        record["quality"][stack.name] = {"name": stack.name, "lambda": rounded(lam), "experts": []}
+        record["stack_bytes"][stack.name] = 0
     stage = counter.stage
-    with ExitStack() as opened:
-        writers = {}
-        for matrix, stack in layer.stacks.items():
-            writer = opened.enter_context(Writer(staged(matrix)))
-            writers[matrix] = begin_stack(writer, stack)
-            quality = StackQuality({"name": stack.name, "lambda": rounded(value), "experts": []})
-            record["stacks"][stack.name] = quality
-            record["stored"][stack.name] = 0
-        for group in layer.groups():
-            counter.enter(f"{stage}, expert {group.start + 1} of {layer.experts}")
-            weights = layer.weights(group)
-            statistics = layer.statistics(weights, group)
-            for matrix, stack in layer.stacks.items():
-                for coded, report in _quantize(
-                    layer, stack, group, weights[matrix], statistics[matrix], recipe, profile, rate
+    with staging.writing(experts.stacks) as writers:
+        for group in experts.groups():
+            counter.enter(f"{stage}, expert {group.start + 1} of {experts.count}")
+            weights = experts.weights(group)
+            statistics = experts.statistics(weights, group)
+            for matrix, stack in experts.stacks.items():
+                for coded, quality in _quantize(
+                    experts, stack, group, weights[matrix], statistics[matrix], options, rate
                 ):
                     writers[matrix].append(coded)
-                    record["stacks"][stack.name]["experts"].append(report)
-                    record["stored"][stack.name] += stored_bytes(coded)
+                    record["quality"][stack.name]["experts"].append(quality)
+                    record["stack_bytes"][stack.name] += stored_bytes(coded)
                     size = dictionary_bytes(coded.dictionary)
-                    record["dictionaries"][str(grid_step(coded))] = size
+                    record["dictionary_bytes"][str(grid_step(coded))] = size
                     counter.add(stack.rows * stack.columns)
             if outputs is not None:
-                layer.add_outputs(weights, group, outputs)
+                experts.add_outputs(weights, group, outputs)
             del weights, statistics
             release_memory()
     return record
 
 
 def _quantize(
-    layer: Layer,
+    experts: BlockExperts,
     stack: ExpertStack,
     group: range,
     weights: Tensor,
     statistics: Statistics,
-    recipe: Recipe,
-    profile: Profile,
+    options: ConvertOptions,
     rate: Rate | None,
 ) -> Iterator[tuple[EncodedMatrix, ExpertQuality]]:
-    """Quantise some experts of a stack; ``weights`` become what a reader will get."""
+    """Quantize some experts of a stack; ``weights`` become what a reader will get."""
+    recipe, resources = options.chosen_recipe, experts.resources
     scale_dtype = recipe.scale_dtype(stack.dtype)
-    within = max(1, layer.threads // layer.abreast)
+    threads = resources.threads // resources.concurrent_experts(experts.elements)
 
-    def work(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
+    def quantize(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
         part = slice(batch.start, batch.stop)
         own = statistics.of(part)
         numbers = group[part]
         try:
             quantized = recipe.quantize(weights[part], scale_dtype, own, rate)
         except QMoEError as error:
-            where = f"{stack.name!r}, with experts counted from {numbers.start}"
-            raise QMoEError(error.code, f"{where}: {error}") from error
+            raise error.at(f"tensor {stack.name!r}, experts from {numbers.start}") from error
         values = quantized.weights.dequantize()
         errors = relative_error(weights[part], values, own.sums).tolist()
         weights[part] = values
-        # Where nothing reached an expert, there is nothing that could have gone wrong.
+        # Where nothing reached an expert, nothing can have gone wrong.
         reached = (own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0).tolist()
         done = []
         for place, expert in enumerate(numbers):
@@ -123,20 +113,20 @@ def _quantize(
                 raise QMoEError(
                     "value",
                     f"tensor {stack.member(expert)!r}: its error on the calibration text is "
-                    f"{errors[place]}; look for huge weights in the checkpoint, or take the "
-                    "recipe rtn",
+                    f"{errors[place]}",
+                    "look for huge weights in the checkpoint, or use the recipe 'rtn'",
                 )
-            coded = encode(quantized.weights, place, scale_dtype, profile, within)
-            report = ExpertQuality(
+            coded = encode(quantized.weights, place, scale_dtype, options.codec_profile, threads)
+            quality = ExpertQuality(
                 tokens=int(own.tokens[place]),
                 damping=rounded(quantized.damping[place]),
                 fallback=quantized.fallback[place],
                 relative_error=rounded(errors[place]) if reached[place] else None,
                 bits=8 * stored_bytes(coded) / (stack.rows * stack.columns),
             )
-            done.append((coded, report))
+            done.append((coded, quality))
         return done
 
-    parts = batches(range(len(group)), stack.rows, stack.columns, layer.workers, layer.device)
-    for done in side_by_side(work, parts, layer.elements, layer.workers):
+    batches = resources.batches(len(group), stack.rows, stack.columns)
+    for done in resources.map(quantize, batches, experts.elements):
         yield from done

@@ -3,56 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format.codec import EncodedMatrix, Profile
+from qmoe_format.codec import EncodedMatrix
 from qmoe_format.container.writer import Writer
-from qmoe_format.conversion.encoding import encode
-from qmoe_format.conversion.parallel import side_by_side, threads_within
-from qmoe_format.conversion.passthrough import begin_stack, check_rest, write_rest
+from qmoe_format.conversion.encoding import begin_stack, encode
+from qmoe_format.conversion.options import ConvertOptions
+from qmoe_format.conversion.parallel import Resources
+from qmoe_format.conversion.passthrough import check_passthrough, write_passthrough
 from qmoe_format.errors import QMoEError
-from qmoe_format.progress import Counter
+from qmoe_format.progress import Counter, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qmoe_format.checkpoints import Checkpoint, ExpertStack
-    from qmoe_format.quantize import Recipe
 
 
-def convert_data_free(
+def convert_uncalibrated(
     checkpoint: Checkpoint,
-    writer: Writer,
-    recipe: Recipe,
-    profile: Profile,
-    threads: int,
-    counter: Counter,
+    destination: Path,
+    options: ConvertOptions,
+    resources: Resources,
+    progress: Progress | None = None,
 ) -> None:
-    """Write everything of a checkpoint."""
-    check_rest(checkpoint)
-    write_rest(checkpoint, writer, counter)
-    for stack in checkpoint.stacks:
-        with begin_stack(writer, stack) as experts:
-            for matrix in _encoded(checkpoint, stack, recipe, profile, threads):
-                experts.append(matrix)
-                counter.add(stack.rows * stack.columns)
+    """Convert a checkpoint; see ``convert``."""
+    counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
+    with Writer(destination, shard_bytes=options.shard_bytes) as writer:
+        check_passthrough(checkpoint)
+        write_passthrough(checkpoint, writer, counter)
+        for stack in checkpoint.stacks:
+            with begin_stack(writer, stack) as experts:
+                for matrix in _encoded(checkpoint, stack, options, resources):
+                    experts.append(matrix)
+                    counter.add(stack.rows * stack.columns)
 
 
 def _encoded(
-    checkpoint: Checkpoint, stack: ExpertStack, recipe: Recipe, profile: Profile, threads: int
+    checkpoint: Checkpoint, stack: ExpertStack, options: ConvertOptions, resources: Resources
 ) -> Iterator[EncodedMatrix]:
-    """The experts of a stack in order; few are in memory at a time."""
+    """Encode the experts of a stack in order; few are in memory at a time."""
     elements = stack.rows * stack.columns
-    within = threads_within(elements, threads)
+    threads = resources.threads_per_expert(elements)
+    recipe, profile = options.chosen_recipe, options.codec_profile
     scale_dtype = recipe.scale_dtype(stack.dtype)
 
-    def work(item: tuple[int, Tensor]) -> EncodedMatrix:
+    def quantize(item: tuple[int, Tensor]) -> EncodedMatrix:
         expert, weights = item
         try:
             ternary = recipe.quantize(weights[None], scale_dtype).weights
-            return encode(ternary, 0, scale_dtype, profile, within)
+            return encode(ternary, 0, scale_dtype, profile, threads)
         except QMoEError as error:
-            raise QMoEError(error.code, f"tensor {stack.member(expert)!r}: {error}") from error
+            raise error.at(f"tensor {stack.member(expert)!r}") from error
 
     experts = ((e, checkpoint.read_expert(stack, e)) for e in range(stack.experts))
-    yield from side_by_side(work, experts, elements, threads)
+    yield from resources.map(quantize, experts, elements)

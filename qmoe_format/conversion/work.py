@@ -1,11 +1,12 @@
-"""The work folder of a calibrated conversion: what is done stays done.
+"""The work folder of a calibrated conversion, where finished blocks survive an interruption.
 
     .NAME.work/lock              locked by the process that is at work
-    .NAME.work/state.json        the fingerprint: of what conversion this is the work
-    .NAME.work/plan-0003.json    a block of the plan is done
+    .NAME.work/state.json        the fingerprint of the conversion
+    .NAME.work/survey-0003.json  a block is surveyed
     .NAME.work/block-0003.norms  of the block's hidden states in the original model
-    .NAME.work/block-0003.json   a block is done; its stacks are block-0003-MATRIX.qmoe
-    .NAME.work/*.rows            hidden states, see calibration.buffer
+    .NAME.work/block-0003.json   a block is quantized
+    .NAME.work/stack-0007.qmoe   a quantized stack, see ``staging``
+    .NAME.work/*.rows            hidden states, see ``calibration.activations``
 
 A record appears when everything that it stands for is durable, so the number of records tells how
 far the work is.
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -30,23 +31,22 @@ from qmoe_format.errors import FORMAT_CODES, QMoEError, os_errors
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody is kept from starting the same work twice
+except ImportError:  # no locking on Windows
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint
 
-AGAIN = "begin again with --force"
-WHOLE = 1 << 24  # bytes up to which a file is read whole for its fingerprint
-PIECES = 256
-SIZE = "bits_per_weight"  # of a fingerprint: it may be another until the first block is quantised
+BEGIN_AGAIN = "begin again with --force"
+KINDS = ("survey", "block")  # of records, in order
+SIZE = "bits_per_weight"  # in a fingerprint: it may change until the first block is quantized
 
 
 class Work:
-    """The folder, while it is worked in; a context manager.
+    """The folder while a process works in it; a context manager.
 
-    An exception leaves it as it is, to be resumed, unless nothing in it was done yet, or the same
-    would happen again.
+    After an exception the folder stays, to be resumed, unless nothing in it was finished or the
+    same would happen again.
     """
 
     def __init__(
@@ -54,34 +54,34 @@ class Work:
     ) -> None:
         """
         Args:
-            destination: the file that is to be.
-            fingerprint: whatever the result depends on, values of JSON by name.
-            resume: go on in the folder that is there; otherwise there must be none.
-            overwrite: then that is removed.
+            destination: the file to be written.
+            fingerprint: everything that the result depends on, JSON values by name.
+            resume: continue in the existing folder; otherwise there must be none.
+            overwrite: remove an existing folder first.
 
         Raises:
-            QMoEError: ``argument`` if there is a folder, or if it is another conversion's;
-                ``not-found`` if there is none to go on in; ``malformed`` if it is damaged; ``io``.
+            QMoEError: ``argument`` if the folder exists or is another conversion's; ``not-found``
+                if there is none to resume; ``malformed`` if it is damaged; ``io``.
         """
-        self.folder = folder = work_folder(destination)
+        self.folder = folder = destination.with_name(f".{destination.name[:200]}.work")
         self._lock = -1
         with os_errors(f"cannot use {folder}"):
             if resume and not folder.is_dir():
                 raise QMoEError(
-                    "not-found", f"{folder}: there is no work to resume; leave out --resume"
+                    "not-found", f"{folder}: there is no work to resume", "leave out --resume"
                 )
             if not resume and folder.exists() and not overwrite:
                 raise QMoEError(
                     "argument",
-                    f"{folder}: is there, of a conversion that was stopped; continue it with "
-                    "--resume, or begin again with --force",
+                    f"{folder}: holds the work of an interrupted conversion",
+                    f"continue it with --resume, or {BEGIN_AGAIN}",
                 )
             try:
                 if not resume and folder.exists():
-                    self._take()
+                    self._acquire()
                     self._discard()
                 folder.mkdir(exist_ok=resume)
-                self._take()
+                self._acquire()
                 if resume:
                     self._clean(destination)
                 self._check(fingerprint)
@@ -90,16 +90,17 @@ class Work:
                 raise
 
     def _clean(self, destination: Path) -> None:
-        """Delete what a process that was killed left half-written."""
+        """Delete what a killed process left half-written."""
         results = (destination, report_path(destination))
         beside = [path for result in results for path in partial_files(result)]
         for path in [*self.folder.glob(".*.partial"), *beside]:
             path.unlink()
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
-        before = self.load("state")
-        if before is not None:
-            # What was measured holds for every size, so another one may be asked for.
+        before: dict[str, Any] | None = None
+        if self.path("state.json").exists():
+            before = self.load("state")
+            # Surveys hold for every size, so another one may be asked for.
             sizable = before.get(SIZE) and fingerprint.get(SIZE) and not self.records("block")
             different = [
                 f"{key} ({_short(before.get(key))} then, {_short(fingerprint.get(key))} now)"
@@ -109,17 +110,18 @@ class Work:
             if different:
                 raise QMoEError(
                     "argument",
-                    f"{self.folder} is of another conversion, different in {', '.join(different)}; "
-                    f"resume with what it was begun with, or {AGAIN}",
+                    f"{self.folder}: belongs to another conversion, different in "
+                    f"{', '.join(different)}",
+                    f"resume with the options it was begun with, or {BEGIN_AGAIN}",
                 )
         if before != fingerprint:
-            self.save("state", fingerprint)
+            self._save("state", fingerprint)
 
-    def _take(self) -> None:
-        """Be the only process in the folder."""
+    def _acquire(self) -> None:
+        """Lock the folder against other processes."""
         if fcntl is None:
             return
-        # A file, opened to write: network file systems lock nothing else.
+        # A file opened for writing: network file systems lock nothing else.
         path = self.folder / "lock"
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -131,7 +133,9 @@ class Work:
         if not free:
             self._release()
             raise QMoEError(
-                "argument", f"{self.folder}: another process is at work in it; wait for its end"
+                "argument",
+                f"{self.folder}: another process is working in it",
+                "wait until it is done",
             )
 
     def _release(self) -> None:
@@ -140,8 +144,7 @@ class Work:
             self._lock = -1
 
     def _discard(self) -> None:
-        """Remove the folder: first out of the way, at one stroke, or what a process that is killed
-        here leaves might be taken for work."""
+        """Remove the folder; rename it first, lest a half-removed one be taken for work."""
         old = self.folder.with_name(f"{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         self.folder.rename(old)
@@ -157,65 +160,54 @@ class Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        hopeless = isinstance(error, QMoEError) and error.code == "value"
-        begun = any(self.path(f"{kind}-0000.json").exists() for kind in ("plan", "block"))
-        if error is None or hopeless or not begun:
+        code = error.code if isinstance(error, QMoEError) else ""
+        begun = any(self.path(f"{kind}-0000.json").exists() for kind in KINDS)
+        if error is None or code == "value" or not begun:
             with contextlib.suppress(OSError):
                 self._discard()
             self._release()
             return
         self._release()
-        # What is damaged is the work: the checkpoint's own errors have other codes.
-        damaged = isinstance(error, QMoEError) and error.code in FORMAT_CODES
-        advice = AGAIN if damaged else "what is done is kept: continue with --resume"
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted; {advice}") from error
         if isinstance(error, QMoEError):
-            message = str(error)
-            known = message.endswith(AGAIN)
-            raise QMoEError(error.code, message if known else f"{message}; {advice}") from error
+            # What is damaged or missing is the work: the checkpoint's own errors have other codes.
+            damaged = code in {*FORMAT_CODES, "not-found"}
+            advice = ", then ".join(filter(None, [error.advice, "continue with --resume"]))
+            raise QMoEError(code, error.problem, BEGIN_AGAIN if damaged else advice) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                "interrupted; finished blocks are kept: continue with --resume"
+            ) from error
 
     def path(self, name: str) -> Path:
+        """Of a file in the folder."""
         return self.folder / name
 
     def load(self, name: str) -> Any:
-        """What was saved under that name, or None."""
+        """The JSON value in a file that is there."""
         path = self.path(f"{name}.json")
         with os_errors(f"cannot read {path}"):
-            if not path.exists():
-                return None
             try:
                 return json.loads(path.read_bytes())
             except ValueError as error:
-                raise QMoEError("malformed", f"{path}: is damaged ({error}); {AGAIN}") from error
+                raise QMoEError("malformed", f"{path}: not JSON ({error})", BEGIN_AGAIN) from error
 
-    def save(self, name: str, value: object) -> None:
-        """Write a value of JSON, durable and at one stroke."""
+    def _save(self, name: str, value: object) -> None:
         with atomic_write(self.path(f"{name}.json")) as file:
             file.write(json.dumps(value, allow_nan=False).encode())
 
     def records(self, kind: str) -> list[Any]:
-        """Those of the blocks that are done."""
-        found: list[Any] = []
-        for number in count():
-            record = self.load(f"{kind}-{number:04}")
-            if record is None:
-                return found
-            found.append(record)
-        raise AssertionError
+        """Those of the finished blocks; ``kind`` is one of ``KINDS``."""
+        names = (f"{kind}-{number:04}" for number in count())
+        done = takewhile(lambda name: self.path(f"{name}.json").exists(), names)
+        return [self.load(name) for name in done]
 
     def record(self, kind: str, number: int, value: object) -> None:
-        """A block is done."""
-        self.save(f"{kind}-{number:04}", value)
-
-
-def work_folder(destination: Path) -> Path:
-    """Where the work for a file is done: beside it."""
-    return destination.with_name(f".{destination.name[:200]}.work")
+        """Note that a block is finished."""
+        self._save(f"{kind}-{number:04}", value)
 
 
 def describe_code() -> str:
-    """A hash of this package's source: between releases its version does not tell."""
+    """A hash of this package's source, which may change between releases."""
     hashed = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         hashed.update(path.read_bytes())
@@ -223,23 +215,29 @@ def describe_code() -> str:
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
-    """A hash of each file by name: of a small one's bytes; of pieces of a large one and of when it
-    was changed."""
+    """A hash of each file, by name."""
     paths = [*checkpoint.attachments, *checkpoint.weight_files]
-    return {path.name: _file_hash(path) for path in paths}
+    return {path.name: hash_file(path) for path in paths}
 
 
-def _file_hash(path: Path) -> str:
+def hash_file(path: Path, whole: int = 1 << 24, pieces: int = 256) -> str:
+    """SHA-256 of a file's length and bytes; of a large one's, pieces and its modification time.
+
+    Args:
+        path: the file.
+        whole: bytes up to which a file is read whole, and that are read of a larger one.
+        pieces: how many of a larger one.
+    """
     with os_errors(f"cannot read {path}"), path.open("rb") as file:
         size = path.stat().st_size
         hashed = hashlib.sha256(str(size).encode())
-        if size <= WHOLE:
+        if size <= whole:
             hashed.update(file.read())
         else:
             hashed.update(str(path.stat().st_mtime_ns).encode())
-            length = WHOLE // PIECES
-            for piece in range(PIECES):
-                file.seek((size - length) * piece // (PIECES - 1))
+            length = whole // pieces
+            for piece in range(pieces):
+                file.seek((size - length) * piece // (pieces - 1))
                 hashed.update(file.read(length))
     return hashed.hexdigest()
 

@@ -95,15 +95,6 @@ def test_mixtral(mixtral: Path, tmp_path: Path) -> None:
     assert_unpacks_to(convert(mixtral, tmp_path / "m.qmoe"), state, tmp_path / "unpacked")
 
 
-def test_large_experts_are_coded_one_at_a_time(
-    switch: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = switch(rows=40, columns=60)
-    small = convert(source, tmp_path / "small.qmoe", threads=2).read_bytes()
-    monkeypatch.setattr("qmoe_format.conversion.parallel.LARGE_EXPERT", 1)
-    assert convert(source, tmp_path / "large.qmoe", threads=2).read_bytes() == small
-
-
 def test_the_callers_torch_keeps_its_threads(switch: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

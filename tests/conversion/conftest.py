@@ -1,10 +1,12 @@
-"""Tiny models with a tokenizer and some text, and a way to convert them."""
+"""Tiny models with a tokenizer and some text, a way to convert them, and a block's experts."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,22 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmoe_format.calibration.activations import RoutedTokens, RowFile
+from qmoe_format.checkpoints import open_checkpoint
+from qmoe_format.checkpoints.wiring import wiring
 from qmoe_format.conversion import Calibration, convert
+from qmoe_format.conversion.block_experts import BlockExperts
+from qmoe_format.conversion.parallel import Resources
+from qmoe_format.quantize import RECIPES
+from qmoe_format.quantize.rd import Search, quantize_rd
 from tests.tiny_models import WORDS, save_model
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 3, 8, 12, 40
+ONE_THREAD = Resources(1)
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +61,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+quick_rd = partial(quantize_rd, search=Search(passes=2, rounds=1))
+
+
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are not about how good the quantizer is."""
-    monkeypatch.setattr("qmoe_format.quantize.rd.ROUNDS", 1)
-    monkeypatch.setattr("qmoe_format.quantize.rd.PASSES", 2)
+    quick = replace(RECIPES["rd"], function=f"{__name__}:quick_rd")
+    monkeypatch.setitem(RECIPES, "rd", quick)
 
 
 Convert = Callable[..., Path]
@@ -67,3 +86,68 @@ def converted(text: Path, tmp_path: Path) -> Convert:
         return convert(model, tmp_path / name, **every)
 
     return run
+
+
+@pytest.fixture
+def routed(tmp_path: Path) -> RoutedTokens:
+    """Random tokens of a block, each for two experts."""
+    torch.manual_seed(0)
+
+    def written(name: str, rows: Tensor) -> RowFile:
+        file = RowFile(tmp_path / f"{name}.rows", TOKENS, rows.shape[1], rows.dtype)
+        with file.writing() as append:
+            append(rows)
+        return file
+
+    return RoutedTokens(
+        written("inputs", torch.randn(TOKENS, HIDDEN)),
+        written("experts", torch.rand(TOKENS, EXPERTS).topk(2).indices),
+        written("weights", torch.rand(TOKENS, 2)),
+        torch.rand(TOKENS) > 0.3,
+        EXPERTS,
+    )
+
+
+Block = Callable[..., BlockExperts]
+
+
+@pytest.fixture
+def block(tmp_path: Path, routed: RoutedTokens) -> Block:
+    """``block("mixtral" or "granitemoe", resources, token_cap)``, with the same weights."""
+    gate, up = torch.randn(2, EXPERTS, INTERMEDIATE, HIDDEN)
+    down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE)
+    experts = {
+        "mixtral": {
+            f"experts.{e}.{name}.weight": matrices[e].clone()
+            for e in range(EXPERTS)
+            for name, matrices in (("w1", gate), ("w2", down), ("w3", up))
+        },
+        "granitemoe": {
+            "input_linear.weight": torch.cat([gate, up], 1),
+            "output_linear.weight": down,
+        },
+    }
+    prefixes = {"mixtral": "0.block_sparse_moe.experts", "granitemoe": "0.block_sparse_moe"}
+    norms = torch.arange(1.0, TOKENS + 1)[:, None]
+
+    def make(
+        family: str, resources: Resources = ONE_THREAD, token_cap: float = 100.0
+    ) -> BlockExperts:
+        folder = tmp_path / family
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({"model_type": family}))
+            state = {f"0.block_sparse_moe.{name}": each for name, each in experts[family].items()}
+            save_file(state, folder / "model.safetensors")
+        opened = open_checkpoint(folder)
+        return BlockExperts(
+            opened,
+            prefixes[family],
+            wiring(opened.config),
+            routed,
+            resources,
+            token_cap=token_cap,
+            norms=norms,
+        )
+
+    return make

@@ -24,12 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from qmoe_format.calibration.sequences import make_batches, read_batches
-from qmoe_format.calibration.text import read_texts
+from qmoe_format.calibration.sequences import read_batches
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.conversion import block_experts as layers
-from qmoe_format.conversion import parallel
-from qmoe_format.conversion.rate_control import RateControl
+from qmoe_format.conversion.quantize_block import BlockRecord
+from qmoe_format.conversion.rate_control import Attempt, TargetRate
+from qmoe_format.quantize.rate import Rate
 from tests.refusals import refusal
 from tests.tiny_models import changed
 
@@ -48,7 +47,7 @@ def load(folder: Path) -> Any:
 def batches_of(folder: Path, text: Path) -> list[Any]:
     config = json.loads((folder / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return make_batches(tokenizer, config, read_texts(text), sequence_length=32)
+    return read_batches(tokenizer, config, text, sequence_length=32)
 
 
 def outputs(folder: Path, batches: list[Any]) -> Tensor:
@@ -128,15 +127,18 @@ def test_an_encoder_decoder_with_its_own_targets(
 def test_a_block_that_is_done_again(
     model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same lambda nothing changes: each attempt begins from the same."""
+    """At the same rate nothing changes: each attempt begins from the same state."""
     once = converted(model, "once.qmoe", bits_per_weight=1.6).read_bytes()
-    again, attempts = RateControl.again, [0]
+    quantize = TargetRate.quantize
 
-    def twice(self: RateControl, value: float, *sizes: Any) -> float | None:
-        attempts[0] += 1
-        return value if attempts[0] <= 2 else again(self, value, *sizes)
+    def twice(self: TargetRate, attempt: Attempt) -> BlockRecord:
+        def again(rate: Rate | None) -> BlockRecord:
+            attempt(rate)
+            return attempt(rate)
 
-    monkeypatch.setattr(RateControl, "again", twice)
+        return quantize(self, again)
+
+    monkeypatch.setattr(TargetRate, "quantize", twice)
     seen: list[tuple[int, int]] = []
     file = converted(
         model, bits_per_weight=1.6, progress=lambda done, total, *_: seen.append((done, total))
@@ -144,7 +146,7 @@ def test_a_block_that_is_done_again(
     assert file.read_bytes() == once
     assert all(done <= total for done, total in seen)
     back = [after for (before, _), (after, _) in pairwise(seen) if after < before]
-    assert len(back) >= 3, "after the plan, and for each attempt"
+    assert len(back) >= 3, "after the survey, and for each attempt"
 
 
 def test_the_report_tells_the_truth(
@@ -293,54 +295,18 @@ def test_the_same_bytes_again_and_whatever_the_threads(model: Path, converted: C
         assert report_path(again).read_bytes() == report_path(first).read_bytes()
 
 
-@pytest.mark.parametrize("size", [{"rate_lambda": 0.05}, {"bits_per_weight": 1.6}])
-def test_the_same_bytes_in_groups_of_any_size(
-    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, size: dict[str, float]
-) -> None:
-    monkeypatch.setattr("qmoe_format.conversion.rate_control.TOLERANCE", 0.3)
-    options: dict[str, Any] = {"samples": 10} | size
-    first = converted(model, **options).read_bytes()
-    for number in (1, 3):
-
-        def groups(layer: Any, number: int = number) -> Any:
-            every = range(layer.experts)
-            yield from (every[at : at + number] for at in every[::number])
-
-        monkeypatch.setattr(layers.Layer, "groups", groups)
-        assert converted(model, f"{number}.qmoe", **options).read_bytes() == first
-
-
-def test_large_experts_one_at_a_time(
-    model: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = converted(model, samples=4, rate_lambda=0.05).read_bytes()
-    monkeypatch.setattr(parallel, "LARGE_EXPERT", 1)
-    monkeypatch.setattr(parallel, "BATCH_ELEMENTS", 1)
-    assert converted(model, "large.qmoe", samples=4, rate_lambda=0.05).read_bytes() == first
-
-
 @pytest.mark.parametrize(
     ("model", "share"), [("switch", 0.3), ("mixtral", 0.8)], indirect=["model"]
 )
 def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float) -> None:
     said = refusal(lambda: converted(model, bits_per_weight=100.0), "argument")
-    advice, _, kept = said.rpartition("ask for ")[2].partition("; ")
-    assert "--resume" in kept
-    least, most = map(float, advice.split(" to "))
+    assert said.endswith(", then continue with --resume")
+    least, most = map(float, said.partition("ask for ")[2].split(" with")[0].split(" to "))
     asked = least + share * (most - least)
     file = converted(model, bits_per_weight=asked, resume=True)
     with qmoe_format.open(file) as opened:
         got = describe(opened)["totals"]["experts"]["total_bits_per_weight"]
     assert got == pytest.approx(asked, rel=0.02)
-
-
-def test_a_size_that_is_missed(
-    switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("qmoe_format.conversion.rate_control.TOLERANCE", -1.0)
-    said = refusal(lambda: converted(switch_folder, bits_per_weight=1.6, samples=4), "value")
-    assert "1.6 were asked for" in said
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
@@ -389,11 +355,11 @@ def test_other_element_types(
 def test_bits_out_of_reach(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:
     """What was measured is kept for another size, and for nothing else."""
     said = refusal(lambda: converted(switch_folder, bits_per_weight=0.01), "argument")
-    assert "0.01 bits per weight cannot be reached" in said
+    assert "0.01 bits per weight are out of reach" in said
     assert [path.name for path in tmp_path.iterdir()] == [".m.qmoe.work"]
     for other in ({"rate_lambda": 0.1}, {"bits_per_weight": 1.6, "samples": 5}):
         said = refusal(lambda: converted(switch_folder, resume=True, **other), "argument")  # noqa: B023
-        assert "is of another conversion" in said
+        assert "belongs to another conversion" in said
 
 
 def test_experts_without_tokens_are_named(
@@ -460,12 +426,7 @@ def test_a_weight_that_is_not_finite(
 
 @pytest.mark.parametrize(("recipe", "what"), [("qmoe", "its error on"), ("rd", "its outputs on")])
 def test_hidden_states_that_overflow(
-    switch_folder: Path,
-    converted: Convert,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    recipe: str,
-    what: str,
+    switch_folder: Path, converted: Convert, tmp_path: Path, recipe: str, what: str
 ) -> None:
     """Only between the matrices of an expert."""
     head = "decoder.block.1.layer.2.mlp.experts.expert_2"
@@ -474,7 +435,6 @@ def test_hidden_states_that_overflow(
         state[f"{head}.wi.weight"] *= 1e25
         state[f"{head}.wo.weight"] *= 1e-25
 
-    monkeypatch.setattr(layers, "GROUP_BYTES", 1)  # one expert at a time
     source = changed(switch_folder, tmp_path / "model", spoil)
     said = refusal(lambda: converted(source, recipe=recipe, samples=4), "value")
     assert what in said
@@ -529,11 +489,11 @@ def test_progress(switch_folder: Path, converted: Convert) -> None:
     blocks = [f"{stack}.block.{number}" for stack in ("encoder", "decoder") for number in (0, 1)]
     assert list(dict.fromkeys(stages)) == [
         "read text",
-        *(f"plan {each}" for each in blocks),
+        *(f"survey {each}" for each in blocks),
         *blocks,
         "write",
     ]
-    for kind in ("plan decoder.block.1", "decoder.block.1", "write"):
+    for kind in ("survey decoder.block.1", "decoder.block.1", "write"):
         done, total, *_ = [at for at in seen if at[2].partition(",")[0] == kind][-1]
         assert done == total
     assert all(0 <= done <= total for done, total, *_ in seen)

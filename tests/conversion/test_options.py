@@ -20,8 +20,8 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
     ("options", "said"),
     [
         (["--samples", "3"], "--samples applies to calibration text"),
-        (["--text-column", "body"], "--text-column is about"),
-        (["--device", "cpu"], "--device is about"),
+        (["--text-column", "body"], "--text-column applies to"),
+        (["--device", "cpu"], "--device applies to"),
         (["--recipe", "rd"], "'rd' needs calibration text"),
         (["--recipe", "qmoe"], "'qmoe' needs calibration text"),
         (["--bits-per-weight", "0.8"], "'rtn' has one size only"),
@@ -117,5 +117,5 @@ def test_a_report_that_is_there_stays(
     arguments = ("convert", switch_folder, tmp_path / "m.qmoe", "--calibration", text)
     done = qmoe(*arguments, "--samples", "2")
     assert done.code == 1
-    assert "m.quality.json: is there already" in done.err
+    assert "m.quality.json: already exists" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.quality.json"]

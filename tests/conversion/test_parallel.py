@@ -6,40 +6,45 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from qmoe_format.conversion.parallel import BATCH_ELEMENTS, batches, threads_within
+from qmoe_format.conversion.parallel import Resources
 
 
 @given(
-    number=st.integers(0, 300),
+    experts=st.integers(0, 300),
     rows=st.integers(1, 400).map(lambda lines: 4 * lines),
     columns=st.integers(1, 1200).map(lambda lines: 4 * lines),
     threads=st.integers(1, 9),
 )
-def test_all_threads_have_as_much_to_do(number: int, rows: int, columns: int, threads: int) -> None:
-    parts = batches(range(number), rows, columns, threads)
-    assert [item for part in parts for item in part] == list(range(number))
+def test_all_threads_have_as_much_to_do(
+    experts: int, rows: int, columns: int, threads: int
+) -> None:
+    resources = Resources(threads)
+    parts = resources.batches(experts, rows, columns)
+    assert [item for part in parts for item in part] == list(range(experts))
     sizes = [len(part) for part in parts]
-    assert all(size == 1 or size * (rows + columns) * columns <= BATCH_ELEMENTS for size in sizes)
+    elements = (rows + columns) * columns
+    assert all(size == 1 or size * elements <= resources.batch_elements for size in sizes)
     longest = max((sum(sizes[thread::threads]) for thread in range(threads)), default=0)
     # A batch more than its share at most: the last one of a thread is cut short.
-    assert longest <= -(-number // threads) + len(sizes[::threads])
+    assert longest <= -(-experts // threads) + len(sizes[::threads])
 
 
 @given(rows=st.integers(1, 400), columns=st.integers(1, 400))
-def test_all_matrices_of_a_batch_begin_with_a_cache_line(rows: int, columns: int) -> None:
-    for part in batches(range(9), rows, columns, 2):
+def test_all_matrices_of_a_batch_begin_at_a_cache_line(rows: int, columns: int) -> None:
+    for part in Resources(2).batches(9, rows, columns):
         for size in (rows * columns, columns * columns):
             assert all(4 * size * place % 64 == 0 for place in range(len(part)))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2080, 6144), (2048, 7168), (14336, 4096)])
 def test_a_large_expert_keeps_all_threads_busy(rows: int, columns: int) -> None:
-    """Its group has one expert only."""
-    assert threads_within(rows * columns + columns**2, 16) == 16
+    resources = Resources(16)
+    assert resources.threads_per_expert(rows * columns + columns**2) == 16
+    assert resources.concurrent_experts(rows * columns + columns**2) == 1
 
 
 def test_a_gpu_gets_more_at_once() -> None:
-    for part in (batches(range(64), 2048, 7168, 1), batches(range(64), 2048, 7168, 1, "cuda")):
-        assert [item for each in part for item in each] == list(range(64))
-    assert len(batches(range(64), 2048, 7168, 1)) == 64
-    assert len(batches(range(64), 2048, 7168, 1, "cuda")) <= 16
+    cpu, gpu = (Resources(1, device).batches(64, 2048, 7168) for device in ("cpu", "cuda"))
+    assert [item for each in gpu for item in each] == list(range(64))
+    assert len(cpu) == 64
+    assert len(gpu) <= 16

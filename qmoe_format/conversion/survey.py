@@ -1,0 +1,199 @@
+"""What the original model tells before any work: energies of experts, and how large they get.
+
+A few experts of each stack, some of their rows, are quantized at a few values of lambda, each
+relative to the expert's own energy. The sizes of the others follow from their energies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_format.checkpoints import ExpertStack
+from qmoe_format.codec import EncodedMatrix
+from qmoe_format.codec.dictionary import on_grid
+from qmoe_format.conversion.block_experts import BlockExperts, Weights
+from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
+from qmoe_format.conversion.options import ConvertOptions
+from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Counter
+from qmoe_format.quantize.hessian import Statistics
+from qmoe_format.quantize.rate import ABSOLUTE, TRUST, Rate
+
+LAMBDAS = tuple(8e-6 * 5**step for step in range(9))
+_QUANTILES = 16
+_LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
+_SAMPLE_EXPERTS = 2
+_SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StackSurvey:
+    """What was measured of a stack. The last three are empty if no size was asked for.
+
+    Attributes:
+        energies: of each expert, 0 without tokens.
+        spread: quantiles of the logarithm of a row's energy over its expert's, the mean of the
+            experts that have tokens.
+        sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy.
+        grid_steps: the same for its dictionary, see ``codec.dictionary.on_grid``.
+        dictionary_bytes: of one.
+    """
+
+    energies: list[float]
+    spread: list[float]
+    sizes: list[float]
+    grid_steps: list[float]
+    dictionary_bytes: float
+
+    def expected(self, rate: Rate) -> tuple[float, set[int]]:
+        """Bytes of the stack at a rate, and which dictionaries it needs.
+
+        Between ``LAMBDAS`` a straight line in their logarithm.
+        """
+        own = self._own_lambdas(rate)
+        logs = np.log(LAMBDAS)
+        steps = np.rint(np.interp(own, logs, self.grid_steps))
+        return float(np.interp(own, logs, self.sizes).sum()), set(steps.astype(int).tolist())
+
+    def _own_lambdas(self, rate: Rate) -> NDArray[np.float64]:
+        """The logarithm of the lambda that is the same with each expert's energy as reference: the
+        mean over its rows, which ``TRUST`` bounds."""
+        energies = np.array([each if each > 0 else rate.reference for each in self.energies])
+        shift = np.log(rate.reference / energies)[:, None]
+        rows = -np.array(self.spread)
+        most = math.log(TRUST)
+        own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
+        logs: NDArray[np.float64] = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
+        return logs
+
+
+def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
+    """The geometric mean over the experts that have tokens."""
+    logs = [math.log(each) for s in surveys.values() for each in s.energies if each > 0]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def survey_block(
+    experts: BlockExperts, options: ConvertOptions, counter: Counter
+) -> dict[str, StackSurvey]:
+    """Measure a block's stacks: energies and, if a number of bits was asked for, sizes.
+
+    Returns:
+        A survey by name of stack.
+
+    Raises:
+        QMoEError: ``value`` if outputs are NaN or infinite.
+    """
+    stage, stacks = counter.stage, experts.stacks
+    energies: dict[str, list[float]] = {matrix: [] for matrix in stacks}
+    spreads: dict[str, list[Tensor]] = {matrix: [] for matrix in stacks}
+    samples: dict[str, list[tuple[Tensor, Statistics]]] = {matrix: [] for matrix in stacks}
+    sampled = [] if options.bits_per_weight is None else sorted(_sampled_experts(experts))
+    for group in experts.groups():
+        counter.enter(f"{stage}, expert {group.start + 1} of {experts.count}")
+        weights = experts.weights(group)
+        for matrix, rows in experts.energies(weights, group).items():
+            own = rows.mean(1)
+            for place in (~own.isfinite()).nonzero().flatten().tolist():
+                raise QMoEError(
+                    "value",
+                    f"tensor {stacks[matrix].member(group[place])!r}: its outputs on the "
+                    "calibration text are NaN or infinite",
+                    "repair the model",
+                )
+            energies[matrix] += own.tolist()
+            spreads[matrix].append(_spread(rows[own > 0]))
+        for expert in (each for each in sampled if each in group):
+            place = expert - group.start
+            one: Weights = {matrix: w[place : place + 1] for matrix, w in weights.items()}
+            for matrix, statistics in experts.statistics(one, [expert]).items():
+                sample = _sample(one[matrix][0], statistics, energies[matrix][expert])
+                samples[matrix].append(sample)
+        counter.add(sum(tensor.numel() for tensor in weights.values()))
+    surveys = {}
+    for matrix, stack in stacks.items():
+        spread = torch.cat(spreads[matrix]).mean(0).nan_to_num().tolist()
+        survey = StackSurvey(energies[matrix], spread, [], [], 0.0)
+        if sampled:
+            counter.enter(f"{stage}, sizes of {matrix}")
+            survey = _with_sizes(survey, experts, stack, samples[matrix], options)
+        surveys[stack.name] = survey
+    return surveys
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """``StackSurvey.spread``: float64 ``[experts, quantiles]`` from ``[experts, rows]``."""
+    shares = (rows / rows.mean(1, keepdim=True)).clamp(min=_LEAST_SHARE).log().sort(dim=1).values
+    middles = (torch.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return shares[:, (middles * rows.shape[1]).long()]
+
+
+def _sampled_experts(experts: BlockExperts) -> list[int]:
+    """Experts with few and with many tokens, if there are some with tokens."""
+    tokens = [len(experts.tokens(expert)[0]) for expert in range(experts.count)]
+    order = sorted(range(experts.count), key=lambda expert: (tokens[expert], expert))
+    order = [expert for expert in order if tokens[expert]] or order
+    number = min(_SAMPLE_EXPERTS, len(order), experts.experts_in_memory)
+    return [order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)]
+
+
+def _sample(weights: Tensor, statistics: Statistics, energy: float) -> tuple[Tensor, Statistics]:
+    """Some rows; sums over the expert's energy, so that it is the reference 1."""
+    number = min(_SAMPLE_ROWS, len(weights))
+    rows = torch.arange(number, device=weights.device) * len(weights) // number
+    importance = statistics.row_importance
+    if importance.shape[1] > 1:
+        importance = importance[:, rows.cpu()]
+    sums = statistics.sums / (energy or 1.0)
+    return weights[rows], replace(statistics, sums=sums, row_importance=importance)
+
+
+def _with_sizes(
+    survey: StackSurvey,
+    experts: BlockExperts,
+    stack: ExpertStack,
+    samples: Sequence[tuple[Tensor, Statistics]],
+    options: ConvertOptions,
+) -> StackSurvey:
+    """Quantize all samples at each of ``LAMBDAS``."""
+    recipe, profile = options.chosen_recipe, options.codec_profile
+    scale_dtype = recipe.scale_dtype(stack.dtype)
+    number = len(samples)
+    weights = torch.stack([rows for rows, _ in samples])
+    sums, tokens, importance = (
+        torch.cat([getattr(each, field) for _, each in samples])
+        for field in ("sums", "tokens", "row_importance")
+    )
+
+    def quantize(batch: range) -> list[EncodedMatrix]:
+        own = torch.tensor([each % number for each in batch])
+        rate = Rate(torch.tensor([LAMBDAS[each // number] for each in batch]), 1.0)
+        statistics = Statistics(sums[own], tokens[own], importance[own])
+        ternary = recipe.quantize(weights[own], scale_dtype, statistics, rate).weights
+        return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
+
+    rows, columns = weights.shape[1:]
+    batches = experts.resources.batches(number * len(LAMBDAS), rows, columns)
+    done = experts.resources.map(quantize, batches, rows * columns + columns**2)
+    matrices = [matrix for batch in done for matrix in batch]
+    parts = [matrices[first : first + number] for first in range(0, len(matrices), number)]
+    sizes = (_mean(expected_bytes(each, stack.rows, profile) for each in part) for part in parts)
+    return replace(
+        survey,
+        sizes=list(accumulate(sizes, min)),  # less for a greater lambda, whatever samples say
+        grid_steps=[_mean(on_grid(each.trits.zero_fraction) for each in part) for part in parts],
+        dictionary_bytes=_mean(dictionary_bytes(each.dictionary) for each in matrices),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

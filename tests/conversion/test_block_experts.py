@@ -1,0 +1,112 @@
+"""A block's experts and their tokens; gate and up in one matrix are as if they were two."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'convert'")
+pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
+from torch import Tensor
+
+from qmoe_format.conversion.block_experts import BlockExperts
+from qmoe_format.conversion.parallel import Resources
+from qmoe_format.quantize.rate import weighted_energies
+from tests.conversion.conftest import EXPERTS, HIDDEN, TOKENS, Block
+
+EVERY = range(EXPERTS)
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+
+
+def everything(experts: BlockExperts) -> list[Tensor]:
+    """All that is computed from the tokens of all experts."""
+    weights, outputs = experts.weights(EVERY), torch.zeros(TOKENS, HIDDEN)
+    experts.add_outputs(weights, EVERY, outputs)
+    return [
+        outputs,
+        *experts.energies(weights, EVERY).values(),
+        *(
+            tensor
+            for found in experts.statistics(weights, EVERY).values()
+            for tensor in (found.sums, found.tokens, found.row_importance)
+        ),
+    ]
+
+
+def test_one_matrix_is_weighed_like_two(block: Block) -> None:
+    separate, fused = (
+        experts.statistics(experts.weights(EVERY), EVERY)
+        for experts in (block("mixtral"), block("granitemoe"))
+    )
+    both = [separate["w1"].row_importance, separate["w3"].row_importance]
+    assert not both[0].allclose(both[1])
+    close(fused["input_linear"].row_importance, torch.cat(both, 1))
+    close(fused["input_linear"].sums, separate["w3"].sums)
+    for field in ("sums", "tokens", "row_importance"):
+        close(getattr(fused["output_linear"], field), getattr(separate["w2"], field))
+
+
+def test_one_matrix_has_the_outputs_and_energies_of_two(block: Block) -> None:
+    (returned, gate, down, up, *_), (same, fused, down_too, *_) = (
+        everything(block(family)) for family in ("mixtral", "granitemoe")
+    )
+    close(returned, same)
+    assert returned.abs().min() > 0
+    close(fused, torch.cat([gate, up], 1))
+    close(down_too, down)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_energies_are_those_of_the_hessians(block: Block, family: str) -> None:
+    experts = block(family)
+    weights = experts.weights(EVERY)
+    energies = experts.energies(weights, EVERY)
+    for matrix, statistics in experts.statistics(weights, EVERY).items():
+        expected = weighted_energies(weights[matrix], statistics)
+        close(energies[matrix], expected)
+
+
+def test_a_few_tokens_at_a_time(block: Block) -> None:
+    few = Resources(1, chunk_elements=1, chunk_tokens=3)
+    parts = everything(block("mixtral", few)), everything(block("mixtral"))
+    for pieces, whole in zip(*parts, strict=True):
+        close(pieces, whole)
+
+
+def test_outputs_are_the_sum_over_a_tokens_experts(block: Block, routed: Any) -> None:
+    experts = block("mixtral")
+    weights = experts.weights(EVERY)
+    wanted = torch.zeros(TOKENS, HIDDEN)
+    for token, (chosen, gates) in enumerate(zip(routed.experts, routed.weights, strict=True)):
+        x = routed.inputs[token]
+        for expert, gate in zip(chosen.tolist(), gates, strict=True):
+            w1, w2, w3 = (weights[name][expert] for name in ("w1", "w2", "w3"))
+            wanted[token] += gate * (w2 @ (torch.nn.functional.silu(w1 @ x) * (w3 @ x)))
+    close(everything(experts)[0], wanted)
+
+
+def test_the_cap_takes_tokens_of_all_of_the_text(block: Block, routed: Any) -> None:
+    free, capped = block("mixtral", token_cap=100.0), block("mixtral", token_cap=0.25)
+    limit = -(-2 * int(routed.counted.sum()) // (4 * EXPERTS))
+    for expert in EVERY:
+        every = free.tokens(expert)
+        assert len(every[0]) > limit
+        spread = torch.arange(limit) * len(every[0]) // limit
+        for kept, all_of_them in zip(capped.tokens(expert), every, strict=True):
+            assert kept.equal(all_of_them[spread])
+
+
+@pytest.mark.parametrize(
+    ("resources", "sizes"),
+    [
+        (Resources(1), [3]),
+        (Resources(2, group_bytes=1), [2, 1]),
+        (Resources(1, group_bytes=1), [1, 1, 1]),
+        (Resources(2, group_bytes=1, large_expert=1), [1, 1, 1]),
+    ],
+)
+def test_groups_keep_all_threads_busy(block: Block, resources: Resources, sizes: list[int]) -> None:
+    assert [len(group) for group in block("mixtral", resources).groups()] == sizes
