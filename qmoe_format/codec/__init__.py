@@ -11,7 +11,7 @@ Numba is loaded by the first call that encodes, decodes or multiplies.
 
 from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
 from qmoe_format.codec.matrix import EncodedMatrix, dequantize, dequantize_rows, encode_matrix
-from qmoe_format.codec.multiply import Product, matmul, matvec, matvecs
+from qmoe_format.codec.multiply import Matvec, matmul, matvec, matvecs
 from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedTrits, decode, encode
 
@@ -20,7 +20,7 @@ __all__ = [
     "Dictionary",
     "EncodedMatrix",
     "EncodedTrits",
-    "Product",
+    "Matvec",
     "Profile",
     "decode",
     "dequantize",

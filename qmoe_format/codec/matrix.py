@@ -1,4 +1,4 @@
-"""A ternary matrix as stored: coded trits and their scales (SPEC.md sections 7.1 and 7.3)."""
+"""A ternary matrix as stored: encoded trits and their scales (SPEC.md sections 7.1 and 7.3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
 from qmoe_format.codec.profiles import FAST
-from qmoe_format.codec.segments import EncodedTrits, decode, encode, run, segment_arguments
+from qmoe_format.codec.segments import EncodedTrits, decode, encode, kernel_segments, run_all
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
 from qmoe_format.errors import QMoEError
@@ -20,12 +20,14 @@ from qmoe_format.errors import QMoEError
 class EncodedMatrix:
     """Trits and scales; weight = row scale of its trit [x column scale].
 
-    ``row_scale``     [rows, groups, 1] of s (low = -s, high = s), or [rows, groups, 2] of low, high
-    ``column_scale``  [columns] or None
-    ``scale_dtype``   ``BF16`` (arrays of uint16 bit patterns), ``F16`` or ``F32``
-    ``group_size``    columns that share a pair of scales; 0: the whole row
+    Attributes:
+        row_scale: [rows, groups, 1] of s (low = -s, high = s), or [rows, groups, 2] of low, high.
+        column_scale: [columns] or None.
+        scale_dtype: ``BF16`` (arrays of uint16 bit patterns), ``F16`` or ``F32``.
+        group_size: columns that share row scales; 0 for the whole row.
 
-    Raises ``QMoEError``: ``argument`` if these do not fit, ``value`` if a scale is not finite.
+    Raises:
+        QMoEError: ``argument`` if these do not fit each other; ``value`` if a scale is not finite.
     """
 
     trits: EncodedTrits
@@ -35,30 +37,36 @@ class EncodedMatrix:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.scale_dtype not in SCALE_DTYPES or not 0 <= self.group_size < 1 << 31:
+        if self.scale_dtype not in SCALE_DTYPES:
             raise QMoEError(
                 "argument",
-                f"scales of type {self.scale_dtype!r} in groups of {self.group_size} columns "
-                f"cannot be stored: types are {', '.join(SCALE_DTYPES)}",
+                f"scales cannot be stored as {self.scale_dtype!r}",
+                f"use {', '.join(SCALE_DTYPES[:-1])} or {SCALE_DTYPES[-1]}",
             )
-        shape = (self.rows, self.groups)
-        if self.row_scale.ndim != 3 or self.row_scale.shape[2] not in (1, 2):
-            raise QMoEError("argument", "row scales have the shape [rows, groups, 1 or 2]")
-        if self.row_scale.shape[:2] != shape:
+        if not 0 <= self.group_size < 1 << 31:
+            raise QMoEError("argument", f"groups of {self.group_size} columns cannot be stored")
+        shapes = [(self.rows, self.groups, values) for values in (1, 2)]
+        if self.row_scale.shape not in shapes:
             raise QMoEError(
-                "argument", f"row scales are for {self.row_scale.shape[:2]} groups, not {shape}"
+                "argument",
+                f"row scales are {list(self.row_scale.shape)}, not [{self.rows}, {self.groups}, "
+                "1 or 2]",
             )
         if self.column_scale is not None and self.column_scale.shape != (self.columns,):
-            raise QMoEError("argument", f"there are {self.columns} columns to scale")
-        for what, scale in (("row", self.row_scale), ("column", self.column_scale)):
+            raise QMoEError(
+                "argument", f"column scales are {list(self.column_scale.shape)}, not {self.columns}"
+            )
+        for name, scale in (("row", self.row_scale), ("column", self.column_scale)):
             if scale is None:
                 continue
             if scale.dtype != STORAGE[self.scale_dtype]:
                 raise QMoEError(
-                    "argument", f"{what} scales of type {self.scale_dtype} come as {scale.dtype}"
+                    "argument",
+                    f"{name} scales are {scale.dtype}",
+                    f"give {STORAGE[self.scale_dtype]} to store them as {self.scale_dtype}",
                 )
             if not np.isfinite(to_float32(scale, self.scale_dtype)).all():
-                raise QMoEError("value", f"a {what} scale is infinite or NaN")  # [E-7] [W-3]
+                raise QMoEError("value", f"a {name} scale is infinite or NaN")  # [E-7] [W-3]
 
     @property
     def rows(self) -> int:
@@ -71,13 +79,18 @@ class EncodedMatrix:
         return self.trits.columns
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.columns
+
+    @property
     def symmetric(self) -> bool:
         """Whether low = -high."""
         return bool(self.row_scale.shape[2] == 1)
 
     @property
     def groups(self) -> int:
-        """G, groups of columns with scales of their own ([E-2])."""
+        """G, groups of columns that share row scales ([E-2])."""
         return -(-self.columns // self.group_size) if self.group_size else 1
 
     @property
@@ -104,10 +117,26 @@ def encode_matrix(
     rows_per_segment: int | None = None,
     threads: int = 1,
 ) -> EncodedMatrix:
-    """Code ``trits`` int8 [rows, columns]; scales as in ``EncodedMatrix``, already in storage form.
+    """Encode trits and attach their scales.
 
-    Without ``dictionary`` the standard one for the trits' share of zeros is taken; for
-    ``rows_per_segment`` see ``encode``.
+    Args:
+        trits: int8 [rows, columns] of -1, 0, +1.
+        row_scale: as in ``EncodedMatrix``, of the numpy type that ``scale_dtype`` is stored as.
+        column_scale: likewise.
+        dictionary: by default the standard one of ``width`` and ``signs`` for the share of zeros.
+        rows_per_segment: by default as many as hold about 4096 weights (profile ``fast``).
+        threads: do not change the result.
+
+    Raises:
+        QMoEError: as ``encode`` and ``EncodedMatrix``.
+
+    Example:
+        >>> from qmoe_format.codec import dequantize, encode_matrix
+        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
+        >>> row_scale = np.array([0.5, 0.25], np.float32).reshape(2, 1, 1)
+        >>> dequantize(encode_matrix(trits, row_scale, scale_dtype="F32"))
+        array([[ 0.  ,  0.  ,  0.5 ,  0.  ],
+               [ 0.  , -0.25,  0.  ,  0.25]], dtype=float32)
     """
     if dictionary is None:
         zero_fraction = 1.0 - np.count_nonzero(trits) / max(trits.size, 1)
@@ -117,9 +146,10 @@ def encode_matrix(
 
 
 def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float32]:
-    """The weights float32 [rows, columns], exact to the bit ([V-1], [V-2]).
+    """Decode to weights float32 [rows, columns], exact to the bit ([V-1], [V-2]).
 
-    Raises ``QMoEError`` as ``decode`` does.
+    Raises:
+        QMoEError: as ``decode``.
     """
     from qmoe_format.codec.kernels.decode import scale_rows
 
@@ -135,45 +165,51 @@ def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float3
 def dequantize_rows(
     matrix: EncodedMatrix, first: int, out: npt.NDArray[np.float32], threads: int = 1
 ) -> None:
-    """Rows ``first`` to ``first + len(out)`` of ``dequantize`` into ``out`` float32 [n, columns].
+    """Decode some rows to weights: those that ``dequantize`` would return.
 
-    Quickest where ``first`` and ``first + len(out)`` are multiples of the rows of a segment. Raises
-    ``QMoEError``: ``argument`` for another type or shape, rows that there are not, or gaps in
-    ``out``; ``malformed`` for a segment that ends early. Other damage is for ``decode`` to find.
+    Quickest where ``first`` and ``first + len(out)`` are multiples of ``rows_per_segment``.
+
+    Args:
+        first: the row that goes into ``out[0]``.
+        out: float32 [n, columns], contiguous.
+
+    Raises:
+        QMoEError: ``argument`` for another ``out`` or rows that do not exist; ``malformed`` for a
+            segment that ends early. Only ``decode`` finds other damage.
     """
     from qmoe_format.codec.kernels.decode import weights_of_segments
+    from qmoe_format.codec.kernels.tables import tables
 
-    if (
-        out.dtype != np.float32
-        or out.ndim != 2
-        or out.shape[1] != matrix.columns
-        or not out.flags.c_contiguous
-    ):
+    columns = matrix.columns
+    fits = out.dtype == np.float32 and out.ndim == 2 and out.shape[1] == columns
+    if not fits or not out.flags.c_contiguous:
         raise QMoEError(
             "argument",
-            f"out has to be a contiguous float32 array [rows, {matrix.columns}], "
-            f"not {out.dtype} {out.shape}",
+            f"out is {out.dtype} {list(out.shape)}",
+            f"give contiguous float32 [rows, {columns}]",
         )
     last = first + len(out)
     if not 0 <= first <= last <= matrix.rows:
-        raise QMoEError("argument", f"there are no rows {first} to {last} of {matrix.rows}")
+        raise QMoEError("argument", f"rows {first} to {last} do not exist, {matrix.rows} do")
     out[:] = 0
     if not out.size:
         return
     group_size, low_high, column_scale = _scales(matrix)
-    together = matrix.trits.rows_per_segment
-    run(
-        weights_of_segments, range(first // together, -(-last // together)), threads,
-        *segment_arguments(matrix.trits), matrix.columns, group_size, low_high, column_scale,
-        first, out,
+    trits = matrix.trits
+    segments = (first // trits.rows_per_segment, -(-last // trits.rows_per_segment))
+    arguments = (
+        kernel_segments(trits), tables(trits.dictionary).entries, (low_high, columns, group_size),
+        column_scale, first, out,
     )  # fmt: skip
+    run_all([(weights_of_segments, *segments, arguments)], threads)
 
 
 def _scales(
     matrix: EncodedMatrix,
 ) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Columns of a group; low and high; column scales."""
+    """Columns of a group; low and high; column scales; all contiguous."""
     column_scale = np.ones(matrix.columns, np.float32)
     if matrix.column_scale is not None:
-        column_scale = to_float32(matrix.column_scale, matrix.scale_dtype)
-    return matrix.group_size or max(matrix.columns, 1), matrix.low_high(), column_scale
+        column_scale = np.ascontiguousarray(to_float32(matrix.column_scale, matrix.scale_dtype))
+    group_size = matrix.group_size or max(matrix.columns, 1)
+    return group_size, np.ascontiguousarray(matrix.low_high()), column_scale

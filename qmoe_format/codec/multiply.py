@@ -1,7 +1,7 @@
-"""Products straight from the codewords: y = W x for one token or a few (SPEC.md section 7.4).
+"""y = W x straight from the codewords, for one token or a few (SPEC.md section 7.4).
 
 Column scales are multiplied into x once; the kernels add up x over the -1 and over the +1 trits of
-each row and group, and the row scales are applied to the two sums.
+each row and group, and apply the row scales to the two sums.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.matrix import EncodedMatrix
-from qmoe_format.codec.segments import Call, run, run_all, segment_arguments
+from qmoe_format.codec.segments import Call, kernel_segments, run, run_all
 from qmoe_format.dtypes import to_float32
 from qmoe_format.errors import QMoEError
 
-Product = tuple[EncodedMatrix, npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""W, x and the y to be written of a ``matvec``."""
+Matvec = tuple[EncodedMatrix, npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""W, x and out of one ``matvec``."""
 
 
 def matvec(
@@ -27,43 +27,70 @@ def matvec(
     out: npt.NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> npt.NDArray[np.float32]:
-    """y = W x: W [rows, columns], x float32 [columns], y float32 [rows], into ``out`` if given.
+    """Multiply a matrix with a vector.
 
-    Raises ``QMoEError``: ``argument`` for shapes or types that do not fit, ``malformed`` for a
-    segment that ends early. Other damage is for ``decode`` to find.
+    Args:
+        matrix: W [rows, columns].
+        x: float32 [columns].
+        out: float32 [rows], to be overwritten and returned.
+
+    Returns:
+        W x, float32 [rows].
+
+    Raises:
+        QMoEError: ``argument`` for shapes or types that do not fit; ``malformed`` for a segment
+            that ends early. Only ``decode`` finds other damage.
+
+    Example:
+        >>> from qmoe_format.codec import encode_matrix, matvec
+        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
+        >>> matrix = encode_matrix(trits, np.ones((2, 1, 1), np.float32), scale_dtype="F32")
+        >>> matvec(matrix, np.array([1, 2, 3, 4], np.float32))
+        array([3., 2.], dtype=float32)
     """
     out = _output(out, (matrix.rows,))
     matvecs([(matrix, x, out)], threads)
     return out
 
 
-def matvecs(products: Sequence[Product], threads: int = 1) -> None:
-    """``matvec`` of each (matrix, x, out), with threads started once for all. Raises as it does."""
-    run_all([_call(*product) for product in products if product[2].size], threads)
+def matvecs(products: Sequence[Matvec], threads: int = 1) -> None:
+    """Do several ``matvec`` (matrix, x, out) at once: threads share each of them.
+
+    Raises:
+        QMoEError: as ``matvec``.
+    """
+    run_all([matvec_call(*product) for product in products if product[2].size], threads)
 
 
-def _call(matrix: EncodedMatrix, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> Call:
-    from qmoe_format.codec.kernels.dot import BEYOND_X, HAS_MASKS, dot_dense, dot_sparse
-    from qmoe_format.codec.tables import tables
+def matvec_call(
+    matrix: EncodedMatrix,
+    x: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+    dense: bool | None = None,
+) -> Call:
+    """A ``matvec`` to be run.
 
-    padded = np.zeros(matrix.columns + BEYOND_X, np.float32)
-    padded[: matrix.columns] = _scaled(matrix, _checked(x, (matrix.columns,), "x"))
-    _checked(out, (matrix.rows,), "out")
-    if not matrix.columns:
+    Args:
+        dense: whether to use ``dot_dense`` if the entries are short enough; by default where it is
+            the faster kernel.
+    """
+    from qmoe_format.codec.kernels.dot import BEYOND_X, PREFER_DENSE, dot_dense, dot_sparse
+    from qmoe_format.codec.kernels.tables import tables
+
+    trits = matrix.trits
+    columns = trits.columns
+    padded = np.zeros(columns + BEYOND_X, np.float32)
+    padded[:columns] = _scaled(matrix, _checked(x, (columns,), "x"))
+    _checked(out, (trits.rows,), "out")
+    if not columns:
         out[:] = 0
-    trits, dictionary = matrix.trits, matrix.dictionary
-    columns = max(matrix.columns, 1)  # an empty row is never reached, only divided by
-    look_up = tables(dictionary)
+    table = tables(trits.dictionary)
     kernel: Any = dot_sparse
-    entries: tuple[Any, ...] = (look_up.positions, look_up.steps, look_up.nonzeros)
-    if look_up.masks.size and HAS_MASKS:
-        kernel, entries = dot_dense, (look_up.masks, look_up.negative)
-    return kernel, range(trits.count), (
-        trits.segments, trits.lengths, np.uint64(trits.length_base),
-        np.uint64(dictionary.width), dictionary.signs == "codeword",
-        *entries, np.uint64(dictionary.max_length), trits.rows_per_segment * trits.columns,
-        columns, matrix.group_size or columns, _row_scale(matrix), padded, out,
-    )  # fmt: skip
+    entries = table.entries
+    if table.masks.size and (PREFER_DENSE if dense is None else dense):
+        kernel, entries = dot_dense, (table.masks, table.negative, table.longest)
+    arguments = (kernel_segments(trits), entries, _row_scales(matrix), padded, out)
+    return kernel, 0, trits.count, arguments
 
 
 def matmul(
@@ -72,48 +99,61 @@ def matmul(
     out: npt.NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> npt.NDArray[np.float32]:
-    """y[b] = W x[b], with x float32 [tokens, columns], y float32 [tokens, rows].
+    """Multiply a matrix with a small batch: the work grows with tokens x non-zeros.
 
-    For small batches: the work grows with tokens x non-zeros. Raises as ``matvec``.
+    Args:
+        matrix: W [rows, columns].
+        x: float32 [tokens, columns].
+        out: float32 [tokens, rows], to be overwritten and returned.
+
+    Returns:
+        x W^T, float32 [tokens, rows].
+
+    Raises:
+        QMoEError: as ``matvec``.
     """
     from qmoe_format.codec.kernels.dot import dot_tile
     from qmoe_format.codec.kernels.simd import WIDTH
+    from qmoe_format.codec.kernels.tables import tables
 
+    trits = matrix.trits
     tokens = x.shape[0] if x.ndim == 2 else -1
-    scaled = _scaled(matrix, _checked(x, (tokens, matrix.columns), "x"))
-    out = _output(out, (tokens, matrix.rows))
-    columns = max(matrix.columns, 1)
-    tile = np.zeros((columns, WIDTH), np.float32)
-    sums = np.zeros((matrix.rows, WIDTH), np.float32)
+    scaled = _scaled(matrix, _checked(x, (tokens, trits.columns), "x"))
+    out = _output(out, (tokens, trits.rows))
+    tile = np.zeros((max(trits.columns, 1), WIDTH), np.float32)
+    sums = np.zeros((trits.rows, WIDTH), np.float32)
+    arguments = (
+        kernel_segments(trits), tables(trits.dictionary).entries, _row_scales(matrix), tile, sums
+    )  # fmt: skip
     for first in range(0, tokens, WIDTH):
         part = slice(first, min(first + WIDTH, tokens))
         count = part.stop - first
-        tile[: matrix.columns, :count] = scaled[part].T
-        run(
-            dot_tile, range(matrix.trits.count), threads,
-            *segment_arguments(matrix.trits), columns, matrix.group_size or columns,
-            _row_scale(matrix), tile, sums,
-        )  # fmt: skip
+        tile[: trits.columns, :count] = scaled[part].T
+        run(dot_tile, trits.count, threads, *arguments)
         out[part] = sums[:, :count].T
     return out
 
 
-def _row_scale(matrix: EncodedMatrix) -> npt.NDArray[Any]:
-    """As kernels take them: bf16 bits, or float32."""
-    return matrix.row_scale.astype(np.float32) if matrix.scale_dtype == "F16" else matrix.row_scale
+def _row_scales(matrix: EncodedMatrix) -> tuple[npt.NDArray[Any], int, int]:
+    """``kernels.cursor.Scales``: bf16 bits or float32; columns; columns of a group."""
+    values = matrix.row_scale
+    if matrix.scale_dtype == "F16":
+        values = values.astype(np.float32)
+    columns = matrix.trits.columns or 1  # an empty row is never reached, only divided by
+    return values, columns, matrix.group_size or columns
 
 
 def _scaled(matrix: EncodedMatrix, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """x times the column scales, contiguous."""
+    """x times the column scales."""
     if matrix.column_scale is None:
-        return np.ascontiguousarray(x)
+        return x
     return x * to_float32(matrix.column_scale, matrix.scale_dtype)
 
 
 def _checked(x: npt.NDArray[Any], shape: tuple[int, ...], name: str) -> npt.NDArray[np.float32]:
     if x.shape != shape or x.dtype != np.float32:
         raise QMoEError(
-            "argument", f"{name} has to be float32 of shape {shape}, not {x.dtype} {x.shape}"
+            "argument", f"{name} is {x.dtype} {list(x.shape)}", f"give float32 {list(shape)}"
         )
     return x
 

@@ -1,10 +1,10 @@
-"""Trits of a matrix, coded a segment of rows at a time (SPEC.md section 7.2), and back."""
+"""Trits of a matrix to segments of a few rows each, and back (SPEC.md section 7.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,23 @@ from qmoe_format.codec.threads import in_parts
 from qmoe_format.errors import QMoEError
 
 GUARD = 8  # zero bytes after the segments, so that kernels may load 8 bytes anywhere
-BLOCK = 32  # segments for which one offset is stored
-_ENCODE_WEIGHTS = 1 << 20  # weights coded into one scratch buffer
+BLOCK = 32  # segments per stored offset
+_ENCODE_WEIGHTS = 1 << 20  # encoded into one scratch buffer
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrits:
     """The trits of a matrix [rows, columns] as stored.
 
-    ``rows_per_segment``  rows that a segment holds; the last one may hold fewer
-    ``lengths``           uint8, uint16 or uint32 [number of segments]: bytes above ``length_base``
-    ``block_offsets``     uint32 [ceil(number / 32)]: where every 32nd segment begins
-    ``segments``          uint8 [segment_bytes + at least 8 guard bytes]
+    Attributes:
+        rows_per_segment: rows in a segment; the last one may hold fewer.
+        nonzeros: number of trits that are not zero.
+        lengths: uint8, uint16 or uint32 [count], bytes of each segment above ``length_base``.
+        block_offsets: uint32 [ceil(count / 32)], where every 32nd segment begins.
+        segments: uint8 [segment_bytes + at least 8 guard bytes], contiguous.
+
+    Raises:
+        QMoEError: ``argument`` or ``malformed`` if these do not fit each other.
     """
 
     rows: int
@@ -42,28 +47,26 @@ class EncodedTrits:
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on: the segments lie within their array."""
-        if self.rows_per_segment < 1:
-            raise QMoEError(
-                "argument", f"a segment has at least one row, not {self.rows_per_segment}"
-            )
+        _check_rows_per_segment(self.rows_per_segment)
         lengths, segments = self.lengths, self.segments
         if lengths.shape != (self.count,) or lengths.dtype not in (np.uint8, np.uint16, np.uint32):
             raise QMoEError(
                 "malformed",
-                f"lengths of segments are uint8, uint16 or uint32 [{self.count}], not "
-                f"{lengths.dtype} {list(lengths.shape)}",
+                f"segment lengths are {lengths.dtype} {list(lengths.shape)}, not uint8, uint16 or "
+                f"uint32 [{self.count}]",
             )
-        if segments.dtype != np.uint8 or segments.size < self.segment_bytes + GUARD:
+        needed = self.segment_bytes + GUARD
+        if segments.dtype != np.uint8 or segments.size < needed or not segments.flags.c_contiguous:
             raise QMoEError(
                 "malformed",
-                f"{self.segment_bytes} bytes of segments and {GUARD} guard bytes are uint8, in one "
-                f"array, not {segments.dtype} {list(segments.shape)}",
+                f"segments are {segments.dtype} {list(segments.shape)}, not contiguous uint8 of "
+                f"{self.segment_bytes} bytes and {GUARD} guard bytes",
             )
         held = int(lengths.sum(dtype=np.int64)) + self.count * self.length_base
         if held != self.segment_bytes:
             raise QMoEError(
                 "malformed",
-                f"the lengths of {self.count} segments come to {held} bytes, "
+                f"the lengths of {self.count} segments add up to {held} bytes, but "
                 f"{self.segment_bytes} are stored",
             )
 
@@ -79,7 +82,7 @@ class EncodedTrits:
 
     @property
     def payload_bits_per_weight(self) -> float:
-        """Bits of codewords and signs, rounding to bytes included; no lengths, no scales."""
+        """Bits of codewords, signs and padding to bytes, without lengths and scales."""
         return 8.0 * self.segment_bytes / max(self.rows * self.columns, 1)
 
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -90,39 +93,61 @@ class EncodedTrits:
         return offsets
 
 
+def _check_rows_per_segment(rows: int) -> None:
+    if rows < 1:
+        raise QMoEError("argument", f"a segment holds {rows} rows", "give it at least one")
+
+
 def encode(
     trits: npt.NDArray[np.int8],
     dictionary: Dictionary,
     threads: int = 1,
     rows_per_segment: int | None = None,
 ) -> EncodedTrits:
-    """Code ``trits`` int8 [rows, columns] of -1, 0, +1; the result is the same for any ``threads``.
+    """Encode trits.
 
-    ``rows_per_segment`` None: as many as come to about 4096 weights (profile ``fast``). Raises
-    ``QMoEError``: ``argument`` for another dtype, shape or value.
+    Args:
+        trits: int8 [rows, columns] of -1, 0, +1.
+        dictionary: any; one that fits the share of zeros gives the fewest bits.
+        threads: do not change the result.
+        rows_per_segment: by default as many as hold about 4096 weights (profile ``fast``).
+
+    Raises:
+        QMoEError: ``argument`` for another dtype, shape or value; ``limit`` beyond 4 GiB.
+
+    Example:
+        >>> from qmoe_format.codec import decode, encode, standard_dictionary
+        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 0]], np.int8)
+        >>> encoded = encode(trits, standard_dictionary(0.75))
+        >>> encoded.nonzeros, encoded.segment_bytes
+        (2, 4)
+        >>> np.array_equal(decode(encoded), trits)
+        True
     """
     from qmoe_format.codec.kernels.encode import encode_segments
-    from qmoe_format.codec.tables import tables
+    from qmoe_format.codec.kernels.tables import tables
 
     if trits.dtype != np.int8 or trits.ndim != 2:
         raise QMoEError(
-            "argument", f"trits are int8 [rows, columns], not {trits.dtype} {trits.shape}"
+            "argument",
+            f"trits are {trits.dtype} {list(trits.shape)}",
+            "give int8 [rows, columns]",
         )
     if trits.size and (trits.min() < -1 or trits.max() > 1):
-        raise QMoEError("argument", "a trit is -1, 0 or +1")
+        raise QMoEError("argument", "trits have other values than -1, 0 and +1")
     rows, columns = trits.shape
     if rows_per_segment is None:
         rows_per_segment = FAST.rows_per_segment(columns)
-    if rows_per_segment < 1:
-        raise QMoEError("argument", f"a segment has at least one row, not {rows_per_segment}")
-    together = min(rows_per_segment, max(rows, 1))
-    span = together * columns
-    count = -(-rows // together)
+    _check_rows_per_segment(rows_per_segment)
+    rows_per_segment = min(rows_per_segment, max(rows, 1))
+    span = rows_per_segment * columns
+    count = -(-rows // rows_per_segment)
     flat = np.ascontiguousarray(trits).reshape(-1)
-    look_up = tables(dictionary)
+    table = tables(dictionary)
+    tree = (dictionary.width, dictionary.signs == "codeword", table.children, table.codewords)
     lengths = np.zeros(count, np.int64)
     totals = np.zeros(count, np.int64)
-    most = (span * (dictionary.width + 1) + 7) // 8 + 1  # bytes of one segment, at the very worst
+    most = (span * (dictionary.width + 1) + 7) // 8 + 1  # bytes of one segment, in the worst case
     step = max(1, _ENCODE_WEIGHTS // max(span, 1))
 
     def work(first: int, last: int) -> list[npt.NDArray[np.uint8]]:
@@ -130,10 +155,7 @@ def encode(
         for start in range(first, last, step):
             stop = min(start + step, last)
             out = np.zeros((stop - start) * most + 2 * GUARD, np.uint8)
-            written = encode_segments(
-                start, stop, flat, span, dictionary.width, dictionary.signs == "codeword",
-                look_up.children, look_up.codewords, out, lengths, totals,
-            )  # fmt: skip
+            written = encode_segments(start, stop, flat, span, tree, out, lengths, totals)
             parts.append(out[:written].copy())
         return parts
 
@@ -141,14 +163,14 @@ def encode(
     segments = np.concatenate([*parts, np.zeros(GUARD, np.uint8)])
     segment_bytes = segments.size - GUARD
     if segment_bytes >= 1 << 32:
-        raise QMoEError("limit", "the codewords of one matrix are above 4 GiB: split it")
+        raise QMoEError("limit", "the codewords of one matrix exceed 4 GiB", "split the matrix")
     base = int(lengths.min()) if count else 0
     spread = int(lengths.max()) - base if count else 0
     narrow = np.uint8 if spread < 1 << 8 else np.uint16 if spread < 1 << 16 else np.uint32
     return EncodedTrits(
         rows=rows,
         columns=columns,
-        rows_per_segment=together,
+        rows_per_segment=rows_per_segment,
         dictionary=dictionary,
         nonzeros=int(totals.sum()),
         length_base=base,
@@ -162,29 +184,37 @@ def encode(
 def decode(
     encoded: EncodedTrits, out: npt.NDArray[np.int8] | None = None, threads: int = 1
 ) -> npt.NDArray[np.int8]:
-    """Trits int8 [rows, columns]; every rule of SPEC.md section 7.2 is checked.
+    """Decode all trits and check every rule of SPEC.md section 7.2.
 
-    Raises ``QMoEError``: ``malformed`` or ``padding``, naming the segment.
+    Args:
+        out: int8 [rows, columns], contiguous, to be overwritten and returned.
+
+    Returns:
+        int8 [rows, columns] of -1, 0, +1.
+
+    Raises:
+        QMoEError: ``malformed`` or ``padding``, with the number of the segment; ``argument`` for
+            another ``out``.
     """
-    from qmoe_format.codec.kernels import decode as decoding
-    from qmoe_format.codec.tables import tables
+    from qmoe_format.codec.kernels.decode import decode_segments, find_unused_codeword
+    from qmoe_format.codec.kernels.tables import tables
 
     shape = (encoded.rows, encoded.columns)
     if out is None:
         out = np.empty(shape, np.int8)
     elif out.shape != shape or out.dtype != np.int8 or not out.flags.c_contiguous:
-        raise QMoEError("argument", f"out has to be a contiguous int8 array of shape {shape}")
-    arguments = segment_arguments(encoded)
+        raise QMoEError(
+            "argument",
+            f"out is {out.dtype} {list(out.shape)}",
+            f"give contiguous int8 {list(shape)}",
+        )
     flat = out.reshape(-1)
     totals = np.zeros(encoded.count, np.int64)
-    look_up = tables(encoded.dictionary)
-    if look_up.used < 1 << encoded.dictionary.width:
-        span = encoded.rows_per_segment * encoded.columns
-        run(
-            decoding.find_unused_codeword, range(encoded.count), threads,
-            *arguments[:4], span, flat.size, look_up.steps,
-        )  # fmt: skip
-    run(decoding.decode_segments, range(encoded.count), threads, *arguments, totals, flat)
+    table = tables(encoded.dictionary)
+    segments = kernel_segments(encoded)
+    if table.used < 1 << encoded.dictionary.width:
+        run(find_unused_codeword, encoded.count, threads, segments, flat.size, table.steps)
+    run(decode_segments, encoded.count, threads, segments, table.entries, totals, flat)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
         raise QMoEError(
             "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
@@ -192,61 +222,58 @@ def decode(
     return out
 
 
-def segment_arguments(encoded: EncodedTrits) -> tuple[Any, ...]:
-    """What every decoding kernel takes after the range of segments."""
-    from qmoe_format.codec.kernels.scan import SIGN_BYTES
-    from qmoe_format.codec.tables import tables
-
-    look_up = tables(encoded.dictionary)
+def kernel_segments(encoded: EncodedTrits) -> tuple[Any, ...]:
+    """``kernels.scan.Segments`` as a plain tuple."""
+    dictionary = encoded.dictionary
     return (
         encoded.segments,
         encoded.lengths,
         np.uint64(encoded.length_base),
-        np.uint64(encoded.dictionary.width),
-        encoded.dictionary.signs == "codeword",
-        look_up.positions,
-        look_up.steps,
-        look_up.nonzeros,
-        np.uint64(encoded.dictionary.max_length),
-        SIGN_BYTES,
+        np.uint64(dictionary.width),
+        dictionary.signs == "codeword",
         encoded.rows_per_segment * encoded.columns,
     )
 
 
-Call = tuple[Any, range, tuple[Any, ...]]
-"""A kernel, the segments it is for, and its arguments after their first and last."""
+Call = tuple[Any, int, int, tuple[Any, ...]]
+"""A kernel, the first and last segment it is for, and its other arguments."""
 
 
-def run(kernel: Any, segments: range, threads: int, *arguments: Any) -> None:
-    """``kernel(first, last, *arguments)`` over ``segments``; raise what it found wrong."""
-    run_all([(kernel, segments, arguments)], threads)
+def run(kernel: Any, count: int, threads: int, *arguments: Any) -> None:
+    """Call ``kernel(first, last, *arguments)`` for parts of ``range(count)``.
+
+    Raises:
+        QMoEError: what the kernel found wrong.
+    """
+    run_all([(kernel, 0, count, arguments)], threads)
 
 
 def run_all(calls: Sequence[Call], threads: int) -> None:
-    """All of ``calls``; each thread has its share of every one's segments."""
-    from qmoe_format.codec.kernels import scan as chunks
-
-    most = max((len(segments) for _, segments, _ in calls), default=0)
+    """Make several ``calls``; each thread does a share of every one."""
+    most = max([last - first for _, first, last, _ in calls], default=0)
     parts = max(1, min(threads, most))
 
-    def work(first: int, last: int) -> int:
-        for kernel, segments, arguments in calls:
-            share = segments[len(segments) * first // parts : len(segments) * last // parts]
-            if share and (status := int(kernel(share[0], share[-1] + 1, *arguments))) != chunks.OK:
-                return status
-        return chunks.OK
+    def work(part: int, _: int) -> int:
+        for kernel, first, last, arguments in calls:
+            count = last - first
+            start, stop = first + count * part // parts, first + count * (part + 1) // parts
+            if start < stop and (status := kernel(start, stop, *arguments)) >= 0:
+                return int(status)
+        return -1
 
     for status in in_parts(parts, parts, work):
-        if status != chunks.OK:
-            segment, reason = divmod(status, 8)
-            code, message = {
-                chunks.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
-                chunks.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
-                chunks.LEFT_OVER: (
-                    "malformed",
-                    "is longer than its codewords and signs",
-                ),  # [E-12]
-                chunks.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
-                chunks.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),
-            }[reason]  # [D-5]
-            raise QMoEError(code, f"segment {segment} {message}")
+        if status >= 0:
+            _fail(*divmod(status, 8))
+
+
+def _fail(segment: int, reason: int) -> NoReturn:
+    from qmoe_format.codec.kernels import scan
+
+    code, problem = {
+        scan.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
+        scan.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
+        scan.LEFT_OVER: ("malformed", "is longer than its codewords and signs"),  # [E-12]
+        scan.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
+        scan.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),  # [D-5]
+    }[reason]
+    raise QMoEError(code, f"segment {segment} {problem}")

@@ -92,7 +92,7 @@ def _on_cpu(
     x_float = x.detach().to(torch.float32).contiguous()
     y = torch.empty((len(x), sum(stack.shape[1] for stack in stacks)), dtype=torch.float32)
     x_array = x_float.numpy()
-    singles: list[codec.Product] = []
+    singles: list[codec.Matvec] = []
     for stack, part in _split(stacks, y):
         y_array = part.numpy()
         for expert, first, last in groups:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from qmoe_format.codec import Dictionary, encode, fit_dictionary, standard_dictionary
-from qmoe_format.codec.tables import tables
+from qmoe_format.codec.kernels.tables import tables
 from qmoe_format.errors import QMoEError
 
 from .strategies import random_trits

@@ -128,7 +128,7 @@ def test_damage_is_named() -> None:
             decode(damaged(encoded, row, partial(widened, signs=nonzeros[row])))
     with pytest.raises(QMoEError, match="header says"):
         decode(dataclasses.replace(encoded, nonzeros=encoded.nonzeros + 1))
-    with pytest.raises(QMoEError, match="come to"):
+    with pytest.raises(QMoEError, match="add up to"):
         dataclasses.replace(encoded, segment_bytes=int(offsets[-1]) - 1)
 
 

@@ -1,14 +1,21 @@
 """Numba kernels: encode trits, decode them, multiply without decoding them.
 
-    encoding   trits to segments
-    chunks     what a chunk of a segment holds: the first stage of all decoding
-    decoding   segments to trits, and to weights
-    products   segments times vectors
+    encode     trits to segments
+    decode     segments to trits, and to weights
+    dot        segments times vectors
+
+and what they are made of:
+
+    scan       the chunks of a segment as lists of non-zeros
+    cursor     the rows and groups of a chunk
+    tables     look-up tables of a dictionary
+    unaligned, simd    memory and vector instructions that Numba lacks
+    jit        how all of it is compiled and cached
 
 Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or
 ``segment * 8 + reason``. None reads or writes outside its arrays whatever the segments hold, given
-that ``lengths`` and ``shortest`` add up to what is in ``segments`` and at least 8 bytes follow.
+that ``lengths`` and ``length_base`` add up to the bytes of ``segments`` and at least 8 more follow.
 
-Numba's cache of a kernel is renewed when the file of that kernel changes: after a change in
-``chunks``, or in ``lanes`` and ``memory`` beside this folder, delete ``__pycache__`` here.
+Kernels take plain tuples and give their elements names inside (``as_segments``, ``as_entries``,
+``Scales``): Numba finds the type of a NamedTuple in Python, 3 microseconds each in every call.
 """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from qmoe_format.codec.kernels.cursor import Scales, for_each_run
+from qmoe_format.codec.kernels.jit import inlined, kernel
 from qmoe_format.codec.kernels.scan import (
     BEYOND_END,
+    CHUNK,
     EIGHT,
     ENDS_EARLY,
     LANE,
@@ -18,76 +22,84 @@ from qmoe_format.codec.kernels.scan import (
     PADDING,
     SEVEN,
     THREE,
+    ZERO,
+    as_entries,
+    as_segments,
     beginning,
+    find_trits,
     first_at,
-    next_chunk,
 )
-from qmoe_format.codec.kernels.unaligned import at, load16, load32
+from qmoe_format.codec.kernels.unaligned import advance, keep, load16, load32, pointer
 
 
-@njit(nogil=True, cache=True)
-def decode_segments(first, last, segments, lengths, shortest, width, in_codeword,
-                    positions, steps, nonzeros, longest, sign_bytes, span,
-                    totals, out):  # fmt: skip
-    """Decode into ``out``, int8, flat; check the segments wholly ([E-9] to [E-12]).
+@kernel
+def decode_segments(first, last, segments, entries, totals, out):
+    """Decode into ``out``, int8, flat; check everything about the segments ([E-9] to [E-12]).
 
-    ``span``: weights of a segment, but for the last one. ``totals`` int64: non-zeros of each one.
+    ``totals`` int64: receives the number of non-zeros of each segment.
     """
-    found = np.empty(LIST_LENGTH, np.uint16)
-    signs = np.empty(LIST_LENGTH, np.int8)
-    behind = beginning(first, lengths, shortest)
+    segments, entries = as_segments(*segments), as_entries(*entries)
+    span = segments.span
+    lists = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    found, signs = pointer(lists[0]), pointer(lists[1])
+    begin = beginning(segments, first)
     for segment in range(first, last):
         target = out[segment * span : (segment + 1) * span]
         target[:] = 0
         weights = np.uint64(target.size)
-        begin = behind
-        behind += shortest + np.uint64(lengths[segment])
-        left = EIGHT * (behind - begin)
-        place = seen = np.uint64(0)
+        data = advance(segments.data, begin)
+        length = segments.length_base + np.uint64(segments.lengths[segment])
+        begin += length
+        left = EIGHT * length
+        place = seen = ZERO
         while place < weights:
-            left, passed, count = next_chunk(
-                segments, begin, left, seen, weights - place, width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs,
-            )  # fmt: skip
-            if passed == 0:
+            limit = min(weights - place, CHUNK)
+            left, passed, count = find_trits(
+                segments, entries, (found, signs), data, left, limit, seen
+            )
+            if passed < limit:
                 return segment * 8 + ENDS_EARLY
-            if count > 0 and place + np.uint64(found[np.int64(count) - 1]) >= weights:
+            if count > 0 and place + np.uint64(found[count - ONE]) >= weights:
                 return segment * 8 + BEYOND_END
             here = target[np.int64(place) :]
-            for j in range(np.int64(count)):
+            for j in range(count):
                 here[np.uint64(found[j])] = signs[j]
             place += passed
             seen += count
         totals[segment] = seen
-        used = np.uint64(0) if in_codeword else seen
+        used = ZERO if segments.signed else seen
         if left - used >= EIGHT:
             return segment * 8 + LEFT_OVER
-        gap = load16(segments, begin + (used >> THREE)) >> (used & SEVEN)
+        gap = load16(data, used >> THREE) >> (used & SEVEN)
         if gap & ((ONE << (left - used)) - ONE):
             return segment * 8 + PADDING
+    keep(lists)
     return OK
 
 
-@njit(nogil=True, cache=True)
-def find_unused_codeword(first, last, segments, lengths, shortest, width, span, weights, steps):
+@kernel
+def find_unused_codeword(first, last, segments, weights, steps):
     """Look for a codeword that the dictionary does not have ([D-5]); ``weights``: of the matrix."""
+    segments = as_segments(*segments)
+    width, span = segments.width, segments.span
     mask = (ONE << width) - ONE
-    behind = beginning(first, lengths, shortest)
+    begin = beginning(segments, first)
     for segment in range(first, last):
-        begin = behind
-        behind += shortest + np.uint64(lengths[segment])
-        left = EIGHT * (behind - begin)
+        data = advance(segments.data, begin)
+        length = segments.length_base + np.uint64(segments.lengths[segment])
+        begin += length
+        left = EIGHT * length
         ahead = min(span, weights - segment * span)
         while ahead > 0 and left >= width:
             left -= width
-            a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & mask
-            if steps[a] == 0:
+            step = steps[(load32(data, left >> THREE) >> (left & SEVEN)) & mask]
+            if step == 0:
                 return segment * 8 + NO_CODEWORD
-            ahead -= np.int64(steps[a] & LANE)
+            ahead -= np.int64(step & LANE)
     return OK
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
     """``out`` float32 [rows, columns]: each trit's value times its column's scale ([V-1], [V-2]).
 
@@ -105,54 +117,60 @@ def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
                 target[c] = value if coded[c] != 0 else np.float32(0)
 
 
-@njit(nogil=True, cache=True)
-def weights_of_segments(first, last, segments, lengths, shortest, width, in_codeword,
-                        positions, steps, nonzeros, longest, sign_bytes, span,
-                        columns, group_size, low_high, column_scale, first_row, out):  # fmt: skip
+class _Target(NamedTuple):
+    """Rows ``first`` to ``first + rows`` of ``weights``, and pointers to what they are made of."""
+
+    low_high: Any
+    column_scale: Any
+    columns: Any
+    groups: Any
+    first: Any
+    rows: Any
+    weights: Any
+
+
+@inlined
+def _write(run, sums, segments, lists, target):
+    found, signs = lists
+    start, stop = np.uint64(run.start), first_at(lists[0], run.start, run.count, run.end)
+    row = run.row - target.first
+    if 0 <= row < target.rows:
+        scale = 2 * (run.row * target.groups + run.group)
+        low, high = target.low_high[scale], target.low_high[scale + 1]
+        place = np.uint64(row * target.columns)
+        for j in range(start, np.uint64(stop)):
+            c = run.column + np.uint64(found[j])
+            target.weights[place + c] = (high if signs[j] > 0 else low) * target.column_scale[c]
+    return sums, stop, run.seen + np.uint64(stop) - start
+
+
+@inlined
+def _finish(total, sums, scales, row, group):
+    return total
+
+
+@inlined
+def _store(out, row, total):
+    pass
+
+
+@kernel
+def weights_of_segments(first, last, segments, entries, scales, column_scale, first_row, out):
     """Weights ([V-1], [V-2]) of as many rows as ``out`` has, float32 [rows, columns], zeroed.
 
-    ``out`` begins at row ``first_row``; the segments may have rows before it and behind its end.
+    ``out`` begins at row ``first_row``; the segments may have rows before it and after its end.
+    ``scales``: low and high, contiguous.
     """
-    found = np.empty(LIST_LENGTH, np.uint16)
-    signs = np.empty(LIST_LENGTH, np.int8)
-    flat = out.reshape(-1)
-    behind = beginning(first, lengths, shortest)
-    for segment in range(first, last):
-        begin = behind
-        behind += shortest + np.uint64(lengths[segment])
-        left = EIGHT * (behind - begin)
-        row = segment * (span // columns)
-        weights = min(span, (low_high.shape[0] - row) * columns)
-        place = np.int64(0)
-        row_start = np.int64(0)
-        group = np.int64(0)
-        seen = np.uint64(0)
-        while place < weights:
-            left, passed, count = next_chunk(
-                segments, begin, left, seen, np.uint64(weights - place), width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs,
-            )  # fmt: skip
-            if passed == 0:
-                return segment * 8 + ENDS_EARLY
-            start = np.int64(0)
-            while row_start < weights:
-                end = row_start + min((group + 1) * group_size, columns) - place
-                stop = first_at(found, start, np.int64(count), end)
-                if first_row <= row < first_row + out.shape[0]:
-                    column = np.uint64(place - row_start)
-                    target = np.uint64((row - first_row) * columns)
-                    low, high = low_high[row, group, 0], low_high[row, group, 1]
-                    for j in range(np.uint64(start), np.uint64(stop)):
-                        c = column + np.uint64(at(found, j))
-                        flat[target + c] = (high if at(signs, j) > 0 else low) * column_scale[c]
-                start = stop
-                if end > np.int64(passed):
-                    break
-                group += 1
-                if group == low_high.shape[1]:
-                    group = 0
-                    row += 1
-                    row_start += columns
-            place += np.int64(passed)
-            seen += count
-    return OK
+    found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    values, columns, _ = scales
+    target = _Target(
+        pointer(values), pointer(column_scale), columns, values.shape[1], first_row, out.shape[0],
+        pointer(out),
+    )  # fmt: skip
+    status = for_each_run(
+        find_trits, _write, _finish, _store, (0,), first, last, as_segments(*segments),
+        as_entries(*entries), Scales(*scales), (pointer(found), pointer(signs)), target, out,
+    )  # fmt: skip
+    keep(found)
+    keep(signs)
+    return status

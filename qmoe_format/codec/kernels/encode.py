@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from qmoe_format.codec.kernels.scan import (
-    EIGHT,
-    ONE,
-    SEVEN,
-    THREE,
-)
-from qmoe_format.codec.kernels.unaligned import at, load64, store64
+from qmoe_format.codec.kernels.jit import kernel
+from qmoe_format.codec.kernels.scan import EIGHT, ONE, SEVEN, THREE
+from qmoe_format.codec.kernels.unaligned import load64, pointer, store64
 
 
-@njit(nogil=True, cache=True)
-def encode_segments(first, last, trits, span, width, in_codeword,
-                    children, codewords, out, lengths, totals):  # fmt: skip
-    """Write segments one after another; return the bytes written.
+@kernel
+def encode_segments(first, last, trits, span, tree, out, lengths, totals):
+    """Write segments one after another.
 
-    ``trits`` int8, flat; ``out`` uint8, zeroed, large enough; ``lengths`` (bytes) and ``totals``
-    (non-zeros) int64, of each segment.
+    Args:
+        trits: int8, flat.
+        span: weights in a segment; the last one may hold fewer.
+        tree: bits in a codeword, whether it contains the signs; children and codewords as in
+            ``Tables``.
+        out: uint8, zeroed, large enough.
+        lengths: int64, receives the bytes of each segment.
+        totals: int64, receives the non-zeros of each segment.
+
+    Returns:
+        Bytes written.
     """
+    width, signed, inner, codewords = tree
+    children, out = pointer(inner), pointer(out)
     codes = np.empty(span + 1, np.uint16)
     written = np.int64(0)
     for segment in range(first, last):
@@ -39,23 +44,23 @@ def encode_segments(first, last, trits, span, width, in_codeword,
                 in_entry += ONE
                 word |= negative << (seen & np.uint64(63))
                 seen += ONE
-                if not in_codeword and seen & np.uint64(63) == 0:
+                if not signed and seen & np.uint64(63) == 0:
                     store64(out, np.uint64(written) + (seen >> THREE) - EIGHT, word)
                     word = np.uint64(0)
-            node = np.int64(at(children, np.uint64(2 * node + (trit != 0))))
+            node = np.int64(children[2 * node + (trit != 0)])
             if node < 0:
                 code = codewords[~node]
-                codes[count] = code + np.uint16(signs) if in_codeword else code
+                codes[count] = code + np.uint16(signs) if signed else code
                 count += 1
                 node = 0
                 signs = in_entry = np.uint64(0)
         if node != 0:  # the segment ends within an entry: finish it with zeros [E-10]
             while node >= 0:
-                node = np.int64(at(children, np.uint64(2 * node)))
+                node = np.int64(children[2 * node])
             code = codewords[~node]
-            codes[count] = code + np.uint16(signs) if in_codeword else code
+            codes[count] = code + np.uint16(signs) if signed else code
             count += 1
-        sign_bits = np.int64(0) if in_codeword else np.int64(seen)
+        sign_bits = np.int64(0) if signed else np.int64(seen)
         if sign_bits & 63:
             store64(out, np.uint64(written) + (seen >> np.uint64(6)) * EIGHT, word)
         length = (count * width + sign_bits + 7) // 8

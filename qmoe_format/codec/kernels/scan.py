@@ -1,4 +1,4 @@
-"""Chunks of a segment as lists of non-zeros, and what all kernels that decode have in common.
+"""The chunks of a segment as lists of non-zeros: the first stage of all kernels that decode.
 
 Decoding a segment (SPEC.md section 7.2) has two stages that a superscalar core can run ahead in,
 instead of one that decides weight by weight:
@@ -20,13 +20,13 @@ a segment, at most ``CHUNK`` weights, so that they stay in the first-level cache
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from qmoe_format.codec.kernels.unaligned import at, load16, load32, load64, store64
+from qmoe_format.codec.kernels.jit import inlined
+from qmoe_format.codec.kernels.unaligned import load16, load32, load64, pointer, store64
 
 OK = -1
 ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
@@ -50,126 +50,161 @@ def _sign_bytes() -> npt.NDArray[np.uint64]:
 SIGN_BYTES = _sign_bytes()
 
 
-@njit(nogil=True, forceinline=True)
+class Segments(NamedTuple):
+    """The segments of a matrix.
+
+    Attributes:
+        data: pointer to the bytes of all segments and at least 8 more.
+        lengths: bytes of each segment above ``length_base``.
+        length_base: uint64.
+        width: uint64, bits in a codeword.
+        signed: whether codewords contain the signs, which otherwise follow separately.
+        span: weights in a segment; the last one may hold fewer.
+    """
+
+    data: Any
+    lengths: Any
+    length_base: Any
+    width: Any
+    signed: Any
+    span: Any
+
+
+class Entries(NamedTuple):
+    """What each codeword stands for: pointers to the arrays of ``Tables``.
+
+    Attributes:
+        words: words of positions per entry.
+        longest: uint64, weights of the longest entry.
+    """
+
+    positions: Any
+    words: Any
+    steps: Any
+    nonzeros: Any
+    longest: Any
+
+
+@inlined
+def as_segments(data, lengths, length_base, width, signed, span):
+    return Segments(pointer(data), lengths, length_base, width, signed, span)
+
+
+@inlined
+def as_entries(positions, steps, nonzeros, longest):
+    words = positions.shape[1]
+    return Entries(pointer(positions), words, pointer(steps), pointer(nonzeros), longest)
+
+
+@inlined
+def beginning(segments, segment):
+    """The byte at which a segment begins."""
+    begin = np.uint64(segment) * segments.length_base
+    for before in range(segment):
+        begin += np.uint64(segments.lengths[before])
+    return begin
+
+
+@inlined
 def _take_1(found, count, place, positions, codeword):
     """Append the positions of ``codeword``'s non-zeros, at most four of them."""
-    store64(found, TWO * count, at(positions, codeword) + place)
+    store64(found, TWO * count, positions[codeword] + place)
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def _take_2(found, count, place, positions, codeword):
     """The same for entries of up to eight non-zeros."""
-    store64(found, TWO * count, at(positions, TWO * codeword) + place)
-    store64(found, TWO * count + EIGHT, at(positions, TWO * codeword + ONE) + place)
+    store64(found, TWO * count, positions[TWO * codeword] + place)
+    store64(found, TWO * count + EIGHT, positions[TWO * codeword + ONE] + place)
 
 
-@njit(nogil=True, forceinline=True)
+@inlined
 def _take_4(found, count, place, positions, codeword):
     """The same for entries of up to sixteen."""
     _take_2(found, count, place, positions, TWO * codeword)
     _take_2(found, count + EIGHT, place, positions, TWO * codeword + ONE)
 
 
-def _make_scan(take: Any) -> Any:
-    # One function for each number of words: a choice within the loop, even one that always falls
-    # the same way, makes Numba count references there, at ten times the cost of all the rest.
-
-    @njit(nogil=True, forceinline=True)
-    def scan(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
-        """Append the positions of codewords to ``found`` until ``limit`` weights are passed.
-
-        ``left``: bits of the segment not yet read, from ``begin`` up. Returns what is left then,
-        the weights passed, and the number of positions.
-        """
-        mask = (ONE << width) - ONE
-        place = count = np.uint64(0)  # place: weights passed, in all four lanes
-        # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
-        three, two = THREE * width, TWO * width
-        safe = limit - THREE * longest if limit > THREE * longest else np.uint64(0)
-        while place & LANE < safe and left >= three:
-            left -= three
-            bits = load64(segments, begin + (left >> THREE)) >> (left & SEVEN)
-            a, b, c = (bits >> two) & mask, (bits >> width) & mask, bits & mask
-            take(found, count, place, positions, a)
-            count += np.uint64(at(nonzeros, a))
-            place += at(steps, a)
-            take(found, count, place, positions, b)
-            count += np.uint64(at(nonzeros, b))
-            place += at(steps, b)
-            take(found, count, place, positions, c)
-            count += np.uint64(at(nonzeros, c))
-            place += at(steps, c)
-        while place & LANE < limit and left >= width:
-            left -= width
-            a = (load32(segments, begin + (left >> THREE)) >> (left & SEVEN)) & mask
-            take(found, count, place, positions, a)
-            count += np.uint64(at(nonzeros, a))
-            place += at(steps, a)
-        return left, place & LANE, count
-
-    return scan
+@inlined
+def _scan(take, width, entries, found, data, left, limit):
+    positions, steps, nonzeros = entries.positions, entries.steps, entries.nonzeros
+    mask = (ONE << width) - ONE
+    place = count = ZERO  # place: weights passed, in all four lanes
+    # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
+    three, two = THREE * width, TWO * width
+    longest = THREE * entries.longest
+    safe = limit - longest if limit > longest else ZERO
+    while place & LANE < safe and left >= three:
+        left -= three
+        bits = load64(data, left >> THREE) >> (left & SEVEN)
+        a, b, c = (bits >> two) & mask, (bits >> width) & mask, bits & mask
+        take(found, count, place, positions, a)
+        count += np.uint64(nonzeros[a])
+        place += steps[a]
+        take(found, count, place, positions, b)
+        count += np.uint64(nonzeros[b])
+        place += steps[b]
+        take(found, count, place, positions, c)
+        count += np.uint64(nonzeros[c])
+        place += steps[c]
+    while place & LANE < limit and left >= width:
+        left -= width
+        a = (load32(data, left >> THREE) >> (left & SEVEN)) & mask
+        take(found, count, place, positions, a)
+        count += np.uint64(nonzeros[a])
+        place += steps[a]
+    return left, place & LANE, count
 
 
-_scan_1, _scan_2, _scan_4 = _make_scan(_take_1), _make_scan(_take_2), _make_scan(_take_4)
+@inlined
+def find_positions(segments, entries, found, data, left, limit, seen):
+    """List the positions of non-zeros in ``found`` until ``limit`` weights are passed.
 
+    Args:
+        data: pointer to the bytes of a segment.
+        left: bits of it that are not yet read; codewords are read from the end.
+        seen: signs of it that belong to earlier chunks.
 
-@njit(nogil=True, forceinline=True)
-def find_positions(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found):
-    words = positions.shape[1]
-    if words == 1:
-        return _scan_1(
-            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-        )
-    if words == 2:
-        return _scan_2(
-            segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-        )
-    return _scan_4(segments, begin, left, limit, width, positions, steps, nonzeros, longest, found)
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def next_chunk(segments, begin, left, seen, ahead, width, in_codeword,
-                positions, steps, nonzeros, longest, sign_bytes, found, signs):  # fmt: skip
-    """Fill ``found`` and ``signs`` with the next chunk of a segment; ``ahead``: weights to come.
-
-    ``seen``: signs used before. Returns bits left, weights passed (0: the segment ends early),
-    number of non-zeros.
+    Returns:
+        Bits left then, weights passed (below ``limit`` if the segment ends early; 0 if it has fewer
+        signs than non-zeros), number of positions.
     """
-    limit = min(ahead, CHUNK)
-    left, passed, count = find_positions(
-        segments, begin, left, limit, width, positions, steps, nonzeros, longest, found
-    )
-    if passed < limit:
-        return left, np.uint64(0), count
-    if in_codeword:
-        for j in range(np.int64(count)):
-            signs[j] = 1 - 2 * np.int8(found[j] >> 15)
-            found[j] &= POSITION
-        return left, passed, count
-    if seen + count > left:
-        return left, np.uint64(0), count
-    j = np.uint64(0)
-    while j < count:
-        bits = load16(segments, begin + ((seen + j) >> THREE)) >> (seen & SEVEN)
-        store64(signs, j, at(sign_bytes, bits & np.uint64(255)))
-        j += EIGHT
+    # A choice made here, not for each codeword.
+    if entries.words == 1:
+        left, passed, count = _scan(_take_1, segments.width, entries, found, data, left, limit)
+    elif entries.words == 2:
+        left, passed, count = _scan(_take_2, segments.width, entries, found, data, left, limit)
+    else:
+        left, passed, count = _scan(_take_4, segments.width, entries, found, data, left, limit)
+    if not segments.signed and seen + count > left:
+        passed = ZERO
     return left, passed, count
 
 
-@njit(nogil=True, forceinline=True)
-def beginning(segment, lengths, shortest):
-    """Where a segment begins, in bytes; ``lengths`` are those above the ``shortest``."""
-    begin = np.uint64(segment) * shortest
-    for before in range(segment):
-        begin += np.uint64(lengths[before])
-    return begin
+@inlined
+def find_trits(segments, entries, lists, data, left, limit, seen):
+    """``find_positions``, and a second list with the signs of the non-zeros."""
+    found, signs = lists
+    left, passed, count = find_positions(segments, entries, found, data, left, limit, seen)
+    if segments.signed:
+        for j in range(count):
+            signs[j] = 1 - 2 * np.int8(found[j] >> 15)
+            found[j] &= POSITION
+    elif passed > 0:
+        sign_bytes = pointer(SIGN_BYTES)
+        j = ZERO
+        while j < count:
+            bits = load16(data, (seen + j) >> THREE) >> (seen & SEVEN)
+            store64(signs, j, sign_bytes[bits & np.uint64(255)])
+            j += EIGHT
+    return left, passed, count
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@inlined
 def first_at(found, start, stop, place):
     """The first of ``found[start:stop]``, which ascend, that is not below ``place``."""
     count = stop - start
-    while count > 0:  # no branch on data: where a row ends cannot be foretold
+    while count > 0:  # without a branch on data: where a row ends is unpredictable
         half = (count + 1) >> 1
         start += half * (np.int64(found[start + half - 1] & POSITION) < place)
         count >>= 1

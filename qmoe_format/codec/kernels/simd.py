@@ -1,7 +1,7 @@
-"""Vectors of 16 float32 for Numba kernels, added to where the bits of a mask say so.
+"""Vectors of 16 float32 for Numba kernels, added to where the bits of a mask are set.
 
-Numba has no vectors of its own, and what LLVM makes of a loop over bits is slow; on AVX-512 each
-call here is one or two instructions. Elsewhere LLVM takes what there is.
+Numba has no vector type, and what LLVM makes of a loop over bits is slow; on AVX-512 each function
+here is one or two instructions. Elsewhere LLVM emulates them with what there is.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 _WORD = ir.IntType(64)
 
 
-def has_avx512() -> bool:
-    """Whether kernels are compiled for a processor with AVX-512 (and BMI2, as all of them)."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return "+avx512f" in features and "+bmi2" in features
+def cpu_has(*features: str) -> bool:
+    """Whether kernels are compiled for a processor with all of LLVM's ``features``."""
+    available = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return all(f"+{feature}" in available for feature in features)
 
 
-class Lanes(types.Type):  # type: ignore[misc]
-    """The type of such a vector."""
-
+class _Vector(types.Type):  # type: ignore[misc]
     def __init__(self) -> None:
-        super().__init__("Lanes")
+        super().__init__("Float32x16")
 
 
-lanes = Lanes()
+vector = _Vector()
 
 
-@register_model(Lanes)
+@register_model(_Vector)
 class _Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, of: Any) -> None:
         super().__init__(manager, of, _VECTOR)
@@ -47,34 +45,46 @@ def _splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
 
+def _mask(builder: Any, bits: Any) -> Any:
+    kind = ir.VectorType(ir.IntType(1), WIDTH)
+    return builder.bitcast(builder.trunc(bits, ir.IntType(WIDTH)), kind)
+
+
+def _load(builder: Any, element: Any, values: Any, start: Any) -> Any:
+    address = builder.bitcast(
+        builder.gep(values, [start]), ir.VectorType(element, WIDTH).as_pointer()
+    )
+    loaded = builder.load(address)
+    loaded.align = 2 if element == ir.IntType(16) else 4
+    return loaded
+
+
 @intrinsic
-def zero_lanes(typing_context: Any) -> Any:
+def zero_vector(typing_context: Any) -> Any:
     """Sixteen zeros."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.Constant(_VECTOR, [0.0] * WIDTH)
 
-    return lanes(), generate
+    return vector(), generate
 
 
 @intrinsic
 def gather(typing_context: Any, values: Any, base: Any, indices: Any, start: Any, bits: Any) -> Any:
     """``values[base + i]`` for the low 15 bits i of ``indices[start : start + 16]``, uint16.
 
-    Only where ``bits`` say so, though all sixteen indices are read; ``base`` may be before the
-    array.
+    Reads only the values whose bit is set, but all sixteen indices; ``base`` may be negative.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, base, indices, start, bits = args
-        data = context.make_array(signature.args[0])(context, builder, values).data
-        short = _load_short(context, builder, signature.args[2], indices, start)
+        short = _load(builder, ir.IntType(16), indices, start)
         low = builder.and_(short, ir.Constant(short.type, [0x7FFF] * WIDTH))
         wide = builder.zext(low, ir.VectorType(_WORD, WIDTH))
-        # llvmlite lets a vector of pointers be made only by hand.
-        pointers = builder.gep(builder.gep(data, [base]), [_WORD(0)])
+        # llvmlite has no gep that makes a vector of pointers.
+        pointers = builder.gep(builder.gep(values, [base]), [_WORD(0)])
         pointers.indices[0] = wide
-        pointers.type = ir.VectorType(data.type, WIDTH)
+        pointers.type = ir.VectorType(values.type, WIDTH)
         mask = _mask(builder, bits)
         kind = ir.FunctionType(_VECTOR, [pointers.type, ir.IntType(32), mask.type, _VECTOR])
         call = cgutils.get_or_insert_function(
@@ -83,7 +93,7 @@ def gather(typing_context: Any, values: Any, base: Any, indices: Any, start: Any
         zeros = ir.Constant(_VECTOR, [0.0] * WIDTH)
         return builder.call(call, [pointers, ir.IntType(32)(4), mask, zeros])
 
-    return lanes(values, types.uint64, indices, types.uint64, types.uint64), generate
+    return vector(values, types.uint64, indices, types.uint64, types.uint64), generate
 
 
 @intrinsic
@@ -91,80 +101,63 @@ def high_bits(typing_context: Any, indices: Any, start: Any) -> Any:
     """The highest bits of ``indices[start : start + 16]``, uint16, as 16 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        short = _load_short(context, builder, signature.args[0], args[0], args[1])
+        short = _load(builder, ir.IntType(16), *args)
         negative = builder.icmp_signed("<", short, ir.Constant(short.type, [0] * WIDTH))
         return builder.zext(builder.bitcast(negative, ir.IntType(WIDTH)), _WORD)
 
     return types.uint64(indices, types.uint64), generate
 
 
-def _load_short(context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    vector = ir.VectorType(ir.IntType(16), WIDTH)
-    loaded = builder.load(builder.bitcast(builder.gep(data, [start]), vector.as_pointer()))
-    loaded.align = 2
-    return loaded
+@intrinsic
+def add_masked(typing_context: Any, sums: Any, addend: Any, bits: Any) -> Any:
+    """``sums``, plus ``addend`` where the bit is set."""
 
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, addend, bits = args
+        return builder.select(_mask(builder, bits), builder.fadd(sums, addend), sums)
 
-def _mask(builder: Any, bits: Any) -> Any:
-    return builder.bitcast(
-        builder.trunc(bits, ir.IntType(WIDTH)), ir.VectorType(ir.IntType(1), WIDTH)
-    )
+    return vector(sums, addend, types.uint64), generate
 
 
 @intrinsic
-def add_lanes(typing_context: Any, sums: Any, others: Any, bits: Any) -> Any:
-    """``sums`` plus ``others`` in the lanes whose bit is set."""
+def add_loaded(typing_context: Any, sums: Any, values: Any, start: Any, bits: Any) -> Any:
+    """``sums``, plus ``values[start : start + 16]`` where the bit is set; reads all sixteen."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(_mask(builder, args[2]), builder.fadd(args[0], args[1]), args[0])
+        sums, values, start, bits = args
+        addend = _load(builder, ir.FloatType(), values, start)
+        return builder.select(_mask(builder, bits), builder.fadd(sums, addend), sums)
 
-    return lanes(sums, others, types.uint64), generate
+    return vector(sums, values, types.uint64, types.uint64), generate
 
 
 @intrinsic
-def add_where(typing_context: Any, sums: Any, bits: Any, values: Any, start: Any) -> Any:
-    """``sums`` plus ``values[start : start + 16]`` in the lanes whose bit of ``bits`` is set.
-
-    All sixteen values are read, whatever the bits.
-    """
+def add_scaled(typing_context: Any, sums: Any, addend: Any, factor: Any) -> Any:
+    """``sums + addend * factor``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[2])(context, builder, args[2]).data
-        source = builder.load(builder.bitcast(builder.gep(data, [args[3]]), _VECTOR.as_pointer()))
-        source.align = 4
-        return builder.select(_mask(builder, args[1]), builder.fadd(args[0], source), args[0])
+        scaled = builder.fmul(args[1], _splat(builder, args[2]), flags=("contract",))
+        return builder.fadd(args[0], scaled, flags=("contract",))
 
-    return lanes(sums, types.uint64, values, types.uint64), generate
+    return vector(sums, addend, types.float32), generate
 
 
 @intrinsic
-def add_scaled(typing_context: Any, sums: Any, others: Any, factor: Any) -> Any:
-    """``sums + others * factor``."""
+def store_vector(typing_context: Any, values: Any, start: Any, sums: Any) -> Any:
+    """``values[start : start + 16] = sums``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        product = builder.fmul(args[1], _splat(builder, args[2]), flags=("contract",))
-        return builder.fadd(args[0], product, flags=("contract",))
-
-    return lanes(sums, others, types.float32), generate
-
-
-@intrinsic
-def store_lanes(typing_context: Any, array: Any, start: Any, sums: Any) -> Any:
-    """``array[start : start + 16] = sums``, flat."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        target = builder.bitcast(builder.gep(data, [args[1]]), _VECTOR.as_pointer())
-        builder.store(args[2], target).align = 4
+        values, start, sums = args
+        address = builder.bitcast(builder.gep(values, [start]), _VECTOR.as_pointer())
+        builder.store(sums, address).align = 4
         return context.get_dummy_value()
 
-    return types.void(array, types.uint64, sums), generate
+    return types.void(values, types.uint64, sums), generate
 
 
 @intrinsic
-def lane_sum(typing_context: Any, sums: Any) -> Any:
-    """All sixteen together, float32."""
+def vector_sum(typing_context: Any, sums: Any) -> Any:
+    """The sum of all sixteen elements, float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _VECTOR])
@@ -191,7 +184,7 @@ def as_float32(typing_context: Any, scale: Any) -> Any:
 
 
 @intrinsic
-def ones(typing_context: Any, word: Any) -> Any:
+def popcount(typing_context: Any, word: Any) -> Any:
     """How many bits of a uint64 are set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -202,10 +195,7 @@ def ones(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def deposit(typing_context: Any, bits: Any, mask: Any) -> Any:
-    """The lowest of ``bits``, one after the other, at the places where ``mask`` has ones.
-
-    An instruction of x86 (BMI2).
-    """
+    """The lowest of ``bits``, one after another, where ``mask`` has ones; needs x86's BMI2."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_WORD, [_WORD, _WORD])

@@ -22,8 +22,9 @@ from qmoe_format.codec import (
     matvec,
     matvecs,
 )
-from qmoe_format.codec.kernels import dot as product_kernels
-from qmoe_format.codec.tables import tables
+from qmoe_format.codec.kernels.simd import cpu_has
+from qmoe_format.codec.multiply import matvec_call
+from qmoe_format.codec.segments import run_all
 from qmoe_format.dtypes import STORAGE, from_float32, to_float32
 from qmoe_format.errors import QMoEError
 
@@ -139,19 +140,14 @@ def test_rows_that_there_are_not() -> None:
         assert error.value.code == "argument"
 
 
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("signs", ["plane", "codeword"])
 @pytest.mark.parametrize("group_size", [0, 7, 100])
-def test_both_ways_of_short_entries(
-    masks: bool, signs: str, group_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_kernels_of_short_entries(dense: bool, signs: str, group_size: int) -> None:
     """Segments of several rows and of several chunks; a last one of fewer rows."""
-    if masks and not product_kernels.HAS_MASKS:
-        pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(product_kernels, "HAS_MASKS", masks)
-    chosen = dictionary(0.5, 12, signs)
-    assert tables(chosen).masks.size
-    for rows, columns, together in ((11, 333, 4), (3, 40_001, 2)):
+    if dense and not cpu_has("bmi2"):
+        pytest.skip("this processor has no BMI2")
+    for rows, columns, rows_per_segment in ((11, 333, 4), (3, 40_001, 2)):
         groups = -(-columns // group_size) if group_size else 1
         scale = np.random.default_rng(0).standard_normal((rows, groups, 2)).astype(np.float32)
         matrix = encode_matrix(
@@ -159,11 +155,15 @@ def test_both_ways_of_short_entries(
             scale,
             scale_dtype="F32",
             group_size=group_size,
-            dictionary=chosen,
-            rows_per_segment=together,
+            dictionary=dictionary(0.5, 12, signs),
+            rows_per_segment=rows_per_segment,
         )
         x = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
-        assert within_tolerance(matrix, x, matvec(matrix, x[0])[None])
+        y = np.empty((1, rows), np.float32)
+        call = matvec_call(matrix, x[0], y[0], dense)
+        assert call[0].__name__ == ("dot_dense" if dense else "dot_sparse")
+        run_all([call], threads=2)
+        assert within_tolerance(matrix, x, y)
 
 
 def test_several_products_at_once() -> None:

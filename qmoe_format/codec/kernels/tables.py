@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from qmoe_format.codec.dictionary import Dictionary
+from qmoe_format.codec.kernels.jit import kernel
+
+if TYPE_CHECKING:
+    from qmoe_format.codec.dictionary import Dictionary
 
 # A step of one weight in each of the four 16-bit lanes of a word of positions.
 LANES = np.uint64(0x0001_0001_0001_0001)
@@ -23,26 +26,35 @@ MASK_LENGTH = 18
 class Tables:
     """What encoder and decoder look up; 2^w codewords, n inner nodes.
 
-    ``positions``  uint64 [2^w, words]: where the entry's non-zeros are, four 16-bit lanes a word,
-                   bit 15 of a lane set where the sign is part of the codeword and negative
-    ``steps``      uint64 [2^w]: the entry's length in all four lanes; 0 for an unused codeword
-    ``nonzeros``   uint8 [2^w]
-    ``masks``      uint32 [2^w]: a bit for each non-zero, and the entry's length from bit
-                   ``MASK_LENGTH`` up; empty if there are longer entries
-    ``negative``   uint32 [2^w]: the same with bits of those non-zeros only whose sign is part of
-                   the codeword and negative
-    ``children``   int32 [n, 2]: inner node after a zero / a non-zero, or ``~leaf``
-    ``codewords``  uint16 [leaves]: a leaf's first codeword
+    Attributes:
+        positions: uint64 [2^w, words], where the entry's non-zeros are, four 16-bit lanes a word;
+            bit 15 of a lane is set where the sign is part of the codeword and negative.
+        steps: uint64 [2^w], the entry's length in all four lanes; 0 for an unused codeword.
+        nonzeros: uint8 [2^w].
+        longest: the length of the longest entry.
+        masks: uint32 [2^w], a bit for each non-zero, and the entry's length from bit
+            ``MASK_LENGTH`` up; empty if there are longer entries.
+        negative: uint32 [2^w], the same with bits only for those non-zeros whose sign is part of
+            the codeword and negative.
+        children: int32 [n, 2], the inner node after a zero / a non-zero, or ``~leaf``.
+        codewords: uint16 [leaves], a leaf's first codeword.
+        used: number of codewords that stand for something.
     """
 
     positions: npt.NDArray[np.uint64]
     steps: npt.NDArray[np.uint64]
     nonzeros: npt.NDArray[np.uint8]
+    longest: np.uint64
     masks: npt.NDArray[np.uint32]
     negative: npt.NDArray[np.uint32]
     children: npt.NDArray[np.int32]
     codewords: npt.NDArray[np.uint16]
     used: int
+
+    @property
+    def entries(self) -> tuple[Any, ...]:
+        """What kernels take to list the positions of non-zeros."""
+        return self.positions, self.steps, self.nonzeros, self.longest
 
 
 @lru_cache(maxsize=64)
@@ -56,11 +68,11 @@ def tables(dictionary: Dictionary) -> Tables:
     nonzeros = np.zeros(size, np.uint8)
     children = np.zeros((size, 2), np.int32)
     codewords = np.zeros(size, np.uint16)
-    in_codeword = dictionary.signs == "codeword"
-    inner, used = _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords)
+    signed = dictionary.signs == "codeword"
+    inner, used = _fill(bits, signed, positions, steps, nonzeros, children, codewords)
     return Tables(
-        positions, steps, nonzeros, *_masks(positions, steps, nonzeros),
-        children[:inner], codewords[: inner + 1], used,
+        positions, steps, nonzeros, np.uint64(dictionary.max_length),
+        *_masks(positions, steps, nonzeros), children[:inner], codewords[: inner + 1], used,
     )  # fmt: skip
 
 
@@ -82,8 +94,8 @@ def _masks(
     return masks, negative
 
 
-@njit(cache=True)
-def _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords):
+@kernel
+def _fill(bits, signed, positions, steps, nonzeros, children, codewords):
     # The path from the root is the entry so far: its length, and where its non-zeros are.
     path = np.zeros(256, np.int64)  # inner node at each depth
     second = np.zeros(256, np.uint8)  # 1: the path went on to the second child there
@@ -102,7 +114,7 @@ def _fill(bits, in_codeword, positions, steps, nonzeros, children, codewords):
         count = 0
         for c in range(depth):
             count += second[c]
-        owned = 1 << count if in_codeword else 1
+        owned = 1 << count if signed else 1
         codewords[leaf] = code
         for signs in range(owned):
             steps[code + signs] = np.uint64(depth) * LANES
