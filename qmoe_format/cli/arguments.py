@@ -66,21 +66,14 @@ def add_text_options(to: argparse._ActionsContainer) -> None:
         "texts that have a target are truncated",
     )
     to.add_argument(
-        "--samples",
-        type=positive_integer,
-        metavar="N",
-        help="number of sequences to choose at random (default: all)",
+        "--samples", type=positive_integer, metavar="N", help="sequences to use (default: all)"
     )
-    to.add_argument(
-        "--seed", type=natural_number, metavar="N", help="seed of random choices (default: 0)"
-    )
+    to.add_argument("--seed", type=natural_number, metavar="N", help="default: 0")
 
 
 def add_model_options(to: argparse._ActionsContainer) -> None:
     """Where and in which data type a model computes."""
-    to.add_argument(
-        "--device", default="cpu", metavar="NAME", help="torch device, such as cuda (default: cpu)"
-    )
+    to.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
     to.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format import container
 from qmoe_format.checkpoints import FAMILIES
 from qmoe_format.cli.arguments import (
     Commands,
@@ -20,7 +19,6 @@ from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import summary
 from qmoe_format.codec import PROFILES
-from qmoe_format.container.inspection import describe
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import RECIPES
 
@@ -67,14 +65,9 @@ def add_parser(commands: Commands) -> None:
         "--shard-size",
         type=parse_size,
         metavar="SIZE",
-        help="start another file after this many bytes, such as 5GB (default: a single file)",
+        help="write several files of about this size, such as 5GB (default: one file)",
     )
-    parser.add_argument(
-        "--threads",
-        type=positive_integer,
-        metavar="N",
-        help="number of threads (default: all cores)",
-    )
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="default: all cores")
     parser.add_argument(
         "--force",
         action="store_true",
@@ -97,8 +90,7 @@ def add_parser(commands: Commands) -> None:
         "--mask-special-tokens",
         action="store_true",
         default=None,
-        help="leave special tokens (sentinels, ends of sequences) out of the Hessians, as QMoE "
-        "does",
+        help="exclude special tokens (such as sentinels) from the Hessians, as QMoE does",
     )
     size = group.add_mutually_exclusive_group()
     size.add_argument(
@@ -115,12 +107,14 @@ def add_parser(commands: Commands) -> None:
         help="instead of a target size: the error that one more bit must remove, relative to the "
         "output of a typical expert (default: 0.05)",
     )
-    group.add_argument("--device", metavar="NAME", help="torch device, such as cuda (default: cpu)")
+    group.add_argument("--device", metavar="NAME", help="such as cuda (default: cpu)")
     group.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    from qmoe_format import container
+    from qmoe_format.container.inspection import describe
     from qmoe_format.conversion import convert
 
     calibration = _calibration(options)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import textwrap
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qmoe_format import container
 from qmoe_format.cli import models
 from qmoe_format.cli.arguments import Commands
 from qmoe_format.cli.formatting import size
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import quality_tables, summary, tensor_table
-from qmoe_format.container.inspection import describe
 from qmoe_format.errors import QMoEError
 
 BITS = 1.0  # per weight, scales included: the experts are so narrow that these alone take 0.2
@@ -34,12 +30,18 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from importlib import resources
+
     models.require_transformers()
     with resources.as_file(resources.files("qmoe_format") / "demo") as folder:
         _demo(folder)
 
 
 def _demo(source: Path) -> None:
+    import tempfile
+
+    from qmoe_format import container
+    from qmoe_format.container.inspection import describe
     from qmoe_format.conversion import Calibration, convert
     from qmoe_format.conversion.report import read_report
 

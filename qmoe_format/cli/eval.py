@@ -30,11 +30,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help="a .jsonl, .txt or .parquet file",
+        "--text", type=Path, metavar="FILE", required=True, help="a .jsonl, .txt or .parquet file"
     )
     parser.add_argument(
         "--against",

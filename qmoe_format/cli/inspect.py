@@ -6,10 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from qmoe_format import container
 from qmoe_format.cli.arguments import Commands
 from qmoe_format.cli.tables import quality_tables, summary, tensor_table
-from qmoe_format.container.inspection import describe
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,15 +20,15 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument(
-        "--quality",
-        action="store_true",
-        help="show the error of each expert on its calibration tokens",
+        "--quality", action="store_true", help="show the error of each expert on calibration text"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    from qmoe_format import container
+    from qmoe_format.container.inspection import describe
     from qmoe_format.conversion.report import read_report
 
     with container.open(options.file, memory_map=False) as file:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qmoe_format import container
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import require
 
@@ -49,6 +48,7 @@ def check_original(folder: Path, path: Path) -> None:
     advice = "give the original checkpoint"
     if not folder.is_dir():
         raise QMoEError("not-found", f"{folder}: no such folder", advice)
+    from qmoe_format import container
     from qmoe_format.checkpoints import open_checkpoint
 
     with container.open(path) as file, open_checkpoint(folder) as checkpoint:

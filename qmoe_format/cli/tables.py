@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qmoe_format.cli.formatting import count, size, table
-from qmoe_format.container.inspection import PartReport, Report, TensorReport
 
 if TYPE_CHECKING:
+    from qmoe_format.container.inspection import PartReport, Report, TensorReport
     from qmoe_format.conversion.report import Quality, StackQuality
 
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
@@ -23,15 +23,14 @@ def tensor_table(description: Report, *, compressed_only: bool = False) -> list[
 
 
 def _row(tensor: TensorReport) -> Sequence[str]:
-    bits, zeros = tensor["total_bits_per_weight"], tensor["zero_fraction"]
     return (
         tensor["name"],
         tensor["encoding"],
         tensor["dtype"],
         " × ".join(map(str, tensor["shape"])) or "scalar",
         size(tensor["bytes"]),
-        "" if bits is None else f"{bits:.3f}",
-        "" if zeros is None else f"{zeros:.1%}",
+        _optional("{:.3f}", tensor["total_bits_per_weight"]),
+        _optional("{:.1%}", tensor["zero_fraction"]),
     )
 
 
@@ -90,17 +89,19 @@ def summary(description: Report) -> list[str]:
         ("everything else", totals["others"]),
         ("whole file", totals["file"]),
     ]
-    rows = []
-    for label, part in parts:
-        ratio, bits = part["ratio"], part["total_bits_per_weight"]
-        rows.append(
-            (
-                label,
-                count(part["weights"]),
-                size(part["bf16_bytes"]),
-                size(part["bytes"]),
-                "" if ratio is None else f"{ratio:.2f}×",
-                "" if bits is None else f"{bits:.3f}",
-            )
+    rows = [
+        (
+            label,
+            count(part["weights"]),
+            size(part["bf16_bytes"]),
+            size(part["bytes"]),
+            _optional("{:.2f}×", part["ratio"]),
+            _optional("{:.3f}", part["total_bits_per_weight"]),
         )
+        for label, part in parts
+    ]
     return table(("", "weights", "in bf16", "stored", "smaller", "bits/weight"), rows, left=1)
+
+
+def _optional(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)

@@ -20,11 +20,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
     parser.add_argument(
-        "--shard-size",
-        type=parse_size,
-        default="5GB",
-        metavar="SIZE",
-        help="size of each safetensors file (default: 5GB)",
+        "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB"
     )
     parser.add_argument(
         "--compressed",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qmoe_format import container
 from qmoe_format.cli.arguments import Commands
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.machine import cores
@@ -23,6 +22,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from qmoe_format import container
+
     # With a memory map, a file that is truncated meanwhile would kill the process.
     with (
         container.open(options.file, memory_map=False) as file,

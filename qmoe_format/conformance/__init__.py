@@ -1,7 +1,8 @@
-"""What another implementation of the format is held against.
+"""The conformance suite of the file format.
 
-- ``vectors/`` and ``manifest.json``: small files, good and bad, and what a reader has to say.
+- ``vectors/`` and ``manifest.json``: small files, valid and invalid, and what a reader must answer.
 - ``second_reader.py``: a reader in plain Python, written from SPEC.md alone.
-- ``tools/conformance_vectors`` in the repository writes vectors and manifest.
-- ``runner.py``: ``python -m qmoe_format.conformance [--reader CMD ...]`` tries a reader on them.
+- ``runner.py``: ``python -m qmoe_format.conformance [--reader CMD ...]`` runs a reader on them.
+
+``tools/conformance_vectors`` in the repository generates vectors and manifest.
 """

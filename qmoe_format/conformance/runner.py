@@ -1,11 +1,11 @@
-"""Try a reader on all conformance vectors.
+"""Run a reader on all conformance vectors.
 
     python -m qmoe_format.conformance                       the package and the second reader
     python -m qmoe_format.conformance --reader CMD [ARG...] a reader program, in any language
 
 A program is started as ``CMD ARG... FILE``. It verifies the whole file and either prints its
-contents as JSON, in the form of the manifest, and exits with 0, or prints a line that
-begins with ``error[CODE]`` and exits with 1.
+contents as JSON, in the form of the manifest, and exits with 0, or prints a line that starts with
+``error[CODE]`` and exits with 1.
 """
 
 from __future__ import annotations
@@ -26,21 +26,30 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A line of the manifest."""
+    """A line of the manifest.
+
+    Attributes:
+        path: the file to open.
+        requirements: those of SPEC.md that it tests.
+        outcome: ``accept``, or ``reject:CODE``.
+        stage: when the defect of a rejected file is found: ``open`` or ``verify``; otherwise None.
+        contents: what an accepted file contains; otherwise None.
+        sha256: of each file, in hexadecimal.
+    """
 
     id: str
     path: Path
     requirements: tuple[str, ...]
     description: str
-    outcome: str  # accept, or reject:CODE
-    stage: str | None  # when a rejected one is found: open or verify
-    contents: Any  # what is in an accepted one
+    outcome: str
+    stage: str | None
+    contents: Any
     sha256: dict[Path, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a reader said; ``stage`` is None if it does not say when it found an error."""
+    """A reader's answer; ``stage`` is None unless it says when it found an error."""
 
     outcome: str
     stage: str | None = None
@@ -51,10 +60,15 @@ Reader = Callable[[Path], Result]
 
 
 class EmptyCorpus(Exception):
-    """No vectors: a run over nothing must not look like a success."""
+    """There are no vectors: that must not look like a success."""
 
 
 def corpus(folder: Path = HERE) -> list[Vector]:
+    """Read ``manifest.json`` in ``folder``.
+
+    Raises:
+        EmptyCorpus: if it is missing or empty.
+    """
     manifest = folder / "manifest.json"
     entries = json.loads(manifest.read_bytes()) if manifest.is_file() else []
     vectors = []
@@ -78,7 +92,7 @@ def corpus(folder: Path = HERE) -> list[Vector]:
 
 
 def sentences() -> dict[str, str]:
-    """The requirements' own words, where the specification is at hand (not in a wheel)."""
+    """The text of each requirement, where SPEC.md is available (in a wheel it is not)."""
     spec = HERE.parent.parent / "SPEC.md"
     text = spec.read_text(encoding="utf-8") if spec.is_file() else ""
     return dict(re.findall(r"^- `\[([A-Z]-\d+)\]` (.+)$", text, re.MULTILINE))
@@ -88,6 +102,8 @@ def sentences() -> dict[str, str]:
 
 
 def program(command: Sequence[str]) -> Reader:
+    """A program as a reader."""
+
     def read(path: Path) -> Result:
         try:
             done = subprocess.run(
@@ -111,6 +127,7 @@ def program(command: Sequence[str]) -> Reader:
 
 
 def second_reader(path: Path) -> Result:
+    """The reader that was written from SPEC.md alone."""
     from qmoe_format.conformance import second_reader as reader
 
     stage = "open"
@@ -125,6 +142,7 @@ def second_reader(path: Path) -> Result:
 
 
 def package(path: Path) -> Result:
+    """This package as a reader."""
     import qmoe_format
 
     stage = "open"
@@ -159,20 +177,11 @@ def _package_contents(file: Any) -> dict[str, Any]:
         data = file.attachment(name)
         attachments.append({"bytes": len(data), "name": name, "sha256": sha256(data)})
     tensors = []
-    for name in sorted(file.tensors):
-        tensor = file.tensors[name]
+    for name, tensor in sorted(file.tensors.items()):
+        entry = {key: getattr(tensor, key) for key in ("dtype", "encoding", "members", "stack")}
         experts = range(tensor.shape[0]) if tensor.stack else [None]
-        tensors.append(
-            {
-                "dtype": tensor.dtype,
-                "encoding": tensor.encoding,
-                "members": tensor.members,
-                "name": name,
-                "parts": [part(tensor, expert) for expert in experts],
-                "shape": list(tensor.shape),
-                "stack": tensor.stack,
-            }
-        )
+        parts = [part(tensor, expert) for expert in experts]
+        tensors.append(entry | {"name": name, "parts": parts, "shape": list(tensor.shape)})
     return {"attachments": attachments, "tensors": tensors}
 
 
@@ -180,7 +189,10 @@ def _package_contents(file: Any) -> dict[str, Any]:
 
 
 def difference(expected: Any, found: Any, place: str = "contents") -> str | None:
-    """Where two JSON values differ first: the trits of a part come before its values."""
+    """The first place where two JSON values differ; None if they are equal.
+
+    The trits of a part are compared before its values.
+    """
     if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
         pairs = [(f"{place}.{key}", key) for key in sorted(expected, reverse=True)]
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
@@ -193,7 +205,7 @@ def difference(expected: Any, found: Any, place: str = "contents") -> str | None
 
 
 def judge(vector: Vector, result: Result) -> str | None:
-    """What is wrong with a reader's answer, or None."""
+    """What is wrong with a reader's answer; None if it is right."""
     if result.outcome != vector.outcome:
         return f"{vector.outcome} expected, {result.outcome}"
     if result.stage != vector.stage and None not in (result.stage, vector.stage):
@@ -202,7 +214,7 @@ def judge(vector: Vector, result: Result) -> str | None:
 
 
 def run(name: str, reader: Reader, vectors: Sequence[Vector]) -> int:
-    """Print what fails; the number of failures."""
+    """Print the failures of a reader, and return how many there are."""
     texts = sentences()
     failures = 0
     broken: set[str] = set()
@@ -222,13 +234,14 @@ def run(name: str, reader: Reader, vectors: Sequence[Vector]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m qmoe_format.conformance",
-        description="Try a reader on all conformance vectors of the .qmoe format.",
+        description="Run a reader on all conformance vectors of the .qmoe format.",
         epilog="A reader program prints the contents of the file as JSON, or error[CODE].",
     )
     parser.add_argument(
-        "--corpus", type=Path, default=HERE, help="folder of manifest.json", metavar="DIR"
+        "--corpus", type=Path, default=HERE, help="folder with manifest.json", metavar="DIR"
     )
     parser.add_argument(
         "--reader", nargs=argparse.REMAINDER, help="a program, started as CMD FILE", metavar="CMD"
@@ -241,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for vector in vectors:
         for path, expected in vector.sha256.items():
             if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-                parser.error(f"{path} is not the file of the manifest")
+                parser.error(f"{path} does not have the SHA-256 of the manifest")
     if options.reader is not None:
         if not options.reader:
-            parser.error("--reader needs a program")
+            parser.error("--reader must be followed by a program")
         readers = {options.reader[0]: program(options.reader)}
     else:
         readers = {"package": package, "second reader": second_reader}

@@ -1,13 +1,13 @@
-"""A second reader of `.qmoe` files: plain Python, written from SPEC.md alone.
+"""A second reader of `.qmoe` files, in plain Python, written from SPEC.md alone.
 
-It is there to be read beside the specification and to disagree with the package where one of the
-two is wrong, so it follows SPEC.md section by section, imports nothing of the package, and prefers
-clarity to speed. Each ``require`` states what has to be true, names the requirement that says so,
-and the code that its breach has.
+Read it next to the specification. It exists to disagree with the package where one of the two is
+wrong, so it follows SPEC.md section by section, imports nothing from the package, and prefers
+clarity to speed. Each ``require`` states what must be true, the requirement that says so, and the
+error code of its violation.
 
     python second_reader.py FILE
 
-prints the contents of a file or of a set of shards as canonical JSON (with a sha256 in place of the
+prints the contents of a file or of a set of shards as canonical JSON (a sha256 instead of the
 bytes), or ``error[CODE]: ...`` and exits with 1. Needs Python 3.11 and, for section 5, zstandard.
 """
 
@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import zstandard
@@ -34,7 +33,12 @@ VERSION = (0, 1)
 
 
 class Rejected(Exception):
-    """A file that is not valid: ``code`` is one of section 1, ``requirement`` the broken one."""
+    """An invalid file.
+
+    Attributes:
+        requirement: the one that the file violates.
+        code: one of section 1.
+    """
 
     def __init__(self, requirement: str, code: str, message: str) -> None:
         super().__init__(message)
@@ -43,6 +47,7 @@ class Rejected(Exception):
 
 
 def require(condition: bool, requirement: str, code: str, message: str) -> None:
+    """Raise ``Rejected`` unless ``condition`` holds."""
     if not condition:
         raise Rejected(requirement, code, message)
 
@@ -51,7 +56,7 @@ def require(condition: bool, requirement: str, code: str, message: str) -> None:
 
 
 def checked(number: int) -> int:
-    # [N-2] Python's integers do not wrap around; this bound stands for those that do.
+    # [N-2] Python's integers do not wrap around; this bound is for languages whose integers do.
     require(number < 2**63, "N-2", "limit", f"{number} is beyond 63 bits")
     return number
 
@@ -78,7 +83,7 @@ class Extent:
 
 
 class File:
-    """One `.qmoe` file. The constructor opens it as [C-1] says; ``contents`` verifies all of it."""
+    """One `.qmoe` file: the constructor opens it, [C-1], and ``contents`` verifies all of it."""
 
     def __init__(self, path: Path) -> None:
         self.stream = path.open("rb")
@@ -91,16 +96,11 @@ class File:
     def __enter__(self) -> File:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stream.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        # [N-3] Called only with places inside the file, so the length is one of bytes that exist.
+        # [N-3] Only called with ranges inside the file, so these bytes exist.
         self.stream.seek(offset)
         data = self.stream.read(length)
         require(len(data) == length, "P-7", "truncated", "the file has become shorter")
@@ -108,13 +108,13 @@ class File:
 
     def _open(self) -> None:
         real_length = self.stream.seek(0, 2)
-        head = self.read(0, min(real_length, PREAMBLE.size))
+        preamble = self.read(0, min(real_length, PREAMBLE.size))
 
         # 2.1: in this order.
-        beginning = len(head) < 8 and SIGNATURE.startswith(head)
-        require(not beginning, "P-1", "truncated", "the file ends within the signature")
-        require(head[:8] == SIGNATURE, "P-1", "signature", "this is not a .qmoe file")
-        require(len(head) == 64, "P-2", "truncated", "the file ends within the preamble")
+        cut = len(preamble) < 8 and SIGNATURE.startswith(preamble)
+        require(not cut, "P-1", "truncated", "the file ends within the signature")
+        require(preamble[:8] == SIGNATURE, "P-1", "signature", "this is not a .qmoe file")
+        require(len(preamble) == 64, "P-2", "truncated", "the file ends within the preamble")
         (
             _,
             major,
@@ -128,21 +128,21 @@ class File:
             index_crc32,
             reserved,
             preamble_crc32,
-        ) = PREAMBLE.unpack(head)
-        right = zlib.crc32(head[:60]) == preamble_crc32
+        ) = PREAMBLE.unpack(preamble)
+        right = zlib.crc32(preamble[:60]) == preamble_crc32
         require(right, "P-3", "checksum", "the preamble is damaged")
         known = (major, minor) == VERSION
         require(known, "P-4", "version", f"version {major}.{minor} is unknown")
         require(required_features == 0, "P-5", "feature", "a required feature is unknown")
-        require(zero(reserved), "P-6", "padding", "reserved bytes of the preamble")
+        require(zero(reserved), "P-6", "padding", "reserved bytes of the preamble are not zero")
         require(real_length >= file_length, "P-7", "truncated", "the file is too short")
         require(real_length <= file_length, "P-7", "trailing", "the file is too long")
-        require(2 <= index_length <= 2**28, "P-8", "limit", "index_length")
-        require(extent_count <= 2**24, "P-8", "limit", "extent_count")
+        require(2 <= index_length <= 2**28, "P-8", "limit", f"index_length is {index_length}")
+        require(extent_count <= 2**24, "P-8", "limit", f"extent_count is {extent_count}")
         table_offset = checked(index_offset + align(index_length, 8))
         end = checked(table_offset + 16 * extent_count)
-        placed = index_offset % 64 == 0 and index_offset >= 64
-        require(placed, "P-8", "malformed", f"the index begins at {index_offset}")
+        aligned = index_offset % 64 == 0 and index_offset >= 64
+        require(aligned, "P-8", "malformed", f"the index begins at {index_offset}")
         require(end == file_length, "P-8", "malformed", f"the parts end at {end}")  # and [F-3]
         tail = self.read(index_offset, file_length - index_offset)
         right = zlib.crc32(tail) == index_crc32
@@ -152,7 +152,7 @@ class File:
 
         text, table = tail[:index_length], tail[table_offset - index_offset :]
         between = tail[index_length : table_offset - index_offset]
-        require(zero(between), "F-2", "padding", "between the JSON text and the extent table")
+        require(zero(between), "F-2", "padding", "after the JSON text")
 
         # 2.2
         self.extents: list[Extent] = []
@@ -170,7 +170,6 @@ class File:
     def extent(self, number: int) -> bytes:
         place = self.extents[number]
         data = self.read(place.offset, place.length)
-        # [F-6]
         require(zlib.crc32(data) == place.crc32, "F-6", "checksum", f"extent {number} is damaged")
         return data
 
@@ -179,7 +178,7 @@ class File:
             end = place.offset + place.length
             yield self.read(end, align(end, 64) - end)
 
-    # -- Section 3: the index, after Json below has parsed it --------------------------------------
+    # -- Section 3: the index, as parsed by Json below ---------------------------------------------
 
     def _check_index(self, value: Any) -> None:
         index = record(value, attachments=list, dictionaries=list, generator=str, tensors=list)
@@ -191,13 +190,13 @@ class File:
         check_order([entry.name for entry in self.attachments])
         check_order([entry.name for entry in self.tensors])
 
-        # [F-5] Sorted by their first extent, the owners have to meet without gap or overlap.
+        # [F-5] Sorted by first extent, each owner begins where the one before it ends.
         owned = [(entry.extent, 1) for entry in self.attachments]
         owned += [(entry.extent, 1) for entry in self.dictionaries]
         owned += [(entry.extent, entry.extent_count) for entry in self.tensors]
         position = 0
         for first, count in sorted(item for item in owned if item[1] > 0):
-            require(first == position, "F-5", "malformed", f"owners of extent {position}")
+            require(first == position, "F-5", "malformed", f"owner of extent {position}")
             position = first + count
         right = position == len(self.extents)
         require(right, "F-5", "malformed", f"{position} extents of {len(self.extents)} are owned")
@@ -210,7 +209,7 @@ class File:
     # -- Section 10 --------------------------------------------------------------------------------
 
     def contents(self) -> dict[str, Any]:
-        """Verify everything, [C-3], and describe what is in the file."""
+        """Verify everything, [C-3]; the file's contents in the form of the manifest."""
         for gap in self.gaps():
             require(zero(gap), "F-2", "padding", "after an extent")
         tables = []
@@ -218,28 +217,20 @@ class File:
             tree = decode_bytes(self.extent(d.extent), d.encoding, d.bytes, 1)
             tables.append(dictionary(tree, d))
         attachments = []
-        for entry in self.attachments:
-            data = decode_bytes(self.extent(entry.extent), entry.encoding, entry.bytes, 1)
-            attachments.append({"bytes": len(data), "name": entry.name, "sha256": sha256(data)})
+        for a in self.attachments:
+            data = decode_bytes(self.extent(a.extent), a.encoding, a.bytes, 1)
+            attachments.append({"bytes": len(data), "name": a.name, "sha256": sha256(data)})
         tensors = []
         for t in self.tensors:
-            parts = range(t.extent, t.extent + t.extent_count)
-            tensors.append(
-                {
-                    "dtype": t.dtype,
-                    "encoding": t.encoding,
-                    "members": t.members,
-                    "name": t.name,
-                    "parts": [self._part(self.extent(part), t, tables) for part in parts],
-                    "shape": t.shape,
-                    "stack": t.stack,
-                }
-            )
+            entry = {key: getattr(t, key) for key in COMMON if key != "extent"}
+            numbers = range(t.extent, t.extent + t.extent_count)
+            entry["parts"] = [self._part(self.extent(number), t, tables) for number in numbers]
+            tensors.append(entry)
         return {"attachments": attachments, "tensors": tensors}
 
     def _part(self, data: bytes, t: Tensor, tables: list[Dictionary]) -> dict[str, str]:
         shape = t.shape[1:] if t.stack else t.shape  # [T-1]
-        # [T-4] Another encoding is refused by decode_bytes.
+        # [T-4] decode_bytes rejects an unknown encoding.
         require(t.dtype in DTYPES, "T-4", "unsupported", f"dtype of {t.name}")
         if t.encoding == "ternary-dict":
             return decode_ternary(data, t, shape, tables)
@@ -254,24 +245,24 @@ def sha256(data: bytes) -> str:
 
 
 class Json:
-    """A parser of the canonical form only, which has one spelling for each value."""
+    """A parser for the canonical form only, which spells each value in one way."""
 
     NUMBER = re.compile(rb"0|[1-9][0-9]{0,15}")
 
     def __init__(self, text: bytes) -> None:
         allowed = all(0x20 <= byte <= 0x7E and byte != 0x5C for byte in text)
-        require(allowed, "J-1", "malformed", "a byte that the index may not have")
+        require(allowed, "J-1", "malformed", "a byte that is not allowed in the index")
         self.text = text
         self.at = 0
 
     def document(self) -> Any:
         value = self.value(1)
-        self.expect(self.at == len(self.text), "nothing more")
+        self.expect(self.at == len(self.text), "the end of the text")
         return value
 
     def expect(self, condition: bool, what: str) -> None:
         space = self.text[self.at : self.at + 1] == b" "
-        require(condition, "J-1" if space else "J-2", "malformed", f"no {what} at {self.at}")
+        require(condition, "J-1" if space else "J-2", "malformed", f"expected {what} at {self.at}")
 
     def skip(self, token: bytes) -> bool:
         found = self.text.startswith(token, self.at)
@@ -290,47 +281,47 @@ class Json:
         if self.skip(b"false"):
             return False
         number = self.NUMBER.match(self.text, self.at)
-        self.expect(number is not None, "value")
+        self.expect(number is not None, "a value")
         assert number is not None
         self.at = number.end()
         small = int(number[0]) < 2**53
-        require(small, "J-2", "malformed", f"the number before {self.at} is too great")
+        require(small, "J-2", "malformed", f"the number before {self.at} is too large")
         return int(number[0])
 
     def string(self) -> str:
         end = self.text.find(b'"', self.at)
-        self.expect(end >= 0, "end of the string")
+        self.expect(end >= 0, "the end of a string")
         start, self.at = self.at, end + 1
         return self.text[start:end].decode("ascii")
 
     def object(self, depth: int) -> dict[str, Any]:
-        require(depth <= 8, "L-1", "limit", "nesting")
+        require(depth <= 8, "L-1", "limit", "nested too deep")
         result: dict[str, Any] = {}
         last = ""
         while not self.skip(b"}"):
-            self.expect(not result or self.skip(b","), "comma")
-            self.expect(self.skip(b'"'), "key")
+            self.expect(not result or self.skip(b","), "a comma")
+            self.expect(self.skip(b'"'), "a key")
             key = self.string()
             ascending = not result or last < key
-            require(ascending, "J-3", "malformed", f"key {key!r} is not in order")
-            self.expect(self.skip(b":"), "colon")
+            require(ascending, "J-3", "malformed", f"key {key!r} is out of order")
+            self.expect(self.skip(b":"), "a colon")
             result[key] = self.value(depth + 1)
             last = key
         return result
 
     def array(self, depth: int) -> list[Any]:
-        require(depth <= 8, "L-1", "limit", "nesting")
+        require(depth <= 8, "L-1", "limit", "nested too deep")
         result: list[Any] = []
         while not self.skip(b"]"):
-            self.expect(not result or self.skip(b","), "comma")
+            self.expect(not result or self.skip(b","), "a comma")
             result.append(self.value(depth + 1))
         return result
 
 
 def record(value: Any, **kinds: type) -> dict[str, Any]:
-    # [J-4] type() and not isinstance(): in Python, true would be an integer.
+    # [J-4] type(), not isinstance(): in Python, True is an instance of int.
     found = {key: type(item) for key, item in value.items()} if type(value) is dict else None
-    require(found == kinds, "J-4", "malformed", f"keys or kinds: {sorted(kinds)} expected")
+    require(found == kinds, "J-4", "malformed", f"wrong keys or types: expected {sorted(kinds)}")
     assert isinstance(value, dict)
     return value
 
@@ -338,8 +329,8 @@ def record(value: Any, **kinds: type) -> dict[str, Any]:
 def check_order(names: list[str]) -> None:
     # [J-5]
     for before, after in pairwise(names):
-        require(before != after, "J-5", "duplicate", f"{after} is there twice")
-        require(before < after, "J-5", "malformed", f"{after} is not in order")
+        require(before != after, "J-5", "duplicate", f"two are named {after}")
+        require(before < after, "J-5", "malformed", f"{after} is out of order")
 
 
 def check_name(name: str) -> None:
@@ -400,8 +391,8 @@ def dictionary_entry(value: Any) -> DictionaryEntry:
     require(1 <= entry.bytes <= 2**14, "D-1", "limit", f"a tree of {entry.bytes} bytes")
     require(8 <= entry.width <= 16, "D-1", "limit", f"width {entry.width}")
     require(entry.signs in ("plane", "codeword"), "D-1", "malformed", f"signs {entry.signs!r}")
-    require(1 <= entry.max_length <= 255, "D-1", "limit", "max_length")
-    require(entry.max_nonzeros <= 16, "D-1", "limit", "max_nonzeros")
+    require(1 <= entry.max_length <= 255, "D-1", "limit", f"max_length {entry.max_length}")
+    require(entry.max_nonzeros <= 16, "D-1", "limit", f"max_nonzeros {entry.max_nonzeros}")
     return entry
 
 
@@ -456,7 +447,7 @@ def tensor(value: Any) -> Tensor:
     if encoding in ENCODINGS:
         record(value, **COMMON, **ternary)
         common = {key: value[key] for key in COMMON}
-    else:  # [J-4] an unknown encoding may have keys of its own
+    else:  # [J-4] an unknown encoding may have other keys, too
         common = {key: item for key, item in value.items() if key in COMMON} if encoding else value
         record(common, **COMMON)
     t = Tensor(**common, keys={key: value[key] for key in ternary})
@@ -468,9 +459,9 @@ def tensor(value: Any) -> Tensor:
     require(all(n <= 2**40 for n in t.shape), "L-1", "limit", f"a dimension of {t.name}")
     size = math.prod(n for n in t.shape if n) * DTYPES.get(t.dtype, 1)
     require(size < 2**53, "L-1", "limit", f"size of {t.name}")
-    require(t.shape != [] or not t.stack, "T-1", "malformed", f"{t.name}: a stack of what?")
-    placed = t.extent_count > 0 or t.extent == 0
-    require(placed, "T-1", "malformed", f"{t.name}: extent of an empty stack")
+    require(t.shape != [] or not t.stack, "T-1", "malformed", f"shape of stack {t.name}")
+    right = t.extent_count > 0 or t.extent == 0
+    require(right, "T-1", "malformed", f"extent of {t.name}, an empty stack")
     require(t.stack or t.members == "", "T-2", "malformed", f"{t.name} has members")
     right = t.members == "" or t.members.count("{}") == 1
     require(right, "T-2", "malformed", f"members of {t.name}")
@@ -497,7 +488,7 @@ def tensor(value: Any) -> Tensor:
 
 
 def decode_bytes(data: bytes, encoding: str, elements: int, size: int) -> bytes:
-    """The bytes of a tensor, or with size 1 those of an attachment or a tree."""
+    """The bytes of a tensor; with size 1, those of an attachment or a tree."""
     require(encoding in ("raw", "zstd"), "T-4", "unsupported", f"encoding {encoding!r}")
     if encoding == "raw":
         require(len(data) == elements * size, "R-1", "malformed", "length of a raw extent")
@@ -513,7 +504,7 @@ class Frame:
     """The header of a Zstandard frame, RFC 8878 section 3.1.1.1."""
 
     def __init__(self, frame: bytes) -> None:
-        require(frame[:4] == b"\x28\xb5\x2f\xfd", "Z-1", "malformed", "no Zstandard frame")
+        require(frame[:4] == b"\x28\xb5\x2f\xfd", "Z-1", "malformed", "not a Zstandard frame")
         self.position = 4
         flags = self.integer(frame, 1)
         single_segment = bool(flags & 0x20)
@@ -528,7 +519,7 @@ class Frame:
 
     def integer(self, frame: bytes, size: int) -> int:
         data = frame[self.position : self.position + size]
-        require(len(data) == size, "Z-3", "malformed", "the frame ends in its header")
+        require(len(data) == size, "Z-3", "malformed", "the frame ends within its header")
         self.position += size
         return int.from_bytes(data, "little")
 
@@ -541,15 +532,15 @@ def decompress(data: bytes, size: int) -> bytes:
     # [Z-2] before memory is allocated
     require(frame.window <= 2**27, "Z-2", "limit", "the frame's window is too large")
     require(size <= 1024 * len(data) + 2**20, "Z-2", "limit", "the frame expands too much")
-    # The blocks, only to find where the frame ends (3.1.1.2): a library decodes them.
+    # Walk the blocks only to find the end of the frame (3.1.1.2); a library decodes them.
     position = frame.position
     last = False
     while not last and position < len(data):
-        head = int.from_bytes(data[position : position + 3], "little")
-        last, kind, length = bool(head & 1), head >> 1 & 3, head >> 3
-        position += 3 + (1 if kind == 1 else length)  # kind 1 repeats one byte
+        header = int.from_bytes(data[position : position + 3], "little")
+        last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
+        position += 3 + (1 if kind == 1 else length)  # kind 1 repeats a single byte
     position += 4 if frame.has_checksum else 0
-    require(position >= len(data), "Z-1", "malformed", "something follows the frame")
+    require(position >= len(data), "Z-1", "malformed", "there are bytes after the frame")
     try:
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:
@@ -565,14 +556,14 @@ class Dictionary:
     signs: str
     first: list[int]  # each entry's first codeword, ascending
     entries: list[tuple[int, ...]]  # the same order: 1 where the weight is not zero
-    codewords: int  # how many there are
+    codewords: int  # their number
 
 
-def dictionary(tree: bytes, told: DictionaryEntry) -> Dictionary:
+def dictionary(tree: bytes, stated: DictionaryEntry) -> Dictionary:
     first: list[int] = []
     entries: list[tuple[int, ...]] = []
     codewords = 0
-    path: list[int] = []  # the way from the root to the node that comes next
+    path: list[int] = []  # from the root to the next node
     position = 0
     while True:
         require(position < 8 * len(tree), "D-2", "malformed", "the tree is cut off")
@@ -582,28 +573,28 @@ def dictionary(tree: bytes, told: DictionaryEntry) -> Dictionary:
             path.append(0)
             require(len(path) <= 255, "D-3", "limit", "an entry is too long")
             continue
-        require(path != [], "D-3", "malformed", "the tree is nothing but a leaf")
+        require(path != [], "D-3", "malformed", "the tree is a single leaf")
         first.append(codewords)
         entries.append(tuple(path))
-        codewords += 1 if told.signs == "plane" else 2 ** sum(path)  # [D-4], [D-5]
-        rule = "D-4" if told.signs == "plane" else "D-5"
-        require(codewords <= 2**told.width, rule, "malformed", "there are too many codewords")
-        while path and path[-1] == 1:  # back to the last node whose second child is to come
+        codewords += 1 if stated.signs == "plane" else 2 ** sum(path)  # [D-4], [D-5]
+        rule = "D-4" if stated.signs == "plane" else "D-5"
+        require(codewords <= 2**stated.width, rule, "malformed", "there are too many codewords")
+        while path and path[-1] == 1:  # back to the last node whose second child comes next
             path.pop()
         if not path:
             break
         path[-1] = 1
         require(sum(path) <= 16, "D-3", "limit", "an entry has too many non-zeros")
-    full = codewords == 2**told.width or told.signs != "plane"
-    require(full, "D-4", "malformed", "there are too few leaves")
+    full = codewords == 2**stated.width or stated.signs != "plane"
+    require(full, "D-4", "malformed", "there are too few codewords")
     rest = int.from_bytes(tree, "little") >> position
-    require(8 * len(tree) - position < 8, "D-2", "malformed", "more bytes than the tree has")
-    require(rest == 0, "D-2", "padding", "after the tree")
-    right = max(len(entry) for entry in entries) == told.max_length
+    require(8 * len(tree) - position < 8, "D-2", "malformed", "there are bytes after the tree")
+    require(rest == 0, "D-2", "padding", "bits after the tree")
+    right = max(len(entry) for entry in entries) == stated.max_length
     require(right, "D-1", "malformed", "max_length is wrong")
-    right = max(sum(entry) for entry in entries) == told.max_nonzeros
+    right = max(sum(entry) for entry in entries) == stated.max_nonzeros
     require(right, "D-1", "malformed", "max_nonzeros is wrong")
-    return Dictionary(told.width, told.signs, first, entries, codewords)
+    return Dictionary(stated.width, stated.signs, first, entries, codewords)
 
 
 # -- Section 7: ternary-dict -----------------------------------------------------------------------
@@ -645,7 +636,7 @@ def decode_ternary(
         position = checked(starts[-1] + size)
         ends.append(position)
     end = align(position + 8, 16)
-    require(len(data) == end, "E-4", "malformed", f"the extent has to have {end} bytes")
+    require(len(data) == end, "E-4", "malformed", f"the extent must have {end} bytes")
     gaps = [header_zero]
     gaps += [data[a:b] for a, b in zip(ends, [*starts[1:], end], strict=True)]
     require(all(zero(gap) for gap in gaps), "E-14", "padding", "in a ternary extent")
@@ -656,7 +647,7 @@ def decode_ternary(
     require(number < len(tables), "E-1", "malformed", f"dictionary {number} does not exist")
     table = tables[number]
     right = (table.signs, table.width) == (t.keys["signs"], t.keys["width"])
-    require(right, "E-1", "malformed", f"dictionary {number} is of another kind")
+    require(right, "E-1", "malformed", f"dictionary {number} has another width or signs")
 
     row_scales = scales(row_bytes, scale_dtype)
     column_scales = scales(column_bytes, scale_dtype)
@@ -666,12 +657,12 @@ def decode_ternary(
     numbers = range(0, len(length_bytes), length_width)
     lengths = [int.from_bytes(length_bytes[i : i + length_width], "little") for i in numbers]
     right = sum(lengths) + count * length_base == segment_bytes
-    require(right, "E-5", "malformed", "the lengths do not add up")
-    # [E-8] The least of the stored lengths is 0, so length_base is the least of all.
+    require(right, "E-5", "malformed", "the lengths do not add up to segment_bytes")
+    # [E-8] If the minimum of the stored lengths is 0, length_base is the minimum length.
     right = min(lengths) == 0 if count else length_base == 0
-    require(right, "E-8", "malformed", "length_base is not the least length")
+    require(right, "E-8", "malformed", "length_base is not the minimum length")
     least = next(width for width in (1, 2, 4) if max(lengths, default=0) < 256**width)
-    require(length_width == least, "E-8", "malformed", "length_width is not the least")
+    require(length_width == least, "E-8", "malformed", "length_width is not the minimum")
     offsets = [n for (n,) in struct.iter_unpack("<I", offset_bytes)]
 
     # 7.2, 7.3
@@ -703,7 +694,7 @@ def decode_ternary(
                 value = rounded(value * column_scales[column], "<f")
             values.update(element(value, t.dtype))
     right = found_nonzeros == nonzeros
-    require(right, "E-13", "malformed", f"{found_nonzeros} trits are not zero, not {nonzeros}")
+    require(right, "E-13", "malformed", f"there are {found_nonzeros} nonzeros, not {nonzeros}")
     return {"sha256": values.hexdigest(), "trits": all_trits.hexdigest()}
 
 
@@ -714,8 +705,8 @@ def decode_segment(segment: bytes, weights: int, table: Dictionary) -> list[int]
     require(enough, "E-6", "malformed", "a segment is too short for its weights")
     s = int.from_bytes(segment, "little")
     trits: list[int] = []
-    signs = 0  # how many bits of signs are used, from the low end
-    used = 0  # how many bits of codewords, from the high end
+    signs = 0  # bits of signs used so far, from the low end
+    used = 0  # bits of codewords used so far, from the high end
     while len(trits) < weights:  # [E-9]
         used += width
         require(used <= bits, "E-12", "malformed", "a segment has too few codewords")
@@ -723,28 +714,28 @@ def decode_segment(segment: bytes, weights: int, table: Dictionary) -> list[int]
         exists = codeword < table.codewords
         require(exists, "D-5", "malformed", f"codeword {codeword} is not in the dictionary")
         leaf = bisect_right(table.first, codeword) - 1
-        lie = codeword - table.first[leaf]  # [D-5] its bits are the signs
+        sign_bits = codeword - table.first[leaf]  # [D-5]
         for weight in table.entries[leaf]:
             if not weight:
                 trits.append(0)
                 continue
             inside = len(trits) < weights
-            require(inside, "E-10", "malformed", "a weight beyond the last row is not zero")
+            require(inside, "E-10", "malformed", "a weight after the last row is not zero")
             if plane:  # [E-11]
                 negative = s >> signs & 1
                 signs += 1
             else:
-                negative = lie & 1
-                lie >>= 1
+                negative = sign_bits & 1
+                sign_bits >>= 1
             trits.append(-1 if negative else 1)  # [D-6]
     left = bits - used - signs
     require(left >= 0, "E-12", "malformed", "codewords and signs overlap")
-    require(left < 8, "E-12", "malformed", "a segment is longer than it needs to be")
+    require(left < 8, "E-12", "malformed", "a segment is longer than necessary")
     require(s >> signs & (2**left - 1) == 0, "E-12", "padding", "between codewords and signs")
     return trits[:weights]
 
 
-# 7.3. All values are Python floats, that is binary64, which holds every binary32 number exactly.
+# 7.3. All values are Python floats: binary64, which represents every binary32 number exactly.
 
 
 def scales(data: bytes, dtype: str) -> list[float]:
@@ -755,7 +746,7 @@ def scales(data: bytes, dtype: str) -> list[float]:
 
 
 def rounded(value: float, form: str) -> float:
-    """To the nearest number of the form ``<f`` or ``<e``, ties to even; beyond them, infinity."""
+    """Round to the format ``<f`` or ``<e``, ties to even; infinite beyond its range."""
     try:
         (result,) = struct.unpack(form, struct.pack(form, value))
     except OverflowError:
@@ -767,7 +758,7 @@ def element(value: float, dtype: str) -> bytes:
     # [V-3]
     if dtype == "BF16":
         bits = int.from_bytes(struct.pack("<f", value), "little")
-        bits += 0x7FFF + (bits >> 16 & 1)  # half a unit up; a tie, only if the unit is odd
+        bits += 0x7FFF + (bits >> 16 & 1)  # up from half a unit; at a tie, only if odd
         return struct.pack("<H", bits >> 16)
     form = {"F16": "<e", "F32": "<f", "F64": "<d"}[dtype]
     return struct.pack(form, rounded(value, form))
@@ -779,11 +770,11 @@ SHARDS = b'{"format":"qmoe-shards"'
 
 
 def shard_set(path: Path) -> list[Path]:
-    """The files of a set, after all that can be said without their extents."""
+    """Open a set, [C-1]; the paths of its files."""
     require(path.stat().st_size <= 2**28, "L-1", "limit", "length of the text")
     index = record(Json(path.read_bytes()).document(), format=str, shards=list, version=list)
     kinds = [type(number) for number in index["version"]] == [int, int]
-    require(kinds, "S-1", "malformed", "version is not two integers")
+    require(kinds, "S-1", "malformed", "version is not a pair of integers")
     known = tuple(index["version"]) == VERSION
     require(known, "S-1", "version", f"version {index['version']} is unknown")
     require(len(index["shards"]) <= 2**20, "L-1", "limit", "number of shards")
@@ -794,13 +785,13 @@ def shard_set(path: Path) -> list[Path]:
         paths.append(path.parent / shard["file"])
         require(paths[-1].is_file(), "S-2", "truncated", f"{shard['file']} is missing")
         with paths[-1].open("rb") as stream:
-            head = stream.read(64)
-            crc32 = int.from_bytes(head[60:], "little") if len(head) == 64 else 0
+            preamble = stream.read(64)
+            crc32 = int.from_bytes(preamble[60:], "little") if len(preamble) == 64 else 0
             right = stream.seek(0, 2) == shard["bytes"]
         require(right, "S-2", "checksum", f"{shard['file']} has another length")
         right = crc32 == shard["preamble_crc32"]
-        require(right, "S-2", "checksum", f"{shard['file']} is another file")
-    require(len(set(paths)) == len(paths), "S-3", "duplicate", "a shard is named twice")
+        require(right, "S-2", "checksum", f"{shard['file']} has another preamble_crc32")
+    require(len(set(paths)) == len(paths), "S-3", "duplicate", "a shard is listed twice")
     names: dict[str, set[str]] = {"attachments": set(), "tensors": set()}
     for shard_path in paths:
         with File(shard_path) as file:
@@ -813,7 +804,7 @@ def shard_set(path: Path) -> list[Path]:
 
 
 def opened(path: Path) -> list[Path]:
-    """Open a file or a set of shards, [C-1]; its files."""
+    """Open a file or a set of shards, [C-1]; the paths of its files."""
     with path.open("rb") as stream:
         is_set = stream.read(len(SHARDS)) == SHARDS  # [S-1]
     if is_set:
@@ -823,7 +814,7 @@ def opened(path: Path) -> list[Path]:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Open and verify a file or a set of shards; what is in it, in the form of the manifest."""
+    """Open and verify a file or a set of shards; its contents in the form of the manifest."""
     result: dict[str, Any] = {"attachments": [], "tensors": []}
     for one in opened(path):
         with File(one) as file:

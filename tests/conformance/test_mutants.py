@@ -1,4 +1,4 @@
-"""Each check of the second reader is taken out, one at a time: some vector has to notice."""
+"""Remove each check of the second reader, one at a time: some vector must notice."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from qmoe_format.conformance.runner import Vector, corpus
 SOURCE = Path(second_reader.__file__)
 TEXT = SOURCE.read_text(encoding="utf-8")
 
-# Checks without which every small file still gets the right answer, and why.
+# Checks that no small file needs to get the right answer, and why.
 REDUNDANT = {
-    "the file has become shorter": "only while it is read",
-    "number of {part}": "2^20 of them make a file of many MiB",
-    "number of shards": "2^20 of them make a file of many MiB",
-    "length of the text": "it is 2^28",
-    "the index begins at {index_offset}": "[F-1] says where it has to begin",
-    "no Zstandard frame": "the library refuses it too",
-    "the frame ends in its header": "the library refuses it too",
-    "the frame needs a dictionary": "the library refuses it too",
-    "the frame has no content size": "the library refuses it too",
-    "the tree is nothing but a leaf": "[D-1] has no max_length for it",
-    "length_width {length_width}": "[E-8] allows no other; here, it bounds memory",
-    "a segment is too short for its weights": "[E-12] finds it; here, it bounds memory",
+    "the file has become shorter": "happens only while it is read",
+    "number of {part}": "2^20 of them need a file of many MiB",
+    "number of shards": "2^20 of them need a file of many MiB",
+    "length of the text": "the limit is 2^28",
+    "the index begins at {index_offset}": "[F-1] decides where it begins",
+    "not a Zstandard frame": "the library rejects it, too",
+    "the frame ends within its header": "the library rejects it, too",
+    "the frame needs a dictionary": "the library rejects it, too",
+    "the frame has no content size": "the library rejects it, too",
+    "the tree is a single leaf": "no max_length of [D-1] fits it",
+    "length_width {length_width}": "[E-8] allows no others; this check bounds memory",
+    "a segment is too short for its weights": "[E-12] finds it; this check bounds memory",
 }
 
 
@@ -40,13 +40,15 @@ CHECKS = {
 
 
 def words(line: int) -> tuple[str, str]:
-    """The requirement (empty if it is computed) and the message of a check."""
+    """The requirement (empty if it is not a literal) and the message of a check."""
     _, rule, _, message = CHECKS[line].args
     known = isinstance(rule, ast.Constant)
     return ast.unparse(rule)[1:-1] if known else "", ast.unparse(message).removeprefix("f")[1:-1]
 
 
 def without(line: int) -> ModuleType:
+    """The second reader without the check in this line."""
+
     class Remove(ast.NodeTransformer):
         def visit_Expr(self, node: ast.Expr) -> ast.stmt:
             return ast.copy_location(ast.Pass(), node) if node.lineno == line else node
@@ -57,7 +59,7 @@ def without(line: int) -> ModuleType:
     return module
 
 
-def said(reader: ModuleType, vector: Vector) -> tuple[str, str | None]:
+def answer(reader: ModuleType, vector: Vector) -> tuple[str, str | None]:
     stage: str | None = "open"
     try:
         reader.opened(vector.path)
@@ -78,7 +80,7 @@ def test_a_missing_check_is_noticed(line: int, rejected: list[Vector]) -> None:
     rule, message = words(line)
     related = [vector for vector in rejected if not rule or rule in vector.requirements]
     mutant = without(line)
-    noticed = any(said(mutant, vector) != (vector.outcome, vector.stage) for vector in related)
+    noticed = any(answer(mutant, vector) != (vector.outcome, vector.stage) for vector in related)
     assert noticed != (message in REDUNDANT), REDUNDANT.get(message, "no vector needs this check")
 
 
