@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from qmoe_format.dtypes import STORAGE
 from qmoe_format.errors import QMoEError
@@ -24,14 +24,13 @@ class Item:
     """What one extent holds once it is decoded: a tensor, or one expert of a stack.
 
     Attributes:
-        dtype: element type before encoding.
-        shape: before encoding.
+        dtype, shape: before encoding.
         parameters: the encoding's further keys in the index.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    parameters: Mapping[str, Parameter] = field(default_factory=_none, hash=False)
+    parameters: Mapping[str, Any] = field(default_factory=_none, hash=False)
 
     @property
     def elements(self) -> int:
@@ -60,10 +59,7 @@ class TensorEntry:
     """A tensor, or a stack of experts.
 
     Attributes:
-        name: of the tensor.
-        dtype: element type before encoding.
-        shape: before encoding; the first dimension of a stack counts its experts.
-        encoding: name of the encoding.
+        dtype, shape: before encoding; the first dimension of a stack counts its experts.
         stack: whether this is a stack of experts.
         members: what the experts were called in the checkpoint, ``{}`` for their number; empty if
             the stack was one tensor there.
@@ -114,15 +110,7 @@ class _ByteEntry:
 
 @dataclass(frozen=True, slots=True)
 class AttachmentEntry(_ByteEntry):
-    """An attached file.
-
-    Attributes:
-        name: of the file.
-        size: bytes of the file.
-        encoding: name of the encoding.
-        extent: number of the extent.
-        stored_bytes: length of the extent.
-    """
+    """An attached file of ``size`` bytes, which takes ``stored_bytes``."""
 
     name: str
     size: int
@@ -137,18 +125,7 @@ class AttachmentEntry(_ByteEntry):
 
 @dataclass(frozen=True, slots=True)
 class DictionaryEntry(_ByteEntry):
-    """A dictionary.
-
-    Attributes:
-        number: its position in the index.
-        size: bytes of the tree.
-        encoding: name of the encoding.
-        extent: number of the extent.
-        width: bits of a codeword.
-        signs: ``plane`` or ``codeword``.
-        max_length: most weights of an entry.
-        max_nonzeros: most non-zeros of an entry.
-    """
+    """Dictionary ``number`` of a file, whose tree has ``size`` bytes."""
 
     number: int
     size: int

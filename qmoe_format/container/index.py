@@ -57,15 +57,7 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A whole index.
-
-    Attributes:
-        generator: the program that wrote the file.
-        tensors: by name, in the order of names.
-        attachments: by name, in the order of names.
-        dictionaries: by number.
-        owners: all of these, in the order of their extents.
-    """
+    """A whole index, in the order of the file; ``owners``: all entries in that of their extents."""
 
     generator: str
     tensors: Mapping[str, TensorEntry]
@@ -115,13 +107,11 @@ def _name(record: Record) -> str:
 def fields(
     record: Any, what: str, kinds: Mapping[str, type], further: bool = False
 ) -> dict[str, Any]:
-    """Check the keys and kinds of an object and return it. [J-4]
+    """Check that an object has these keys with values of these very types, and return it. [J-4]
 
     Args:
-        record: the value parsed from JSON.
-        what: what an error message calls it.
-        kinds: the exact type of each key's value; ``True`` is not an ``int``.
-        further: whether other keys are allowed.
+        what: what an error message calls the object.
+        further: whether it may have other keys.
 
     Raises:
         QMoEError: ``malformed``.
@@ -151,7 +141,6 @@ def parse_tensor(record: Any, lengths: Lengths | None = None) -> TensorEntry:
     """Check one tensor's object.
 
     Args:
-        record: the object parsed from JSON.
         lengths: int64 [extents], those of the file; None if it is still being written.
 
     Raises:
@@ -178,7 +167,7 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
     if stack and not shape:  # [T-1]
         raise QMoEError("malformed", "a stack without dimensions")
     if members and not (stack and members.count("{}") == 1):  # [T-2]
-        raise QMoEError("malformed", f"members are {members[:80]!r}")
+        raise QMoEError("malformed", f"{members[:80]!r} cannot be its members")
     first, count = record["extent"], shape[0] if stack else 1
     stored = 0
     if count == 0 and first != 0:  # [T-1]

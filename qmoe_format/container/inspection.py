@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -11,9 +12,7 @@ BF16_BYTES = 2
 
 
 class FormatReport(TypedDict):
-    """Attributes:
-    version: of the file's format, such as ``0.1``.
-    """
+    """``version`` is that of the file, such as ``0.1``."""
 
     version: str
 
@@ -88,22 +87,14 @@ def describe(file: QMoEFile) -> Report:
         QMoEError: what is wrong with the file.
     """
     tensors = []
-    weights = {"experts": 0, "others": 0}
-    stored = {"experts": 0, "others": 0}
-    payload = nonzeros = counted = 0
+    experts: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for name, entry in file.tensors.items():
-        summary = file.summarize(name)
-        zero_fraction = None
-        if summary.nonzeros is not None:
-            zero_fraction = _zeros(summary.nonzeros, entry.elements)
-            nonzeros += summary.nonzeros
-            counted += entry.elements
-        is_expert = entry.stack or summary.nonzeros is not None
-        part = "experts" if is_expert else "others"
-        weights[part] += entry.elements
-        stored[part] += entry.stored_bytes
-        if is_expert:
-            payload += summary.payload_bytes
+        weights, (payload, nonzeros) = entry.elements, file.payload(name)
+        part = experts if entry.stack or nonzeros is not None else others
+        part.update(weights=weights, bytes=entry.stored_bytes, payload=payload)
+        if nonzeros is not None:
+            part.update(nonzeros=nonzeros, of=weights)
         tensors.append(
             TensorReport(
                 name=name,
@@ -111,26 +102,24 @@ def describe(file: QMoEFile) -> Report:
                 shape=list(entry.shape),
                 dtype=entry.dtype,
                 bytes=entry.stored_bytes,
-                payload_bits_per_weight=_ratio(8 * summary.payload_bytes, entry.elements),
-                total_bits_per_weight=_ratio(8 * entry.stored_bytes, entry.elements),
-                zero_fraction=zero_fraction,
+                payload_bits_per_weight=_ratio(8 * payload, weights),
+                total_bits_per_weight=_ratio(8 * entry.stored_bytes, weights),
+                zero_fraction=None if nonzeros is None else _zeros(nonzeros, weights),
             )
         )
-    dictionaries = file.dictionary_bytes
-    experts = ExpertReport(
-        **_part(weights["experts"], stored["experts"] + dictionaries),
-        payload_bits_per_weight=_ratio(8 * payload, weights["experts"]),
-        zero_fraction=_zeros(nonzeros, counted),
-    )
     return Report(
         format=FormatReport(version=".".join(map(str, file.version))),
         tensors=tensors,
         totals=TotalsReport(
-            experts=experts,
-            others=_part(weights["others"], stored["others"]),
-            dictionary_bytes=dictionaries,
+            experts=ExpertReport(
+                **_part(experts["weights"], experts["bytes"] + file.dictionary_bytes),
+                payload_bits_per_weight=_ratio(8 * experts["payload"], experts["weights"]),
+                zero_fraction=_zeros(experts["nonzeros"], experts["of"]),
+            ),
+            others=_part(others["weights"], others["bytes"]),
+            dictionary_bytes=file.dictionary_bytes,
             attachment_bytes=sum(entry.stored_bytes for entry in file.attachments.values()),
-            file=_part(sum(weights.values()), file.file_length),
+            file=_part(experts["weights"] + others["weights"], file.file_length),
         ),
     )
 

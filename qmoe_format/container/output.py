@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmoe_format.atomic_file import PartialFile, sync_folder
-from qmoe_format.container import canonical_json
 from qmoe_format.container.encodings import Encoding
 from qmoe_format.container.entries import Item
 from qmoe_format.container.shard_list import ListedShard, dump_shard_list, shard_name
@@ -17,20 +16,14 @@ from qmoe_format.errors import QMoEError
 
 
 class Output:
-    """Where ``Writer`` writes to.
-
-    Args:
-        target: of the file, or of the text file that names the shards.
-        shard_bytes: begin another shard before a tensor that would make one longer; None: do not.
-        generator: the program that writes.
+    """Where ``Writer``, which describes the arguments, writes to.
 
     Attributes:
-        target: as given.
         state: whether more can be written, and if not, why.
     """
 
     def __init__(self, target: Path, shard_bytes: int | None, generator: str) -> None:
-        self.target = target
+        self._target = target
         self.state: Literal["open", "finished", "failed", "aborted"] = "open"
         self._shard_bytes = shard_bytes
         self._generator = generator
@@ -45,7 +38,7 @@ class Output:
         if self.state != "open":
             raise QMoEError(
                 "argument",
-                f"{self.target}: the writer is not open ({self.state})",
+                f"{self._target}: nothing more can be written (the writer is {self.state})",
                 "make a new one",
             )
 
@@ -68,31 +61,25 @@ class Output:
     ) -> Encoding:
         """Write a tensor's first extent, into a new shard if the whole makes this one too long."""
         shard = self.shard
-        mark = shard.mark()
         used = shard.put(encoding, value, item)
-        index_bytes = len(canonical_json.dumps(record))
         if (
             self._shard_bytes is not None
             and shard.tensors
-            and shard.expected_length(extents, index_bytes) > self._shard_bytes
+            and shard.expected_length(record, extents) > self._shard_bytes
         ):
-            shard.undo(mark)
+            shard.drop_extent()
             # Closed now: a shard that waits for its name needs no open file.
             shard.close(self._generator)
-            self._shards.append(ShardWriter(self.target))
+            self._shards.append(ShardWriter(self._target))
             used = self.shard.put(encoding, value, item)
         return used
 
     def finish(self) -> Sequence[Path]:
-        """Complete all files, make them durable and give them their names.
-
-        Returns:
-            The files, first the one to open.
-        """
+        """Complete all files, make them durable and name them; the first one is to be opened."""
         self.shard.close(self._generator)
         files = self._publish()
         self.state = "finished"
-        sync_folder(self.target.parent)
+        sync_folder(self._target.parent)
         return files
 
     def discard(self, state: Literal["failed", "aborted"]) -> None:
@@ -105,23 +92,23 @@ class Output:
     def _publish(self) -> Sequence[Path]:
         if len(self._shards) == 1:
             self.shard.partial.publish()
-            return [self.target]
+            return [self._target]
         paths = []
         listed = []
         for number, shard in enumerate(self._shards, 1):
-            name = shard_name(self.target, number, len(self._shards))
+            name = shard_name(self._target, number, len(self._shards))
             listed.append(ListedShard(name, shard.partial.length, shard.preamble_crc32))
-            paths.append(self.target.with_name(name))
-        listing = PartialFile(self.target)
+            paths.append(self._target.with_name(name))
+        listing = PartialFile(self._target)
         try:
             listing.write(dump_shard_list(listed))
             listing.seal()
             for path, shard in zip(paths, self._shards, strict=True):
                 shard.partial.publish(path)
             # The shards must be durable before the file that names them.
-            sync_folder(self.target.parent)
+            sync_folder(self._target.parent)
             listing.publish()
         except BaseException:
             listing.discard()
             raise
-        return [self.target, *paths]
+        return [self._target, *paths]

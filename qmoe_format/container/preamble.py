@@ -23,18 +23,7 @@ PREAMBLE_LENGTH = _PREAMBLE.size
 
 @dataclass(frozen=True, slots=True)
 class Preamble:
-    """The first 64 bytes, except what is the same in every file of this version.
-
-    Attributes:
-        extent_count: number of extents.
-        file_length: bytes of the whole file.
-        index_offset: bytes before the index.
-        index_length: bytes of the JSON text.
-        index_crc32: of everything from the index to the end of the file.
-        version: major and minor.
-        required_features: bits, of which a reader must know all.
-        optional_features: bits that a reader may ignore.
-    """
+    """The first 64 bytes, except what is the same in every file of this version."""
 
     extent_count: int
     file_length: int
@@ -53,18 +42,10 @@ class Preamble:
     def to_bytes(self) -> bytes:
         """The stored form."""
         head = _PREAMBLE.pack(
-            SIGNATURE,
-            *self.version,
-            self.required_features,
-            self.optional_features,
-            self.extent_count,
-            self.file_length,
-            self.index_offset,
-            self.index_length,
-            self.index_crc32,
-            bytes(8),
-            0,
-        )[:-4]
+            SIGNATURE, *self.version, self.required_features, self.optional_features,
+            self.extent_count, self.file_length, self.index_offset, self.index_length,
+            self.index_crc32, bytes(8), 0,
+        )[:-4]  # fmt: skip
         return head + zlib.crc32(head).to_bytes(4, "little")
 
     @classmethod

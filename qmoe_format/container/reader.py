@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
 from qmoe_format.container import limits
-from qmoe_format.container.encodings import Summary
 from qmoe_format.container.entries import AttachmentEntry, TensorEntry
 from qmoe_format.container.file_source import FileSource
 from qmoe_format.container.preamble import PREAMBLE_LENGTH, VERSION
@@ -28,6 +27,8 @@ from qmoe_format.progress import Counter, Progress
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary
+
+E = TypeVar("E", TensorEntry, AttachmentEntry)
 
 
 def open(path: str | os.PathLike[str], *, memory_map: bool = True) -> QMoEFile:
@@ -63,14 +64,21 @@ def open(path: str | os.PathLike[str], *, memory_map: bool = True) -> QMoEFile:
 class QMoEFile:
     """An open model; use it as a context manager, or call ``close``.
 
+    Arguments and errors are those of ``open``. A set of shards has further errors: ``truncated``
+    for a shard that is missing, ``checksum`` for one of another model, ``duplicate``.
+
     Arrays of ``raw`` tensors and the arrays inside encoded matrices are read-only views of the file
-    and stay valid after ``close``; others are new. Arguments and errors are those of ``open``; a
-    set of shards has further errors: ``truncated`` for a shard that is missing, ``checksum`` for
-    one of another model, ``duplicate``.
+    and stay valid after ``close``; others are new.
 
     Attributes:
         path: of the file, or of the text file that names the shards.
-        shards: the files that make up the model, each open.
+        shards: the files that make up the model, all open.
+        version: major and minor of the format.
+        generator: the program that wrote the first file; empty if there is none.
+        file_length: bytes of all files.
+        tensors: the tensors' entries by name, in ascending order.
+        attachments: the attachments' entries by name, in ascending order.
+        dictionary_bytes: what all dictionaries take in the files.
 
     Example:
         >>> import tempfile
@@ -93,27 +101,32 @@ class QMoEFile:
     def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = True) -> None:
         source = FileSource(path, memory_map=memory_map)
         self.path = str(source.path)
-        self._list_length = 0
+        self.file_length = 0
+        shards: list[Shard] = []
         with ExitStack() as opened:
             opened.callback(source.close)
             with located(self.path):
                 listed = _read_list(source)
             if listed is None:
-                self.shards = [Shard(source)]
+                shards.append(Shard(source))
             else:
-                self._list_length = source.length
+                self.file_length = source.length
                 source.close()
-                self.shards = []
                 for each in listed:
                     with located(self.path):
                         source = _open_listed(self.path, each, memory_map)
                     opened.callback(source.close)
-                    self.shards.append(Shard(source))
+                    shards.append(Shard(source))
             with located(self.path):
-                self._tensors = _merge([each.tensors for each in self.shards], "tensors")
-                self._attachments = _merge([e.attachments for e in self.shards], "attachments")
+                self.tensors = _merge([each.tensors for each in shards], "tensors")
+                self.attachments = _merge([each.attachments for each in shards], "attachments")
             opened.pop_all()
-        self._home = {name: shard for shard in self.shards for name in shard.tensors}
+        self.shards: Sequence[Shard] = shards
+        self.file_length += sum(shard.file_length for shard in shards)
+        self.dictionary_bytes = sum(shard.dictionary_bytes for shard in shards)
+        self.version = shards[0].version if shards else VERSION
+        self.generator = shards[0].generator if shards else ""
+        self._home = {name: shard for shard in shards for name in shard.tensors}
 
     def __enter__(self) -> QMoEFile:
         return self
@@ -128,36 +141,6 @@ class QMoEFile:
         """Read nothing more; arrays already read stay valid."""
         for shard in self.shards:
             shard.close()
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Major and minor version of the format."""
-        return self.shards[0].version if self.shards else VERSION
-
-    @property
-    def generator(self) -> str:
-        """The program that wrote the file, or the first shard; empty if there is none."""
-        return self.shards[0].generator if self.shards else ""
-
-    @property
-    def file_length(self) -> int:
-        """Bytes of all files."""
-        return self._list_length + sum(shard.file_length for shard in self.shards)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorEntry]:
-        """The tensors' entries by name, in ascending order."""
-        return self._tensors
-
-    @property
-    def attachments(self) -> Mapping[str, AttachmentEntry]:
-        """The attachments' entries by name, in ascending order."""
-        return self._attachments
-
-    @property
-    def dictionary_bytes(self) -> int:
-        """What all dictionaries take in the files."""
-        return sum(shard.dictionary_bytes for shard in self.shards)
 
     @property
     def dictionaries(self) -> Sequence[Dictionary]:
@@ -205,13 +188,17 @@ class QMoEFile:
         shard, entry = self._find(name, expert)
         return shard.encoded(entry, expert or 0)
 
-    def summarize(self, name: str) -> Summary:
-        """What the headers of a tensor's extents tell, of all experts; no checksum is checked.
+    def payload(self, name: str) -> tuple[int, int | None]:
+        """What the headers of a tensor's extents tell; no checksum is checked.
+
+        Returns:
+            The bytes that hold weights: not scales, lengths or headers. The number of weights that
+            are not zero, or None if the encoding does not tell.
 
         Raises:
-            QMoEError: ``not-found``; ``malformed``; ``io``.
+            QMoEError: ``malformed``; ``io``.
         """
-        return self._home[name].summarize(self.tensors[name])
+        return self._home[name].payload(self.tensors[name])
 
     def attachment(self, name: str) -> bytes:
         """The contents of an attached file.
@@ -294,7 +281,7 @@ def _open_listed(path: str, shard: ListedShard, memory_map: bool) -> FileSource:
     return source
 
 
-def _merge(parts: Sequence[Mapping[str, Any]], what: str) -> Mapping[str, Any]:
+def _merge(parts: Sequence[Mapping[str, E]], what: str) -> Mapping[str, E]:
     """The entries of all shards, in the order of their names."""
     if len(parts) == 1:
         return parts[0]

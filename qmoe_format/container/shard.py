@@ -7,8 +7,7 @@ first time it is used, and reading one expert of a stack touches that expert's b
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec
-from qmoe_format.container.encodings import ENCODINGS, Encoding, Summary, encoding_of
-from qmoe_format.container.entries import AttachmentEntry, DictionaryEntry, Entry, TensorEntry
+from qmoe_format.container.encodings import ENCODINGS, Encoding, encoding_of
+from qmoe_format.container.entries import DictionaryEntry, Entry, TensorEntry
 from qmoe_format.container.extent_table import ALIGNMENT, FIRST_EXTENT, ExtentTable, align
 from qmoe_format.container.file_source import FileSource
 from qmoe_format.container.index import parse_index
@@ -35,7 +34,18 @@ class Shard:
     """An open file: the only one of a model, or one of several.
 
     Args:
-        source: the file's bytes. Whoever opened it closes it.
+        source: the file's bytes.
+
+    Attributes:
+        path: where the file is.
+        version: major and minor of the format.
+        generator: the program that wrote it.
+        file_length: bytes.
+        preamble_crc32: the preamble's checksum, which identifies the file's contents.
+        tensors: their entries by name, in ascending order.
+        attachments: their entries by name, in ascending order.
+        dictionary_count: number of dictionaries.
+        dictionary_bytes: what they take in the file.
 
     Raises:
         QMoEError: a code of SPEC.md section 1, or ``io``.
@@ -46,112 +56,66 @@ class Shard:
         self.path = str(source.path)
         with located(self.path):  # [C-1]
             head = source.view(0, min(PREAMBLE_LENGTH, source.length)).tobytes()
-            self._preamble = Preamble.parse(head, source.length)
-            offset = self._preamble.index_offset
+            preamble = Preamble.parse(head, source.length)
+            offset = preamble.index_offset
             tail = source.view(offset, source.length - offset)
-            if zlib.crc32(tail.data) != self._preamble.index_crc32:  # [P-9]
+            if zlib.crc32(tail.data) != preamble.index_crc32:  # [P-9]
                 raise QMoEError("checksum", "the index does not match its checksum")
-            text, rest = self._preamble.index_length, self._preamble.table_offset - offset
+            text, rest = preamble.index_length, preamble.table_offset - offset
             if tail[text:rest].any():  # [F-2]
                 raise QMoEError("padding", "bytes after the JSON text are not zero")
             self._table = ExtentTable.parse(tail[rest:], offset)
             self._index = parse_index(tail[:text], self._table.lengths)
+        self.version = preamble.version
+        self.generator = self._index.generator
+        self.file_length = preamble.file_length
+        self.preamble_crc32 = int.from_bytes(head[-4:], "little")
+        self.tensors = self._index.tensors
+        self.attachments = self._index.attachments
+        self.dictionary_count = len(self._index.dictionaries)
+        self.dictionary_bytes = sum(
+            int(self._table.lengths[each.extent]) for each in self._index.dictionaries
+        )
         # Extents that have passed their CRC. Two threads may both check one: no harm.
         self._checked = np.zeros(len(self._table), np.bool_)
         self._dictionaries: dict[int, Dictionary] = {}
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Major and minor version of the format."""
-        return self._preamble.version
-
-    @property
-    def generator(self) -> str:
-        """The program that wrote the file."""
-        return self._index.generator
-
-    @property
-    def file_length(self) -> int:
-        """Bytes of the file."""
-        return self._preamble.file_length
-
-    @property
-    def preamble_crc32(self) -> int:
-        """The preamble's checksum, which identifies the file's contents."""
-        return int.from_bytes(self._preamble.to_bytes()[-4:], "little")
-
-    @property
-    def tensors(self) -> Mapping[str, TensorEntry]:
-        """The tensors' entries by name, in ascending order."""
-        return self._index.tensors
-
-    @property
-    def attachments(self) -> Mapping[str, AttachmentEntry]:
-        """The attachments' entries by name, in ascending order."""
-        return self._index.attachments
-
-    @property
-    def dictionary_bytes(self) -> int:
-        """What all dictionaries take in the file."""
-        return sum(int(self._table.lengths[each.extent]) for each in self._index.dictionaries)
-
-    @property
-    def dictionary_count(self) -> int:
-        """Number of dictionaries."""
-        return len(self._index.dictionaries)
 
     def close(self) -> None:
         """Read nothing more; arrays already read stay valid."""
         self._source.close()
 
     def decode(self, entry: Entry, expert: int = 0, threads: int = 1) -> npt.NDArray[Any]:
-        """A tensor, an expert or an attachment as an array in storage form.
-
-        Raises:
-            QMoEError: what is wrong with it.
-        """
-        with self._located(entry, expert):
+        """A tensor, an expert or an attachment as an array in storage form."""
+        with located(self._where(entry, expert)):
             return self._decode(entry, self._extent(entry.extent + expert), threads)
 
     def encoded(self, entry: Entry, expert: int = 0) -> Any:
-        """A tensor or an expert as its encoding stores it.
-
-        Raises:
-            QMoEError: what is wrong with it.
-        """
-        with self._located(entry, expert):
+        """A tensor or an expert as its encoding stores it."""
+        with located(self._where(entry, expert)):
             stored = self._extent(entry.extent + expert)
             return _encoding(entry).encoded(stored, entry.item, self.dictionary)
 
-    def summarize(self, entry: TensorEntry) -> Summary:
-        """What the headers of a tensor's extents tell; no checksum is checked.
-
-        Raises:
-            QMoEError: ``malformed``, ``io``.
-        """
+    def payload(self, entry: TensorEntry) -> tuple[int, int | None]:
+        """See ``QMoEFile.payload``."""
         encoding = ENCODINGS.get(entry.encoding)
         if not encoding or not encoding.header_bytes:
-            return Summary(entry.stored_bytes, None)
-        with self._located(entry):
+            return entry.stored_bytes, None
+        with located(self._where(entry)):
             payload = nonzeros = 0
             for extent in range(entry.extent, entry.extent + entry.extent_count):
                 offset, length = self._bounds(extent)
                 if length < encoding.header_bytes:
                     raise QMoEError("malformed", f"extent {extent} has no header")
                 header = self._source.view(offset, encoding.header_bytes).tobytes()
-                each = encoding.summarize(header)
-                payload += each.payload_bytes
-                nonzeros += each.nonzeros or 0
+                more, more_nonzeros = encoding.payload(header)
+                payload += more
+                nonzeros += more_nonzeros
             if payload > entry.stored_bytes or nonzeros > entry.elements:
                 raise QMoEError("malformed", "the headers contradict the index")
-            return Summary(payload, nonzeros)
+            return payload, nonzeros
 
     def dictionary(self, number: int) -> Dictionary:
-        """Dictionary ``number``, parsed once.
-
-        Raises:
-            QMoEError: what is wrong with it; ``malformed`` if there is none. [E-1]
-        """
+        """Dictionary ``number``, parsed once; ``malformed`` if there is none. [E-1]"""
         if number not in self._dictionaries:
             if number >= self.dictionary_count:
                 raise QMoEError("malformed", f"there is no dictionary {number}")
@@ -161,22 +125,18 @@ class Shard:
         return self._dictionaries[number]
 
     def verify(self, advance: Callable[[int], None], threads: int = 1) -> None:
-        """Check every byte: checksums, padding, the contents of all extents. [C-3]
+        """Check every byte; call ``advance`` with the bytes checked since the last call. [C-3]
 
-        Args:
-            advance: called with the number of bytes checked since the last call.
-            threads: for decoding.
-
-        Raises:
-            QMoEError: for the first defect found. What this version does not know
-                (``unsupported``) comes last, so that damage is found first.
+        The first defect is raised, but ``unsupported`` comes last, so that damage is found first.
         """
         unsupported: QMoEError | None = None
         end = FIRST_EXTENT
         advance(end)
-        for extent, (entry, expert) in enumerate(self._owners()):
+        owners = self._index.owners
+        parts = ((entry, expert) for entry in owners for expert in range(entry.extent_count))
+        for extent, (entry, expert) in enumerate(parts):
             offset, length = self._bounds(extent)
-            with self._located(entry, expert):
+            with located(self._where(entry, expert)):
                 self._check_crc(extent, advance)
                 stored = self._source.view(offset, length)
                 end = align(offset + length, ALIGNMENT)
@@ -198,17 +158,8 @@ class Shard:
             raise unsupported
         advance(self.file_length - end)
 
-    def _owners(self) -> Iterator[tuple[Entry, int]]:
-        """What each extent belongs to, and which expert it is."""
-        for entry in self._index.owners:
-            for expert in range(entry.extent_count):
-                yield entry, expert
-
-    def _where(self, entry: Entry, expert: int) -> str:
+    def _where(self, entry: Entry, expert: int = 0) -> str:
         return f"{self.path}, {entry.label(expert)}"
-
-    def _located(self, entry: Entry, expert: int = 0) -> AbstractContextManager[None]:
-        return located(self._where(entry, expert))
 
     def _bounds(self, extent: int) -> tuple[int, int]:
         """Offset and length."""

@@ -1,17 +1,16 @@
 """Writing one physical file: extents as they come, then the index and the extent table.
 
 Tensors go to the disk as they come. What stays in memory is 12 bytes per extent, the entries of the
-index, and the dictionaries of the stack being written. ``writer`` decides what may be written.
+index, and the dictionaries. ``writer`` decides what may be written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,14 +33,6 @@ if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary
 
 
-class Mark(NamedTuple):
-    """A state of a file, between two tensors."""
-
-    extents: int
-    end: int
-    dictionaries: int
-
-
 class ShardWriter:
     """One file being written.
 
@@ -55,6 +46,7 @@ class ShardWriter:
     """
 
     def __init__(self, target: Path) -> None:
+        self._target = target
         self.partial = PartialFile(target)
         self.tensors: list[dict[str, Any]] = []
         self.preamble_crc32 = 0
@@ -62,10 +54,7 @@ class ShardWriter:
         self._dictionaries: list[dict[str, Any]] = []
         self._lengths = array("Q")
         self._crc32 = array("I")
-        self._end = FIRST_EXTENT  # of the last extent
-        self._numbers: dict[bytes, int] = {}
-        # A dictionary first used inside a stack waits: a stack's extents are consecutive.
-        self._waiting: list[Dictionary] = []
+        self._numbers: dict[Dictionary, int] = {}
         self._index_bytes = 0
         try:
             self.partial.write(bytes(FIRST_EXTENT))
@@ -74,26 +63,15 @@ class ShardWriter:
             raise
 
     def put(self, encoding: Encoding, value: Any, item: Item, *, settled: bool = False) -> Encoding:
-        """Write one extent.
-
-        Args:
-            encoding: how.
-            value: what its ``check_value`` has passed.
-            item: what the extent holds.
-            settled: whether the encoding must not be replaced by ``raw`` if that is smaller.
-
-        Returns:
-            The encoding that was used.
-        """
-        self._check_limit("extents", len(self._lengths) + 1, limits.EXTENTS)
+        """Write one extent; return the encoding used, which may be ``raw`` unless ``settled``."""
+        check_limit(self._target, "extents", len(self._lengths) + 1, limits.EXTENTS)
         extent = _Extent(self.partial, self._dictionary_number)
         encoding.encode(value, item, extent)
         if encoding.raw_if_larger and not settled and extent.length >= item.size:
             extent.restart()
             encoding = RAW
             encoding.encode(value, item, extent)
-        self._end = self.partial.length
-        self._check_limit("bytes", self._end, limits.INTEGER)
+        check_limit(self._target, "bytes", self.partial.length, limits.INTEGER)
         self._lengths.append(extent.length)
         self._crc32.append(extent.crc32)
         return encoding
@@ -103,7 +81,7 @@ class ShardWriter:
         first = len(self._lengths) - extents if extents else 0
         self.tensors.append(record | {"extent": first})
         self._index_bytes += len(canonical_json.dumps(record)) + 8
-        for dictionary in self._waiting:
+        for dictionary in self._unwritten():
             entry = {
                 **self._put_bytes(dictionary.tree),
                 "max_length": dictionary.max_length,
@@ -113,43 +91,36 @@ class ShardWriter:
             }
             self._dictionaries.append(entry)
             self._index_bytes += len(canonical_json.dumps(entry)) + 1
-        self._waiting.clear()
 
     def add_attachment(self, name: str, data: bytes) -> None:
         """Write a file's contents and add it to the index."""
         self._attachments.append({**self._put_bytes(data), "name": name})
 
-    def expected_length(self, experts: int, index_bytes: int) -> int:
-        """Bytes of the file if it ended after the stack whose first expert was just written."""
-        extents = len(self._lengths) - 1 + experts
+    def expected_length(self, record: dict[str, Any], extents: int) -> int:
+        """Bytes of the file if it ended after the tensor whose first extent was just written."""
         last = self._lengths[-1]
-        stack = experts * align(last, ALIGNMENT)
-        trees = sum(align(len(each.tree), ALIGNMENT) for each in self._waiting)
-        index = self._index_bytes + index_bytes + RECORD_LENGTH * extents + 256
-        return align(self._end - last, ALIGNMENT) + stack + trees + index
+        stack = align(self.partial.length - last, ALIGNMENT) + extents * align(last, ALIGNMENT)
+        trees = sum(align(len(each.tree), ALIGNMENT) for each in self._unwritten())
+        table = RECORD_LENGTH * (len(self._lengths) - 1 + extents)
+        index = self._index_bytes + len(canonical_json.dumps(record)) + 256
+        return stack + trees + table + index
 
-    def mark(self) -> Mark:
-        """Where ``undo`` can return to; only between tensors."""
-        return Mark(len(self._lengths), self._end, len(self._numbers))
-
-    def undo(self, mark: Mark) -> None:
-        """Remove the extents since ``mark``."""
-        del self._lengths[mark.extents :], self._crc32[mark.extents :]
-        self._end = mark.end
-        self._numbers = {key: n for key, n in self._numbers.items() if n < mark.dictionaries}
-        self._waiting.clear()
-        self.partial.truncate(self._end)
+    def drop_extent(self) -> None:
+        """Remove the last extent, which belongs to no tensor yet; only ``close`` may follow."""
+        self._crc32.pop()
+        self.partial.truncate(self.partial.length - self._lengths.pop())
 
     def close(self, generator: str) -> None:
         """Write the index, then the preamble, and make everything durable."""
         text = dump_index(generator, self.tensors, self._attachments, self._dictionaries)
-        self._check_limit("bytes of index", len(text), limits.INDEX_LENGTH[1])
+        check_limit(self._target, "bytes of index", len(text), limits.INDEX_LENGTH[1])
         table = ExtentTable.to_bytes(
             np.frombuffer(self._lengths, np.uint64), np.frombuffer(self._crc32, np.uint32)
         )
-        offset = align(self._end, ALIGNMENT)
+        end = self.partial.length
+        offset = align(end, ALIGNMENT)
         tail = text + bytes(align(len(text), 8) - len(text)) + table
-        self.partial.write(bytes(offset - self._end))
+        self.partial.write(bytes(offset - end))
         self.partial.write(tail)
         preamble = Preamble(
             extent_count=len(self._lengths),
@@ -166,23 +137,18 @@ class ShardWriter:
         """Write an extent of plain bytes; returns what the index says of it."""
         content = np.frombuffer(data, np.uint8)
         encoding = self.put(ZSTD, content, Item("U8", content.shape))
-        return {
-            "bytes": content.size, "encoding": encoding.name, "extent": len(self._lengths) - 1
-        }  # fmt: skip
+        extent = len(self._lengths) - 1
+        return {"bytes": content.size, "encoding": encoding.name, "extent": extent}
 
     def _dictionary_number(self, dictionary: Dictionary) -> int:
-        """The number of this dictionary; a new one is written with the next tensor's entry."""
-        key = hashlib.sha256(dictionary.tree).digest()
-        key += f"{dictionary.width} {dictionary.signs}".encode()
-        if key not in self._numbers:
-            count = len(self._numbers) + 1
-            self._check_limit("dictionaries", count, limits.ENTRIES)
-            self._numbers[key] = count - 1
-            self._waiting.append(dictionary)
-        return self._numbers[key]
+        if dictionary not in self._numbers:
+            check_limit(self._target, "dictionaries", len(self._numbers) + 1, limits.ENTRIES)
+            self._numbers[dictionary] = len(self._numbers)
+        return self._numbers[dictionary]
 
-    def _check_limit(self, what: str, number: int, most: int) -> None:
-        check_limit(self.partial.target, what, number, most)
+    def _unwritten(self) -> list[Dictionary]:
+        """Dictionaries first used inside the stack being written, whose extents are consecutive."""
+        return list(self._numbers)[len(self._dictionaries) :]
 
 
 class _Extent:

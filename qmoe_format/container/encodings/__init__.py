@@ -6,7 +6,7 @@ stack) into bytes and back. To add one, write the class and list it in ``ENCODIN
 
 from __future__ import annotations
 
-from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, Summary
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink
 from qmoe_format.container.encodings.raw import Raw
 from qmoe_format.container.encodings.ternary_dict import TernaryDict
 from qmoe_format.container.encodings.zstd import Zstd
@@ -25,7 +25,6 @@ __all__ = [
     "Encoding",
     "GetDictionary",
     "Sink",
-    "Summary",
     "encoding_of",
 ]
 

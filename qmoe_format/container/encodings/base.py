@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,18 +37,6 @@ class Sink(Protocol):
         """The number of this dictionary in the file; it is added if it is new."""
 
 
-class Summary(NamedTuple):
-    """What the headers of extents tell.
-
-    Attributes:
-        payload_bytes: bytes that hold weights: not scales, lengths or headers.
-        nonzeros: how many weights are not zero, or None if the encoding does not tell.
-    """
-
-    payload_bytes: int
-    nonzeros: int | None
-
-
 class Encoding(ABC):
     """One way to store a tensor, or an expert of a stack, in an extent.
 
@@ -59,7 +47,8 @@ class Encoding(ABC):
         name: what the index calls it.
         defaults: the further keys of a tensor's entry, with their default values. An encoding that
             has any is for tensors only.
-        header_bytes: bytes at the beginning of an extent that ``summarize`` reads; 0: none.
+        header_bytes: bytes at the beginning of an extent that ``payload`` reads. 0: it is not
+            called, everything is payload, and the number of non-zeros is not known.
         multipliable: whether ``codec`` and ``gpu`` multiply by what ``encoded`` returns.
         raw_if_larger: whether a writer stores ``raw`` instead where this saves nothing.
     """
@@ -108,9 +97,9 @@ class Encoding(ABC):
         """Check everything that can be checked; by default by decoding."""
         self.decode(stored, item, dictionary, threads)
 
-    def summarize(self, header: bytes) -> Summary:
-        """What the first ``header_bytes`` of an extent tell; nothing has been checked."""
-        raise NotImplementedError(f"{self.name} has no header")
+    def payload(self, header: bytes) -> tuple[int, int]:
+        """Payload bytes and non-zero weights, by an extent's unchecked ``header``."""
+        raise NotImplementedError
 
     def parameters_of(self, value: Any) -> dict[str, Parameter]:
         """The further keys of the entry of a tensor that has this value."""
@@ -124,11 +113,7 @@ class Encoding(ABC):
         """
         expected = STORAGE[item.dtype]
         if not isinstance(value, np.ndarray):
-            raise QMoEError(
-                "argument",
-                f"{self.name} cannot store a value of type {type(value).__name__}",
-                "give a numpy array",
-            )
+            raise wrong_type(self, value, "a numpy array")
         if value.shape != item.shape or value.dtype != expected:
             raise QMoEError(
                 "argument",
@@ -140,6 +125,12 @@ class Encoding(ABC):
     @abstractmethod
     def encode(self, value: Any, item: Item, sink: Sink) -> None:
         """Write the extent of a value that ``check_value`` has passed."""
+
+
+def wrong_type(encoding: Encoding, value: object, right: str) -> QMoEError:
+    """What ``check_value`` raises."""
+    what = f"{encoding.name} cannot store a value of type {type(value).__name__}"
+    return QMoEError("argument", what, f"give {right}")
 
 
 def as_array(data: Bytes, item: Item) -> npt.NDArray[Any]:

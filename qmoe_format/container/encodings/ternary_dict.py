@@ -7,7 +7,6 @@ the codec knows what the segments mean.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,13 @@ from qmoe_format import codec
 from qmoe_format.codec.dictionary import SIGN_MODES
 from qmoe_format.codec.segments import BLOCK, GUARD
 from qmoe_format.container import limits
-from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink, Summary
+from qmoe_format.container.encodings.base import (
+    Encoding,
+    GetDictionary,
+    Sink,
+    as_bytes,
+    wrong_type,
+)
 from qmoe_format.container.entries import Item, Parameter
 from qmoe_format.container.extent_table import align
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, Bytes, from_float32
@@ -30,43 +35,6 @@ DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
 _HEADER = struct.Struct("<IIB7sQQ")
-_LENGTH_WIDTHS = (1, 2, 4)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sections:
-    """Where the sections of an extent are: (first byte, byte after the last) of each."""
-
-    row_scale: tuple[int, int]
-    column_scale: tuple[int, int]
-    block_offsets: tuple[int, int]
-    lengths: tuple[int, int]
-    segments: tuple[int, int]
-
-    @property
-    def end(self) -> int:
-        """The extent's length, including the guard."""
-        return align(self.segments[1] + GUARD, _ALIGNMENT)
-
-    @classmethod
-    def of(cls, item: Item, length_width: int, segment_bytes: int) -> _Sections:
-        """Lay out a matrix's extent; Python's integers do not wrap around. [N-2]"""
-        rows, columns = item.shape
-        scale = STORAGE[str(item.parameters["scale_dtype"])].itemsize
-        values = 1 if item.parameters["symmetric"] else 2
-        at = _HEADER.size
-        bounds = []
-        for length in (
-            rows * _groups(item) * values * scale,
-            columns * scale if item.parameters["column_scale"] else 0,
-            4 * -(-_segments(item) // BLOCK),
-            _segments(item) * length_width,
-            segment_bytes,
-        ):
-            at = align(at, _ALIGNMENT)
-            bounds.append((at, at + length))
-            at += length
-        return cls(*bounds)
 
 
 class TernaryDict(Encoding):
@@ -93,9 +61,9 @@ class TernaryDict(Encoding):
             raise QMoEError("malformed", f"a matrix has 2 dimensions, not {len(item.shape)}")
         for side in item.shape:
             limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
-        limits.check("group_size", int(p["group_size"]), 0, limits.GROUP_SIZE)
-        limits.check("rows_per_segment", int(p["rows_per_segment"]), *limits.ROWS_PER_SEGMENT)
-        limits.check("width", int(p["width"]), *limits.WIDTH)
+        limits.check("group_size", p["group_size"], 0, limits.GROUP_SIZE)
+        limits.check("rows_per_segment", p["rows_per_segment"], *limits.ROWS_PER_SEGMENT)
+        limits.check("width", p["width"], *limits.WIDTH)
         if p["signs"] not in SIGN_MODES:
             raise QMoEError("malformed", f"signs are {p['signs']!r}, not plane or codeword")
         if p["scale_dtype"] not in SCALE_DTYPES:
@@ -113,52 +81,48 @@ class TernaryDict(Encoding):
             stored.data
         )
         rows, columns = item.shape
+        p = item.parameters
         limits.check("segment_bytes", segment_bytes, 0, limits.SEGMENT_BYTES)  # [E-4]
-        if length_width not in _LENGTH_WIDTHS:  # [E-4]
+        if length_width not in (1, 2, 4):  # [E-4]
             raise QMoEError("malformed", f"lengths have {length_width} bytes each, not 1, 2 or 4")
-        sections = _Sections.of(item, length_width, segment_bytes)
-        if stored.size != sections.end:  # [E-4] [N-3]
+        sections, end = _layout(item, length_width, segment_bytes)
+        if stored.size != end:  # [E-4] [N-3]
             raise QMoEError(
-                "malformed", f"{stored.size} bytes are stored, the header describes {sections.end}"
+                "malformed", f"{stored.size} bytes are stored, the header describes {end}"
             )
-        _check_padding(stored, zeros, sections)
-
-        def section(bounds: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-            return stored[slice(*bounds)].view(dtype)
-
-        lengths = section(sections.lengths, np.dtype(f"<u{length_width}"))
-        block_offsets = section(sections.block_offsets, np.dtype("<u4"))
-        _check_lengths(lengths, base, block_offsets, segment_bytes)
+        gaps = zip(sections, [*(each.start for each in sections[1:]), end], strict=True)
+        if any(zeros) or any(stored[each.stop : next_].any() for each, next_ in gaps):  # [E-14]
+            raise QMoEError("padding", "bytes between the sections of a matrix are not zero")
+        row_scale, column_scale, *rest = (stored[each] for each in sections)
+        offsets = rest[0].view("<u4")
+        lengths = rest[1].view(f"<u{length_width}")
+        _check_lengths(lengths, base, offsets, segment_bytes)
         _check_room(item, lengths, base)
-        width = int(item.parameters["width"])
         tree = dictionary(number)
-        if (tree.width, tree.signs) != (width, item.parameters["signs"]):  # [E-1]
+        if (tree.width, tree.signs) != (p["width"], p["signs"]):  # [E-1]
             raise QMoEError(
                 "malformed",
                 f"dictionary {number} has width {tree.width} and signs {tree.signs!r}, unlike the "
                 "tensor's entry in the index",
             )
-        scale_dtype = str(item.parameters["scale_dtype"])
-        values = 1 if item.parameters["symmetric"] else 2
-        row_scale = section(sections.row_scale, STORAGE[scale_dtype])
-        column_scale = section(sections.column_scale, STORAGE[scale_dtype])
+        scale = STORAGE[p["scale_dtype"]]
         return codec.EncodedMatrix(  # checks [E-7]
             trits=codec.EncodedTrits(
                 rows=rows,
                 columns=columns,
-                rows_per_segment=int(item.parameters["rows_per_segment"]),
+                rows_per_segment=p["rows_per_segment"],
                 dictionary=tree,
                 nonzeros=nonzeros,
                 length_base=base,
                 lengths=lengths,
-                block_offsets=block_offsets,
-                segments=stored[sections.segments[0] :],
+                block_offsets=offsets,
+                segments=stored[sections[-1].start :],
                 segment_bytes=segment_bytes,
             ),
-            row_scale=row_scale.reshape(rows, _groups(item), values),
-            column_scale=column_scale if item.parameters["column_scale"] else None,
-            scale_dtype=scale_dtype,
-            group_size=int(item.parameters["group_size"]),
+            row_scale=row_scale.view(scale).reshape(rows, _groups(item), 2 - p["symmetric"]),
+            column_scale=column_scale.view(scale) if p["column_scale"] else None,
+            scale_dtype=p["scale_dtype"],
+            group_size=p["group_size"],
         )
 
     def decode(
@@ -183,9 +147,9 @@ class TernaryDict(Encoding):
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
         return self.encoded(stored, item, dictionary)
 
-    def summarize(self, header: bytes) -> Summary:
+    def payload(self, header: bytes) -> tuple[int, int]:
         *_, nonzeros, segment_bytes = _HEADER.unpack(header)
-        return Summary(segment_bytes, nonzeros)
+        return segment_bytes, nonzeros
 
     def parameters_of(self, value: Any) -> dict[str, Parameter]:
         if not isinstance(value, codec.EncodedMatrix):
@@ -202,66 +166,75 @@ class TernaryDict(Encoding):
 
     def check_value(self, value: Any, item: Item) -> None:
         if not isinstance(value, codec.EncodedMatrix):
-            raise QMoEError(
-                "argument",
-                f"{self.name} cannot store a value of type {type(value).__name__}",
-                "give an EncodedMatrix (codec.encode_matrix)",
-            )
-        advice = "give a matrix of the declared form, or declare another one"
-        if value.shape != item.shape:
-            raise QMoEError(
-                "argument", f"the matrix is {list(value.shape)}, not {list(item.shape)}", advice
-            )
-        for key, actual in self.parameters_of(value).items():
-            if item.parameters[key] != actual:
+            raise wrong_type(self, value, "an EncodedMatrix (codec.encode_matrix)")
+        declared = {"shape": item.shape, **item.parameters}
+        for key, actual in {"shape": value.shape, **self.parameters_of(value)}.items():
+            if declared[key] != actual:
                 raise QMoEError(
                     "argument",
-                    f"{key} of the matrix is {actual}, not {item.parameters[key]}",
-                    advice,
+                    f"{key} of the matrix is {actual}, not {declared[key]}",
+                    "give a matrix as declared, or declare another one",
                 )
 
     def encode(self, value: EncodedMatrix, item: Item, sink: Sink) -> None:
         trits = value.trits
         length_width = trits.lengths.itemsize
-        sections = _Sections.of(item, length_width, trits.segment_bytes)
-        extent = np.zeros(sections.end, np.uint8)
+        sections, end = _layout(item, length_width, trits.segment_bytes)
+        extent = np.zeros(end, np.uint8)
         _HEADER.pack_into(
             extent.data, 0, sink.dictionary_number(trits.dictionary), trits.length_base,
             length_width, bytes(7), trits.nonzeros, trits.segment_bytes,
         )  # fmt: skip
-        for bounds, array in (
-            (sections.row_scale, value.row_scale),
-            (sections.column_scale, value.column_scale),
-            (sections.block_offsets, trits.block_offsets),
-            (sections.lengths, trits.lengths),
-            (sections.segments, trits.segments[: trits.segment_bytes]),
-        ):
+        segments = trits.segments[: trits.segment_bytes]
+        arrays = (
+            value.row_scale, value.column_scale, trits.block_offsets, trits.lengths, segments
+        )  # fmt: skip
+        for section, array in zip(sections, arrays, strict=True):
             if array is not None:
-                extent[slice(*bounds)] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                extent[section] = as_bytes(np.ascontiguousarray(array))
         sink.write(extent.data)
+
+
+def _layout(item: Item, length_width: int, segment_bytes: int) -> tuple[list[slice], int]:
+    """Where the five sections of an extent are, and its length, including the guard.
+
+    Python's integers do not wrap around. [N-2]
+    """
+    rows, columns = item.shape
+    p = item.parameters
+    scale = STORAGE[p["scale_dtype"]].itemsize
+    segments = -(-rows // p["rows_per_segment"])  # [E-15]
+    end = _HEADER.size
+    sections = []
+    for length in (
+        rows * _groups(item) * (2 - p["symmetric"]) * scale,
+        columns * scale if p["column_scale"] else 0,
+        4 * -(-segments // BLOCK),
+        segments * length_width,
+        segment_bytes,
+    ):
+        start = align(end, _ALIGNMENT)
+        end = start + length
+        sections.append(slice(start, end))
+    return sections, align(end + GUARD, _ALIGNMENT)
 
 
 def _groups(item: Item) -> int:
     """G, the number of column groups. [E-2]"""
-    size = int(item.parameters["group_size"])
+    size: int = item.parameters["group_size"]
     return -(-item.shape[1] // size) if size else 1
 
 
 def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
     """Bytes of the extent of a matrix with these numbers in its header, including the guard."""
-    return _Sections.of(item, length_width, segment_bytes).end
-
-
-def _segments(item: Item) -> int:
-    """n, the number of segments. [E-15]"""
-    return -(-item.shape[0] // int(item.parameters["rows_per_segment"]))
+    return _layout(item, length_width, segment_bytes)[1]
 
 
 def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
     """A codeword has at most 255 weights, which bounds a segment's bytes from below. [E-6]"""
     rows, columns = item.shape
-    together = int(item.parameters["rows_per_segment"])
-    width = int(item.parameters["width"])
+    together = item.parameters["rows_per_segment"]
+    width: int = item.parameters["width"]
 
     def least(weights: int) -> int:
         return -(-width * -(-weights // limits.ENTRY_LENGTH[1]) // 8)
@@ -274,19 +247,6 @@ def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
         full.size and base + int(full.min()) < least(together * columns)
     ):
         raise QMoEError("malformed", f"a segment is too short for rows of {columns} weights")
-
-
-def _check_padding(stored: Bytes, zeros: bytes, sections: _Sections) -> None:
-    """The header's spare bytes, the bytes between sections, and the guard. [E-14]"""
-    gaps = (
-        (sections.row_scale[1], sections.column_scale[0]),
-        (sections.column_scale[1], sections.block_offsets[0]),
-        (sections.block_offsets[1], sections.lengths[0]),
-        (sections.lengths[1], sections.segments[0]),
-        (sections.segments[1], sections.end),
-    )
-    if any(zeros) or any(stored[first:last].any() for first, last in gaps):
-        raise QMoEError("padding", "bytes between the sections of a matrix are not zero")
 
 
 def _check_lengths(
