@@ -1,4 +1,4 @@
-"""Small checkpoints to convert, the folder of larger ones, and running ``qmoe``."""
+"""Fixtures: small checkpoints, the folder with larger ones, and the ``qmoe`` command."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qmoe_format.cli import main
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-State = dict[str, Any]  # tensors by name; torch is not imported before a test needs it
+State = dict[str, Any]  # tensors by name; torch is imported only when a test needs it
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with switch-mini and mixtral-mini."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("no ../shared/data beside the repository: its checkpoints are not published")
+        pytest.skip("the checkpoints in ../shared/data are not published")
     return SHARED_DATA
 
 
@@ -34,7 +34,7 @@ def switch_state(
     dtype: str = "bfloat16",
     seed: int = 0,
 ) -> State:
-    """One dense and one sparse encoder layer, random."""
+    """One dense and one sparse encoder layer with random weights."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -42,33 +42,33 @@ def switch_state(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
 
-    head = "encoder.block.1.layer.1.mlp."
+    prefix = "encoder.block.1.layer.1.mlp."
     state = {
         "shared.weight": random(32, columns),
         "encoder.block.0.layer.1.mlp.wi.weight": random(rows, columns),
         "encoder.block.1.layer.1.layer_norm.weight": random(columns),
-        f"{head}router.classifier.weight": random(experts, columns),
+        f"{prefix}router.classifier.weight": random(experts, columns),
     }
     for e in range(experts):
-        state[f"{head}experts.expert_{e}.wi.weight"] = random(rows, columns)
-        state[f"{head}experts.expert_{e}.wo.weight"] = random(columns, rows)
+        state[f"{prefix}experts.expert_{e}.wi.weight"] = random(rows, columns)
+        state[f"{prefix}experts.expert_{e}.wo.weight"] = random(columns, rows)
     return state
 
 
 def mixtral_state(experts: int = 3, rows: int = 6, columns: int = 10) -> State:
-    """One layer, random."""
+    """One layer with random weights."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    head = "model.layers.0.block_sparse_moe."
+    prefix = "model.layers.0.block_sparse_moe."
     shapes = {"w1": (rows, columns), "w2": (columns, rows), "w3": (rows, columns)}
     state = {
         "model.embed_tokens.weight": torch.randn((32, columns), generator=generator),
-        f"{head}gate.weight": torch.randn((experts, columns), generator=generator),
+        f"{prefix}gate.weight": torch.randn((experts, columns), generator=generator),
     }
     for e in range(experts):
         for matrix, shape in shapes.items():
-            state[f"{head}experts.{e}.{matrix}.weight"] = torch.randn(shape, generator=generator)
+            state[f"{prefix}experts.{e}.{matrix}.weight"] = torch.randn(shape, generator=generator)
     return state
 
 
@@ -80,7 +80,7 @@ def write_checkpoint(
     kind: str = "safetensors",
     shards: int = 1,
 ) -> Path:
-    """Save ``state`` as transformers would; without ``config``, a Switch Transformer's."""
+    """Save ``state`` as transformers would, by default as a Switch Transformer."""
     import torch
     from safetensors.torch import save_file
 
@@ -109,7 +109,7 @@ def write_checkpoint(
 
 @pytest.fixture
 def switch(tmp_path: Path) -> Callable[..., Path]:
-    """Make a tiny Switch checkpoint: ``switch(change=function of its state, kind=…, shards=…)``."""
+    """Write a tiny Switch checkpoint: ``switch(change=edit_state, kind=…, shards=…)``."""
 
     def make(
         change: Callable[[State], object] = lambda state: None,
@@ -145,7 +145,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def qmoe(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``qmoe("verify", path)`` in this process."""
+    """Run ``qmoe("verify", path)`` in this process."""
 
     def run(*arguments: str | Path) -> Outcome:
         capsys.readouterr()
@@ -158,7 +158,7 @@ def qmoe(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="session")
 def qmoe_process() -> Run:
-    """``qmoe("verify", path)`` in a process of its own."""
+    """Run ``qmoe("verify", path)`` in a process of its own."""
 
     def run(*arguments: str | Path) -> Outcome:
         command = [sys.executable, "-m", "qmoe_format.cli", *map(str, arguments)]

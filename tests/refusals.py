@@ -1,4 +1,4 @@
-"""What is refused, with which code."""
+"""Check that a call is refused with a certain code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qmoe_format.errors import QMoEError
 
 
 def refusal(call: Callable[[], object], code: str) -> str:
-    """The message of the ``QMoEError`` that ``call`` has to raise."""
+    """The message of the ``QMoEError`` that ``call`` must raise."""
     with pytest.raises(QMoEError) as caught:
         call()
     assert caught.value.code == code, caught.value

@@ -1,4 +1,4 @@
-"""QMoE's own code, kept to compare with."""
+"""QMoE's own encoding, kept for comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks import qmoe_scheme
 from tests.codec.strategies import random_trits
 
 
-def test_the_dictionary_is_the_authors() -> None:
+def test_the_dictionary_matches_the_authors_one() -> None:
     table = qmoe_scheme.qmoe_dictionary().decoder_table()
     assert hashlib.sha256(table.astype("<u4").tobytes()).hexdigest() == qmoe_scheme.DECODER_SHA256
 
@@ -26,7 +26,7 @@ def test_round_trip(rows: int, columns: int) -> None:
         assert np.array_equal(out, trits)
 
 
-def test_the_rate_is_the_published_one() -> None:
+def test_the_rate_matches_the_paper() -> None:
     trits = random_trits(200, 3072, 0.885)
     codewords, _ = qmoe_scheme.encode(trits)
     assert 16 * codewords.size / trits.size == pytest.approx(0.738, abs=0.003)

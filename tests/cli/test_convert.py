@@ -1,4 +1,4 @@
-"""Small checkpoints of every kind, and every way a conversion can be refused or interrupted."""
+"""Conversions of small checkpoints of every kind, and how they are refused or interrupted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 
 Make = Callable[..., Path]
 Change = Callable[[dict[str, Any]], object]
-HEAD = "encoder.block.1.layer.1.mlp.experts."
+PREFIX = "encoder.block.1.layer.1.mlp.experts."
 
 
 def nearest(w: torch.Tensor) -> torch.Tensor:
-    """The values that a reader gets of a matrix, by the formula, in float64."""
+    """The decoded values of a matrix, computed in float64 by the formula."""
     scale = torch.float16 if w.dtype == torch.float16 else torch.bfloat16
     zero = torch.zeros(len(w), 1, dtype=w.dtype)
     high = torch.cat([w, zero], 1).amax(1, keepdim=True).to(scale).double()
@@ -50,7 +50,7 @@ def assert_unpacks_to(file: Path, state: dict[str, Any], folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("profile", ["fast", "size"])
-def test_every_type_and_kind(
+def test_every_dtype_and_file_kind(
     switch: Make, tmp_path: Path, dtype: str, kind: str, profile: str
 ) -> None:
     state: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def test_every_type_and_kind(
     file = convert(source, tmp_path / "m.qmoe", profile=profile)
     with qmoe_format.open(file) as opened:
         opened.verify()
-        scale = opened.tensors[HEAD + "wi"].parameters["scale_dtype"]
+        scale = opened.tensors[PREFIX + "wi"].parameters["scale_dtype"]
         assert scale == ("F16" if dtype == "float16" else "BF16")
     assert_unpacks_to(file, state, tmp_path / "unpacked")
 
@@ -77,16 +77,16 @@ def test_odd_shapes(switch: Make, tmp_path: Path, experts: int, rows: int, colum
 
 def test_zero_rows_and_zero_experts(switch: Make, tmp_path: Path) -> None:
     def change(state: dict[str, Any]) -> None:
-        state[HEAD + "expert_0.wi.weight"].zero_()
-        state[HEAD + "expert_1.wi.weight"][2:4] = 0
-        state[HEAD + "expert_2.wi.weight"].fill_(3)
+        state[PREFIX + "expert_0.wi.weight"].zero_()
+        state[PREFIX + "expert_1.wi.weight"][2:4] = 0
+        state[PREFIX + "expert_2.wi.weight"].fill_(3)
         kept.update(state)
 
     kept: dict[str, Any] = {}
     file = convert(switch(change), tmp_path / "m.qmoe")
     with qmoe_format.open(file) as opened:
         opened.verify()
-        assert opened.encoded(HEAD + "wi", 0).trits.nonzeros == 0
+        assert opened.encoded(PREFIX + "wi", 0).trits.nonzeros == 0
     assert_unpacks_to(file, kept, tmp_path / "unpacked")
 
 
@@ -95,7 +95,7 @@ def test_mixtral(mixtral: Path, tmp_path: Path) -> None:
     assert_unpacks_to(convert(mixtral, tmp_path / "m.qmoe"), state, tmp_path / "unpacked")
 
 
-def test_the_callers_torch_keeps_its_threads(switch: Make, tmp_path: Path) -> None:
+def test_the_callers_thread_count_of_torch_is_restored(switch: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -124,40 +124,40 @@ BAD: dict[str, tuple[Change, dict[str, Any] | None, str, list[str]]] = {
         ["'llama'", "mixtral", "switch_transformers"],
     ),
     "hole": (
-        lambda state: state.pop(HEAD + "expert_1.wi.weight"),
+        lambda state: state.pop(PREFIX + "expert_1.wi.weight"),
         None,
         "checkpoint",
-        ["expert 1 of 4", HEAD + "expert_1.wi.weight"],
+        ["expert 1 of 4", PREFIX + "expert_1.wi.weight"],
     ),
     "fewer than the config says": (
-        lambda state: [state.pop(HEAD + f"expert_3.{m}.weight") for m in ("wi", "wo")],
+        lambda state: [state.pop(PREFIX + f"expert_3.{m}.weight") for m in ("wi", "wo")],
         None,
         "checkpoint",
         ["expert 3 of 4"],
     ),
     "unequal": (
-        update(HEAD + "expert_2.wo.weight", torch.zeros(9, 6, dtype=torch.bfloat16)),
+        update(PREFIX + "expert_2.wo.weight", torch.zeros(9, 6, dtype=torch.bfloat16)),
         None,
         "checkpoint",
-        [HEAD + "expert_2.wo.weight", "[9, 6]", "[10, 6]"],
+        [PREFIX + "expert_2.wo.weight", "[9, 6]", "[10, 6]"],
     ),
     "like an expert": (
-        update(HEAD + "expert_2.wi.bias", torch.zeros(6)),
+        update(PREFIX + "expert_2.wi.bias", torch.zeros(6)),
         None,
         "checkpoint",
-        [HEAD + "expert_2.wi.bias"],
+        [PREFIX + "expert_2.wi.bias"],
     ),
     "NaN": (
-        poison(HEAD + "expert_2.wi.weight", math.nan),
+        poison(PREFIX + "expert_2.wi.weight", math.nan),
         None,
         "value",
-        [HEAD + "expert_2.wi.weight", "row 3, column 2", "nan"],
+        [PREFIX + "expert_2.wi.weight", "row 3, column 2", "nan"],
     ),
     "infinity": (
-        poison(HEAD + "expert_1.wo.weight", -math.inf),
+        poison(PREFIX + "expert_1.wo.weight", -math.inf),
         None,
         "value",
-        [HEAD + "expert_1.wo.weight", "row 3, column 2", "-inf"],
+        [PREFIX + "expert_1.wo.weight", "row 3, column 2", "-inf"],
     ),
 }
 
@@ -193,7 +193,7 @@ def test_missing_shard(switch: Make, tmp_path: Path, qmoe: Any) -> None:
     assert not (tmp_path / "m.qmoe").exists()
 
 
-def test_what_is_there_stays_unless_forced(switch: Make, tmp_path: Path, qmoe: Any) -> None:
+def test_existing_files_are_kept_unless_forced(switch: Make, tmp_path: Path, qmoe: Any) -> None:
     source, target = switch(), tmp_path / "m.qmoe"
     target.write_bytes(b"precious")
     done = qmoe("convert", source, target)
@@ -205,7 +205,7 @@ def test_what_is_there_stays_unless_forced(switch: Make, tmp_path: Path, qmoe: A
     assert qmoe("verify", target).code == 0
 
 
-def test_shards_of_another_model_stay_unless_forced(
+def test_shards_of_another_model_are_kept_unless_forced(
     switch: Make, tmp_path: Path, qmoe: Any
 ) -> None:
     other = tmp_path / "m-00001-of-00009.qmoe"
@@ -220,7 +220,9 @@ def test_shards_of_another_model_stay_unless_forced(
 
 
 @pytest.mark.parametrize("place", ["nowhere/m.qmoe", "folder"])
-def test_places_that_cannot_be_written(switch: Make, tmp_path: Path, qmoe: Any, place: str) -> None:
+def test_destinations_that_cannot_be_written(
+    switch: Make, tmp_path: Path, qmoe: Any, place: str
+) -> None:
     (tmp_path / "folder").mkdir()
     done = qmoe("convert", switch(), tmp_path / place, "--force")
     assert done.code == 1
@@ -228,7 +230,7 @@ def test_places_that_cannot_be_written(switch: Make, tmp_path: Path, qmoe: Any, 
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_a_source_that_is_not_there(tmp_path: Path, qmoe: Any) -> None:
+def test_a_missing_source(tmp_path: Path, qmoe: Any) -> None:
     done = qmoe("convert", tmp_path / "nowhere", tmp_path / "m.qmoe")
     assert done.code == 1
     assert done.err.startswith("error[not-found]: ")
@@ -288,14 +290,14 @@ def test_interrupted(switch: Make, tmp_path: Path, qmoe: Any, number: int, code:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background jobs, such as these tests may be, are started with SIGINT ignored.
+        # These tests may be a background job of a shell, which starts it with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
     for _ in range(3):
         assert "busy" in process.stdout.readline()
     assert target.read_bytes() == before
-    assert len(list(target.parent.iterdir())) == 2, "it is being written beside the old one"
+    assert len(list(target.parent.iterdir())) == 2, "it is being written next to the old one"
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
@@ -326,7 +328,7 @@ def test_disk_full(switch: Make, tmp_path: Path) -> None:
     assert not list(target.parent.iterdir())
 
 
-def test_a_terminal_without_the_characters(switch: Make, tmp_path: Path) -> None:
+def test_a_terminal_that_lacks_characters(switch: Make, tmp_path: Path) -> None:
     file = convert(switch(), tmp_path / "m.qmoe")
     done = subprocess.run(
         [sys.executable, "-m", "qmoe_format.cli", "inspect", file],
@@ -364,7 +366,7 @@ def test_progress_on_a_terminal_is_on_stderr_only(switch: Make, tmp_path: Path) 
     assert b"weights/s" not in done.stdout
 
 
-def test_nobody_reads(switch: Make, tmp_path: Path) -> None:
+def test_closed_output(switch: Make, tmp_path: Path) -> None:
     file = convert(switch(), tmp_path / "m.qmoe")
     process = subprocess.Popen(
         [sys.executable, "-m", "qmoe_format.cli", "inspect", file, "--json"],
@@ -379,7 +381,7 @@ def test_nobody_reads(switch: Make, tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_files_that_are_none(tmp_path: Path, qmoe: Any) -> None:
+def test_files_that_are_not_qmoe_files(tmp_path: Path, qmoe: Any) -> None:
     bad = tmp_path / "bad.qmoe"
     bad.write_bytes(b"\x8fQMOE")
     for path, code in ((bad, "truncated"), (tmp_path / "nowhere", "not-found"), (tmp_path, "io")):

@@ -1,4 +1,4 @@
-"""``qmoe demo``, as a user runs it."""
+"""``qmoe demo``, run like a user does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_demo(qmoe_process: Any) -> None:
     written = [line for line in lines if line.startswith("compressed:")]
     assert len(originals) == len(written) == 2
     assert all(len(line.split()) > 3 for line in originals + written)
-    assert "verify" in done.out.lower()
+    assert "Verify" in done.out
     assert not done.err
 
 

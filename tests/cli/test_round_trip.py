@@ -1,4 +1,4 @@
-"""convert, verify, inspect, unpack and load, with the real checkpoints of ../shared/data."""
+"""convert, verify, inspect, unpack and load the real checkpoints in ../shared/data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Converted:
     source: Path
     file: Path
     unpacked: Path
-    said: str
+    output: str
 
 
 @pytest.fixture(scope="module", params=["switch-mini", "mixtral-mini"])
@@ -45,7 +45,7 @@ def converted(
 
 
 def read_safetensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Dtype, shape and bytes of all tensors, without the library's reader or ours."""
+    """Dtype, shape and bytes of all tensors, read by neither safetensors nor this package."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         data = path.read_bytes()
@@ -59,7 +59,7 @@ def read_safetensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def rounded(bits: Bits) -> Bits:
-    """bfloat16 [rows, columns] to the nearest of each row's minimum, 0 and maximum."""
+    """Round bfloat16 [rows, columns] to the nearest of each row's minimum, 0 and maximum."""
     w = (bits.astype(np.uint32) << 16).view(np.float32)
     high = np.maximum(w.max(1, keepdims=True), 0)
     low = np.minimum(w.min(1, keepdims=True), 0)
@@ -67,7 +67,7 @@ def rounded(bits: Bits) -> Bits:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def test_experts_are_rounded_and_the_rest_is_the_same_to_the_byte(converted: Converted) -> None:
+def test_experts_are_rounded_and_all_else_is_kept_byte_for_byte(converted: Converted) -> None:
     before, after = read_safetensors(converted.source), read_safetensors(converted.unpacked)
     assert sorted(before) == sorted(after)
     changed = 0
@@ -82,7 +82,7 @@ def test_experts_are_rounded_and_the_rest_is_the_same_to_the_byte(converted: Con
     assert changed == {"switch-mini": 128, "mixtral-mini": 96}[converted.source.name]
 
 
-def test_small_files_are_the_same_to_the_byte(converted: Converted) -> None:
+def test_small_files_are_kept_byte_for_byte(converted: Converted) -> None:
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     for name in names:
         assert (converted.unpacked / name).read_bytes() == (converted.source / name).read_bytes()
@@ -92,7 +92,7 @@ def test_small_files_are_the_same_to_the_byte(converted: Converted) -> None:
     }
 
 
-def test_shards_are_as_small_as_asked_and_indexed(converted: Converted) -> None:
+def test_shards_have_the_requested_size_and_an_index(converted: Converted) -> None:
     index = json.loads((converted.unpacked / "model.safetensors.index.json").read_text())
     shards = sorted(converted.unpacked.glob("*.safetensors"))
     assert {path.name for path in shards} == set(index["weight_map"].values())
@@ -102,11 +102,11 @@ def test_shards_are_as_small_as_asked_and_indexed(converted: Converted) -> None:
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
-def test_transformers_loads_it_and_it_is_the_rounded_model(converted: Converted) -> None:
+def test_transformers_loads_the_rounded_model(converted: Converted) -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # several are slow where other programs are busy
+    torch.set_num_threads(1)  # more are slow when other programs are busy
     kind = "AutoModelForSeq2SeqLM" if "switch" in converted.source.name else "AutoModelForCausalLM"
     load = getattr(transformers, kind).from_pretrained
     model, report = load(converted.unpacked, dtype=torch.float32, output_loading_info=True)
@@ -141,7 +141,7 @@ def test_every_byte_is_checked(converted: Converted, qmoe: Any, tmp_path: Path) 
     assert done.err.count("\n") == 1
 
 
-def test_json_is_exactly_the_promised_schema(converted: Converted, qmoe_process: Any) -> None:
+def test_json_has_exactly_the_documented_keys(converted: Converted, qmoe_process: Any) -> None:
     done = qmoe_process("inspect", converted.file, "--json")
     assert (done.code, done.err) == (0, "")
     report = json.loads(done.out)
@@ -192,7 +192,7 @@ def test_totals_add_up(converted: Converted, qmoe: Any) -> None:
     assert parts < totals["file"]["bytes"] < parts + 64 * 1000
 
 
-def test_table_for_people(converted: Converted, qmoe: Any) -> None:
+def test_table(converted: Converted, qmoe: Any) -> None:
     done = qmoe("inspect", converted.file)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
@@ -201,7 +201,7 @@ def test_table_for_people(converted: Converted, qmoe: Any) -> None:
             assert sum(line.split()[:1] == [name] for line in lines) == 1
     assert any(line.startswith("experts") and "×" in line for line in lines)
     assert max(map(len, lines)) < 140
-    assert lines[-1] in converted.said, "convert ends with the same summary"
+    assert lines[-1] in converted.output, "convert ends with the same summary"
 
 
 @pytest.mark.parametrize("profile", ["fast", "size"])

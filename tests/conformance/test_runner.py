@@ -1,4 +1,4 @@
-"""The runner itself: what it accepts, what it refuses, what it prints."""
+"""The runner itself: what it accepts, rejects and prints."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from qmoe_format.conformance.runner import (
     run,
 )
 
-ONE = {vector.id: vector for vector in corpus()}
+VECTORS = {vector.id: vector for vector in corpus()}
 
 
-def few(*names: str) -> list[Vector]:
-    return [ONE[name] for name in names]
+def named(*names: str) -> list[Vector]:
+    return [VECTORS[name] for name in names]
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +50,7 @@ def test_a_changed_vector_is_refused(tmp_path: Path) -> None:
 
 def test_a_program_is_a_reader() -> None:
     reader = program([sys.executable, second_reader.__file__])
-    for vector in few("whole-file", "shards-two", "index-crc", "zstd-bomb", "shards-missing"):
+    for vector in named("whole-file", "shards-two", "index-crc", "zstd-bomb", "shards-missing"):
         assert judge(vector, reader(vector.path)) is None
 
 
@@ -67,12 +67,12 @@ def test_a_program_is_a_reader() -> None:
         ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
     ],
 )
-def test_what_a_program_may_say(code: str, outcome: str) -> None:
+def test_answers_of_a_program(code: str, outcome: str) -> None:
     assert program([sys.executable, "-c", code])(Path("x")).outcome == outcome
 
 
-def test_failures_name_the_broken_sentences(capsys: pytest.CaptureFixture[str]) -> None:
-    vectors = few("index-crc", "whole-file")
+def test_failures_name_the_requirements(capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = named("index-crc", "whole-file")
     assert run("nothing", lambda path: Result("reject:limit"), vectors) == 2
     text = capsys.readouterr().out
     assert "FAIL index-crc: reject:checksum expected, reject:limit" in text
@@ -80,14 +80,14 @@ def test_failures_name_the_broken_sentences(capsys: pytest.CaptureFixture[str]) 
     assert "nothing: 0 of 2 vectors, broken: " in text
 
 
-def test_the_stage_counts_where_a_reader_tells_it() -> None:
-    vector = ONE["extent-crc-raw"]
+def test_the_stage_is_compared_if_the_reader_gives_it() -> None:
+    vector = VECTORS["extent-crc-raw"]
     assert judge(vector, Result("reject:checksum", "verify")) is None
     assert judge(vector, Result("reject:checksum")) is None
     assert judge(vector, Result("reject:checksum", "open")) is not None
 
 
-def test_the_first_difference_is_told() -> None:
+def test_the_first_difference_is_reported() -> None:
     expected = {"parts": [{"sha256": "a", "trits": "b"}], "shape": [2, 3]}
     found = {"parts": [{"sha256": "x", "trits": "y"}], "shape": [2, 3]}
     assert difference(expected, expected) is None

@@ -1,4 +1,4 @@
-"""What SPEC.md shows is true: its example is a file, its pseudocode decodes."""
+"""The example of SPEC.md is a valid file, and its pseudocode decodes the vectors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def block(heading: str, language: str) -> str:
     return match[1]
 
 
-def dumped(text: str) -> bytes:
-    """The bytes of an annotated dump; its offsets have to be right."""
+def parse_dump(text: str) -> bytes:
+    """The bytes of an annotated dump, whose offsets must be right."""
     data = b""
     for line in text.splitlines():
         if not re.match(r"[0-9a-f]{3}  ", line):
@@ -44,7 +44,7 @@ def dumped(text: str) -> bytes:
 def test_the_example_is_the_vector(tmp_path: Path) -> None:
     vector = VECTORS["whole-file"]
     path = tmp_path / "example.qmoe"
-    path.write_bytes(dumped(block("12.", "qmoe")))
+    path.write_bytes(parse_dump(block("12.", "qmoe")))
     assert path.read_bytes() == vector.path.read_bytes()
     assert judge(vector, second_reader(path)) is None
     assert judge(vector, package(path)) is None

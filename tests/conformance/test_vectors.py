@@ -1,4 +1,4 @@
-"""Every vector against both readers; what the vectors cover; that they can be made again."""
+"""Both readers on every vector; what the vectors cover; that they can be regenerated."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qmoe_format.conformance.runner import (
     sentences,
 )
 from qmoe_format.conformance.runner import second_reader as read_second
-from tools.conformance_vectors import __main__ as make_vectors
+from tools.conformance_vectors.__main__ import SPEC_VERSION, write
 
 SPEC = Path(__file__).parents[2] / "SPEC.md"
 VECTORS = corpus()
 
-# Requirements that no file can break, and why.
+# Requirements that no file can violate, and why.
 NOT_IN_A_FILE = {
     "A-1": "advice to a writer",
     "M-1": "about a product, not a file",
@@ -69,12 +69,12 @@ def test_hostile_numbers_cost_no_memory(vector: Vector) -> None:
         tracemalloc.stop()
 
 
-def test_the_second_reader_imports_nothing_of_the_package() -> None:
+def test_the_second_reader_imports_nothing_from_the_package() -> None:
     assert not re.search(r"import.*qmoe|qmoe.*import", Path(second_reader.__file__).read_text())
 
 
-def test_making_the_vectors_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    make_vectors.write(tmp_path)
+def test_generating_the_vectors_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path)
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}
     kept = {path.relative_to(HERE): path for path in (HERE / "vectors").rglob("*")}
     kept = {name: path for name, path in kept.items() if path.is_file()}
@@ -84,10 +84,10 @@ def test_making_the_vectors_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert different == []
 
 
-def test_the_manifest_is_of_this_specification() -> None:
+def test_the_manifest_names_this_version_of_the_specification() -> None:
     version = re.search(r"\*\*Version (\d+\.\d+)", SPEC.read_text(encoding="utf-8"))
     assert version
-    assert version[1] == make_vectors.SPEC_VERSION
+    assert version[1] == SPEC_VERSION
     assert max(Counter(vector.id for vector in VECTORS).values()) == 1
 
 
@@ -99,14 +99,14 @@ def test_every_requirement_has_a_vector() -> None:
     defined = set(re.findall(r"`\[([A-Z]-\d+)\]`(?= )", SPEC.read_text(encoding="utf-8")))
     assert defined >= set(sentences())
     covered = {requirement for vector in VECTORS for requirement in vector.requirements}
-    assert covered <= defined, "of a requirement that is not in SPEC.md"
+    assert covered <= defined, "not a requirement of SPEC.md"
     assert defined - covered == set(NOT_IN_A_FILE)
 
 
-def test_every_breakable_requirement_has_a_rejected_vector() -> None:
+def test_every_requirement_that_a_file_can_violate_has_a_rejected_vector() -> None:
     only_accepted = {
         "D-6",
-        "E-2",  # what would break it breaks E-4
+        "E-2",  # what violates it violates E-4
         "N-1",
         "T-3",
         "V-1",
