@@ -1,8 +1,7 @@
 """Dictionaries: complete, prefix-free sets of short weight strings (SPEC.md section 6).
 
-A dictionary is a binary tree over "the next weight is zero / is not". ``Dictionary`` holds it as a
-file stores it, ``fit_dictionary`` grows the best one for a share of zeros. Pure Python: reading a
-file's dictionaries does not load Numba.
+A dictionary is a binary tree over "the next weight is zero / is not". Pure Python: reading a file's
+dictionaries does not load Numba.
 """
 
 from __future__ import annotations
@@ -25,9 +24,12 @@ SIGN_MODES = ("plane", "codeword")
 class Dictionary:
     """A dictionary as stored, with the two numbers that size a decoder's buffers.
 
-    ``width``: bits in a codeword, 8 to 16. ``signs``: ``plane`` (stored beside the codewords) or
-    ``codeword`` (part of them). ``tree``: preorder bits, 1 for an inner node. ``max_length``,
-    ``max_nonzeros``: the longest entry, the most non-zeros in one.
+    Attributes:
+        width: bits in a codeword, 8 to 16.
+        signs: ``plane`` (signs follow the codewords) or ``codeword`` (are part of them).
+        tree: preorder bits, 1 for an inner node.
+        max_length: weights of the longest entry.
+        max_nonzeros: the most non-zeros in an entry.
     """
 
     width: int
@@ -38,7 +40,11 @@ class Dictionary:
 
     @classmethod
     def from_tree(cls, width: int, signs: str, tree: bytes) -> Dictionary:
-        """Check a stored tree; raise ``QMoEError`` (``limit``, ``malformed``, ``padding``)."""
+        """Check a stored tree.
+
+        Raises:
+            QMoEError: ``limit``, ``malformed`` or ``padding``.
+        """
         if not MIN_WIDTH <= width <= MAX_WIDTH:
             raise QMoEError("limit", f"codeword width is {width}, not 8 to 16")  # [D-1]
         if signs not in SIGN_MODES:
@@ -54,11 +60,11 @@ class Dictionary:
 
 
 def _measure(tree: bytes, signs: str) -> tuple[int, int, int]:
-    """Walk the tree; return (number of codewords, longest entry, most non-zeros in an entry)."""
+    """Count codewords, the weights of the longest entry, and the most non-zeros in an entry."""
     bits = int.from_bytes(tree, "little")
     text = f"{bits:0{8 * len(tree)}b}"[::-1]
     codewords = max_length = max_nonzeros = used = 0
-    pending = [(0, 0)]  # (length, non-zeros) of nodes whose bit is still to come, next one last
+    pending = [(0, 0)]  # (length, non-zeros) of the nodes still to come, the next one last
     for bit in text:
         used += 1
         length, nonzeros = pending.pop()
@@ -81,7 +87,7 @@ def _measure(tree: bytes, signs: str) -> tuple[int, int, int]:
         raise QMoEError("malformed", "the dictionary's root is a leaf")  # [D-3]
     rest = text[used:]
     if len(rest) >= 8:
-        raise QMoEError("malformed", "there are bytes after the dictionary's tree")  # [D-2]
+        raise QMoEError("malformed", "bytes follow the dictionary's tree")  # [D-2]
     if "1" in rest:
         raise QMoEError("padding", "the bits after the dictionary's tree are not zero")  # [D-2]
     return codewords, max_length, max_nonzeros
@@ -91,31 +97,44 @@ def fit_dictionary(
     zero_fraction: float,
     width: int = FAST.width,
     signs: str = "plane",
-    max_length: int = MAX_LENGTH,
     max_nonzeros: int | None = None,
 ) -> Dictionary:
-    """The best dictionary for independent trits of which ``zero_fraction`` are zero.
+    """Fit the best dictionary for independent trits: Tunstall's construction.
 
-    Tunstall's construction: split the most probable leaf until the codewords are used up. With
-    ``max_nonzeros`` None, the least of 4, 8 and 16 within 0.1 % of the longest mean entry is taken:
-    decoders move four positions at a time.
+    It splits the most probable leaf until the codewords are used up.
+
+    Args:
+        zero_fraction: share of trits that are zero, between 0 and 1.
+        width: bits in a codeword, 8 to 16.
+        signs: ``plane`` or ``codeword``.
+        max_nonzeros: per entry, 1 to 16; by default the least of 4, 8 and 16 that costs at most
+            0.1 % of the mean entry, since decoders move four positions at a time. With 3, GPU
+            kernels need one word per entry instead of two.
+
+    Raises:
+        QMoEError: ``argument``.
+
+    Example:
+        >>> from qmoe_format.codec import fit_dictionary
+        >>> dictionary = fit_dictionary(0.9, width=8)
+        >>> dictionary.max_length, dictionary.max_nonzeros
+        (42, 2)
     """
     if not 0.0 < zero_fraction < 1.0:
         raise QMoEError("argument", f"zero fraction is {zero_fraction}, not between 0 and 1")
     if not MIN_WIDTH <= width <= MAX_WIDTH or signs not in SIGN_MODES:
         raise QMoEError(
             "argument",
-            f"no dictionary of width {width} and sign mode {signs!r}; width is {MIN_WIDTH} to "
-            f"{MAX_WIDTH}, signs {' or '.join(SIGN_MODES)}",
+            f"dictionaries cannot have width {width} and signs {signs!r}",
+            f"use a width of {MIN_WIDTH} to {MAX_WIDTH}, and signs {' or '.join(SIGN_MODES)}",
         )
-    if not 1 <= max_length <= MAX_LENGTH or not 1 <= (max_nonzeros or 1) <= MAX_NONZEROS:
-        raise QMoEError("argument", "entries have 1 to 255 weights and 1 to 16 non-zeros")
-    cap = max_nonzeros or MAX_NONZEROS
-    mean, tree = _grow(zero_fraction, width, signs, max_length, cap)
+    if not 1 <= (max_nonzeros or 1) <= MAX_NONZEROS:
+        raise QMoEError("argument", f"max_nonzeros is {max_nonzeros}, not 1 to {MAX_NONZEROS}")
+    mean, tree = _grow(zero_fraction, width, signs, max_nonzeros or MAX_NONZEROS)
     best = Dictionary.from_tree(width, signs, tree)
     for fewer in () if max_nonzeros else (4, 8):
         if fewer < best.max_nonzeros:
-            fewer_mean, tree = _grow(zero_fraction, width, signs, max_length, fewer)
+            fewer_mean, tree = _grow(zero_fraction, width, signs, fewer)
             if fewer_mean >= 0.999 * mean:
                 return Dictionary.from_tree(width, signs, tree)
     return best
@@ -129,25 +148,28 @@ def _on_grid(step: int, width: int, signs: str) -> Dictionary:
 def standard_dictionary(
     zero_fraction: float, width: int = FAST.width, signs: str = "plane"
 ) -> Dictionary:
-    """``fit_dictionary`` for the nearest point of a grid, so that experts share dictionaries.
+    """Fit a dictionary for the nearest point of a grid, so that experts share dictionaries.
 
     The grid has steps of 1/8 in ln(p / (1 - p)); being off by half a step costs less than 0.05 %
     of the bits. ``zero_fraction`` may be 0 or 1 (the grid ends at 0.018 and 0.9991).
+
+    Example:
+        >>> from qmoe_format.codec import standard_dictionary
+        >>> standard_dictionary(0.885) is standard_dictionary(0.884)
+        True
     """
     return _on_grid(round(on_grid(zero_fraction)), width, signs)
 
 
 def on_grid(zero_fraction: float) -> float:
-    """Where on that grid a share of zeros is, in steps; the nearest whole number is the point."""
+    """The place of a share of zeros on that grid, in steps, not rounded."""
     clamped = min(max(zero_fraction, 1e-9), 1 - 1e-9)
     return min(max(8 * math.log(clamped / (1 - clamped)), -32.0), 56.0)
 
 
-def _grow(
-    zero_fraction: float, width: int, signs: str, max_length: int, max_nonzeros: int
-) -> tuple[float, bytes]:
-    """Tunstall's tree; return (mean entry length in weights, preorder bits)."""
-    # Costs are integers, so that ties are ties; among equals the older node is split first.
+def _grow(zero_fraction: float, width: int, signs: str, max_nonzeros: int) -> tuple[float, bytes]:
+    """Grow a tree; return its mean entry length in weights, and its preorder bits."""
+    # Integer costs make ties exact; among equals the older node is split first.
     zero_cost = round(-math.log2(zero_fraction) * (1 << 24))
     nonzero_cost = round(-math.log2(1 - zero_fraction) * (1 << 24))
     sign_cost = 1 << 24 if signs == "codeword" else 0
@@ -165,7 +187,7 @@ def _grow(
             if not sign_cost:
                 break
             continue
-        if length >= max_length or nonzeros >= max_nonzeros:
+        if length >= MAX_LENGTH or nonzeros >= max_nonzeros:
             continue
         children[node] = nodes
         heapq.heappush(leaves, (cost + zero_cost, nodes, length + 1, nonzeros))
@@ -178,8 +200,8 @@ def _grow(
     if not sign_cost and codewords != room:
         raise QMoEError(
             "argument",
-            f"entries of at most {max_length} weights and {max_nonzeros} non-zeros "
-            f"make {codewords} codewords, {room} are needed",
+            f"entries of at most {max_nonzeros} non-zeros make {codewords} codewords, not {room}",
+            "allow more non-zeros",
         )
     return mean, _preorder(children)
 

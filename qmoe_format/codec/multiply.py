@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.matrix import EncodedMatrix
-from qmoe_format.codec.segments import Call, kernel_segments, run, run_all
+from qmoe_format.codec.segments import Call, kernel_segments, run_all
 from qmoe_format.dtypes import to_float32
 from qmoe_format.errors import QMoEError
 
@@ -129,7 +129,7 @@ def matmul(
         part = slice(first, min(first + WIDTH, tokens))
         count = part.stop - first
         tile[: trits.columns, :count] = scaled[part].T
-        run(dot_tile, trits.count, threads, *arguments)
+        run_all([(dot_tile, 0, trits.count, arguments)], threads)
         out[part] = sums[:, :count].T
     return out
 

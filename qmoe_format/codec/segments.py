@@ -120,7 +120,7 @@ def encode(
         >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 0]], np.int8)
         >>> encoded = encode(trits, standard_dictionary(0.75))
         >>> encoded.nonzeros, encoded.segment_bytes
-        (2, 4)
+        (2, 2)
         >>> np.array_equal(decode(encoded), trits)
         True
     """
@@ -213,8 +213,10 @@ def decode(
     table = tables(encoded.dictionary)
     segments = kernel_segments(encoded)
     if table.used < 1 << encoded.dictionary.width:
-        run(find_unused_codeword, encoded.count, threads, segments, flat.size, table.steps)
-    run(decode_segments, encoded.count, threads, segments, table.entries, totals, flat)
+        arguments = (segments, flat.size, table.steps)
+        run_all([(find_unused_codeword, 0, encoded.count, arguments)], threads)
+    arguments = (segments, table.entries, totals, flat)
+    run_all([(decode_segments, 0, encoded.count, arguments)], threads)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]
         raise QMoEError(
             "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
@@ -239,17 +241,12 @@ Call = tuple[Any, int, int, tuple[Any, ...]]
 """A kernel, the first and last segment it is for, and its other arguments."""
 
 
-def run(kernel: Any, count: int, threads: int, *arguments: Any) -> None:
-    """Call ``kernel(first, last, *arguments)`` for parts of ``range(count)``.
+def run_all(calls: Sequence[Call], threads: int) -> None:
+    """Make several calls; each thread has a share of the segments of every one.
 
     Raises:
-        QMoEError: what the kernel found wrong.
+        QMoEError: what a kernel found wrong.
     """
-    run_all([(kernel, 0, count, arguments)], threads)
-
-
-def run_all(calls: Sequence[Call], threads: int) -> None:
-    """Make several ``calls``; each thread does a share of every one."""
     most = max([last - first for _, first, last, _ in calls], default=0)
     parts = max(1, min(threads, most))
 

@@ -1,4 +1,4 @@
-"""Split a range of segments over threads; kernels release the interpreter lock."""
+"""A pool of threads that share segments; kernels release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="qmoe")
 
 
-# The threads of a pool do not live on in a forked child: it makes a pool of its own.
+# A forked child has none of its parent's threads, so it makes a pool of its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
-    """``work(first, last)`` for about equal parts of ``range(count)``; results in their order."""
+    """Call ``work(first, last)`` for equal parts of ``range(count)``; results in their order."""
     parts = max(1, min(threads, count))
     if parts == 1:
         return [work(0, count)]

@@ -12,48 +12,30 @@ from qmoe_format.codec.kernels.unaligned import advance
 
 
 class Scales(NamedTuple):
-    """Row scales.
+    """Row scales."""
 
-    Attributes:
-        values: [rows, groups, 1 or 2].
-        columns: of the matrix; 1 if it has none.
-        group_size: columns that share scales.
-    """
-
-    values: Any
-    columns: Any
-    group_size: Any
+    values: Any  # [rows, groups, 1 or 2]
+    columns: Any  # of the matrix; 1 if it has none
+    group_size: Any  # columns that share scales
 
 
 class Run(NamedTuple):
-    """The part of a chunk that shares scales: one group of one row, or what the chunk has of it.
+    """The part of a chunk that shares scales: one group of one row, or what the chunk has of it."""
 
-    Attributes:
-        data: pointer to the bytes of the segment.
-        left: bits of it that are not yet read.
-        seen: signs of it that belong to earlier runs.
-        row: of the matrix.
-        group: of the row.
-        column: of the chunk's first weight; wraps around where that is part of an earlier row.
-        start: the chunk's first item (``read`` counts them) that no earlier run had.
-        count: number of items of the chunk.
-        end: where the run ends, in weights after the chunk's beginning; maybe behind its end.
-    """
-
-    data: Any
-    left: Any
-    seen: Any
-    row: Any
-    group: Any
-    column: Any
-    start: Any
-    count: Any
-    end: Any
+    data: Any  # pointer to the bytes of the segment
+    left: Any  # bits of it that are not yet read
+    seen: Any  # signs of it that belong to earlier runs
+    row: Any  # of the matrix
+    group: Any  # of the row
+    column: Any  # of the chunk's first weight; wraps around where that is part of an earlier row
+    start: Any  # the chunk's first item (read counts them) that no earlier run had
+    count: Any  # items of the chunk
+    end: Any  # where the run ends, in weights after the chunk's beginning; maybe after its end
 
 
 @inlined
 def for_each_run(
-    read, visit, finish, store, zero, first, last, segments, entries, scales, lists, x, out
+    read, visit, finish, store, zero, first, last, segments, entries, scales, lists, x, out, _
 ):
     """Read the segments ``first`` to ``last`` and visit their runs in order.
 
@@ -63,6 +45,7 @@ def for_each_run(
         finish: ``(total, sums, scales, row, group)`` -> ``total``, at the end of a group.
         store: ``(out, row, total)``, at the end of a row.
         zero: the ``sums`` of a new group, and in its first element the ``total`` of a new row.
+        _: the arrays that ``lists`` points to, so that they live until the end.
 
     Returns:
         ``OK``, or the segment that ends early and that reason.

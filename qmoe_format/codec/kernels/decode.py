@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
 from qmoe_format.codec.kernels.cursor import Scales, for_each_run
@@ -29,7 +27,7 @@ from qmoe_format.codec.kernels.scan import (
     find_trits,
     first_at,
 )
-from qmoe_format.codec.kernels.unaligned import advance, keep, load16, load32, pointer
+from qmoe_format.codec.kernels.unaligned import advance, load16, load32, pointer
 
 
 @kernel
@@ -40,8 +38,7 @@ def decode_segments(first, last, segments, entries, totals, out):
     """
     segments, entries = as_segments(*segments), as_entries(*entries)
     span = segments.span
-    lists = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
-    found, signs = pointer(lists[0]), pointer(lists[1])
+    found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
     begin = beginning(segments, first)
     for segment in range(first, last):
         target = out[segment * span : (segment + 1) * span]
@@ -54,9 +51,8 @@ def decode_segments(first, last, segments, entries, totals, out):
         place = seen = ZERO
         while place < weights:
             limit = min(weights - place, CHUNK)
-            left, passed, count = find_trits(
-                segments, entries, (found, signs), data, left, limit, seen
-            )
+            lists = pointer(found), pointer(signs)
+            left, passed, count = find_trits(segments, entries, lists, data, left, limit, seen)
             if passed < limit:
                 return segment * 8 + ENDS_EARLY
             if count > 0 and place + np.uint64(found[count - ONE]) >= weights:
@@ -73,7 +69,6 @@ def decode_segments(first, last, segments, entries, totals, out):
         gap = load16(data, used >> THREE) >> (used & SEVEN)
         if gap & ((ONE << (left - used)) - ONE):
             return segment * 8 + PADDING
-    keep(lists)
     return OK
 
 
@@ -117,30 +112,19 @@ def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
                 target[c] = value if coded[c] != 0 else np.float32(0)
 
 
-class _Target(NamedTuple):
-    """Rows ``first`` to ``first + rows`` of ``weights``, and pointers to what they are made of."""
-
-    low_high: Any
-    column_scale: Any
-    columns: Any
-    groups: Any
-    first: Any
-    rows: Any
-    weights: Any
-
-
 @inlined
 def _write(run, sums, segments, lists, target):
     found, signs = lists
-    start, stop = np.uint64(run.start), first_at(lists[0], run.start, run.count, run.end)
-    row = run.row - target.first
-    if 0 <= row < target.rows:
-        scale = 2 * (run.row * target.groups + run.group)
-        low, high = target.low_high[scale], target.low_high[scale + 1]
-        place = np.uint64(row * target.columns)
+    low_high, groups, columns, column_scale, first_row, rows, weights = target
+    start, stop = np.uint64(run.start), first_at(found, run.start, run.count, run.end)
+    row = run.row - first_row
+    if 0 <= row < rows:
+        scale = 2 * (run.row * groups + run.group)
+        low, high = low_high[scale], low_high[scale + 1]
+        place = np.uint64(row * columns)
         for j in range(start, np.uint64(stop)):
             c = run.column + np.uint64(found[j])
-            target.weights[place + c] = (high if signs[j] > 0 else low) * target.column_scale[c]
+            weights[place + c] = (high if signs[j] > 0 else low) * column_scale[c]
     return sums, stop, run.seen + np.uint64(stop) - start
 
 
@@ -162,15 +146,13 @@ def weights_of_segments(first, last, segments, entries, scales, column_scale, fi
     ``scales``: low and high, contiguous.
     """
     found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
-    values, columns, _ = scales
-    target = _Target(
-        pointer(values), pointer(column_scale), columns, values.shape[1], first_row, out.shape[0],
-        pointer(out),
+    low_high, columns, _ = scales
+    target = (
+        pointer(low_high), low_high.shape[1], columns, pointer(column_scale), first_row,
+        out.shape[0], pointer(out),
     )  # fmt: skip
-    status = for_each_run(
+    return for_each_run(
         find_trits, _write, _finish, _store, (0,), first, last, as_segments(*segments),
         as_entries(*entries), Scales(*scales), (pointer(found), pointer(signs)), target, out,
+        (found, signs),
     )  # fmt: skip
-    keep(found)
-    keep(signs)
-    return status

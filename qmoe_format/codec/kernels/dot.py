@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.cursor import Scales, for_each_run
 from qmoe_format.codec.kernels.jit import inlined, kernel
 from qmoe_format.codec.kernels.scan import (
@@ -32,26 +33,12 @@ from qmoe_format.codec.kernels.scan import (
     find_trits,
     first_at,
 )
-from qmoe_format.codec.kernels.simd import (
-    add_loaded,
-    add_masked,
-    add_scaled,
-    as_float32,
-    cpu_has,
-    deposit,
-    gather,
-    high_bits,
-    popcount,
-    store_vector,
-    vector_sum,
-    zero_vector,
-)
 from qmoe_format.codec.kernels.tables import MASK_LENGTH
-from qmoe_format.codec.kernels.unaligned import keep, load32, load64, pointer, store64
+from qmoe_format.codec.kernels.unaligned import load32, load64, pointer, store64
 
 # Where vectors take masks, and bits are deposited fast. With AVX2 dot_dense gains little over
 # dot_sparse, and on the first AMD processors with BMI2 it loses by far.
-PREFER_DENSE = cpu_has("avx512f", "bmi2")
+PREFER_DENSE = simd.cpu_has("avx512f", "bmi2")
 BEYOND_X = 32  # elements of x that may be read behind its last one
 
 # A mask and, above it, the size of its entry, as in ``Tables.masks``.
@@ -65,29 +52,39 @@ ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 @inlined
 def _low_high(scales, row, group):
     values = scales.values
-    high = as_float32(values[row, group, values.shape[2] - 1])
-    low = as_float32(values[row, group, 0])
+    high = simd.as_float32(values[row, group, values.shape[2] - 1])
+    low = simd.as_float32(values[row, group, 0])
     return -low if values.shape[2] == 1 else low, high
+
+
+@inlined
+def _zero_two():
+    return simd.zero_vector(), simd.zero_vector()
+
+
+@inlined
+def _zero_four():
+    return simd.zero_vector(), simd.zero_vector(), simd.zero_vector(), simd.zero_vector()
 
 
 @inlined
 def _finish_two(total, sums, scales, row, group):
     plus, minus = sums
     low, high = _low_high(scales, row, group)
-    return add_scaled(add_scaled(total, plus, high), minus, low)
+    return simd.add_scaled(simd.add_scaled(total, plus, high), minus, low)
 
 
 @inlined
 def _finish_four(total, sums, scales, row, group):
     plus_a, plus_b, minus_a, minus_b = sums
     low, high = _low_high(scales, row, group)
-    total = add_scaled(add_scaled(total, plus_a, high), plus_b, high)
-    return add_scaled(add_scaled(total, minus_a, low), minus_b, low)
+    total = simd.add_scaled(simd.add_scaled(total, plus_a, high), plus_b, high)
+    return simd.add_scaled(simd.add_scaled(total, minus_a, low), minus_b, low)
 
 
 @inlined
 def _store_sum(out, row, total):
-    out[row] = vector_sum(total)
+    out[row] = simd.vector_sum(total)
 
 
 class Masks(NamedTuple):
@@ -162,13 +159,13 @@ def _add_bits(run, sums, segments, lists, x):
             negatives &= mask
         else:
             signs = load64(data, seen >> THREE) >> (seen & SEVEN)
-            negatives = deposit(signs, mask)
-            seen += popcount(mask)
+            negatives = simd.deposit(signs, mask)
+            seen += simd.popcount(mask)
         positives = mask ^ negatives
-        plus_a = add_loaded(plus_a, x, column + start, positives)
-        plus_b = add_loaded(plus_b, x, column + start + SIXTEEN, positives >> SIXTEEN)
-        minus_a = add_loaded(minus_a, x, column + start, negatives)
-        minus_b = add_loaded(minus_b, x, column + start + SIXTEEN, negatives >> SIXTEEN)
+        plus_a = simd.add_loaded(plus_a, x, column + start, positives)
+        plus_b = simd.add_loaded(plus_b, x, column + start + SIXTEEN, positives >> SIXTEEN)
+        minus_a = simd.add_loaded(minus_a, x, column + start, negatives)
+        minus_b = simd.add_loaded(minus_b, x, column + start + SIXTEEN, negatives >> SIXTEEN)
         start += THIRTY_TWO
     return (plus_a, plus_b, minus_a, minus_b), np.int64(stop), seen
 
@@ -183,15 +180,11 @@ def dot_dense(first, last, segments, masks, scales, x, out):
     """
     nonzero, negative, longest = masks
     bits, minus = np.zeros(CHUNK_WORDS, np.uint64), np.zeros(CHUNK_WORDS, np.uint64)
-    status = for_each_run(
-        _find_bits, _add_bits, _finish_four, _store_sum,
-        (zero_vector(), zero_vector(), zero_vector(), zero_vector()), first, last,
+    return for_each_run(
+        _find_bits, _add_bits, _finish_four, _store_sum, _zero_four(), first, last,
         as_segments(*segments), Masks(pointer(nonzero), pointer(negative), longest),
-        Scales(*scales), (pointer(bits), pointer(minus)), pointer(x), out,
+        Scales(*scales), (pointer(bits), pointer(minus)), pointer(x), out, (bits, minus),
     )  # fmt: skip
-    keep(bits)
-    keep(minus)
-    return status
 
 
 @inlined
@@ -202,13 +195,13 @@ def _add_gathered(run, sums, segments, found, x):
     while start < stop:
         these = ALL_ONES >> (LAST - np.uint64(min(stop - start, 16)) + ONE)
         if segments.signed:
-            negatives = high_bits(found, np.uint64(start)) & these
+            negatives = simd.high_bits(found, np.uint64(start)) & these
         else:
             bit = sign + np.uint64(start)
             negatives = (load64(run.data, bit >> THREE) >> (bit & SEVEN)) & these
-        some = gather(x, run.column, found, np.uint64(start), these)
-        plus = add_masked(plus, some, these ^ negatives)
-        minus = add_masked(minus, some, negatives)
+        some = simd.gather(x, run.column, found, np.uint64(start), these)
+        plus = simd.add_masked(plus, some, these ^ negatives)
+        minus = simd.add_masked(minus, some, negatives)
         start += 16
     return (plus, minus), stop, sign + np.uint64(stop)
 
@@ -217,13 +210,11 @@ def _add_gathered(run, sums, segments, found, x):
 def dot_sparse(first, last, segments, entries, scales, x, out):
     """``dot_dense`` for long entries: a gather of ``x`` at the non-zeros, sixteen at a time."""
     found = np.empty(LIST_LENGTH, np.uint16)
-    status = for_each_run(
-        find_positions, _add_gathered, _finish_two, _store_sum, (zero_vector(), zero_vector()),
-        first, last, as_segments(*segments), as_entries(*entries), Scales(*scales),
-        pointer(found), pointer(x), out,
+    return for_each_run(
+        find_positions, _add_gathered, _finish_two, _store_sum, _zero_two(), first, last,
+        as_segments(*segments), as_entries(*entries), Scales(*scales), pointer(found), pointer(x),
+        out, found,
     )  # fmt: skip
-    keep(found)
-    return status
 
 
 @inlined
@@ -231,7 +222,7 @@ def _add_tokens(plus, minus, lists, j, column, x):
     found, signs = lists
     negative = np.uint64(signs[j] >> 7)  # all ones, or none
     source = (column + np.uint64(found[j])) * SIXTEEN
-    return add_loaded(plus, x, source, ~negative), add_loaded(minus, x, source, negative)
+    return simd.add_loaded(plus, x, source, ~negative), simd.add_loaded(minus, x, source, negative)
 
 
 @inlined
@@ -252,7 +243,7 @@ def _add_tile(run, sums, segments, lists, x):
 
 @inlined
 def _store_tile(out, row, total):
-    store_vector(out, np.uint64(row) * SIXTEEN, total)
+    simd.store_vector(out, np.uint64(row) * SIXTEEN, total)
 
 
 @kernel
@@ -264,12 +255,8 @@ def dot_tile(first, last, segments, entries, scales, x, out):
         out: float32 [rows, 16], contiguous.
     """
     found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
-    status = for_each_run(
-        find_trits, _add_tile, _finish_four, _store_tile,
-        (zero_vector(), zero_vector(), zero_vector(), zero_vector()), first, last,
+    return for_each_run(
+        find_trits, _add_tile, _finish_four, _store_tile, _zero_four(), first, last,
         as_segments(*segments), as_entries(*entries), Scales(*scales),
-        (pointer(found), pointer(signs)), pointer(x), pointer(out),
+        (pointer(found), pointer(signs)), pointer(x), pointer(out), (found, signs),
     )  # fmt: skip
-    keep(found)
-    keep(signs)
-    return status

@@ -11,19 +11,13 @@ from qmoe_format.codec.kernels.unaligned import load64, pointer, store64
 
 @kernel
 def encode_segments(first, last, trits, span, tree, out, lengths, totals):
-    """Write segments one after another.
+    """Write segments one after another; return the bytes written.
 
     Args:
-        trits: int8, flat.
-        span: weights in a segment; the last one may hold fewer.
-        tree: bits in a codeword, whether it contains the signs; children and codewords as in
-            ``Tables``.
+        trits: int8, flat; ``span`` of them in a segment, perhaps fewer in the last one.
+        tree: width, whether codewords contain the signs, children and codewords as in ``Tables``.
         out: uint8, zeroed, large enough.
-        lengths: int64, receives the bytes of each segment.
-        totals: int64, receives the non-zeros of each segment.
-
-    Returns:
-        Bytes written.
+        lengths, totals: int64, receive the bytes and the non-zeros of each segment.
     """
     width, signed, inner, codewords = tree
     children, out = pointer(inner), pointer(out)

@@ -1,17 +1,14 @@
-"""How kernels are compiled, and when compiled ones are used again."""
+"""Decorators of kernels and of what becomes part of them; the cache of compiled kernels."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
 
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
-
-inlined = njit(nogil=True, forceinline=True)
-"""Decorator of functions that become part of the kernels that call them."""
+from numba.extending import intrinsic
 
 _SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -19,7 +16,7 @@ _SOURCES = hashlib.sha256(
 
 
 class _CacheFiles(CompileResultCacheImpl):  # type: ignore[misc]
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function):
         super().__init__(function)
         self.locator.get_source_stamp = lambda: _SOURCES
 
@@ -34,8 +31,34 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheFiles
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Decorator of functions that Python calls."""
+def kernel(function):
+    """A function that Python calls."""
     compiled = njit(nogil=True)(function)
     compiled._cache = _Cache(function)
     return compiled
+
+
+inlined = njit(nogil=True, forceinline=True)
+"""A function that becomes part of the kernels that call it."""
+
+
+def instruction(signature):
+    """A function of the LLVM builder and values, to be called by kernels.
+
+    Args:
+        signature: Numba types of the arguments -> signature.
+    """
+
+    def decorate(function):
+        def generate(context, builder, signature, values):
+            result = function(builder, *values)
+            return context.get_dummy_value() if result is None else result
+
+        @intrinsic
+        @wraps(function)  # Numba reads the names of arguments
+        def typed(_, *kinds):
+            return signature(*kinds), generate
+
+        return typed
+
+    return decorate

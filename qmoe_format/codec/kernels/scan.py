@@ -51,38 +51,24 @@ SIGN_BYTES = _sign_bytes()
 
 
 class Segments(NamedTuple):
-    """The segments of a matrix.
+    """The segments of a matrix."""
 
-    Attributes:
-        data: pointer to the bytes of all segments and at least 8 more.
-        lengths: bytes of each segment above ``length_base``.
-        length_base: uint64.
-        width: uint64, bits in a codeword.
-        signed: whether codewords contain the signs, which otherwise follow separately.
-        span: weights in a segment; the last one may hold fewer.
-    """
-
-    data: Any
-    lengths: Any
-    length_base: Any
-    width: Any
-    signed: Any
-    span: Any
+    data: Any  # pointer to the bytes of all segments and at least 8 more
+    lengths: Any  # bytes of each segment above length_base
+    length_base: Any  # uint64
+    width: Any  # uint64, bits in a codeword
+    signed: Any  # whether codewords contain the signs, which otherwise follow separately
+    span: Any  # weights in a segment; the last one may hold fewer
 
 
 class Entries(NamedTuple):
-    """What each codeword stands for: pointers to the arrays of ``Tables``.
-
-    Attributes:
-        words: words of positions per entry.
-        longest: uint64, weights of the longest entry.
-    """
+    """What each codeword stands for: pointers to the arrays of ``Tables``."""
 
     positions: Any
-    words: Any
+    words: Any  # of positions per entry
     steps: Any
     nonzeros: Any
-    longest: Any
+    longest: Any  # uint64, weights of the longest entry
 
 
 @inlined
