@@ -2,19 +2,19 @@
 
     python -m benchmarks.convert_memory [--folder FOLDER] [--threads N]
 
-Writes benchmarks/results/convert_memory.json and removes what it made. Random normal weights in
-bfloat16, converted by rounding:
+Writes benchmarks/results/convert_memory.json and deletes the checkpoints. Weights are random normal
+bfloat16. Without calibration text:
 
     many experts     7 GiB of experts' matrices of 8 MiB, no large tensor
-    large experts    matrices of 117 MB, those of Mixtral-8x7B
-    large embedding  one tensor of 2 GB that is no expert
+    large experts    matrices of 117 MB, like those of Mixtral-8x7B
+    large embedding  one tensor of 2 GB outside the experts
 
-and, with the model running on the demo's calibration text:
+With the demo's calibration text:
 
     RECIPE, N × 64 experts   N layers, experts of 3 × 1024 × 1024
 
-The bound of a conversion by rounding is 1 GiB plus twice the largest tensor, whatever the size of
-the checkpoint. Peak memory is the kernel's ru_maxrss of the process, which counts mapped pages too.
+Without text, memory is bounded by 1 GiB plus twice the largest tensor, whatever the size of the
+checkpoint. Peak memory is the process's ru_maxrss, which includes mapped pages.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ from qmoe_format.machine import cores
 
 GIB = 1 << 30
 DEMO = Path(qmoe_format.__file__).parent / "demo"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A checkpoint to convert; with a recipe calibrated, otherwise by rounding."""
+    """A checkpoint to convert; calibrated if there is a recipe."""
 
     name: str
     config: Config
@@ -59,15 +58,13 @@ class Case:
         return ["--recipe", self.recipe, *text]
 
 
-def switch(
-    layers: int, experts: int, hidden: int, intermediate: int, vocabulary: int = 8192
-) -> Config:
-    """An encoder of sparse layers and a decoder of one more."""
+def switch(layers: int, experts: int, hidden: int, inner: int, vocabulary: int = 8192) -> Config:
+    """An encoder of sparse layers, and a decoder of one sparse layer."""
     return {
         "model_type": "switch_transformers",
         "num_experts": experts,
         "d_model": hidden,
-        "d_ff": intermediate,
+        "d_ff": inner,
         "d_kv": 64,
         "num_heads": hidden // 64,
         "num_layers": layers,
@@ -79,7 +76,7 @@ def switch(
 
 
 def calibrated(recipe: str, layers: int) -> Case:
-    """Of 201 M expert weights a layer."""
+    """With 201 M expert weights per layer."""
     sizes = {"num_hidden_layers": layers, "num_local_experts": 64, "intermediate_size": 1024}
     return Case(f"{recipe}, {layers} × 64 experts", MIXTRAL_LIKE | sizes, recipe)
 
@@ -96,10 +93,10 @@ CASES = (
 
 def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
     checkpoint, target = folder / "checkpoint", folder / "out.qmoe"
-    # The kernel counts a command's memory from this process's on: no torch in this one.
+    # A child's ru_maxrss starts from this process's: keep torch out of it.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         parts = pool.submit(write_checkpoint, case.config, checkpoint).result()
-    for name in TOKENIZER:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, checkpoint)
     count = sum(math.prod(part.shape) for part in parts)
     largest = max(part.nbytes for part in parts)
@@ -110,13 +107,13 @@ def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
         "largest_tensor_bytes": largest,
         "threads": threads,
     }
-    commands = [
-        ["convert", str(checkpoint), str(target), "--threads", str(threads), *case.options()]
+    commands: list[list[Any]] = [
+        ["convert", checkpoint, target, "--threads", threads, *case.options()]
     ]
     if case.recipe is None:
-        commands += [["verify", str(target)], ["unpack", str(target), str(folder / "unpacked")]]
+        commands += [["verify", target], ["unpack", target, folder / "unpacked"]]
     for command in commands:
-        seconds, processor_seconds, peak = run(command)
+        seconds, processor_seconds, peak = run(list(map(str, command)))
         result[command[0]] = {
             "seconds": round(seconds, 1),
             "processor_seconds": round(processor_seconds, 1),
@@ -131,7 +128,7 @@ def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def run(arguments: list[str]) -> tuple[float, float, int]:
-    """Seconds, seconds of all processors, and peak resident bytes of a ``qmoe`` command."""
+    """Wall-clock seconds, processor seconds, and peak resident bytes of a ``qmoe`` command."""
     command = [sys.executable, "-m", "qmoe_format.cli", *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -145,7 +142,7 @@ def run(arguments: list[str]) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, help="where to put 14 GB for a few minutes")
+    parser.add_argument("--folder", type=Path, help="has room for 14 GB")
     parser.add_argument("--threads", type=int, default=cores())
     options = parser.parse_args()
     results = []
@@ -155,7 +152,7 @@ def main() -> None:
         print(json.dumps(results[-1], indent=2), flush=True)
     report.save("convert_memory", {"results": results})
     if not all(result.get("within_bound", True) for result in results):
-        raise SystemExit("more memory than the bound")
+        raise SystemExit("memory exceeds the bound")
 
 
 if __name__ == "__main__":

@@ -63,9 +63,6 @@ class BlockExperts:
         Args:
             checkpoint: has to stay open.
             prefix: of the names of the block's stacks.
-            wiring: the family's.
-            routed: the tokens.
-            resources: what to compute with.
             token_cap: see ``Calibration``.
             norms: float32 ``[tokens, 1]``, of the hidden states after the block: importance is
                 relative to them. None if all rows are equally important.
@@ -179,13 +176,8 @@ class BlockExperts:
         }
 
     def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
-        """Add the outputs of some experts for all their tokens, times the router's weights.
-
-        Args:
-            weights: of the group, original or quantized.
-            group: the experts.
-            outputs: float32 ``[tokens, d]``; changed.
-        """
+        """Add some experts' outputs for all their tokens, times router weights, to ``outputs``:
+        float32 ``[tokens, d]``."""
         output = weights[self._wiring.output]
         chunks = (
             (place, *chunk)

@@ -1,5 +1,4 @@
-"""Conversion with calibration text: block by block, for the inputs that the compressed blocks
-before give.
+"""Conversion with calibration text: block by block, for the inputs from the compressed ones before.
 
 Memory holds one block without its experts, and one group of experts with their Hessians, whatever
 the size of the model and the text. Every finished block is on disk, see ``work``.
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_format._version import __version__
+from qmoe_format.atomic_file import atomic_write
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.checkpoints import Checkpoint
@@ -26,14 +26,7 @@ from qmoe_format.conversion.passes import BlockPasses
 from qmoe_format.conversion.passthrough import check_passthrough, write_passthrough
 from qmoe_format.conversion.quantize_block import BlockRecord
 from qmoe_format.conversion.rate_control import FixedRate, RateControl, TargetRate
-from qmoe_format.conversion.report import (
-    REPORT_NAME,
-    Quality,
-    dump_report,
-    report_path,
-    rounded,
-    write_report,
-)
+from qmoe_format.conversion.report import REPORT_NAME, Quality, dump_report, report_path, rounded
 from qmoe_format.conversion.staging import Staging
 from qmoe_format.conversion.survey import reference_energy
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
@@ -64,19 +57,15 @@ def convert_calibrated(
         checkpoint, calibration, lambda number: counter.enter(f"read text, document {number:,}")
     )
     check_passthrough(checkpoint)
-    fingerprint = {**settings, **_environment(checkpoint, options, resources)}
-    resume, overwrite = options.resume, options.overwrite
-    with (
-        Work(destination, fingerprint, resume=resume, overwrite=overwrite) as work,
-        torch_threads(resources.threads),
-    ):
+    fingerprint = settings | _environment(checkpoint, options, resources)
+    work = Work(destination, fingerprint, resume=options.resume, overwrite=options.overwrite)
+    with work, torch_threads(resources.threads):
         passes = BlockPasses(checkpoint, batches, options, resources, work, progress)
         staging = Staging(work.folder, checkpoint.stacks)
         control = _rate_control(checkpoint, options, passes)
         records = passes.quantize(control, staging)
         control.check()
-        quality = _quality(checkpoint, settings, batches, records)
-        report = dump_report(quality)
+        report = dump_report(_quality(checkpoint, settings, batches, records))
         counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
         counter.enter("write")
         with Writer(destination, shard_bytes=options.shard_bytes) as writer:
@@ -85,7 +74,8 @@ def convert_calibrated(
             for stack in checkpoint.stacks:
                 staging.copy(stack, writer, counter)
             # Before the file: once that is there, nothing is left to be resumed.
-            write_report(report, report_path(destination))
+            with atomic_write(report_path(destination)) as file:
+                file.write(report)
 
 
 def _settings(
@@ -94,14 +84,12 @@ def _settings(
     """What was asked for; the text by its hash."""
     asked = asdict(calibration)
     del asked["text"], asked["device"]
-    asked["sequence_length"] = asked["sequence_length"] or default_sequence_length(
-        checkpoint.config
-    )
+    length = calibration.sequence_length or default_sequence_length(checkpoint.config)
     return {
         "recipe": options.chosen_recipe.name,
         "profile": options.profile,
         "text_sha256": text_sha256(calibration.text),
-        **asked,
+        **(asked | {"sequence_length": length}),
         "bits_per_weight": options.bits_per_weight,
         "lambda": options.rate_lambda,
     }
@@ -140,11 +128,11 @@ def _quality(
     batches: Sequence[Batch],
     records: Sequence[BlockRecord],
 ) -> Quality:
-    found, dictionaries, stored = {}, {}, 0
+    found = {name: each for record in records for name, each in record["quality"].items()}
+    stored = sum(size for record in records for size in record["stack_bytes"].values())
+    dictionaries: dict[str, int] = {}
     for record in records:
-        found |= record["quality"]
         dictionaries |= record["dictionary_bytes"]
-        stored += sum(record["stack_bytes"].values())
     for stack in checkpoint.stacks:
         if stack.name not in found or len(found[stack.name]["experts"]) != stack.experts:
             raise AssertionError(f"{stack.name}: not all experts are quantized")

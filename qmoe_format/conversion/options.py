@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qmoe_format.codec import PROFILES, Profile
@@ -64,8 +65,8 @@ class ConvertOptions:
         overwrite: replace existing output and, unless ``resume`` is set, the work folder of an
             interrupted conversion; otherwise these are errors.
         calibration: text for the recipes that need it.
-        bits_per_weight: the size of the experts, scales and dictionaries included, met within 2 %;
-            for recipes that weigh error against bits.
+        bits_per_weight: the size of the experts, scales and dictionaries included, to within
+            2 percent; for recipes that weigh error against bits.
         rate_lambda: that weight itself, instead; see ``qmoe_format.quantize.rate.Rate``.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
             first block is quantized ``bits_per_weight`` may still change.
@@ -85,44 +86,25 @@ class ConvertOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        wrong = partial(QMoEError, "argument")
+        recipe, calibrated = self.chosen_recipe, self.calibration is not None
+        name = repr(recipe.name)
+        sizes = (self.bits_per_weight, self.rate_lambda)
         _check_positive("bits_per_weight", self.bits_per_weight)
         _check_positive("rate_lambda", self.rate_lambda)
-        rated = self.bits_per_weight is not None or self.rate_lambda is not None
-        recipe, calibrated = self.chosen_recipe, self.calibration is not None
-        for wrong, problem, advice in (
-            (
-                self.bits_per_weight is not None and self.rate_lambda is not None,
-                "bits_per_weight and rate_lambda exclude each other",
-                "give only one",
-            ),
-            (
-                recipe.calibrated and not calibrated,
-                f"recipe {recipe.name!r} needs calibration text",
-                "give some, or choose the recipe 'rtn'",
-            ),
-            (
-                calibrated and not recipe.calibrated,
-                f"recipe {recipe.name!r} does not use calibration text",
-                "leave out one of them",
-            ),
-            (
-                rated and not recipe.rated,
-                f"recipe {recipe.name!r} has one size only",
-                "use calibration text and the recipe 'rd' to choose bits per weight or lambda",
-            ),
-            (
-                self.resume and not calibrated,
-                "only a conversion with calibration text can be resumed",
-                "leave out resume",
-            ),
-            (
-                self.profile not in PROFILES,
-                f"unknown profile {self.profile!r}",
-                f"choose one of {', '.join(PROFILES)}",
-            ),
-        ):
-            if wrong:
-                raise QMoEError("argument", problem, advice)
+        if None not in sizes:
+            raise wrong("bits_per_weight and rate_lambda exclude each other", "give only one")
+        if recipe.calibrated and not calibrated:
+            raise wrong(f"recipe {name} needs calibration text", "give some, or choose 'rtn'")
+        if calibrated and not recipe.calibrated:
+            raise wrong(f"recipe {name} does not use calibration text", "leave out one of them")
+        if sizes != (None, None) and not recipe.rated:
+            advice = "use calibration text and the recipe 'rd' to choose bits per weight or lambda"
+            raise wrong(f"recipe {name} has one size only", advice)
+        if self.resume and not calibrated:
+            raise wrong("only calibrated conversions can be resumed", "leave out resume")
+        if self.profile not in PROFILES:
+            raise wrong(f"unknown profile {self.profile!r}", f"choose {' or '.join(PROFILES)}")
 
     @property
     def chosen_recipe(self) -> Recipe:

@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LINE = 16  # float32 in a cache line
+_GPU_FACTOR = 16  # groups and batches on a GPU are larger: every small step is a launch there
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,6 @@ class Resources:
         large_expert: elements from which an expert gets all workers; smaller ones get one each.
         batch_elements: in a batch; a quantizer takes many small steps, whose overhead vanishes in
             batches this large.
-        gpu_factor: how many times larger groups and batches are on a GPU, where every small step is
-            a launch.
     """
 
     threads: int
@@ -44,7 +43,6 @@ class Resources:
     chunk_tokens: int = 1 << 10
     large_expert: int = 1 << 24
     batch_elements: int = 1 << 24
-    gpu_factor: int = 16
 
     @property
     def workers(self) -> int:
@@ -54,7 +52,7 @@ class Resources:
     @property
     def factor(self) -> int:
         """How many times larger groups and batches are than on a CPU."""
-        return 1 if self.device == "cpu" else self.gpu_factor
+        return 1 if self.device == "cpu" else _GPU_FACTOR
 
     def threads_per_expert(self, elements: int) -> int:
         """Threads that work on one expert of this many elements."""
@@ -67,10 +65,9 @@ class Resources:
     def batches(self, experts: int, rows: int, columns: int) -> list[range]:
         """Divide experts, each a matrix and its Hessian, into batches.
 
-        Each worker gets equally many, so that none waits for the last. Batches have one expert
-        where the matrices in a batch would not all begin at a cache line: MKL then sums in another
-        order on AMD processors (cuBLAS may, too), and an expert's result must not depend on its
-        place.
+        Workers get equally many. A batch has one expert where not all matrices would begin at a
+        cache line: MKL then sums in another order on AMD processors (cuBLAS may, too), and an
+        expert's result must not depend on its place.
         """
         elements = rows * columns + columns**2
         share = -(-experts // self.workers)
@@ -85,13 +82,8 @@ class Resources:
     ) -> Iterator[Result]:
         """Yield ``call(item)`` for each item in order; few are in memory at a time.
 
-        Every call has one thread of torch's own, or all for large experts: these wait for each
-        other at every step, which takes long on a busy machine.
-
-        Args:
-            call: runs in another thread.
-            items: experts or batches of them.
-            elements: of the largest expert.
+        Torch gets one thread per call, or all for experts of so many ``elements`` that they are
+        large: its threads wait for each other at every step, for long on a busy machine.
         """
         workers = self.concurrent_experts(elements)
         threads = self.threads_per_expert(elements)

@@ -5,14 +5,14 @@ Each block is finished with a record in the work folder; a pass begins after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from qmoe_format.calibration.activations import RoutedTokens, RowFile
-from qmoe_format.calibration.model_part import Block
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint
@@ -30,9 +30,21 @@ from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize.rate import Rate
 
 _ROWS = 1 << 16  # of norms computed at a time
-Record = TypeVar("Record")
-Visit: TypeAlias = Callable[[int, Block, RoutedTokens, Counter], tuple[Record, Tensor | None]]
-"""Gives a block's record and the outputs of its experts, which are not needed of the last."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A block with experts, as a pass comes to it; the pass fills in the last two."""
+
+    number: int
+    name: str  # the stage that users see
+    prefix: str  # of its stacks
+    is_last: bool  # nothing depends on its outputs
+    routed: RoutedTokens
+    counter: Counter
+    begin: int  # of the counter
+    record: Any = None  # JSON, for the work folder
+    outputs: Tensor | None = None  # of its experts, float32 [tokens, d]
 
 
 class BlockPasses:
@@ -60,88 +72,74 @@ class BlockPasses:
 
     def survey(self) -> dict[str, StackSurvey]:
         """Run the original model; measure each stack and the norms of hidden states."""
-
-        def visit(
-            number: int, block: Block, routed: RoutedTokens, counter: Counter
-        ) -> tuple[dict[str, Any], Tensor]:
-            experts = self._experts(block, routed)
-            outputs = routed.outputs()
+        for step in self._steps("survey"):
+            experts = self._experts(step)
+            step.outputs = step.routed.outputs()
             for group in experts.groups():
-                experts.add_outputs(experts.weights(group), group, outputs)
-            norms = self._norms(number, routed)
-            _write_norms(norms, self._walk.hidden(), outputs)
-            surveys = survey_block(self._experts(block, routed, norms), self._options, counter)
+                experts.add_outputs(experts.weights(group), group, step.outputs)
+            norms = self._norms(step)
+            _write_norms(norms, self._walk.hidden(), step.outputs)
+            found = survey_block(self._experts(step, norms), self._options, step.counter)
+            step.record = {name: asdict(survey) for name, survey in found.items()}
             release_memory()
-            return {name: asdict(survey) for name, survey in surveys.items()}, outputs
-
-        records = self._each_block("survey", visit)
+        records = filter(None, self.work.records("survey"))
         return {name: StackSurvey(**each) for record in records for name, each in record.items()}
 
     def quantize(self, control: RateControl, staging: Staging) -> list[BlockRecord]:
-        """Run the model that compressed blocks make, and quantize each block."""
+        """Run the model with the compressed blocks before each, and quantize the block."""
         for record in filter(None, self.work.records("block")):
             control.finish(record)
+        for step in self._steps("block"):
+            norms = self._norms(step) if self._options.chosen_recipe.rated else None
+            attempt = partial(self._attempt, step, self._experts(step, norms), staging)
+            step.record = control.quantize(attempt)
+        return [record for record in self.work.records("block") if record]
 
-        def visit(
-            number: int, block: Block, routed: RoutedTokens, counter: Counter
-        ) -> tuple[BlockRecord, Tensor | None]:
-            norms = self._norms(number, routed) if self._options.chosen_recipe.rated else None
-            experts = self._experts(block, routed, norms)
-            before, stage = counter.done, counter.stage
-            outputs: Tensor | None = None
+    def _attempt(
+        self, step: _Step, experts: BlockExperts, staging: Staging, rate: Rate | None
+    ) -> BlockRecord:
+        step.counter.back_to(step.begin)
+        step.counter.enter(step.name)
+        step.outputs = None if step.is_last else step.routed.outputs()
+        return quantize_block(experts, self._options, rate, staging, step.outputs, step.counter)
 
-            def attempt(rate: Rate | None) -> BlockRecord:
-                nonlocal outputs
-                counter.back_to(before)
-                counter.enter(stage)
-                outputs = None if block is self._blocks[-1] else routed.outputs()
-                return quantize_block(experts, self._options, rate, staging, outputs, counter)
-
-            return control.quantize(attempt), outputs
-
-        return self._each_block("block", visit)
-
-    def _each_block(self, kind: str, visit: Visit[Record]) -> list[Record]:
-        """Visit the blocks that have no record of this kind.
-
-        Returns:
-            The records of all blocks with experts.
-        """
-        records: list[Record | None] = self.work.records(kind)
-        done = len(records)
+    def _steps(self, kind: str) -> Iterator[_Step]:
+        """Walk through the blocks that have no record of this kind, and write it."""
+        done = len(self.work.records(kind))
         prefixes = {block.prefix for block in self._blocks[done:]}
         stacks = [stack for stack in self._checkpoint.stacks if stack.prefix in prefixes]
         counter = Counter(self._progress, count_weights(stacks))
         if done < len(self._blocks):
             self._walk.start(done)
         for number, block in enumerate(self._blocks[done:], done):
-            counter.enter(block.name if kind == "block" else f"{kind} {block.name}")
-            record, outputs = None, None
+            name = block.name if kind == "block" else f"{kind} {block.name}"
+            is_last, record, outputs = number + 1 == len(self._blocks), None, None
+            counter.enter(name)
             if routed := self._walk.collect():
-                record, outputs = visit(number, block, routed, counter)
-            if block is not self._blocks[-1]:
+                prefix, begin = str(block.prefix), counter.done
+                step = _Step(number, name, prefix, is_last, routed, counter, begin)
+                yield step
+                record, outputs = step.record, step.outputs
+            if not is_last:
                 self._walk.advance(outputs)
             self.work.record(kind, number, record)
-            records.append(record)
-        return [record for record in records if record is not None]
 
-    def _experts(
-        self, block: Block, routed: RoutedTokens, norms: RowFile | None = None
-    ) -> BlockExperts:
+    def _experts(self, step: _Step, norms: RowFile | None = None) -> BlockExperts:
         assert self._options.calibration
         return BlockExperts(
             self._checkpoint,
-            str(block.prefix),
+            step.prefix,
             self._wiring,
-            routed,
+            step.routed,
             self._resources,
             token_cap=self._options.calibration.token_cap,
             norms=norms.mapped() if norms else None,
         )
 
-    def _norms(self, number: int, routed: RoutedTokens) -> RowFile:
+    def _norms(self, step: _Step) -> RowFile:
         """Of the hidden states after a block of the original model."""
-        return RowFile(self.work.path(f"block-{number:04}.norms"), len(routed.inputs), 1)
+        path = self.work.path(f"block-{step.number:04}.norms")
+        return RowFile(path, len(step.routed.inputs), 1)
 
 
 def _write_norms(norms: RowFile, hidden: Tensor, outputs: Tensor) -> None:

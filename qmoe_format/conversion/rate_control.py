@@ -72,13 +72,8 @@ class TargetRate:
         self, bits: float, stacks: Iterable[ExpertStack], surveys: Mapping[str, StackSurvey]
     ) -> None:
         """
-        Args:
-            bits: asked for, per weight.
-            stacks: all of the model's.
-            surveys: one per stack, by name, with sizes.
-
         Raises:
-            QMoEError: ``argument`` if that number of bits is out of reach.
+            QMoEError: ``argument`` if that number of bits per weight is out of reach.
         """
         self._asked = bits
         self._surveys = surveys
@@ -89,11 +84,6 @@ class TargetRate:
         self._advice = f"ask for {least:.3f} to {most:.3f} with this model, recipe and profile"
         if not least <= bits <= most:
             raise QMoEError("argument", f"{bits:g} bits per weight are out of reach", self._advice)
-
-    @property
-    def bits(self) -> float:
-        """Of the finished stacks and their dictionaries, per weight of the whole model."""
-        return 8 * self._finished.total / self._weights
 
     def quantize(self, attempt: Attempt) -> BlockRecord:
         """Quantize the next block, again if necessary.
@@ -119,11 +109,7 @@ class TargetRate:
     ) -> float | None:
         """Lambda for another attempt at a block; None if this one is good enough.
 
-        Args:
-            lam: what the block was quantized with.
-            record: what it has become.
-            tried: earlier attempts at the last block, the logarithm of lambda and the relative
-                excess of bits; this one is added.
+        ``tried`` has the attempts at the last block: the logarithm of lambda, the relative excess.
         """
         before, after = self._finished, self._with(record)
         if self._surveys.keys() - after.stack_bytes.keys():
@@ -152,10 +138,11 @@ class TargetRate:
 
     def check(self) -> None:
         """See ``FixedRate``; raises ``QMoEError("value")``."""
-        if abs(self.bits / self._asked - 1) > TOLERANCE:
+        bits = 8 * self._finished.total / self._weights
+        if abs(bits / self._asked - 1) > TOLERANCE:
             raise QMoEError(
                 "value",
-                f"the experts have {self.bits:.4f} bits per weight instead of {self._asked:g}",
+                f"the experts have {bits:.4f} bits per weight instead of {self._asked:g}",
                 f"{self._advice}, or give a lambda",
             )
 

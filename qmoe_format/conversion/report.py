@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
-from qmoe_format.atomic_file import atomic_write
 from qmoe_format.container.shard_list import file_stem
 from qmoe_format.errors import QMoEError
 
@@ -19,32 +18,19 @@ if TYPE_CHECKING:
     from qmoe_format.container.reader import QMoEFile
 
 REPORT_NAME = "quality.json"
-_EXPERT = {
-    "tokens": int,
-    "damping": float | int | None,
-    "fallback": str | None,
-    "relative_error": float | int | None,
-    "bits": float | int,
-}
 
 
 class ExpertQuality(TypedDict):
     """One matrix of an expert.
 
-    Attributes:
-        tokens: how many its Hessian is made of.
-        damping: added to the Hessian for GPTQ, over the mean of its diagonal; None if unused.
-        fallback: why the recipe could not be followed, or None.
-        relative_error: tr((W-Q) S (W-Q)^T) / tr(W S W^T), S the sum over the tokens; None without
-            informative tokens.
-        bits: of its extent per weight, without the dictionary.
+    ``relative_error`` is tr((W-Q) S (W-Q)^T) / tr(W S W^T), S the sum over the tokens.
     """
 
-    tokens: int
-    damping: float | None
-    fallback: str | None
-    relative_error: float | None
-    bits: float
+    tokens: int  # in the Hessian
+    damping: float | None  # of the Hessian for GPTQ, over the mean of its diagonal
+    fallback: str | None  # why the recipe could not be followed
+    relative_error: float | None  # None if the tokens do not tell
+    bits: float  # of the extent per weight, without the dictionary
 
 
 # "lambda" is a keyword of Python.
@@ -87,12 +73,6 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
-def write_report(text: bytes, path: Path) -> None:
-    """Write a report beside its file, atomically."""
-    with atomic_write(path) as file:
-        file.write(text)
-
-
 def read_report(file: QMoEFile) -> Quality:
     """The report in a file.
 
@@ -110,9 +90,9 @@ def read_report(file: QMoEFile) -> Quality:
         quality: Quality = json.loads(file.attachment(REPORT_NAME))
         _check(quality, {"settings": dict, "totals": dict, "stacks": list})
         for stack in quality["stacks"]:
-            _check(stack, {"name": str, "lambda": float | int | None, "experts": list})
+            _check(stack, {"name": str, "lambda": float | None, "experts": list})
             for expert in stack["experts"]:
-                _check(expert, _EXPERT)
+                _check(expert, get_type_hints(ExpertQuality))
     except QMoEError:
         raise
     except (ValueError, RecursionError) as error:
@@ -129,5 +109,6 @@ def _check(value: object, fields: Mapping[str, Any]) -> None:
         raise ValueError(f"{value!r:.40} is not an object")
     for key, kind in fields.items():
         found = value.get(key, ...)
-        if isinstance(found, bool) or not isinstance(found, kind):
+        whole = isinstance(found, int) and isinstance(0.0, kind)  # JSON has one type of number
+        if isinstance(found, bool) or not (whole or isinstance(found, kind)):
             raise ValueError(f"{key!r} is missing or of the wrong type")

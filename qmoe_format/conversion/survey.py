@@ -13,7 +13,6 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_format.checkpoints import ExpertStack
@@ -54,25 +53,21 @@ class StackSurvey:
     dictionary_bytes: float
 
     def expected(self, rate: Rate) -> tuple[float, set[int]]:
-        """Bytes of the stack at a rate, and which dictionaries it needs.
+        """Bytes of the stack at a rate, and the grid steps of its dictionaries.
 
-        Between ``LAMBDAS`` a straight line in their logarithm.
+        Interpolated at the lambda that is equivalent if an expert's own energy is the reference, on
+        average over its rows; see ``Rate``, also for ``TRUST``.
         """
-        own = self._own_lambdas(rate)
-        logs = np.log(LAMBDAS)
-        steps = np.rint(np.interp(own, logs, self.grid_steps))
-        return float(np.interp(own, logs, self.sizes).sum()), set(steps.astype(int).tolist())
-
-    def _own_lambdas(self, rate: Rate) -> NDArray[np.float64]:
-        """The logarithm of the lambda that is the same with each expert's energy as reference: the
-        mean over its rows, which ``TRUST`` bounds."""
         energies = np.array([each if each > 0 else rate.reference for each in self.energies])
         shift = np.log(rate.reference / energies)[:, None]
         rows = -np.array(self.spread)
         most = math.log(TRUST)
         own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
-        logs: NDArray[np.float64] = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
-        return logs
+        lams = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
+        sizes, steps = (
+            np.interp(lams, np.log(LAMBDAS), each) for each in (self.sizes, self.grid_steps)
+        )
+        return float(sizes.sum()), set(np.rint(steps).astype(int).tolist())
 
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
@@ -84,10 +79,7 @@ def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
 def survey_block(
     experts: BlockExperts, options: ConvertOptions, counter: Counter
 ) -> dict[str, StackSurvey]:
-    """Measure a block's stacks: energies and, if a number of bits was asked for, sizes.
-
-    Returns:
-        A survey by name of stack.
+    """Measure a block's stacks, by name: energies and, if bits were asked for, sizes.
 
     Raises:
         QMoEError: ``value`` if outputs are NaN or infinite.

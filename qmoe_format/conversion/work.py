@@ -22,7 +22,6 @@ import shutil
 from collections.abc import Mapping
 from itertools import count, takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from qmoe_format.atomic_file import atomic_write, partial_files
@@ -56,8 +55,7 @@ class Work:
         Args:
             destination: the file to be written.
             fingerprint: everything that the result depends on, JSON values by name.
-            resume: continue in the existing folder; otherwise there must be none.
-            overwrite: remove an existing folder first.
+            resume, overwrite: see ``ConvertOptions``.
 
         Raises:
             QMoEError: ``argument`` if the folder exists or is another conversion's; ``not-found``
@@ -154,14 +152,9 @@ class Work:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         code = error.code if isinstance(error, QMoEError) else ""
-        begun = any(self.path(f"{kind}-0000.json").exists() for kind in KINDS)
+        begun = any(self.path(f"{name}-0000.json").exists() for name in KINDS)
         if error is None or code == "value" or not begun:
             with contextlib.suppress(OSError):
                 self._discard()
@@ -221,13 +214,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def hash_file(path: Path, whole: int = 1 << 24, pieces: int = 256) -> str:
-    """SHA-256 of a file's length and bytes; of a large one's, pieces and its modification time.
-
-    Args:
-        path: the file.
-        whole: bytes up to which a file is read whole, and that are read of a larger one.
-        pieces: how many of a larger one.
-    """
+    """SHA-256 of a file's length and bytes, or if it has more than ``whole`` bytes, of its length,
+    modification time, and that many bytes in ``pieces`` spread over the file."""
     with os_errors(f"cannot read {path}"), path.open("rb") as file:
         size = path.stat().st_size
         hashed = hashlib.sha256(str(size).encode())

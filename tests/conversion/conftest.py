@@ -116,7 +116,7 @@ def block(tmp_path: Path, routed: RoutedTokens) -> Block:
     """``block("mixtral" or "granitemoe", resources, token_cap)``, with the same weights."""
     gate, up = torch.randn(2, EXPERTS, INTERMEDIATE, HIDDEN)
     down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE)
-    experts = {
+    states = {
         "mixtral": {
             f"experts.{e}.{name}.weight": matrices[e].clone()
             for e in range(EXPERTS)
@@ -127,27 +127,18 @@ def block(tmp_path: Path, routed: RoutedTokens) -> Block:
             "output_linear.weight": down,
         },
     }
-    prefixes = {"mixtral": "0.block_sparse_moe.experts", "granitemoe": "0.block_sparse_moe"}
+    for family, state in states.items():
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
+        named = {f"0.block_sparse_moe.{name}": each for name, each in state.items()}
+        save_file(named, tmp_path / family / "model.safetensors")
     norms = torch.arange(1.0, TOKENS + 1)[:, None]
 
     def make(
         family: str, resources: Resources = ONE_THREAD, token_cap: float = 100.0
     ) -> BlockExperts:
-        folder = tmp_path / family
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps({"model_type": family}))
-            state = {f"0.block_sparse_moe.{name}": each for name, each in experts[family].items()}
-            save_file(state, folder / "model.safetensors")
-        opened = open_checkpoint(folder)
-        return BlockExperts(
-            opened,
-            prefixes[family],
-            wiring(opened.config),
-            routed,
-            resources,
-            token_cap=token_cap,
-            norms=norms,
-        )
+        opened = open_checkpoint(tmp_path / family)
+        block = opened, opened.stacks[0].prefix, wiring(opened.config), routed, resources
+        return BlockExperts(*block, token_cap=token_cap, norms=norms)
 
     return make

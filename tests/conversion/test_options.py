@@ -97,7 +97,7 @@ def test_everything_on_the_command_line(
     )
     assert file.read_bytes() == direct.read_bytes()
     shown = qmoe("inspect", file, "--quality").out.splitlines()
-    assert shown[0] == f"recipe rd, text of SHA-256 {text_sha256(text)}"
+    assert shown[0] == f"recipe rd, text with SHA-256 {text_sha256(text)}"
     assert shown[1].endswith(" bits/weight, lambda 0.1 to 0.1")
     assert shown[5].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
 

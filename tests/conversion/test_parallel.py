@@ -15,9 +15,7 @@ from qmoe_format.conversion.parallel import Resources
     columns=st.integers(1, 1200).map(lambda lines: 4 * lines),
     threads=st.integers(1, 9),
 )
-def test_all_threads_have_as_much_to_do(
-    experts: int, rows: int, columns: int, threads: int
-) -> None:
+def test_threads_get_equal_shares(experts: int, rows: int, columns: int, threads: int) -> None:
     resources = Resources(threads)
     parts = resources.batches(experts, rows, columns)
     assert [item for part in parts for item in part] == list(range(experts))

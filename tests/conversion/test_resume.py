@@ -15,7 +15,7 @@ import pytest
 
 import qmoe_format
 from qmoe_format.atomic_file import PartialFile
-from qmoe_format.conversion.report import report_path, write_report
+from qmoe_format.conversion.report import report_path
 from qmoe_format.conversion.work import Work, hash_file
 from tests.refusals import refusal
 
@@ -146,12 +146,15 @@ def test_killed_again_and_again(
 def test_stopped_between_report_and_file(
     switch_folder: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stopping(text: bytes, path: Path) -> None:
-        write_report(text, path)
-        raise KeyboardInterrupt
+    publish = PartialFile.publish
+
+    def stopping(self: PartialFile, target: Path | None = None) -> None:
+        publish(self, target)
+        if self.target.name == "m.quality.json":
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmoe_format.conversion.calibrated.write_report", stopping)
+        patch.setattr(PartialFile, "publish", stopping)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             converted(switch_folder, recipe="qmoe", samples=3)
     assert not (tmp_path / "m.qmoe").exists()

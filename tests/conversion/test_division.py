@@ -1,7 +1,8 @@
-"""How a block is divided does not change what becomes of it."""
+"""How experts are divided among groups, batches and threads does not change the result."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
 
+from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.options import Calibration, ConvertOptions
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.quantize_block import quantize_block
 from qmoe_format.conversion.staging import Staging
 from qmoe_format.conversion.survey import survey_block
+from qmoe_format.conversion.uncalibrated import convert_uncalibrated
 from qmoe_format.progress import Counter
 from qmoe_format.quantize.rate import Rate
 from tests.conversion.conftest import HIDDEN, TOKENS, Block
@@ -37,7 +40,7 @@ def quantized(experts: BlockExperts, folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
-def test_groups_batches_and_threads(block: Block, tmp_path: Path, family: str) -> None:
+def test_calibrated(block: Block, tmp_path: Path, family: str) -> None:
     survey, *result = quantized(block(family), tmp_path / "wanted")
     for resources in (
         Resources(1, group_bytes=1),
@@ -51,3 +54,12 @@ def test_groups_batches_and_threads(block: Block, tmp_path: Path, family: str) -
         assert same == result, resources
         if experts.experts_in_memory > 1:  # otherwise it samples one expert only
             assert same_survey == survey, resources
+
+
+def test_uncalibrated(switch: Callable[..., Path], tmp_path: Path) -> None:
+    files = []
+    for number, resources in enumerate((Resources(2), Resources(2, large_expert=1))):
+        files.append(tmp_path / f"{number}.qmoe")
+        with open_checkpoint(switch(rows=40, columns=60, name=str(number))) as checkpoint:
+            convert_uncalibrated(checkpoint, files[-1], ConvertOptions(), resources)
+    assert files[0].read_bytes() == files[1].read_bytes()
