@@ -68,7 +68,7 @@ def add_text_options(to: argparse._ActionsContainer) -> None:
     to.add_argument(
         "--samples", type=positive_integer, metavar="N", help="sequences to use (default: all)"
     )
-    to.add_argument("--seed", type=natural_number, metavar="N", help="default: 0")
+    to.add_argument("--seed", type=natural_number, metavar="N", help="random seed (default: 0)")
 
 
 def add_model_options(to: argparse._ActionsContainer) -> None:

@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
         help="sample tokens; a higher temperature favors unlikely ones (default: what the model's "
         "configuration says, usually greedy decoding)",
     )
-    parser.add_argument("--seed", type=natural_number, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=natural_number, metavar="N", help="random seed (default: 0)")
     add_model_options(parser)
     parser.set_defaults(run=run)
 
