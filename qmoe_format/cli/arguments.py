@@ -22,21 +22,21 @@ def parse_size(text: str) -> int:
     return size
 
 
-def positive_integer(text: str) -> int:
+def positive(text: str) -> int:
     """An integer above 0."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
 
 
-def natural_number(text: str) -> int:
+def natural(text: str) -> int:
     """An integer, 0 or above."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer, 0 or above")
     return int(text)
 
 
-def positive_number(text: str) -> float:
+def positive_real(text: str) -> float:
     """A finite number above 0."""
     try:
         number = float(text)
@@ -60,15 +60,13 @@ def add_text_options(to: argparse._ActionsContainer) -> None:
     )
     to.add_argument(
         "--sequence-length",
-        type=positive_integer,
+        type=positive,
         metavar="N",
         help="tokens per sequence (default: 256 for an encoder, otherwise up to 2048); longer "
         "texts that have a target are truncated",
     )
-    to.add_argument(
-        "--samples", type=positive_integer, metavar="N", help="sequences to use (default: all)"
-    )
-    to.add_argument("--seed", type=natural_number, metavar="N", help="random seed (default: 0)")
+    to.add_argument("--samples", type=positive, metavar="N", help="sequences to use (default: all)")
+    to.add_argument("--seed", type=natural, metavar="N", help="random seed (default: 0)")
 
 
 def add_model_options(to: argparse._ActionsContainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ from qmoe_format.cli.arguments import (
     Commands,
     add_text_options,
     parse_size,
-    positive_integer,
-    positive_number,
+    positive,
+    positive_real,
 )
 from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
@@ -24,18 +25,6 @@ from qmoe_format.quantize import RECIPES
 
 if TYPE_CHECKING:
     from qmoe_format.conversion import Calibration
-
-# Fields of Calibration, named like the options that set them.
-CALIBRATION = (
-    "text_column",
-    "target_column",
-    "sequence_length",
-    "samples",
-    "seed",
-    "token_cap",
-    "mask_special_tokens",
-    "device",
-)
 
 
 def add_parser(commands: Commands) -> None:
@@ -67,7 +56,7 @@ def add_parser(commands: Commands) -> None:
         metavar="SIZE",
         help="write several files of about this size, such as 5GB (default: one file)",
     )
-    parser.add_argument("--threads", type=positive_integer, metavar="N", help="default: all cores")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
     parser.add_argument(
         "--force",
         action="store_true",
@@ -82,7 +71,7 @@ def add_parser(commands: Commands) -> None:
     add_text_options(group)
     group.add_argument(
         "--token-cap",
-        type=positive_number,
+        type=positive_real,
         metavar="X",
         help="use at most X times the mean number of tokens per expert (default: 4)",
     )
@@ -95,14 +84,14 @@ def add_parser(commands: Commands) -> None:
     size = group.add_mutually_exclusive_group()
     size.add_argument(
         "--bits-per-weight",
-        type=positive_number,
+        type=positive_real,
         metavar="BITS",
         help="target size of the experts, such as 0.8, including scales and dictionaries",
     )
     size.add_argument(
         "--lambda",
         dest="rate_lambda",
-        type=positive_number,
+        type=positive_real,
         metavar="X",
         help="instead of a target size: the error that one more bit must remove, relative to the "
         "output of a typical expert (default: 0.05)",
@@ -142,8 +131,9 @@ def run(options: argparse.Namespace) -> None:
 def _calibration(options: argparse.Namespace) -> Calibration | None:
     from qmoe_format.conversion import Calibration
 
-    asked = {name: getattr(options, name) for name in CALIBRATION}
-    given = {name: value for name, value in asked.items() if value is not None}
+    # Its other fields are named like the options that set them.
+    names = [field.name for field in dataclasses.fields(Calibration) if field.name != "text"]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.calibration is not None:
         return Calibration(options.calibration, **given)
     if given:

@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_format.cli import models
-from qmoe_format.cli.arguments import (
-    Commands,
-    add_model_options,
-    natural_number,
-    positive_integer,
-    positive_number,
-)
+from qmoe_format.cli.arguments import Commands, add_model_options, natural, positive, positive_real
 from qmoe_format.errors import QMoEError
 
 NEW_TOKENS = 100  # unless the model's generation_config or the user says otherwise
@@ -34,18 +28,18 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument(
         "--max-new-tokens",
-        type=positive_integer,
+        type=positive,
         metavar="N",
         help="default: what the model's configuration says, or 100",
     )
     parser.add_argument(
         "--temperature",
-        type=positive_number,
+        type=positive_real,
         metavar="X",
         help="sample tokens; a higher temperature favors unlikely ones (default: what the model's "
         "configuration says, usually greedy decoding)",
     )
-    parser.add_argument("--seed", type=natural_number, metavar="N", help="random seed (default: 0)")
+    parser.add_argument("--seed", type=natural, metavar="N", help="random seed (default: 0)")
     add_model_options(parser)
     parser.set_defaults(run=run)
 

@@ -136,8 +136,7 @@ def section_2_1_order() -> Iterator[Vector]:
         ("malformed-crc", "P-8", "malformed", {"extent_count": 0, "index_crc32": 0}, b""),
     ):
         what = f"Two defects, {name.replace('-', ' and ')}: the first is reported"
-        data = small().pack(**fields) + tail
-        yield reject(f"order-{name}", f"{needed} C-4", code, what, data)
+        yield reject(f"order-{name}", f"{needed} C-4", code, what, small().pack(**fields) + tail)
 
 
 def section_2_2_layout() -> Iterator[Vector]:

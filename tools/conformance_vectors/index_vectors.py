@@ -244,8 +244,7 @@ def section_3_3_shapes() -> Iterator[Vector]:
     content.tensor("c", "F64", [3, 0, 2], b"").tensor("d", "BF16", [1] * 8, b"\x80\x3f")
     content.tensor("e", "U8", [], b"\0", stored=[frame(b"\0")], encoding="zstd")
     content.tensor("f", "U32", [0, 7], b"", stored=[frame(b"")], encoding="zstd")
-    what = "No dimension, eight of them, zero elements"
-    yield accept("shapes", "R-1 T-1 T-3", what, content)
+    yield accept("shapes", "R-1 T-1 T-3", "No dimension, eight of them, zero elements", content)
     parts = [bytes([i] * 6) for i in range(3)]
     stored = [frame(shuffled(part, 2)) for part in parts]
     content = Content()
@@ -332,8 +331,7 @@ def section_9_shapes() -> Iterator[Vector]:
     # 2^53 - 1 = 6361 x 69431 x 20394401; the 0 makes a tensor of that many elements empty.
     most = [6361, 69431, 20394401, 0]
     yield accept("limit-size", "L-1", "Dimensions other than 0 multiply to 2^53 - 1", empty(most))
-    what = "Dimensions other than 0 multiply to 2^53"
-    yield bad("size-more", what, empty([2**27, 2**26, 0]))
+    yield bad("size-more", "Dimensions other than 0 multiply to 2^53", empty([2**27, 2**26, 0]))
     yield bad("size-bytes", "2^50 elements of 8 bytes", empty([2**40, 2**10], "F64"))
     what = "Seven dimensions of 2^40, whose product wraps around in 64 bits"
     yield bad("size-overflow", what, empty([2**40] * 7 + [0]), "L-1 N-2")
@@ -352,8 +350,7 @@ def section_9_ternary() -> Iterator[Vector]:
 
     for key, value in (("width", 7), ("width", 17), ("group_size", 2**31)):
         what = f"A ternary tensor's {key} is {value}"
-        content = empty([0, 1], **{key: value})
-        yield reject(f"limit-{key}-{value}", "L-1", "limit", what, content)
+        yield reject(f"limit-{key}-{value}", "L-1", "limit", what, empty([0, 1], **{key: value}))
     content = empty([0, 1], group_size=2**31 - 1)
     yield accept("limit-group-size", "L-1 E-2", "group_size is 2^31 - 1", content)
     what = "A matrix of 0 rows, 2^31 - 1 columns"

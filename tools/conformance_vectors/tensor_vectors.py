@@ -55,8 +55,7 @@ def zstd(stored: bytes, length: int = 3, dtype: str = "U8", expected: bytes = b"
 
 def section_5_frames() -> Iterator[Vector]:
     what = "A frame with a compressed block and a checksum"
-    content = zstd(COMPRESSED_NUMBERS, 96, "F32", NUMBERS)
-    yield accept("zstd-compressed", "Z-1 Z-4", what, content)
+    yield accept("zstd-compressed", "Z-1 Z-4", what, zstd(COMPRESSED_NUMBERS, 96, "F32", NUMBERS))
     long = b"abc" + b"x" * 1000 + b"def"
     blocks = raw_block(b"abc", False) + run_block(ord("x"), 1000, False) + raw_block(b"def")
     content = Content()

@@ -259,8 +259,7 @@ def section_7_index() -> Iterator[Vector]:
         return reject(f"ternary-{name}", needed, "malformed", what, content)
 
     for dtype in ("U8", "I32", "F8_E4M3", "BOOL"):
-        what = f"A ternary tensor of {dtype}"
-        yield change(f"dtype-{dtype.lower()}", "E-3", what, dtype=dtype)
+        yield change(f"dtype-{dtype.lower()}", "E-3", f"A ternary tensor of {dtype}", dtype=dtype)
     for shape, stack in (([1], False), ([1, 1, 1], False), ([1, 1], True), ([1, 1, 1, 1], True)):
         kind = "stack" if stack else "tensor"
         what = f"A ternary {kind} of {len(shape)} dimensions"
