@@ -1,4 +1,4 @@
-"""Products from the codewords against the decoded matrix, in exact and in rounded arithmetic."""
+"""Multiplying straight from the codewords, against the decoded matrix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import given, settings
 
 from qmoe_format.codec import (
     EncodedMatrix,
+    decode,
     dequantize,
     dequantize_rows,
-    encode,
     encode_matrix,
     fit_dictionary,
     matmul,
@@ -25,10 +25,16 @@ from qmoe_format.codec import (
 from qmoe_format.codec.kernels.simd import cpu_has
 from qmoe_format.codec.multiply import matvec_call
 from qmoe_format.codec.segments import run_all
-from qmoe_format.dtypes import STORAGE, from_float32, to_float32
+from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
 
 from .strategies import dictionaries, dictionary, random_trits, trits
+
+
+def encoded(coded: np.ndarray, **options: Any) -> EncodedMatrix:
+    """``coded`` with float32 scales of 1."""
+    scale = np.ones((len(coded), 1, 1), np.float32)
+    return encode_matrix(coded, scale, scale_dtype="F32", **options)
 
 
 @st.composite
@@ -98,8 +104,6 @@ def test_small_integers_are_exact(matrix: EncodedMatrix, tokens: int) -> None:
 @settings(deadline=None)
 def test_dequantized_values_by_the_letter(matrix: EncodedMatrix) -> None:
     """[V-1] and [V-2], weight by weight."""
-    from qmoe_format.codec import decode
-
     weights = dequantize(matrix)
     coded = decode(matrix.trits)
     scale = to_float32(matrix.row_scale, matrix.scale_dtype)
@@ -123,10 +127,8 @@ def test_some_rows_are_those_of_the_whole(matrix: EncodedMatrix, data: st.DataOb
     assert out.tobytes() == dequantize(matrix)[first:last].tobytes()
 
 
-def test_rows_that_there_are_not() -> None:
-    matrix = encode_matrix(
-        random_trits(10, 64, 0.885), np.ones((10, 1, 1), np.float32), scale_dtype="F32"
-    )
+def test_rows_that_do_not_exist() -> None:
+    matrix = encoded(random_trits(10, 64, 0.885))
     for first, out in (
         (-1, np.empty((2, 64), np.float32)),
         (9, np.empty((2, 64), np.float32)),
@@ -166,15 +168,12 @@ def test_both_kernels_of_short_entries(dense: bool, signs: str, group_size: int)
         assert within_tolerance(matrix, x, y)
 
 
-def test_several_products_at_once() -> None:
+def test_several_at_once() -> None:
     """Threads share each of them, also one with fewer segments than threads."""
-    shapes = ((40, 64), (1, 300), (0, 5), (7, 0), (333, 96))
     x = np.random.default_rng(0).standard_normal(300).astype(np.float32)
     products = []
-    for rows, columns in shapes:
-        trits = random_trits(rows, columns, 0.885)
-        scale = np.ones((rows, 1, 1), np.float32)
-        matrix = encode_matrix(trits, scale, scale_dtype="F32", rows_per_segment=3)
+    for rows, columns in ((40, 64), (1, 300), (0, 5), (7, 0), (333, 96)):
+        matrix = encoded(random_trits(rows, columns, 0.885), rows_per_segment=3)
         products.append((matrix, x[:columns], np.full(rows, np.nan, np.float32)))
     for threads in (1, 3):
         matvecs(products, threads)
@@ -184,91 +183,74 @@ def test_several_products_at_once() -> None:
     matvecs([])
 
 
-def test_long_rows_and_both_sign_modes() -> None:
-    for signs in ("plane", "codeword"):
-        coded = random_trits(5, 70_000, 0.9)
-        scale = np.ones((5, 1, 2), np.float32)
-        scale[..., 0] = -0.5
-        matrix = encode_matrix(
-            coded,
-            scale,
-            scale_dtype="F32",
-            dictionary=dictionary(0.885, 12, signs),
-            rows_per_segment=2,
-        )
-        out = np.empty((3, 70_000), np.float32)
-        dequantize_rows(matrix, 1, out)
-        assert np.array_equal(out, dequantize(matrix)[1:4])
-        x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
-        assert within_tolerance(matrix, x, matmul(matrix, x))
-        assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
+@pytest.mark.parametrize("signs", ["plane", "codeword"])
+def test_rows_longer_than_a_chunk(signs: str) -> None:
+    scale = np.ones((5, 1, 2), np.float32)
+    scale[..., 0] = -0.5
+    matrix = encode_matrix(
+        random_trits(5, 70_000, 0.9),
+        scale,
+        scale_dtype="F32",
+        dictionary=dictionary(0.885, 12, signs),
+        rows_per_segment=2,
+    )
+    out = np.empty((3, 70_000), np.float32)
+    dequantize_rows(matrix, 1, out)
+    assert np.array_equal(out, dequantize(matrix)[1:4])
+    x = np.random.default_rng(0).standard_normal((20, 70_000)).astype(np.float32)
+    assert within_tolerance(matrix, x, matmul(matrix, x))
+    assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
 
 
 def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
     """Codewords may promise more non-zeros than the segment has bits left: no read beyond it."""
-    encoded = encode(np.ones((1, 4000), np.int8), dictionary(0.3, 8, "plane"), rows_per_segment=1)
-    codewords = encoded.segments[500 : encoded.segment_bytes]
+    whole = encoded(np.ones((1, 4000), np.int8), dictionary=dictionary(0.3, 8, "plane"))
+    codewords = whole.trits.segments[500 : whole.trits.segment_bytes]
     cut = replace(
-        encoded,
+        whole.trits,
         length_base=codewords.size,
         segments=np.concatenate([codewords, np.zeros(8, np.uint8)]),
         segment_bytes=codewords.size,
     )
-    matrix = EncodedMatrix(cut, np.ones((1, 1, 1), np.float32), None, "F32", 0)
+    matrix = replace(whole, trits=cut)
     x = np.ones((2, 4000), np.float32)
-    products: list[Callable[[], Any]] = [
+    calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, x[0]),
         lambda: matmul(matrix, x),
         lambda: dequantize_rows(matrix, 0, np.empty((1, 4000), np.float32)),
     ]
-    for product in products:
+    for call in calls:
         with pytest.raises(QMoEError) as error:
-            product()
+            call()
         assert error.value.code == "malformed"
 
 
-def test_entries_of_many_nonzeros() -> None:
+@pytest.mark.parametrize("zero_fraction", [0.2, 0.55])
+def test_entries_of_many_nonzeros(zero_fraction: float) -> None:
     """Entries of more than four, and of more than eight, non-zeros take several stores."""
-    for zero_fraction in (0.2, 0.55):
-        chosen = fit_dictionary(zero_fraction, 16)
-        assert chosen.max_nonzeros > 8
-        matrix = encode_matrix(
-            random_trits(40, 999, zero_fraction),
-            np.ones((40, 1, 1), np.float32),
-            scale_dtype="F32",
-            dictionary=chosen,
-        )
-        x = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
-        assert within_tolerance(matrix, x, matmul(matrix, x))
-        assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
-
-
-def test_column_scales_are_multiplied_into_x_once() -> None:
-    chosen = dictionary(0.885, 8, "plane")
-    coded = random_trits(10, 64, 0.885)
-    by_column = np.full(64, 4.0, np.float16)
-    matrix = encode_matrix(
-        coded, np.ones((10, 1, 1), np.float16), by_column, scale_dtype="F16", dictionary=chosen
-    )
-    x = np.ones(64, np.float32)
-    assert np.array_equal(matvec(matrix, x), 4.0 * coded.sum(axis=1))
-    assert np.array_equal(x, np.ones(64))
+    chosen = fit_dictionary(zero_fraction, 16)
+    assert chosen.max_nonzeros > 8
+    matrix = encoded(random_trits(40, 999, zero_fraction), dictionary=chosen)
+    x = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
+    assert within_tolerance(matrix, x, matmul(matrix, x))
+    assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
 
 
 def test_into_a_given_array() -> None:
-    matrix = encode_matrix(
-        random_trits(10, 64, 0.885), np.ones((10, 1, 2), STORAGE["F32"]), scale_dtype="F32"
-    )
-    x = np.ones(64, np.float32)
-    out = np.empty(10, np.float32)
+    """Which is returned; x stays as it is."""
+    coded = random_trits(10, 64, 0.885)
+    ones, by_column = np.ones((10, 1, 1), np.float16), np.full(64, 4.0, np.float16)
+    matrix = encode_matrix(coded, ones, by_column, scale_dtype="F16")
+    x, out = np.ones(64, np.float32), np.empty(10, np.float32)
     assert matvec(matrix, x, out) is out
-    assert np.array_equal(out, matvec(matrix, x))
+    assert np.array_equal(out, 4.0 * coded.sum(axis=1))
+    assert np.array_equal(x, np.ones(64))
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     coded = random_trits(10, 64, 0.885)
     one = np.ones((10, 1, 1), np.float32)
-    matrix = encode_matrix(coded, one, scale_dtype="F32")
+    matrix = encoded(coded)
     calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, np.ones(63, np.float32)),
         lambda: matvec(matrix, np.ones(64)),  # type: ignore[arg-type]

@@ -74,6 +74,40 @@ def test_a_segment_is_laid_out_as_specified() -> None:
     assert encoded.segments[5:].tolist() == [0] * 8
 
 
+def entries_of(tree: bytes) -> list[tuple[int, ...]]:
+    """The entries of a dictionary in the order of their codewords, 1 for a non-zero."""
+    bits = iter(np.unpackbits(np.frombuffer(tree, np.uint8), bitorder="little"))
+
+    def below(path: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [*below((*path, 0)), *below((*path, 1))] if next(bits) else [path]
+
+    return below(())
+
+
+@pytest.mark.parametrize("signs", ["plane", "codeword"])
+def test_segments_read_by_the_letter(signs: str) -> None:
+    """Codewords from the end, weight by weight, as SPEC.md section 7.2 has it."""
+    chosen = dictionary(0.6, 9, signs)
+    book = [
+        [-1 if weight and next(minus) else weight for weight in entry]
+        for entry in entries_of(chosen.tree)
+        for code in range(1 << sum(entry) if signs == "codeword" else 1)
+        for minus in [iter([code >> k & 1 for k in range(sum(entry))])]
+    ]
+    matrix = random_trits(1, 500, 0.6)
+    encoded = encode(matrix, chosen)
+    number = int.from_bytes(encoded.segments[: encoded.segment_bytes].tobytes(), "little")
+    place, trits = 8 * encoded.segment_bytes, []
+    while len(trits) < 500:
+        place -= 9
+        trits += book[number >> place & 511]
+    if signs == "plane":
+        plane = iter([number >> k & 1 for k in range(sum(trits[:500]))])
+        trits = [-1 if trit and next(plane) else trit for trit in trits]
+    assert trits[:500] == matrix[0].tolist()
+    assert not any(trits[500:])
+
+
 def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
     """``encoded``, of one row a segment, with one segment replaced by ``change`` of it."""
     offsets = encoded.offsets()
@@ -179,7 +213,7 @@ def test_any_bytes_decode_or_are_refused(data: bytes, columns: int, chosen: Dict
     "matrix",
     [np.zeros((2, 2), np.int16), np.zeros(4, np.int8), np.full((2, 2), 2, np.int8)],
 )
-def test_other_things_than_trits_are_refused(matrix: npt.NDArray[Any]) -> None:
+def test_what_is_not_trits_is_refused(matrix: npt.NDArray[Any]) -> None:
     with pytest.raises(QMoEError) as error:
         encode(matrix, dictionary(0.885, 8, "plane"))
     assert error.value.code == "argument"
