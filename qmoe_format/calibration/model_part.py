@@ -46,7 +46,7 @@ class ModelPart:
         width: of the hidden states.
         top_k: how many experts a token goes to.
         embedding_name: the checkpoint's name of the token embedding.
-        blocks: in order.
+        blocks: the names of its blocks, in order.
     """
 
     def __init__(

@@ -126,11 +126,11 @@ class Walk:
         part = self._parts[index]
         runs = number < len(part.blocks)
         count = part.count if runs else 0
-        files = [
+        files = (
             self._file("inputs", count, part.width),
             self._file("experts", count, part.top_k, torch.int64),
             self._file("weights", count, part.top_k),
-        ]
+        )
         with ExitStack() as opened:
             appends = [opened.enter_context(file.writing()) for file in files]
             if runs:

@@ -36,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Family:
-    """Model types whose experts have the same names and compute the same.
+    """Model types whose experts have the same names and the same arithmetic.
 
     An expert returns ``output(activation(gate(x)) * up(x))``, or ``output(activation(input(x)))``
     if it is not gated. The defaults are those of most decoders. Names are those of transformers'
@@ -44,12 +44,13 @@ class Family:
 
     Attributes:
         model_types: of ``config.json``.
-        experts: the module of a layer's experts; the name's end, after the layer's.
-        router: the parameter whose first dimension counts a layer's experts; likewise.
-        tensor: an expert tensor's name in the checkpoint, a format of ``{prefix}`` (up to
-            ``experts``), ``{number}`` (of the expert) and ``{matrix}``. Without ``{number}`` one
-            tensor holds a matrix of all experts of a layer.
-        inputs: the matrices that the token is multiplied by: gate and up, both in one, or one.
+        experts: the module of a layer's experts, without the layer's name in front.
+        router: the parameter whose first dimension counts a layer's experts, likewise.
+        tensor: an expert tensor's name in the checkpoint, made of ``{prefix}`` (the layer's name
+            and ``experts``), ``{number}`` (the expert's) and ``{matrix}``. Without ``{number}``
+            one tensor holds a matrix of all experts of a layer.
+        inputs: the matrices that the token is multiplied by: gate and up, both in one, or a single
+            one.
         output: the matrix whose product is the expert's output.
         transposed: tensors are ``[..., in, out]``; in a ``.qmoe`` file all are ``[..., out, in]``.
         biases: names of further tensors beside the matrices, which are kept as they are.
@@ -58,11 +59,11 @@ class Family:
         activation: the configuration's key and its default; None: experts compute something else,
             so that the model cannot be calibrated.
         top_k: the configuration's key of how many experts a token goes to; None: one.
-        routing: maps the arguments of the experts' forward after the hidden states to experts
-            int64 [tokens, k], -1 for none, and weights [tokens, k].
+        routing: takes the arguments of the experts' forward after the hidden states; returns
+            experts int64 [tokens, k], -1 for none, and weights [tokens, k].
         stages: one, or an encoder and a decoder.
-        pass_through: what a block returns if it changes nothing, from the block, the hidden states
-            and the other positional arguments of its forward.
+        pass_through: takes a block and the positional arguments of its forward; returns what the
+            block would if it left the hidden states alone.
         module_sizes: if transformers makes every expert a module: the configuration's keys of the
             number of experts and of the rows and columns of ``inputs``.
         settings: what to change in the configuration for calibration.

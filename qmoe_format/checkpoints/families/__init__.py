@@ -6,7 +6,7 @@ To add one:
    there instead.
 3. Add a tiny configuration to ``CONFIGS`` in ``tests/tiny_models.py``.
 4. Run ``pytest -k famil``: it converts, calibrates, unpacks and runs the tiny model.
-5. Add the family to the table of the README.
+5. Name it in the README, where the input is described.
 """
 
 from __future__ import annotations
