@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
 
 import qmoe_format
+from tests.runtime.files import Dense, write_stacks
 from tests.tiny_models import save_model
 
 
@@ -49,3 +50,22 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
 def model(request: pytest.FixtureRequest, converted: Callable[[str], Converted]) -> Converted:
     """One with a module an expert in transformers, and one with fused experts."""
     return converted(request.param)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dense]:
+    path = tmp_path_factory.mktemp("stacks") / "layer.qmoe"
+    return path, write_stacks(path)
+
+
+@pytest.fixture
+def file(written: tuple[Path, Dense]) -> Iterator[qmoe_format.QMoEFile]:
+    """The stacks of ``files.SHAPES``."""
+    with qmoe_format.open(written[0]) as file:
+        yield file
+
+
+@pytest.fixture
+def dense(written: tuple[Path, Dense]) -> Dense:
+    """The weights of ``file``."""
+    return written[1]

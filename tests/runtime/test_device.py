@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import qmoe_format
-from qmoe_format import gpu
-from qmoe_format.container.reader import QMoEFile
+from qmoe_format import QMoEFile, gpu
 from qmoe_format.gpu.device_stack import DeviceStack
 from qmoe_format.runtime.experts import experts_forward
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
@@ -20,9 +17,8 @@ from qmoe_format.runtime.lazy_stack import LazyStack
 from tests.gpu import shim
 from tests.gpu.conftest import cupy  # noqa: F401 -- a fixture
 from tests.gpu.fake_cupy import FakeCupy
-
-from .files import write_stacks
-from .test_experts import EXPERTS, HIDDEN, SHAPES, Dense, gpt_oss, mixtral, random, routing
+from tests.runtime.files import EXPERTS, HIDDEN, Dense, random
+from tests.runtime.test_experts import gpt_oss, mixtral, routing
 
 on_a_gpu = [
     pytest.mark.gpu,
@@ -30,23 +26,6 @@ on_a_gpu = [
         not (gpu.available() and torch.cuda.is_available()), reason="torch or CuPy finds no GPU"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dense]:
-    path = tmp_path_factory.mktemp("device") / "layer.qmoe"
-    return path, write_stacks(path, SHAPES)
-
-
-@pytest.fixture
-def file(written: tuple[Path, Dense]) -> Iterator[Any]:
-    with qmoe_format.open(written[0]) as file:
-        yield file
-
-
-@pytest.fixture
-def dense(written: tuple[Path, Dense]) -> Dense:
-    return written[1]
 
 
 class Tensor(torch.Tensor):

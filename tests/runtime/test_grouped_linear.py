@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import qmoe_format
-from qmoe_format.container.reader import QMoEFile
-from qmoe_format.errors import QMoEError
+from qmoe_format import QMoEFile
 from qmoe_format.runtime.grouped_linear import Group, choose_kernel, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
 from qmoe_format.runtime.tuning import Tuning
+from tests.refusals import refusal
+from tests.runtime.files import EXPERTS, HIDDEN, INNER, Dense, random
 
-from .files import write_stacks
-
-EXPERTS, ROWS, COLUMNS = 3, 50, 96
 TOKENS = (1, 5, 60)  # for each kernel, at 60 % zeros
 MANY = TOKENS[-1]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    path = tmp_path_factory.mktemp("stacks") / "two.qmoe"
-    shape = (EXPERTS, ROWS, COLUMNS)
-    return path, write_stacks(path, {"gate": shape, "up": shape})
-
-
-@pytest.fixture
-def file(weights: tuple[Path, dict[str, torch.Tensor]]) -> Iterator[QMoEFile]:
-    with qmoe_format.open(weights[0]) as file:
-        yield file
-
-
-@pytest.fixture
-def dense(weights: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return weights[1]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def linear(stack: LazyStack, x: torch.Tensor, expert: int, **tuning: int) -> torch.Tensor:
@@ -55,7 +31,7 @@ def test_these_tokens_take_all_kernels(file: QMoEFile) -> None:
 
 def test_a_stack_is_views_of_the_file(file: QMoEFile) -> None:
     stack = LazyStack(file, "gate")
-    assert stack.shape == (EXPERTS, ROWS, COLUMNS)
+    assert stack.shape == (EXPERTS, INNER, HIDDEN)
     assert stack.matrix(1) is stack.matrix(1)
     assert stack.matrix(1).trits.segments.base is not None  # a view
 
@@ -71,26 +47,24 @@ def test_only_used_experts_are_read(file: QMoEFile, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(file, "encoded", spy)
     stack = LazyStack(file, "up")
     for _ in range(2):
-        linear(stack, random(2, COLUMNS), 1)
+        linear(stack, random(2, HIDDEN), 1)
     assert read == [("up", 1)]
 
 
 @pytest.mark.parametrize("tokens", [0, 2, 17, *TOKENS])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_any_number_of_tokens(
-    file: QMoEFile, dense: dict[str, torch.Tensor], tokens: int, threads: int
-) -> None:
-    x = random(tokens, COLUMNS)
+def test_any_number_of_tokens(file: QMoEFile, dense: Dense, tokens: int, threads: int) -> None:
+    x = random(tokens, HIDDEN)
     y = linear(LazyStack(file, "gate"), x, 2, threads=threads, weights_per_thread=1)
     torch.testing.assert_close(y, x @ dense["gate"][2].T)
 
 
-def test_weights_are_decoded_in_tiles(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
-    seven_rows = 4 * COLUMNS * 7  # the last tile has one
-    x = random(MANY, COLUMNS).requires_grad_()
-    y = linear(LazyStack(file, "gate"), x, 0, scratch_bytes=seven_rows)
+def test_weights_are_decoded_in_tiles(file: QMoEFile, dense: Dense) -> None:
+    rows = 4 * HIDDEN * 13  # of 40: the last tile has one
+    x = random(MANY, HIDDEN).requires_grad_()
+    y = linear(LazyStack(file, "gate"), x, 0, scratch_bytes=rows)
     torch.testing.assert_close(y, x @ dense["gate"][0].T)
-    dy = random(MANY, ROWS, seed=1)
+    dy = random(MANY, INNER, seed=1)
     (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close(dx, dy @ dense["gate"][0])
 
@@ -98,18 +72,18 @@ def test_weights_are_decoded_in_tiles(file: QMoEFile, dense: dict[str, torch.Ten
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_sums_are_float32_for_every_dtype(
-    file: QMoEFile, dense: dict[str, torch.Tensor], dtype: torch.dtype, tokens: int
+    file: QMoEFile, dense: Dense, dtype: torch.dtype, tokens: int
 ) -> None:
-    x = random(tokens, COLUMNS).to(dtype)
+    x = random(tokens, HIDDEN).to(dtype)
     y = linear(LazyStack(file, "up"), x, 0)
     assert y.dtype == dtype
     want = x.float() @ dense["up"][0].T
     torch.testing.assert_close(y, want.to(dtype), rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-5)
 
 
-def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: Dense) -> None:
     groups = [Group(2, 0, 1), Group(0, 1, 2), Group(1, 2, 7), Group(0, 7, 7 + MANY)]
-    x = random(7 + MANY, COLUMNS).requires_grad_()
+    x = random(7 + MANY, HIDDEN).requires_grad_()
     y = grouped_linear([LazyStack(file, "gate"), LazyStack(file, "up")], x, groups)
     both = torch.cat([dense["gate"], dense["up"]], dim=1)
     want = torch.cat([x[g.first : g.last] @ both[g.expert].T for g in groups])
@@ -122,44 +96,33 @@ def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: dict[str, torch.T
 
 def test_a_token_has_the_same_result_beside_others(file: QMoEFile) -> None:
     stack = LazyStack(file, "gate")
-    x = random(MANY, COLUMNS)
+    x = random(MANY, HIDDEN)
     alone = linear(stack, x[:1], 1)
     for tokens in (2, 20, MANY):
         torch.testing.assert_close(linear(stack, x[:tokens], 1)[:1], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_of_half_precision(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
-    x = random(3, COLUMNS).bfloat16().requires_grad_()
+def test_gradient_of_half_precision(file: QMoEFile, dense: Dense) -> None:
+    x = random(3, HIDDEN).bfloat16().requires_grad_()
     (dx,) = torch.autograd.grad(linear(LazyStack(file, "up"), x, 1).sum(), x)
     assert dx.dtype == torch.bfloat16
     torch.testing.assert_close(dx[0], dense["up"][1].sum(dim=0).bfloat16())
 
 
-def test_strided_and_inference_tensors(file: QMoEFile, dense: dict[str, torch.Tensor]) -> None:
+def test_strided_and_inference_tensors(file: QMoEFile, dense: Dense) -> None:
     with torch.inference_mode():
-        x = random(COLUMNS, 4).T
+        x = random(HIDDEN, 4).T
         y = linear(LazyStack(file, "up"), x, 1)
     torch.testing.assert_close(y, x @ dense["up"][1].T)
 
 
 def test_refusals(file: QMoEFile) -> None:
     stack = LazyStack(file, "gate")
-    calls: dict[str, list[Callable[[], object]]] = {
-        "not-found": [
-            lambda: LazyStack(file, "down"),
-            lambda: linear(stack, random(1, COLUMNS), EXPERTS),
-            lambda: linear(stack, random(1, COLUMNS), -1),
-        ],
-        "argument": [
-            lambda: linear(stack, random(1, COLUMNS + 1), 0),
-            lambda: linear(stack, random(COLUMNS), 0),
-        ],
-    }
-    for code, group in calls.items():
-        for call in group:
-            with pytest.raises(QMoEError) as error:
-                call()
-            assert error.value.code == code
+    refusal(lambda: LazyStack(file, "other"), "not-found")
+    refusal(lambda: linear(stack, random(1, HIDDEN), EXPERTS), "not-found")
+    refusal(lambda: linear(stack, random(1, HIDDEN), -1), "not-found")
+    refusal(lambda: linear(stack, random(1, HIDDEN + 1), 0), "argument")
+    refusal(lambda: linear(stack, random(HIDDEN), 0), "argument")
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:
@@ -170,6 +133,4 @@ def test_other_encodings_are_refused(tmp_path: Path) -> None:
                 stack.append(random(4, 4).numpy())
     with qmoe_format.open(tmp_path / "raw.qmoe") as file:
         for name in ("w", "stack"):
-            with pytest.raises(QMoEError) as error:
-                LazyStack(file, name)
-            assert error.value.code == "argument"
+            refusal(partial(LazyStack, file, name), "argument")
