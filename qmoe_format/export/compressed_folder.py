@@ -16,14 +16,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qmoe_format.container import Writer
+from qmoe_format.container import QMoEFile, Writer
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter
-
-if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile
 
 CONFIG_FILE = "config.json"
 DENSE_FILE = "model.dense.safetensors"

@@ -25,8 +25,6 @@ from qmoe_format.dtypes import STORAGE
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter
 
-INDEX_NAME = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -74,7 +72,7 @@ def write_sharded(
         "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_new(folder / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+    write_new(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode() + b"\n")
 
 
 def write_safetensors(path: Path, tensors: Sequence[OutputTensor], counter: Counter) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,6 @@ from qmoe_format.export.compressed_folder import CONFIG_FILE, DENSE_FILE, EXPERT
 from qmoe_format.export.safetensors_writer import OutputTensor
 from qmoe_format.machine import cores
 from qmoe_format.progress import Counter, Progress
-
-if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile
 
 
 def unpack(
@@ -107,7 +104,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _tensors(file: QMoEFile, compressed: bool) -> Iterator[OutputTensor]:
+def _tensors(file: container.QMoEFile, compressed: bool) -> Iterator[OutputTensor]:
     """The checkpoint's tensors, without the experts if those stay compressed."""
     fused = any(entry.stack and not entry.members for entry in file.tensors.values())
     transposed = not compressed and fused and _transposed(file)
@@ -129,14 +126,14 @@ def _tensors(file: QMoEFile, compressed: bool) -> Iterator[OutputTensor]:
 
 
 def _experts(
-    file: QMoEFile, name: str, experts: Iterable[int], transposed: bool = False
+    file: container.QMoEFile, name: str, experts: Iterable[int], transposed: bool = False
 ) -> Iterator[npt.NDArray[Any]]:
     for expert in experts:
         matrix = file.read_expert(name, expert, cores())
         yield np.ascontiguousarray(matrix.T) if transposed else matrix
 
 
-def _transposed(file: QMoEFile) -> bool:
+def _transposed(file: container.QMoEFile) -> bool:
     """Whether a tensor of many experts is ``[experts, in, out]`` in the checkpoint.
 
     Not without ``config.json`` or for an unknown family: ``convert`` never wrote such a file.

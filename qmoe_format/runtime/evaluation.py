@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.errors import QMoEError
@@ -135,9 +136,7 @@ def _sums(batch: Batch, logits: Tensor, original: Tensor | None) -> Tensor:
         if original is not None:
             expected = original[row][chosen].float().log_softmax(-1)
             sums[row, 2] = -expected.gather(1, targets).double().sum()
-            sums[row, 3] = nn.functional.kl_div(
-                found, expected, reduction="sum", log_target=True
-            ).double()
+            sums[row, 3] = kl_div(found, expected, reduction="sum", log_target=True)
     return sums
 
 

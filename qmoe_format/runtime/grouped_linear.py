@@ -42,15 +42,12 @@ def choose_kernel(tokens: int, zero_fraction: float, tuning: Tuning = TUNING) ->
 def grouped_linear(
     stacks: Sequence[LazyStack], x: Tensor, groups: Sequence[Group], tuning: Tuning = TUNING
 ) -> Tensor:
-    """Multiply each group of tokens by its expert of every stack.
+    """Multiply each group of tokens by its expert of every stack: y [tokens, rows of all stacks].
 
     Args:
         stacks: of equally many columns.
-        x: floating [tokens, columns].
+        x: floating [tokens, columns]; y has its dtype, sums are float32.
         groups: cover all rows of ``x``.
-
-    Returns:
-        y [tokens, rows of all stacks] in the dtype of ``x``; sums are float32.
 
     Raises:
         QMoEError: ``argument`` for another shape of ``x``; ``not-found`` for an unknown expert;

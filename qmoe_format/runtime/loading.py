@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -20,9 +20,6 @@ from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
 from qmoe_format.runtime.plugin import QMoEConfig
-
-if TYPE_CHECKING:
-    from qmoe_format.container import QMoEFile
 
 
 def load_model(
@@ -121,7 +118,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
 
 
 @contextmanager
-def _attachments(file: QMoEFile) -> Iterator[Path]:
+def _attachments(file: container.QMoEFile) -> Iterator[Path]:
     """A temporary folder of the attached files."""
     with tempfile.TemporaryDirectory() as folder:
         for name in file.attachments:
@@ -138,7 +135,7 @@ def _generation_config(folder: Path) -> Any:
         return configs.from_pretrained(folder, CONFIG_FILE, _from_model_config=True)
 
 
-def _tensor(file: QMoEFile, name: str) -> torch.Tensor:
+def _tensor(file: container.QMoEFile, name: str) -> torch.Tensor:
     array = file.read(name)
     if not array.flags.writeable:  # a view of the mapped file: writing to it would be fatal
         array = array.copy()

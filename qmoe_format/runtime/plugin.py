@@ -17,7 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qmoe_format import container
 from qmoe_format.checkpoints import family_for
 from qmoe_format.checkpoints.wiring import check_experts, expert_modules
-from qmoe_format.container import QMoEFile
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import (
     CONFIG_FILE,
@@ -89,7 +88,7 @@ def _download(model: str, path: Path) -> None:
         cached_file(model, path.name, cache_dir=path.parents[3], revision=path.parent.name)
 
 
-def _install(model: Any, file: QMoEFile) -> None:
+def _install(model: Any, file: container.QMoEFile) -> None:
     """Let every experts module of a model without weights use the stacks of ``file``."""
     family = family_for({"model_type": model.config.model_type})
     for path, module, input_shape, output_shape in expert_modules(model):
@@ -127,7 +126,7 @@ def _check_complete(model: Any, path: str) -> None:
 
 
 def _save(
-    file: QMoEFile,
+    file: container.QMoEFile,
     model: Any,
     save: Any,
     folder: str | os.PathLike[str],
@@ -138,9 +137,7 @@ def _save(
 ) -> None:
     """``save_pretrained`` of a model with compressed experts."""
     if push_to_hub:
-        raise QMoEError(
-            "argument", "save_pretrained cannot push a compressed model", "call push_to_hub"
-        )
+        raise QMoEError("argument", "save_pretrained cannot push this model", "call push_to_hub")
     if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved
         save(folder, is_main_process, state_dict, **options)
         return
