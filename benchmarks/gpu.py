@@ -18,7 +18,6 @@ do in a model.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -43,11 +42,9 @@ def measure(device: Cuda, problems: list[Problem], rounds: int, bandwidth: Recor
     rows, columns = problems[0].shape
     x = device.bf16(max(gpu_works.TOKENS), columns)
     values = next(p.values(torch.bfloat16) for p in problems if p.zeros == DENSE_ZEROS)
-    works = [
-        *itertools.chain.from_iterable(gpu_works.ours(problem, x) for problem in problems),
-        *itertools.chain.from_iterable(gpu_works.anchors(problem, x) for problem in problems),
-        *gpu_works.dense(device, values, x),
-    ]
+    works = [work for problem in problems for work in gpu_works.ours(problem, x)]
+    works += [work for problem in problems for work in gpu_works.anchors(problem, x)]
+    works += gpu_works.dense(device, values, x)
     measured = []
     for call in dict.fromkeys(work.call for work in works):
         measured += device.times([work for work in works if work.call == call], rounds)
@@ -66,11 +63,7 @@ def run(options: argparse.Namespace, device: Cuda) -> tuple[list[Record], list[s
     shapes = options.shapes or (QUICK_SHAPES if options.quick else SHAPES)
     rounds = 6 if options.quick else 15
     profile = codec.Profile(options.width, options.segment)
-    settings = {
-        "width": profile.width,
-        "segment_weights": profile.segment_weights,
-        "rounds": rounds,
-    }
+    settings = {"width": options.width, "segment_weights": options.segment, "rounds": rounds}
     about = device.description()
     measured = gpu_figures.kept(options.results, settings, about) if options.resume else []
     bandwidth = device.bandwidth(rounds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -121,34 +120,29 @@ def ours(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
         turns = list(numbers.repeat(1, tokens, 1))  # turn i: experts 8 i to 8 i + 7, every token
         return lambda i: gpu.expert_matvec(stack, xs, turns[i], out=y)
 
-    ours = partial(
-        work, family="ours", way="qmoe_format.gpu", zeros=problem.zeros, shape=problem.shape
-    )
-    ours = partial(ours, stored=problem.bytes)
+    what = ("ours", "qmoe_format.gpu", problem.zeros, problem.shape, problem.bytes)
     for tokens in TOKENS:
-        yield ours(f"one {tokens}", copies=experts, run=product(tokens))
+        yield work(f"one {tokens}", *what, experts, product(tokens))
     for tokens in FUSED_TOKENS:
-        yield ours(f"fused {tokens}", copies=len(numbers), run=fused(tokens))
+        yield work(f"fused {tokens}", *what, len(numbers), fused(tokens))
     outs = list(device.empty(min(device.copies(2 * rows * columns), experts), rows, columns))
-    decode = ours(
-        "decode 0", copies=len(outs), run=lambda i: gpu.decode(one[i], "bf16", out=outs[i])
-    )
+    decode = work("decode 0", *what, len(outs), lambda i: gpu.decode(one[i], "bf16", out=outs[i]))
     yield replace(decode, bytes=2 * rows * columns, weights=rows * columns)
 
 
 def dense(device: Cuda, values: torch.Tensor, x: torch.Tensor) -> Iterator[Work]:
     """torch with bf16 ``values`` [rows, columns], several functions for each call."""
-    rows, columns = shape = values.shape[0], values.shape[1]
-    stored = 2 * rows * columns
-    sets = sets_of_experts(device, stored)
+    rows, columns = values.shape
+    what = (None, (rows, columns), 2 * rows * columns)
+    sets = sets_of_experts(device, 2 * rows * columns)
     experts = values.repeat(FUSED * sets, 1, 1)
     turns = experts.view(sets, FUSED, rows, columns)
     for tokens in TOKENS:
         for way, run in dense_products(experts, x[:tokens]):
-            yield work(f"one {tokens}", "bf16", way, None, shape, stored, len(experts), run)
+            yield work(f"one {tokens}", "bf16", way, *what, len(experts), run)
     for tokens in FUSED_TOKENS:
         for way, run in dense_fused(turns, x[:tokens]):
-            yield work(f"fused {tokens}", "bf16", way, None, shape, stored, sets, run)
+            yield work(f"fused {tokens}", "bf16", way, *what, sets, run)
 
 
 def dense_products(experts: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run]]:
@@ -192,10 +186,10 @@ def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run
 
 def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
     """QMoE's kernel, one launch per matrix and token, with several block sizes."""
-    device, shape, stored = problem.device, problem.shape, problem.anchor_bytes
+    device, stored = problem.device, problem.anchor_bytes
     copies = max(device.copies(stored), 2 * FUSED)
     uploaded = gpu_anchor.upload(problem.anchor, copies, x.device)
-    y = device.empty(FUSED, shape[0])
+    y = device.empty(FUSED, problem.shape[0])
 
     def products(warps: int, matrices: int) -> Run:
         launches = [
@@ -210,7 +204,6 @@ def anchors(problem: Problem, x: torch.Tensor) -> Iterator[Work]:
         return run
 
     for warps in gpu_anchor.WARPS:
-        for call, matrices in (("one 1", 1), ("fused 1", FUSED)):
-            turns, run = copies // matrices, products(warps, matrices)
-            way = f"{warps} rows a block"
-            yield work(call, "anchor", way, problem.zeros, shape, stored, turns, run)
+        what = ("anchor", f"{warps} rows a block", problem.zeros, problem.shape, stored)
+        yield work("one 1", *what, copies, products(warps, 1))
+        yield work("fused 1", *what, copies // FUSED, products(warps, FUSED))

@@ -24,13 +24,9 @@ _ELEMENT_TYPES = {
 }
 
 
-def element_type(array: Any) -> str:
-    """``bf16``, ``fp16``, ``fp32`` or ``int32``; the name of any other dtype."""
-    return _element_type(array.dtype)
-
-
 @cache
-def _element_type(dtype: Any) -> str:
+def element_type(dtype: Any) -> str:
+    """``bf16``, ``fp16``, ``fp32`` or ``int32``; the name of any other dtype."""
     return _ELEMENT_TYPES.get(str(dtype), str(dtype))
 
 
@@ -89,7 +85,7 @@ class Library:
         ):
             want = ", ".join("any" if size < 0 else str(size) for size in shape)
             raise QMoEError("argument", f"{name}: the shape is {found}, not ({want})")
-        if element_type(array) not in dtypes:
+        if element_type(array.dtype) not in dtypes:
             raise QMoEError(
                 "argument", f"{name}: the dtype is {array.dtype}, not {' or '.join(dtypes)}"
             )

@@ -104,8 +104,8 @@ def expert_matvec(
             tokens * rows,
             workspace,
             (products, weights, y, *_ints(tokens, k, rows)),
-            WEIGHT_TYPE=element_type(weights),
-            Y_TYPE=element_type(y),
+            WEIGHT_TYPE=element_type(weights.dtype),
+            Y_TYPE=element_type(y.dtype),
         ),
     ]
 
@@ -118,7 +118,7 @@ def decode(
     segments = count * layout.segments
     if not segments or not layout.columns:
         return []
-    kernel = _decode_kernel(layout, element_type(y), limits)
+    kernel = _decode_kernel(layout, element_type(y.dtype), limits)
     blocks = limits.multiprocessors * max(1, limits.shared_bytes // kernel.shared_bytes)
     return [Launch(kernel, min(blocks, segments), (*_stack(stack), y, *_ints(first, count)))]
 
@@ -151,7 +151,7 @@ def _products(
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
         wanted = 1 if pairs.count <= FEW else max(THREADS)
-    tile = _tile(layout, element_type(x), wanted, limits)
+    tile = _tile(layout, element_type(x.dtype), wanted, limits)
     launches: list[Launch] = []
     listed = tiles = stack.arrays.table_of  # any array will do where the kernel reads none
     if pairs.experts is None:
@@ -164,7 +164,9 @@ def _products(
     if not tile:
         launches, x = _prepare(stack, x, pairs, workspace)
         per_x = 1
-    kernel = _product_kernel(layout, element_type(x), element_type(y), mode, tile, limits)
+    kernel = _product_kernel(
+        layout, element_type(x.dtype), element_type(y.dtype), mode, tile, limits
+    )
     arguments = (x, y, listed, tiles, *_ints(pairs.expert, pairs.count, per_x))
     blocks = min(limits.multiprocessors, pairs.count * layout.segments)
     return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
@@ -197,7 +199,7 @@ def _prepare(
         pairs.count * (layout.columns + 1),
         workspace,
         (x, arrays.column_scale, experts, scaled, *sizes),
-        X_TYPE=element_type(x),
+        X_TYPE=element_type(x.dtype),
         SCALE_TYPE=SCALES[layout.scale_dtype],
         COLUMN_SCALES=int(layout.column_scales),
     )
@@ -297,13 +299,9 @@ def _codewords(layout: Layout, most: int) -> int:
 
 def _stack(stack: PackedStack) -> tuple[Any, ...]:
     """The arguments for a ``PackedStack`` of ``walk.cu``."""
-    arrays, layout = stack.arrays, stack.layout
-    return (
-        *(arrays.segments, arrays.offsets, arrays.bases, arrays.row_scale, arrays.column_scale),
-        *(arrays.table_of, arrays.tables),
-        *_ints(layout.experts, layout.rows, layout.columns),
-        *_ints(layout.rows_per_segment, layout.group_size),
-    )
+    layout = stack.layout
+    sizes = (layout.experts, layout.rows, layout.columns)
+    return (*stack.arrays, *_ints(*sizes, layout.rows_per_segment, layout.group_size))
 
 
 def _ints(*numbers: int) -> tuple[np.int32, ...]:

@@ -8,12 +8,14 @@ run; a subnormal product counts as 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu import cuda, launch, launch_plan
+from qmoe_format.gpu import cuda, launch_plan
 from qmoe_format.gpu.arrays import FLOATS, Library, element_type, library_of
 from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack
+from qmoe_format.gpu.launch import Launch, execute
 from qmoe_format.gpu.launch_plan import Workspace
 
 
@@ -40,8 +42,9 @@ def matvec(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
     rows, columns = matrix.shape
     library = library_of(x, "x", matrix.stack.device)
     library.check(x, "x", (columns,))
-    y = library.output(out, (rows,), element_type(x))
-    _multiply(library, matrix, x.reshape(1, -1), y.reshape(1, rows))
+    y = library.output(out, (rows,), element_type(x.dtype))
+    vectors = (x.reshape(1, -1), y.reshape(1, rows))
+    _run(library, matrix.stack, launch_plan.matmul, matrix.expert, *vectors)
     return y
 
 
@@ -53,31 +56,29 @@ def matmul(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
     Args:
         weights: ``stack[e]``, or a stack of one matrix.
         x: [tokens, columns].
-        out: y to write.
-
-    Returns:
-        y [tokens, rows].
+        out: y [tokens, rows] to write.
     """
     matrix = _matrix(weights)
     rows, columns = matrix.shape
     library = library_of(x, "x", matrix.stack.device)
     library.check(x, "x", (-1, columns))
-    y = library.output(out, (x.shape[0], rows), element_type(x))
-    _multiply(library, matrix, x, y)
+    y = library.output(out, (x.shape[0], rows), element_type(x.dtype))
+    _run(library, matrix.stack, launch_plan.matmul, matrix.expert, x, y)
     return y
 
 
 def expert_matvec(
     stack: DeviceStack, x: Any, experts: Any, weights: Any = None, out: Any = None
 ) -> Any:
-    """Multiply each token by the experts it is routed to, all in one call. Like ``matvec``.
+    """Multiply each token by the experts it is routed to. Otherwise like ``matvec``.
 
     Args:
         stack: the experts' matrices W.
         x: [tokens, columns], or [tokens, k, columns] with an x for each pair.
         experts: int32 [tokens, k], on the GPU. A number that is not an expert's, which the host
             cannot see, makes the result of its pair NaN.
-        weights: [tokens, k], bf16, fp16 or fp32: add up the products of each token.
+        weights: [tokens, k], bf16, fp16 or fp32: add up the products of each token, in float32
+            and before they are rounded to the dtype of y.
         out: y to write.
 
     Returns:
@@ -97,10 +98,8 @@ def expert_matvec(
     if weights is not None:
         library.check(weights, "weights", (tokens, k))
         shape = (tokens, rows)
-    y = library.output(out, shape, element_type(x))
-    workspace = _workspace(library)
-    launches = launch_plan.expert_matvec(stack.packed, x, experts, weights, y, workspace)
-    _run(library, stack, launches, workspace)
+    y = library.output(out, shape, element_type(x.dtype))
+    _run(library, stack, launch_plan.expert_matvec, x, experts, weights, y)
     return y
 
 
@@ -129,8 +128,7 @@ def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = 
         )
     library = Library(stack.device) if out is None else library_of(out, "out", stack.device)
     y = library.output(out, weights.shape, dtype)
-    workspace = _workspace(library)
-    _run(library, stack, launch_plan.decode(stack.packed, first, count, y, workspace), workspace)
+    _run(library, stack, launch_plan.decode, first, count, y)
     return y
 
 
@@ -146,21 +144,14 @@ def _matrix(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
     return weights[0]
 
 
-def _workspace(library: Library) -> Workspace:
-    return Workspace(cuda.limits(library.device), library.empty)
-
-
-def _multiply(library: Library, matrix: DeviceMatrix, x: Any, y: Any) -> None:
-    workspace = _workspace(library)
-    launches = launch_plan.matmul(matrix.stack.packed, matrix.expert, x, y, workspace)
-    _run(library, matrix.stack, launches, workspace)
-
-
 def _run(
-    library: Library, stack: DeviceStack, launches: list[launch.Launch], workspace: Workspace
+    library: Library, stack: DeviceStack, plan: Callable[..., list[Launch]], *arguments: Any
 ) -> None:
+    """Execute what ``plan``, a function of ``launch_plan``, makes of its arguments."""
+    workspace = Workspace(cuda.limits(library.device), library.empty)
+    launches = plan(stack.packed, *arguments, workspace)
     stream = library.stream()
-    launch.execute(launches, stack.device, stream)
+    execute(launches, stack.device, stream)
     # torch keeps for its graph what was allocated during a capture; CuPy knows nothing of graphs.
     if workspace.scratch and not library.torch and stream.is_capturing():
         stack.recorded.append(workspace.scratch)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,8 @@ MAX_SEGMENT_WEIGHTS = 1 << 26
 MAX_SEGMENT_BYTES = 1 << 27
 
 
-@dataclass(frozen=True, slots=True)
-class Arrays:
-    """The arrays of a stack: numpy's, or a device's."""
+class Arrays(NamedTuple):
+    """The arrays of a stack, numpy's or a device's, in the order of the kernels' parameters."""
 
     segments: Any
     offsets: Any
@@ -56,7 +55,7 @@ class Layout:
         entry: form of the dictionaries' entries: ``ONE_WORD``, ``NIBBLES`` or ``BYTE_POSITIONS``.
         slots: most non-zeros of an entry.
         mean_codewords: per segment.
-        places: name, offset in bytes, numpy dtype and shape of each array.
+        places: offset in bytes, numpy dtype and shape of each array, by name.
         bytes: size of the whole buffer.
     """
 
@@ -73,7 +72,7 @@ class Layout:
     entry: str
     slots: int
     mean_codewords: int
-    places: tuple[tuple[str, int, np.dtype[Any], tuple[int, ...]], ...]
+    places: dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]
     bytes: int
 
     @property
@@ -89,7 +88,7 @@ class Layout:
     def arrays(self, buffer: Any) -> Arrays:
         """The arrays, as views of ``buffer`` uint8 [bytes]."""
         views = {}
-        for name, offset, dtype, shape in self.places:
+        for name, (offset, dtype, shape) in self.places.items():
             size = math.prod(shape) * dtype.itemsize
             views[name] = buffer[offset : offset + size].view(dtype).reshape(shape)
         return Arrays(**views)
@@ -147,9 +146,9 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         "table_of": (np.int32, (experts,)),
         "tables": (np.uint32, (len(dictionaries), 1 << trits.dictionary.width, words)),
     }
-    places, end = [], 0
+    places, end = {}, 0
     for name, (dtype, shape) in shapes.items():
-        places.append((name, end, np.dtype(dtype), shape))
+        places[name] = (end, np.dtype(dtype), shape)
         end = _align(end + math.prod(shape) * np.dtype(dtype).itemsize + 1, ALIGNMENT)
     return Layout(
         experts=experts,
@@ -165,7 +164,7 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         entry=entry,
         slots=slots,
         mean_codewords=_mean_codewords(matrices),
-        places=tuple(places),
+        places=places,
         bytes=end,
     )
 
@@ -174,7 +173,7 @@ def pieces(
     layout: Layout, matrices: Sequence[EncodedMatrix]
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     """What the buffer holds besides zeros: offsets and bytes, uint8."""
-    where = {name: offset for name, offset, _, _ in layout.places}
+    where = {name: offset for name, (offset, _, _) in layout.places.items()}
     dictionaries = _dictionaries(matrices)
     bases = _bases(matrices)[0]
     table_of = [dictionaries[matrix.dictionary] for matrix in matrices]

@@ -56,7 +56,7 @@ def test_arrays_of_a_stack() -> None:
 def test_arrays_do_not_overlap_and_are_aligned() -> None:
     layout = packing.layout([matrix(columns_too=True, group_size=7)])
     end = 0
-    for _, offset, dtype, shape in layout.places:
+    for offset, dtype, shape in layout.places.values():
         assert offset >= end
         assert offset % packing.ALIGNMENT == 0
         end = offset + int(np.prod(shape)) * dtype.itemsize
