@@ -45,17 +45,11 @@ DEMO = Path(qmoe_format.__file__).parent / "demo"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A checkpoint to convert; calibrated if there is a recipe."""
+    """A checkpoint to convert, and options of calibration, if any."""
 
     name: str
     config: Config
-    recipe: str | None = None
-
-    def options(self) -> list[str]:
-        if self.recipe is None:
-            return []
-        text = ["--calibration", str(DEMO / "calibration.jsonl"), "--text-column", "target"]
-        return ["--recipe", self.recipe, *text]
+    calibration: tuple[str, ...] = ()
 
 
 def switch(layers: int, experts: int, hidden: int, inner: int, vocabulary: int = 8192) -> Config:
@@ -78,7 +72,9 @@ def switch(layers: int, experts: int, hidden: int, inner: int, vocabulary: int =
 def calibrated(recipe: str, layers: int) -> Case:
     """With 201 M expert weights per layer."""
     sizes = {"num_hidden_layers": layers, "num_local_experts": 64, "intermediate_size": 1024}
-    return Case(f"{recipe}, {layers} × 64 experts", MIXTRAL_LIKE | sizes, recipe)
+    text = "--calibration", str(DEMO / "calibration.jsonl"), "--text-column", "target"
+    options = "--recipe", recipe, *text
+    return Case(f"{recipe}, {layers} × 64 experts", MIXTRAL_LIKE | sizes, options)
 
 
 CASES = (
@@ -108,9 +104,9 @@ def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
         "threads": threads,
     }
     commands: list[list[Any]] = [
-        ["convert", checkpoint, target, "--threads", threads, *case.options()]
+        ["convert", checkpoint, target, "--threads", threads, *case.calibration]
     ]
-    if case.recipe is None:
+    if not case.calibration:
         commands += [["verify", target], ["unpack", target, folder / "unpacked"]]
     for command in commands:
         seconds, processor_seconds, peak = run(list(map(str, command)))
@@ -121,7 +117,7 @@ def measure(case: Case, folder: Path, threads: int) -> dict[str, Any]:
             "peak_resident_bytes": peak,
         }
     result["qmoe_bytes"] = target.stat().st_size
-    if case.recipe is None:
+    if not case.calibration:
         result["bound_bytes"] = GIB + 2 * largest
         result["within_bound"] = result["convert"]["peak_resident_bytes"] <= result["bound_bytes"]
     return result

@@ -95,8 +95,8 @@ def _check_destination(path: Path, options: ConvertOptions) -> None:
         if options.calibration:
             results.append(report_path(path))
         if options.shard_bytes is not None:
-            shards = f"{glob.escape(file_stem(path))}-?????-of-?????.qmoe"
-            results += sorted(path.parent.glob(shards))
+            stem = glob.escape(file_stem(path))
+            results += sorted(path.parent.glob(f"{stem}-?????-of-?????.qmoe"))
     existing = [result for result in results if result.exists()]
     if existing and not options.overwrite:
         raise QMoEError("argument", f"{existing[0]}: already exists", "remove it, or use --force")

@@ -44,7 +44,6 @@ class BlockExperts:
         stacks: by matrix as in the family's ``Wiring``, in the checkpoint's order.
         count: the number of experts.
         elements: of the largest matrix and its Hessian.
-        resources: what to compute with.
         experts_in_memory: how many have room together.
     """
 
@@ -128,7 +127,7 @@ class BlockExperts:
         return positions[chosen], gates[chosen]
 
     def statistics(self, weights: Weights, experts: Sequence[int]) -> dict[str, Statistics]:
-        """What tokens say about each matrix of some experts, from their original ``weights``."""
+        """Statistics for each matrix of some experts with these original ``weights``."""
         first, output = self._wiring.inputs[0], self._wiring.output
         number, device = len(experts), self.resources.device
         found = {

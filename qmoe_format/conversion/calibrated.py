@@ -1,4 +1,4 @@
-"""Conversion with calibration text: block by block, for the inputs from the compressed ones before.
+"""Conversion with calibration text: each block sees what the compressed blocks before it produce.
 
 Memory holds one block without its experts, and one group of experts with their Hessians, whatever
 the size of the model and the text. Every finished block is on disk, see ``work``.

@@ -32,9 +32,6 @@ class Calibration:
             the Hessians, as QMoE does. The output of experts for these tokens is then not
             preserved.
         device: where torch computes, such as ``cpu`` or ``cuda``.
-
-    Raises:
-        QMoEError: ``argument``.
     """
 
     text: str | Path
@@ -67,7 +64,7 @@ class ConvertOptions:
         calibration: text for the recipes that need it.
         bits_per_weight: the size of the experts, scales and dictionaries included, to within
             2 percent; for recipes that weigh error against bits.
-        rate_lambda: that weight itself, instead; see ``qmoe_format.quantize.rate.Rate``.
+        rate_lambda: that trade-off itself, instead; see ``qmoe_format.quantize.rate.Rate``.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
             first block is quantized ``bits_per_weight`` may still change.
 

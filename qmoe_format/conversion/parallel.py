@@ -27,13 +27,10 @@ class Resources:
         device: where torch computes.
         group_bytes: weights and Hessians in memory together, as long as every worker has an expert;
             a quantizer needs a few times as much again.
-        chunk_elements: of the widest activation in memory at once: 4 MB, which an allocator keeps
-            for reuse.
-        chunk_tokens: at least this many at once. With fewer, reading and writing the Hessian would
-            dominate.
+        chunk_elements: of the widest activation at once: 4 MB, which an allocator keeps for reuse.
+        chunk_tokens: at least this many at once, lest accessing the Hessian dominates.
         large_expert: elements from which an expert gets all workers; smaller ones get one each.
-        batch_elements: in a batch; a quantizer takes many small steps, whose overhead vanishes in
-            batches this large.
+        batch_elements: in a batch; large ones hide the overhead of a quantizer's many small steps.
     """
 
     threads: int

@@ -34,7 +34,7 @@ _ROWS = 1 << 16  # of norms computed at a time
 
 @dataclass(slots=True)
 class _Step:
-    """A block with experts, as a pass comes to it; the pass fills in the last two."""
+    """A block with experts; the pass fills in the last two attributes."""
 
     number: int
     name: str  # the stage that users see
@@ -86,7 +86,7 @@ class BlockPasses:
         return {name: StackSurvey(**each) for record in records for name, each in record.items()}
 
     def quantize(self, control: RateControl, staging: Staging) -> list[BlockRecord]:
-        """Run the model with the compressed blocks before each, and quantize the block."""
+        """Quantize each block for what the compressed blocks before it produce."""
         for record in filter(None, self.work.records("block")):
             control.finish(record)
         for step in self._steps("block"):
@@ -104,7 +104,7 @@ class BlockPasses:
         return quantize_block(experts, self._options, rate, staging, step.outputs, step.counter)
 
     def _steps(self, kind: str) -> Iterator[_Step]:
-        """Walk through the blocks that have no record of this kind, and write it."""
+        """Walk through the blocks that have no record of this kind, and write these records."""
         done = len(self.work.records(kind))
         prefixes = {block.prefix for block in self._blocks[done:]}
         stacks = [stack for stack in self._checkpoint.stacks if stack.prefix in prefixes]
@@ -138,8 +138,7 @@ class BlockPasses:
 
     def _norms(self, step: _Step) -> RowFile:
         """Of the hidden states after a block of the original model."""
-        path = self.work.path(f"block-{step.number:04}.norms")
-        return RowFile(path, len(step.routed.inputs), 1)
+        return RowFile(self.work.path(f"block-{step.number:04}.norms"), len(step.routed.inputs), 1)
 
 
 def _write_norms(norms: RowFile, hidden: Tensor, outputs: Tensor) -> None:

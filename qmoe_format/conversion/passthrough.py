@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_passthrough(checkpoint: Checkpoint, chunk_elements: int = 1 << 20) -> None:
-    """Make sure that every tensor that is not an expert is finite.
-
-    Args:
-        checkpoint: an open one.
-        chunk_elements: looked at together; an embedding may have billions.
+    """Refuse NaN and infinity in tensors that are not experts.
 
     Raises:
         QMoEError: ``value``.
@@ -27,7 +23,7 @@ def check_passthrough(checkpoint: Checkpoint, chunk_elements: int = 1 << 20) -> 
         if not tensor.is_floating_point():
             continue
         elements = tensor.flatten()
-        for first in range(0, len(elements), chunk_elements):
+        for first in range(0, len(elements), chunk_elements):  # an embedding may have billions
             # In float64, because torch has no isfinite for some 8-bit types.
             if not elements[first : first + chunk_elements].double().isfinite().all():
                 raise QMoEError(

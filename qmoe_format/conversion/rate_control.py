@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from qmoe_format.checkpoints import ExpertStack
@@ -22,9 +23,11 @@ from qmoe_format.quantize.rate import Rate
 
 LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # sizes between these two can be asked for
 SLACK = 10.0  # how many times beyond them lambda may go to correct a prediction
-CLOSE, TOLERANCE = 0.01, 0.02  # of the bits asked for: beyond, try again; beyond, fail
+CLOSE = 0.01  # of the bits asked for: a last block that misses them by more is quantized again
+TOLERANCE = 0.02  # of the bits asked for: a conversion that misses them by more fails
 ATTEMPTS = 5  # at a block
 DRIFT = 2.0  # factor between the lambda of a block and that of the blocks after it
+_similar = partial(math.isclose, rel_tol=0.02)  # lambdas: another attempt would be pointless
 
 Attempt: TypeAlias = Callable[[Rate | None], BlockRecord]
 """Quantize a block at a rate, from the start."""
@@ -179,15 +182,9 @@ class TargetRate:
         known = {int(step) for step in finished.dictionary_bytes}
         for survey in (self._surveys[name] for name in names):
             size, steps = survey.expected(rate)
-            total += size
-            total += len(steps - known) * survey.dictionary_bytes
+            total = total + size + len(steps - known) * survey.dictionary_bytes
             known |= steps
         return total
 
 
 RateControl: TypeAlias = FixedRate | TargetRate
-
-
-def _similar(one: float, other: float) -> bool:
-    """Whether another attempt with this lambda would be for nothing."""
-    return math.isclose(one, other, rel_tol=0.02)

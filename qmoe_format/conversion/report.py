@@ -1,7 +1,7 @@
 """The quality report: what each expert has lost, and why.
 
-It is the file's attachment ``quality.json``, and lies beside it, too. The same conversion gives the
-same bytes: no times, no paths.
+It is an attachment of the file, ``quality.json``, and also lies beside it. It contains no times and
+no paths: the same conversion gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ExpertQuality(TypedDict):
     bits: float  # of the extent per weight, without the dictionary
 
 
-# "lambda" is a keyword of Python.
+# "lambda" cannot be the name of an attribute, so this is not a class.
 StackQuality = TypedDict(
     "StackQuality", {"name": str, "lambda": float | None, "experts": list[ExpertQuality]}
 )
@@ -89,10 +89,11 @@ def read_report(file: QMoEFile) -> Quality:
     try:
         quality: Quality = json.loads(file.attachment(REPORT_NAME))
         _check(quality, {"settings": dict, "totals": dict, "stacks": list})
+        expert_fields = get_type_hints(ExpertQuality)
         for stack in quality["stacks"]:
             _check(stack, {"name": str, "lambda": float | None, "experts": list})
             for expert in stack["experts"]:
-                _check(expert, get_type_hints(ExpertQuality))
+                _check(expert, expert_fields)
     except QMoEError:
         raise
     except (ValueError, RecursionError) as error:

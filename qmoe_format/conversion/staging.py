@@ -18,7 +18,7 @@ from qmoe_format.progress import Counter
 
 
 class Staging:
-    """The staged ones of all ``stacks``, in a folder."""
+    """The staged files of ``stacks``, in a folder."""
 
     def __init__(self, folder: Path, stacks: Sequence[ExpertStack]) -> None:
         self._paths = {
@@ -27,7 +27,7 @@ class Staging:
 
     @contextmanager
     def writing(self, stacks: Mapping[str, ExpertStack]) -> Iterator[dict[str, StackWriter]]:
-        """Give a writer for each stack, by the same key; the files appear at the end, complete."""
+        """Yield a writer for each stack, by the same key; complete files appear at the end."""
         with ExitStack() as opened:
             yield {
                 key: begin_stack(opened.enter_context(Writer(self._paths[stack.name])), stack)

@@ -1,4 +1,4 @@
-"""What the original model tells before any work: energies of experts, and how large they get.
+"""Measure the original model: the energies of its experts, and how large these will become.
 
 A few experts of each stack, some of their rows, are quantized at a few values of lambda, each
 relative to the expert's own energy. The sizes of the others follow from their energies.
@@ -64,10 +64,9 @@ class StackSurvey:
         most = math.log(TRUST)
         own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
         lams = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
-        sizes, steps = (
-            np.interp(lams, np.log(LAMBDAS), each) for each in (self.sizes, self.grid_steps)
-        )
-        return float(sizes.sum()), set(np.rint(steps).astype(int).tolist())
+        size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
+        steps = np.rint(np.interp(lams, np.log(LAMBDAS), self.grid_steps)).astype(int)
+        return float(size), set(steps.tolist())
 
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:

@@ -1,15 +1,15 @@
 """The work folder of a calibrated conversion, where finished blocks survive an interruption.
 
-    .NAME.work/lock              locked by the process that is at work
+    .NAME.work/lock              locked by the working process
     .NAME.work/state.json        the fingerprint of the conversion
     .NAME.work/survey-0003.json  a block is surveyed
-    .NAME.work/block-0003.norms  of the block's hidden states in the original model
+    .NAME.work/block-0003.norms  norms of the block's hidden states in the original model
     .NAME.work/block-0003.json   a block is quantized
     .NAME.work/stack-0007.qmoe   a quantized stack, see ``staging``
     .NAME.work/*.rows            hidden states, see ``calibration.activations``
 
 A record appears when everything that it stands for is durable, so the number of records tells how
-far the work is.
+far the work has come.
 """
 
 from __future__ import annotations

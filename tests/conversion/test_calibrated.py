@@ -287,7 +287,12 @@ def test_the_same_bytes_again_and_whatever_the_threads(model: Path, converted: C
     ("model", "share"), [("switch", 0.3), ("mixtral", 0.8)], indirect=["model"]
 )
 def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float) -> None:
+    """What was measured before a refusal is kept for another size, and for nothing else."""
     said = refusal(lambda: converted(model, bits_per_weight=100.0), "argument")
+    assert "100 bits per weight are out of reach" in said
+    for other in ({"rate_lambda": 0.1}, {"bits_per_weight": 1.6, "samples": 5}):
+        refused = refusal(lambda: converted(model, resume=True, **other), "argument")  # noqa: B023
+        assert "belongs to another conversion" in refused
     assert said.endswith(", then continue with --resume")
     least, most = map(float, said.partition("ask for ")[2].split(" with")[0].split(" to "))
     asked = least + share * (most - least)
@@ -338,16 +343,6 @@ def test_other_element_types(
                 assert entry.parameters["scale_dtype"] == scale
     for stack in report_of(file)["stacks"]:
         assert all(0 < each["relative_error"] < 0.5 for each in stack["experts"])
-
-
-def test_bits_out_of_reach(switch_folder: Path, converted: Convert, tmp_path: Path) -> None:
-    """What was measured is kept for another size, and for nothing else."""
-    said = refusal(lambda: converted(switch_folder, bits_per_weight=0.01), "argument")
-    assert "0.01 bits per weight are out of reach" in said
-    assert [path.name for path in tmp_path.iterdir()] == [".m.qmoe.work"]
-    for other in ({"rate_lambda": 0.1}, {"bits_per_weight": 1.6, "samples": 5}):
-        said = refusal(lambda: converted(switch_folder, resume=True, **other), "argument")  # noqa: B023
-        assert "belongs to another conversion" in said
 
 
 def test_experts_without_tokens_are_named(

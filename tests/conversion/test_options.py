@@ -102,13 +102,6 @@ def test_everything_on_the_command_line(
     assert shown[5].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
 
 
-def test_a_file_without_a_report(switch_folder: Path, tmp_path: Path, qmoe: Any) -> None:
-    file = convert(switch_folder, tmp_path / "m.qmoe")
-    done = qmoe("inspect", file, "--quality")
-    assert done.code == 1
-    assert done.err.startswith("error[not-found]: ")
-
-
 def test_a_report_that_is_there_stays(
     switch_folder: Path, text: Path, tmp_path: Path, qmoe: Any
 ) -> None:
