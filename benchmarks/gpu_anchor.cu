@@ -1,18 +1,18 @@
 // y = W x as QMoE's authors published it (arXiv 2310.16795, section 4), written from the paper:
-// one warp a row; the row's codewords, 16 bits each, one after the other; 28 lanes unpack and
-// multiply the up to 28 trits of one codeword, while lanes 28 to 31 only help to load.
+// one warp per row takes the row's 16-bit codewords one after another; 28 lanes unpack and multiply
+// the up to 28 trits of one codeword, while lanes 28 to 31 only help with loading.
 //
 //   dictionary[2 c], [2 c + 1]: codeword c, trits 0 to 13 and 14 to 27
 //       bit 31                                                   4 3     0
 //       | trit 13 (27) | ... | trit 1 (15) | trit 0 (14), 2 bits  | pairs |    trit: 0 zero, 1 low, 2 high
 //
-// Its 512 KB stay in the L2 cache. WARPS, rows a block, is given by the compiler's options.
+// Its 512 KB stay in the L2 cache. WARPS, rows per block, is defined by gpu_anchor.py.
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
-    const unsigned int *__restrict__ dictionary,    // [2 * 65536]
-    const unsigned short *__restrict__ codewords,   // [offsets[rows]], all rows one after another
-    const unsigned int *__restrict__ offsets,       // [rows + 1]: where each row's codewords begin
-    const unsigned int *__restrict__ low_high,      // [rows]: bf16 low, bf16 high << 16
+    const unsigned int *__restrict__ dictionary,    // uint32 [2 * 65536]
+    const unsigned short *__restrict__ codewords,   // uint16 [offsets[rows]], row after row
+    const unsigned int *__restrict__ offsets,       // uint32 [rows + 1]: each row's first codeword
+    const unsigned int *__restrict__ low_high,      // uint32 [rows]: bf16 low, bf16 high << 16
     const unsigned short *__restrict__ x,           // bf16 [columns]
     unsigned short *__restrict__ y,                 // bf16 [rows]
     int rows, int columns) {
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
     float low = __uint_as_float(low_high[row] << 16);
     float high = __uint_as_float(low_high[row] & 0xffff0000u);
 
-    // Lanes 28 to 31 look at trit 27 like lane 27, and count for nothing.
+    // Lanes 28 to 31 read trit 27, as lane 27 does, and their sums are dropped.
     bool idle = lane >= 28;
     int half = lane >= 14, shift = 4 + 2 * ((idle ? 27 : lane) % 14);
     const float *x_lane = x_shared + (idle ? 0 : lane);
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
         int count = min(32, last - first);
         for (int group = 0; group < count; group += 8) {
 #pragma unroll
-            for (int i = group; i < group + 8; i++) {  // eight look-ups are under way at once
+            for (int i = group; i < group + 8; i++) {  // eight look-ups in flight
                 int codeword = __shfl_sync(0xffffffffu, mine, i);
                 unsigned int word = i < count ? dictionary[2 * codeword + half] : 0;
                 unsigned int trit = word >> shift & 3;

@@ -148,7 +148,7 @@ def test_decode(kind: Kind, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize(("by_row", "by_column"), [(1e-38, 0.01), (1e-42, 1e5), (1e-30, 1e-10)])
 def test_decoding_keeps_subnormal_numbers(dtype: str, by_row: float, by_column: float) -> None:
-    """[V-2], although CuPy has the compiler flush them."""
+    """[V-2], although CuPy tells the compiler to flush them to zero."""
     kind = replace(PLAIN, scale_dtype="F32", scales=2, column_scale=True)
     coded = matrix(kind, Shape(9, 400, 0.3, 2, 0))
     assert coded.column_scale is not None
@@ -190,7 +190,7 @@ def test_the_same_every_time(kind: Kind) -> None:
 
 
 def test_a_stack_of_more_than_4_gib() -> None:
-    """Offsets of experts, scales and decoded weights are beyond 32 bits."""
+    """Offsets of experts, scales and decoded weights exceed 32 bits."""
     shape = Shape(4096, 4096, 0.6, None, 0, exact=True)
     coded = matrix(BF16, shape)
     other = replace(coded, row_scale=(coded.row_scale ^ np.uint16(0x8000)))
@@ -215,12 +215,12 @@ def layer(kind: Kind = BF16) -> tuple[gpu.DeviceStack, Shape, Any, Any, Any]:
     x = on_gpu(vectors(kind, shape, 20), kind.dtype)
     experts = gpu.require().asarray(np.arange(40, dtype=np.int32).reshape(20, 2) % 4)
     weights = on_gpu(np.full((20, 2), 0.5, np.float32), kind.dtype)
-    gpu.require().cuda.Device().synchronize()  # other streams will use them
+    gpu.require().cuda.Device().synchronize()  # they are used on other streams
     return stack, shape, x, experts, weights
 
 
 def test_a_cupy_graph() -> None:
-    """Recorded once, it computes with what is in x at each launch."""
+    """Captured once, it uses what is in x at each launch."""
     cupy = gpu.require()
     stack, shape, x, experts, weights = layer()
     out = [cupy.empty((20, 300), "uint16"), cupy.empty((20, 300), "uint16")]
@@ -266,7 +266,7 @@ def test_a_torch_graph() -> None:
 
 
 def test_the_current_stream_of_cupy() -> None:
-    """Work is where the caller's is: after a slow kernel on the same stream, not beside it."""
+    """A call runs on the caller's stream: after a slow kernel there, not beside it."""
     cupy = gpu.require()
     stack, _, x, _, _ = layer()
     expected = gpu.matmul(stack[0], x).get()
