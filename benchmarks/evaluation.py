@@ -1,37 +1,37 @@
-"""What a ``.qmoe`` file of one of the small trained models has lost.
+"""What a ``.qmoe`` file of one of the small trained models has lost against the bf16 checkpoint.
 
-Everything is computed in float32 on the evaluation text, the original being the bf16 checkpoint:
+Everything is computed in float32 on the evaluation text:
 
     KL            of the original's and the file's distributions, per target token
     loss gap      difference of their cross-entropies, per target token, in nats
-    output error  tr((W-Q) S (W-Q)^T) / tr(W S W^T) of each expert's matrix, S the sum of x x^T over
-                  the inputs x that the original model gives it; special tokens do not count
+    output error  tr((W-Q) S (W-Q)^T) / tr(W S W^T) of each expert's matrix, where S is the sum of
+                  x x^T over its inputs x in the original model, without special tokens
 
-An encoder-decoder is asked as ``eval_span.py`` asks it, a causal model for the next of 257 tokens.
+An encoder-decoder fills in spans, see ``eval_span.py``; a causal model predicts each next token in
+windows of 257.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import qmoe_format
+from benchmarks.report import DATA
 from qmoe_format.checkpoints import family_for
 from qmoe_format.checkpoints.wiring import Wiring, expert_modules, wiring
 from qmoe_format.dtypes import to_float32
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 EVALUATION_TEXT = DATA / "text" / "eval.jsonl"
 CAUSAL_WINDOW = 257
 BATCH = 8
@@ -44,7 +44,7 @@ class Batch:
     Attributes:
         inputs: the model's arguments.
         targets: int64 ``[windows, tokens]``.
-        counted: by stack of blocks (``encoder``), bool ``[windows * tokens]``: no special token.
+        counted: which tokens are not special, by stack of blocks, bool ``[windows * tokens]``.
     """
 
     inputs: dict[str, Tensor]
@@ -52,34 +52,15 @@ class Batch:
     counted: dict[str, Tensor]
 
 
-class Loss(TypedDict):
-    """Means per target token with their standard errors, from the windows' means."""
-
-    cross_entropy: float
-    cross_entropy_error: float
-    loss_gap: float
-    loss_gap_error: float
-    kl: float
-    kl_error: float
-
-
-class OutputError(TypedDict):
-    """Over the matrices whose held-out tokens are at least as many as their columns."""
-
-    matrices: int
-    geometric_mean: float | None
-    mean: dict[str, float | None]
-
-
 class Evaluation:
-    """A model, its evaluation text, and what the original makes of it."""
+    """A model, its evaluation text, and the outputs of the original."""
 
     def __init__(self, name: str, windows: int | None = None) -> None:
         """Run the original.
 
         Args:
             name: the model's folder in ``DATA``.
-            windows: how many to take, evenly spaced; by default all.
+            windows: the number of windows, evenly spaced; by default all.
         """
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -104,24 +85,24 @@ class Evaluation:
 
     @torch.no_grad()
     def _run_original(self, config: dict[str, Any]) -> None:
-        """Note what the head is given, which is smaller than what it makes of it, and the sums."""
+        """Collect the sums, and the LM head's inputs, which are smaller than its outputs."""
         wired = wiring(config)
         family = family_for(config)
         counted: dict[str, Tensor] = {}
 
-        def note_inputs(stack: str, head: str) -> Any:
+        def note_inputs(stack: str, prefix: str) -> Any:
             def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 hidden, *routing = arguments
                 index, _ = family.routing(*routing)
-                for expert in range(len(self._matrices[f"{head}.{wired.output}"])):
+                for expert in range(len(self._matrices[f"{prefix}.{wired.output}"])):
                     chosen = (index == expert).any(-1) & counted[stack]
-                    self._add(head, wired, expert, hidden[chosen])
+                    self._add(prefix, wired, expert, hidden[chosen])
 
             return note
 
         hooks = [
-            module.register_forward_pre_hook(note_inputs(stack, head))
-            for stack, head, module in _experts(self._model, config)
+            module.register_forward_pre_hook(note_inputs(stack, prefix))
+            for stack, prefix, module in _experts(self._model, config)
         ]
         self._before_head: list[Tensor] = []
         hooks.append(
@@ -138,20 +119,20 @@ class Evaluation:
         self._losses = torch.cat(losses)
         self.cross_entropy, self.cross_entropy_error = _mean(self._losses)
 
-    def _add(self, head: str, wired: Wiring, expert: int, inputs: Tensor) -> None:
+    def _add(self, prefix: str, wired: Wiring, expert: int, inputs: Tensor) -> None:
         products = []
         for matrix in wired.inputs:
-            self.sums[f"{head}.{matrix}"].add(expert, inputs)
-            products.append(inputs @ self.original[f"{head}.{matrix}"][expert].T)
-        self.sums[f"{head}.{wired.output}"].add(expert, wired.hidden(products))
+            self.sums[f"{prefix}.{matrix}"].add(expert, inputs)
+            products.append(inputs @ self.original[f"{prefix}.{matrix}"][expert].T)
+        self.sums[f"{prefix}.{wired.output}"].add(expert, wired.hidden(products))
 
     def _log_probabilities(self, batch: Batch) -> Tensor:
         logits: Tensor = self._model(**batch.inputs, use_cache=False).logits
         return logits.log_softmax(-1)
 
     @torch.no_grad()
-    def measure(self, path: Path) -> tuple[Loss, OutputError]:
-        """Of a file; the model is left with its weights."""
+    def measure(self, path: Path) -> dict[str, Any]:
+        """Measure a file; its weights stay in the model."""
         errors = {}
         with qmoe_format.open(path, memory_map=False) as file:
             for name, places in self._matrices.items():
@@ -162,9 +143,10 @@ class Evaluation:
                 sums = self.sums[name]
                 error = relative_error(self.original[name], torch.stack(places), sums.sums)
                 errors[name] = error[sums.tokens >= sums.sums.shape[2]]
-        return self._loss(), _summary(errors)
+        return {**self._loss(), "output_error": _summary(errors)}
 
-    def _loss(self) -> Loss:
+    def _loss(self) -> dict[str, float]:
+        """Means per target token, with standard errors from the means of the windows."""
         head = self._model.get_output_embeddings()
         losses, divergences = [], []
         for batch, hidden in zip(self._batches, self._before_head, strict=True):
@@ -174,40 +156,37 @@ class Evaluation:
             pointwise = nn.functional.kl_div(found, original, reduction="none", log_target=True)
             divergences.append(pointwise.sum(-1).double().mean(1))
         loss = torch.cat(losses)
-        cross_entropy, gap, kl = map(_mean, (loss, loss - self._losses, torch.cat(divergences)))
-        return Loss(
-            cross_entropy=cross_entropy[0],
-            cross_entropy_error=cross_entropy[1],
-            loss_gap=gap[0],
-            loss_gap_error=gap[1],
-            kl=kl[0],
-            kl_error=kl[1],
-        )
+        means = {"cross_entropy": loss, "loss_gap": loss - self._losses}
+        means["kl"] = torch.cat(divergences)
+        figures: dict[str, float] = {}
+        for name, windows in means.items():
+            figures[name], figures[f"{name}_error"] = _mean(windows)
+        return figures
 
 
 def _experts(model: nn.Module, config: dict[str, Any]) -> Iterator[tuple[str, str, nn.Module]]:
-    """(stack of blocks, what the names of its matrices in a file begin with, module)."""
+    """(stack of blocks, prefix of the names of its matrices in a file, module)."""
     family = family_for(config)
     for path, module, *_ in expert_modules(model):
         yield path.partition(".")[0], family.in_checkpoint(path), module
 
 
 def _matrices(model: nn.Module, config: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """Views on the model's parameters by the names of a file's stacks: one for each expert."""
+    """Views of the model's parameters, one per expert, by the names of the file's stacks."""
     wired = wiring(config)
     found: dict[str, list[Tensor]] = {}
-    for _, head, module in _experts(model, config):
+    for _, prefix, module in _experts(model, config):
         experts: Any = module
         if isinstance(module, nn.ModuleDict):
             for matrix in (*wired.inputs, wired.output):
-                found[f"{head}.{matrix}"] = [
+                found[f"{prefix}.{matrix}"] = [
                     expert.get_submodule(matrix).weight.detach() for expert in experts.values()
                 ]
-        else:  # transformers keeps them together, and those of the token one above the other
+        else:  # one parameter for all experts, with gate above up
             parts = experts.gate_up_proj.detach().chunk(len(wired.inputs), dim=1)
             for matrix, part in zip(wired.inputs, parts, strict=True):
-                found[f"{head}.{matrix}"] = list(part)
-            found[f"{head}.{wired.output}"] = list(experts.down_proj.detach())
+                found[f"{prefix}.{matrix}"] = list(part)
+            found[f"{prefix}.{wired.output}"] = list(experts.down_proj.detach())
     return found
 
 
@@ -218,7 +197,8 @@ def _batches(tokenizer: Any, config: dict[str, Any], windows: int | None) -> Ite
         return ~torch.isin(ids, special).flatten()
 
     if config.get("is_encoder_decoder"):
-        corrupted = _spaced(list(_eval_span().windows(tokenizer, EVALUATION_TEXT)), windows)
+        read_windows = runpy.run_path(str(DATA / "eval_span.py"))["windows"]
+        corrupted = _spaced(list(read_windows(tokenizer, EVALUATION_TEXT)), windows)
         for first in range(0, len(corrupted), BATCH):
             pairs = zip(*corrupted[first : first + BATCH], strict=True)
             encoder, targets = (torch.from_numpy(np.stack(part)) for part in pairs)
@@ -244,15 +224,6 @@ def _batches(tokenizer: Any, config: dict[str, Any], windows: int | None) -> Ite
         yield Batch({"input_ids": inputs}, part[:, 1:], {"model": counted(inputs)})
 
 
-def _eval_span() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_span", DATA / "eval_span.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _spaced(items: list[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(items):
         return items
@@ -260,7 +231,7 @@ def _spaced(items: list[Any], count: int | None) -> list[Any]:
 
 
 def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The windows' means, float64."""
+    """The mean of each window, float64."""
     return -log_probabilities.gather(-1, targets[..., None])[..., 0].double().mean(1)
 
 
@@ -269,14 +240,15 @@ def _mean(windows: Tensor) -> tuple[float, float]:
     return float(windows.mean()), float(windows.std()) / math.sqrt(len(windows))
 
 
-def _summary(errors: dict[str, Tensor]) -> OutputError:
+def _summary(errors: dict[str, Tensor]) -> dict[str, Any]:
+    """Over the matrices with at least as many evaluation tokens as columns."""
     every = torch.cat(list(errors.values()))
     kinds: dict[str, list[Tensor]] = {}
     for name, error in errors.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(error)
     mean = {kind: torch.cat(some) for kind, some in kinds.items()}
-    return OutputError(
-        matrices=len(every),
-        geometric_mean=float(every.log().mean().exp()) if len(every) else None,
-        mean={kind: float(some.mean()) if len(some) else None for kind, some in mean.items()},
-    )
+    return {
+        "matrices": len(every),
+        "geometric_mean": float(every.log().mean().exp()) if len(every) else None,
+        "mean": {kind: float(some.mean()) if len(some) else None for kind, some in mean.items()},
+    }

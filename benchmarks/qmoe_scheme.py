@@ -1,12 +1,12 @@
-"""QMoE's own code (arXiv 2310.16795 section 4), to compare with: no ``.qmoe`` file uses it.
+"""QMoE's own code (arXiv 2310.16795, section 4), for comparison: no ``.qmoe`` file uses it.
 
-Codewords of 16 bits name sequences of 1 to 14 pairs of trits, the 65,536 most probable ones under
-88.5 % zeros; a row is parsed greedily, longest match first. The set contains every prefix of its
-members, which is what costs it 17 %: codewords that a longer match always beats.
+Codewords of 16 bits stand for the 65,536 sequences of 1 to 14 pairs of trits that are most probable
+at 88.5 % zeros; a row is parsed greedily, longest match first. The set contains every prefix of its
+members. This costs it 17 %, for codewords that always lose to a longer match.
 
-The table must be generated in IEEE binary64, product by product from the left: probabilities that
-are equal in mathematics are told apart by their rounding (exact arithmetic agrees in 486 places of
-65,536). ``DECODER_SHA256`` is the hash of the table of the authors' code.
+The table must be generated in IEEE binary64, multiplying from left to right, because rounding
+breaks ties between equal probabilities (exact arithmetic agrees in 486 of 65,536 places).
+``DECODER_SHA256`` is the hash of the table of the authors' code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ DECODER_SHA256 = "c09862c453fe122634070a475357ff81a679aff65829d84a56f806c02a54ed
 
 @dataclass(frozen=True, slots=True)
 class QMoEDictionary:
-    """``trie`` int32 [entries + 1, 9]: codeword + 1 after one more pair, 0 is none (and the root).
+    """Pair k is the trits k mod 3, k div 3, with 0, 1, 2 for 0, low, high.
 
-    ``pairs`` uint8 [entries, 14] and ``counts`` uint8 [entries]: the pairs of a codeword. Pair k
-    is the trits k mod 3, k div 3, with 0, 1, 2 for 0, low, high.
+    Attributes:
+        trie: codeword + 1 after one more pair, or 0, int32 ``[entries + 1, 9]``; node 0 is the
+            root.
+        pairs: of each codeword, uint8 ``[entries, 14]``.
+        counts: how many of them it has, uint8 ``[entries]``.
     """
 
     trie: npt.NDArray[np.int32]
@@ -39,7 +42,7 @@ class QMoEDictionary:
     counts: npt.NDArray[np.uint8]
 
     def decoder_table(self) -> npt.NDArray[np.uint32]:
-        """uint32 [2 * entries]: the table of QMoE's kernel, 7 pairs of 4 bits above a count."""
+        """The table of QMoE's kernel, 7 pairs of 4 bits above a count, uint32 ``[2 * entries]``."""
         nibbles = (self.pairs % 3 | (self.pairs // 3) << 2).astype(np.uint64)
         nibbles[np.arange(MAX_PAIRS) >= self.counts[:, None]] = 0
         shifts = np.uint64(4) * (np.arange(1, 8, dtype=np.uint64))
@@ -48,21 +51,21 @@ class QMoEDictionary:
         return table.astype(np.uint32).ravel()
 
     def trits(self) -> npt.NDArray[np.int8]:
-        """int8 [entries, 28]: the trits of each codeword, zeros after them."""
+        """The trits of each codeword, padded with zeros, int8 ``[entries, 28]``."""
         trit = np.array([0, -1, 1], np.int8)
         return trit[np.stack([self.pairs % 3, self.pairs // 3], axis=2)].reshape(ENTRIES, -1)
 
 
 @lru_cache(maxsize=1)
 def qmoe_dictionary() -> QMoEDictionary:
-    """Generate the dictionary: best first, ties in lexicographic order."""
+    """Generate the dictionary: most probable first, ties in lexicographic order."""
     nonzero = (1 - 0.885) / 2
     single = (0.885, nonzero, nonzero)
     probability = [single[k // 3] * single[k % 3] for k in range(9)]
     trie = np.zeros((ENTRIES + 1, 9), np.int32)
     pairs = np.zeros((ENTRIES, MAX_PAIRS), np.uint8)
     counts = np.zeros(ENTRIES, np.uint8)
-    # A sequence is never more probable than its prefix, so its parent has left the heap before it.
+    # A sequence is less probable than its prefix, so its parent leaves the heap first.
     heap: list[tuple[float, tuple[int, ...], int]]
     heap = [(-probability[k], (k,), 0) for k in range(9)]
     heapq.heapify(heap)
@@ -82,7 +85,7 @@ def qmoe_dictionary() -> QMoEDictionary:
 
 
 def encode(trits: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]:
-    """Codewords of int8 [rows, columns], and int32 [rows + 1] where each row's begin."""
+    """Codewords of int8 ``[rows, columns]``, and the offset of each row's, int32 ``[rows + 1]``."""
     codewords = np.empty(trits.shape[0] * ((trits.shape[1] + 1) // 2), np.uint16)
     offsets = np.zeros(trits.shape[0] + 1, np.int32)
     count = _encode(trits, qmoe_dictionary().trie, codewords, offsets)
@@ -92,7 +95,7 @@ def encode(trits: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint16], npt.NDA
 def decode(
     codewords: npt.NDArray[np.uint16], offsets: npt.NDArray[np.int32], out: npt.NDArray[np.int8]
 ) -> None:
-    """The reverse of ``encode``, into ``out`` int8 [rows, columns]."""
+    """The inverse of ``encode``, into ``out`` int8 ``[rows, columns]``."""
     _decode(codewords, offsets, *_decoding_tables(), out)
 
 
@@ -104,7 +107,7 @@ def _decoding_tables() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]]:
 @njit(cache=True)
 def _encode(trits: Any, trie: Any, codewords: Any, offsets: Any) -> Any:
     rows, columns = trits.shape
-    symbol = np.array([0, 2, 1])  # of trits 0, +1 and, from the end, -1
+    symbol = np.array([0, 2, 1])  # of trits 0, +1, -1: an index of -1 is the last
     count = 0
     for row in range(rows):
         node = 0

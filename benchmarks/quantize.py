@@ -2,23 +2,22 @@
 
     python -m benchmarks.quantize [--model MODEL ...] [--windows N] [--quick] [--resume]
 
-Writes benchmarks/results/quantize.json, after every file that is measured, and quantize.png; with
---quick or --windows nothing. Each model is converted with the same calibration text by ``rtn`` and
-``qmoe``, which have one size, and by ``rd`` at several sizes and at qmoe's; ``qmoe`` and ``rd`` at
-its size once more with few sequences. ``evaluation`` says what is measured. Bits are total bits of
-the expert weights in the file, with dictionaries, scales and lengths.
+Writes benchmarks/results/quantize.json, after each measured file, and quantize.png; with --quick or
+--windows nothing. Each model is converted by ``rtn`` and ``qmoe``, which have one size, and by
+``rd``, with the same calibration text, at several sizes and at that of ``qmoe``; by ``qmoe`` and by
+``rd`` at its size also with few sequences. ``evaluation`` says what is measured. Bits are total
+bits of the expert weights in the file, including dictionaries, scales and lengths.
 
-Seconds are those of a conversion on its own for ``rd`` at qmoe's size only: later files of a model
-take over what it measured before it began.
+For ``rd``, only the seconds at qmoe's size are those of a whole conversion: later files of a model
+reuse its survey.
 
 "At the baseline's bits" and "bits at the baseline's error" are relative to ``qmoe`` and
-interpolated between the sizes of ``rd`` (one of them is within 2 % of the baseline's), the
-logarithm of the error being linear in the bits.
+interpolated between the sizes of ``rd``, one of which is within 2 % of the baseline's; the
+logarithm of the error is taken to be linear in the bits.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -29,14 +28,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import qmoe_format
 from benchmarks import report
-from benchmarks.evaluation import DATA, Evaluation
+from benchmarks.evaluation import Evaluation
+from benchmarks.report import DATA
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.container.inspection import describe
 from qmoe_format.conversion import Calibration
@@ -55,7 +55,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``windows`` of the evaluation text and ``samples`` of the other; None: all of them."""
+    """``windows`` of the evaluation text, ``samples`` of the calibration text; None for all."""
 
     bits: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.4)
     few: int = 40
@@ -64,7 +64,7 @@ class Settings:
 
     @property
     def partial(self) -> bool:
-        """Whether the figures are only to show that everything works."""
+        """Whether this is only a trial run."""
         return self.windows is not None or self.samples is not None
 
 
@@ -73,7 +73,7 @@ QUICK = Settings(bits=(0.6, 1.0), few=8, windows=24, samples=24)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A file to make; ``bits`` may be those of another job's file."""
+    """A file to make; ``bits`` may be the label of another job, whose size to match."""
 
     label: str
     recipe: str
@@ -124,7 +124,7 @@ class Stopwatch:
 
 @contextmanager
 def quantizer_timed() -> Iterator[Stopwatch]:
-    """How long recipes are at work, whoever calls them."""
+    """Measure how long recipes are at work, whoever calls them."""
     watch, quantize = Stopwatch(), Recipe.quantize
 
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -137,23 +137,17 @@ def quantizer_timed() -> Iterator[Stopwatch]:
 
 @contextmanager
 def surveys_shared(folder: Path) -> Iterator[None]:
-    """The survey does not depend on the size asked for: let only the first conversion of a model
-    and a text do it."""
+    """Survey a model and a text only once: the survey does not depend on the size asked for."""
     survey = BlockPasses.survey
+    others = shutil.ignore_patterns("lock", "state.json", "*.rows")
 
     def shared(self: BlockPasses) -> Any:
-        work = self.work
-        told = work.load("state")
-        for what in ("bits_per_weight", "lambda"):
-            told.pop(what)
-        kept = folder / hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        for path in kept.glob("*"):
-            shutil.copy(path, work.folder)
+        asked = self.work.load("state") | {"bits_per_weight": None}
+        kept = folder / hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        kept.mkdir(exist_ok=True)
+        shutil.copytree(kept, self.work.folder, dirs_exist_ok=True)
         found = survey(self)
-        if not kept.exists():
-            kept.mkdir()
-            for path in (*work.folder.glob("survey-*.json"), *work.folder.glob("*.norms")):
-                shutil.copy(path, kept)
+        shutil.copytree(self.work.folder, kept, ignore=others, dirs_exist_ok=True)
         return found
 
     with mock.patch.object(BlockPasses, "survey", shared):
@@ -161,21 +155,17 @@ def surveys_shared(folder: Path) -> Iterator[None]:
 
 
 def convert(model: str, job: Job, asked: float | None, path: Path) -> Record:
-    """Make a file; its size and the time it took."""
+    """Make a file; return its size and the time it took."""
+    calibration = Calibration(CALIBRATION_TEXT, samples=job.samples, mask_special_tokens=job.masked)
     started = time.perf_counter()
     with quantizer_timed() as quantizer:
-        if job.recipe == "rtn":
-            qmoe_format.convert(DATA / model, path, recipe="rtn")
-        else:
-            qmoe_format.convert(
-                DATA / model,
-                path,
-                recipe=job.recipe,
-                calibration=Calibration(
-                    CALIBRATION_TEXT, samples=job.samples, mask_special_tokens=job.masked
-                ),
-                bits_per_weight=asked,
-            )
+        qmoe_format.convert(
+            DATA / model,
+            path,
+            recipe=job.recipe,
+            calibration=None if job.recipe == "rtn" else calibration,
+            bits_per_weight=asked,
+        )
     seconds = time.perf_counter() - started
     with qmoe_format.open(path, memory_map=False) as file:
         experts = describe(file)["totals"]["experts"]
@@ -192,27 +182,26 @@ def convert(model: str, job: Job, asked: float | None, path: Path) -> Record:
 
 
 def measure(model: str, job: Job, records: Records, evaluation: Evaluation) -> Record:
-    """Make a file, measure it, remove it. What the converter refuses is a result too."""
+    """Make a file, measure it, delete it. A refusal of the converter is a result, too."""
     asked = job.bits
     if isinstance(asked, str):
         asked = records[asked].get("bits")
         if asked is None:
-            return {"failed": f"there is no file {job.bits!r} whose bits could be asked for"}
+            return {"failed": f"the file {job.bits!r}, whose size to match, is missing"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{model}.qmoe"
         try:
             record = convert(model, job, asked, path)
         except QMoEError as error:
             return {"failed": str(error)}
-        loss, output_error = evaluation.measure(path)
-    return {**record, **loss, "output_error": output_error}
+        return {**record, **evaluation.measure(path)}
 
 
-# What follows from them
+# Comparisons
 
 
 def rated(records: Records, settings: Settings) -> list[Record]:
-    """The files that ``rd`` made of all the text."""
+    """The files by ``rd`` with all the calibration text."""
     labels = [job.label for job in jobs(settings) if job.recipe == "rd" and job.label != OURS_FEW]
     return [records[label] for label in labels if "bits" in records.get(label, {})]
 
@@ -231,7 +220,7 @@ def value_of(record: Record, what: str) -> float | None:
 
 
 def error_at(points: Curve, bits: float) -> float | None:
-    """The error of a curve at some bits; None outside of it."""
+    """The error of a curve at some bits; None outside its range."""
     for (least, first), (most, last) in itertools.pairwise(points):
         if least <= bits <= most and least < most:
             share = (bits - least) / (most - least)
@@ -240,7 +229,7 @@ def error_at(points: Curve, bits: float) -> float | None:
 
 
 def bits_at(points: Curve, error: float) -> float | None:
-    """The least bits at which a curve is as good; the curve's least if all of it is better."""
+    """The fewest bits at which a curve is as good; its fewest of all if it is better everywhere."""
     if not points or points[-1][1] > error:
         return None
     better = next(place for place, (_, value) in enumerate(points) if value <= error)
@@ -252,13 +241,13 @@ def bits_at(points: Curve, error: float) -> float | None:
 
 
 def compare(records: Records, settings: Settings) -> dict[str, Any]:
-    """``rd`` relative to the baseline; None where it cannot be told."""
+    """``rd`` relative to the baseline; None where there is no answer."""
     baseline = records.get(BASELINE, {})
     found: dict[str, Any] = {}
     for what in ("output_error", "kl", "loss_gap"):
         points = curve(records, settings, what)
         aim = value_of(baseline, what)
-        # A gap that may as well be none is nothing to compare with.
+        # A gap within its own error is no basis for a comparison.
         if aim is None or aim <= 2 * baseline.get(f"{what}_error", 0):
             found[what] = {"at the baseline's bits": None, "bits": None, "bits are at most": None}
             continue
@@ -282,7 +271,7 @@ def compare(records: Records, settings: Settings) -> dict[str, Any]:
 
 
 def checks(model: str, records: Records, compared: dict[str, Any]) -> list[dict[str, Any]]:
-    """The project's targets, each with what was reached."""
+    """The project's targets and their results."""
     listed = []
 
     def check(what: str, value: float | None, most: float, least: float = -math.inf) -> None:
@@ -312,38 +301,12 @@ def checks(model: str, records: Records, compared: dict[str, Any]) -> list[dict[
     return listed
 
 
-# For people
-
-
-HEAD = (
-    f"{'':14} asked   bits zeros  cross-entropy      loss gap (±)          KL (±)            "
-    "output error: mean, by kind    seconds (quantizer)"
-)
-
-
-def line(label: str, record: Record) -> str:
-    if "failed" in record:
-        return f"{label:14} failed: {record['failed']}"
-    asked = f"{record['asked_bits']:.4f}" if record["asked_bits"] else ""
-    error = record["output_error"]
-    means = "  ".join(f"{kind} {_number(value)}" for kind, value in error["mean"].items())
-    return (
-        f"{label:14} {asked:6} {record['bits']:.4f} {record['zero_fraction']:.3f}  "
-        f"{record['cross_entropy']:.4f} ±{record['cross_entropy_error']:.4f}  "
-        f"{record['loss_gap']:+.5f} ±{record['loss_gap_error']:.5f}  "
-        f"{record['kl']:.3e} ±{record['kl_error']:.0e}  "
-        f"{_number(error['geometric_mean'])}  {means}  "
-        f"{record['seconds']:.0f} ({record['quantizer_seconds']:.0f})"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "    -" if value is None else f"{value:.3f}"
+# Output
 
 
 def print_checks(model: str, listed: Sequence[dict[str, Any]]) -> None:
     for entry in listed:
-        value = "cannot be told" if entry["value"] is None else f"{entry['value']:.4g}"
+        value = "no answer" if entry["value"] is None else f"{entry['value']:.4g}"
         between = f"{entry['least']:g} to " if "least" in entry else "at most "
         verdict = "reached" if entry["reached"] else "MISSED"
         print(f"{verdict:8} {model}: {entry['what']}: {value} ({between}{entry['most']:g})")
@@ -383,7 +346,7 @@ def plot(models: dict[str, Any], settings: Settings, path: Path) -> None:
                     label=label,
                 )
             panel.set(xlabel="total bits per weight", ylabel=axis, title=model)
-            if what == "loss_gap":  # some gaps are none, or below
+            if what == "loss_gap":  # some gaps are zero or negative
                 panel.set_yscale("symlog", linthresh=1e-3)
             else:
                 panel.set_yscale("log")
@@ -398,25 +361,17 @@ def plot(models: dict[str, Any], settings: Settings, path: Path) -> None:
 
 def kept_results(settings: dict[str, Any], models: Sequence[str], resume: bool) -> dict[str, Any]:
     """Results of earlier runs with the same settings; those of ``models`` only if ``resume``."""
-    path = report.RESULTS / "quantize.json"
-    if not path.exists():
-        return {}
-    saved = json.loads(path.read_text())
-    if saved["settings"] != settings:
-        if resume:
-            raise SystemExit(f"{path} has other settings; leave out --resume to begin again")
+    saved = report.load("quantize")
+    if saved.get("settings") != settings:
+        if saved and resume:
+            raise SystemExit("quantize.json has other settings; leave out --resume to start over")
         return {}
     return {name: kept for name, kept in saved["models"].items() if resume or name not in models}
 
 
 def run(models: Sequence[str], settings: Settings, resume: bool, save: bool) -> None:
-    stated = {
-        "bits": list(settings.bits),
-        "few": settings.few,
-        "windows": settings.windows,
-        "samples": settings.samples,
-        "calibration_sha256": text_sha256(CALIBRATION_TEXT),
-    }
+    stated = {**asdict(settings), "bits": list(settings.bits)}
+    stated["calibration_sha256"] = text_sha256(CALIBRATION_TEXT)
     results = kept_results(stated, models, resume) if save else {}
     for model in models:
         results.setdefault(model, {"files": {}})
@@ -438,10 +393,9 @@ def run(models: Sequence[str], settings: Settings, resume: bool, save: bool) -> 
 def measure_model(
     model: str, settings: Settings, result: Record, save_now: Callable[[], None]
 ) -> None:
-    """Make what files are missing in ``result``, and save after each."""
+    """Measure the files that ``result`` lacks, and save after each."""
     records: Records = result["files"]
     evaluation = None
-    print(HEAD)
     for job in jobs(settings):
         if "bits" not in records.get(job.label, {}):
             if evaluation is None:
@@ -458,22 +412,22 @@ def measure_model(
                 )
             records[job.label] = measure(model, job, records, evaluation)
             save_now()
-        print(line(job.label, records[job.label]), flush=True)
+        print(f"{job.label}: {json.dumps(records[job.label])}", flush=True)
     result["compared"] = compare(records, settings)
     result["checks"] = checks(model, records, result["compared"])
     save_now()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--model", choices=MODELS, action="append", help="by default both")
-    parser.add_argument("--windows", type=int, help="of the evaluation text; by default all")
-    parser.add_argument("--quick", action="store_true", help="little text, two sizes, no files")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser = report.arguments(__doc__)
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
+    parser.add_argument("--windows", type=int, help="of the evaluation text (default: all)")
+    parser.add_argument("--quick", action="store_true", help="little text, two sizes, no results")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     options = parser.parse_args()
     settings = QUICK if options.quick else Settings()
     if options.windows:
-        settings = Settings(settings.bits, settings.few, options.windows, settings.samples)
+        settings = replace(settings, windows=options.windows)
     run(options.model or MODELS, settings, options.resume, save=not settings.partial)
 
 

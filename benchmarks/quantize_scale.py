@@ -2,32 +2,28 @@
 
     python -m benchmarks.quantize_scale [--experts N] [--seconds S] [--device cpu|cuda]
 
-Writes benchmarks/results/quantize_scale.json, keeping what it has of another device; with --shrink
-nothing. Two layers, experts of random normal weights with correlated random inputs, made from a
-seed when they are needed and then forgotten:
+Writes benchmarks/results/quantize_scale.json, keeping the results of other devices; with --shrink
+nothing. The experts of two layers have random normal weights and correlated random inputs, which
+are generated from a seed when needed:
 
     switch-c-2048   wi 6144 × 2080, wo 2080 × 6144: 2048 experts
     gated, modern   w1 and w3 2048 × 7168, w2 7168 × 2048: 256 experts
 
-Each recipe works in a process of its own for a given time or number of experts. It is given the
-inputs and makes a file's bytes: Hessians, quantisation, coding. Making random numbers is counted
-too; reading a checkpoint and running a model is not, in the paper's 16 hours it is (arXiv
-2310.16795: 1.6 T parameters on one A6000, so 100 Gparam/h). All threads work on one expert at
-a time, on a GPU on a few, as conversions do with experts of this size. Memory is the kernel's
-ru_maxrss.
+Each recipe runs in a process of its own for a given time or number of experts. It turns inputs into
+a file's bytes: Hessians, quantization, coding. Generating random numbers is included; reading a
+checkpoint and running a model is not, unlike in the paper's 16 hours (arXiv 2310.16795: 1.6 T
+parameters on one A6000, so 100 Gparam/h). As in conversions with experts of this size, all threads
+work on one expert at a time, and a GPU on a few. Peak memory is ru_maxrss.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -46,9 +42,9 @@ PARAMETERS = 1.6e12
 PAPER = {"hardware": "one A6000", "gparam_per_hour": 100.0, "hours": 16.0}
 RECIPES = ("qmoe", "rd")
 LAMBDA = 0.05
-FACTORS = 256  # that inputs have in common; the strongest has ten times the weakest's spread
+FACTORS = 256  # shared by all inputs; the strongest has ten times the spread of the weakest
 NOISE = 0.3
-CHUNK = 1024  # tokens made and added at a time
+CHUNK = 1024  # tokens generated and added at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +57,11 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """Those of an expert."""
+        """Of one expert."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
     def shrunk(self, by: int) -> Case:
-        shapes = {
-            name: (rows // by, columns // by) for name, (rows, columns) in self.shapes.items()
-        }
+        shapes = {name: (r // by, c // by) for name, (r, c) in self.shapes.items()}
         return Case(self.name, self.experts, shapes)
 
 
@@ -79,7 +73,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``experts``: of a layer, at most; ``tokens``: of each."""
+    """``experts``: at most, of each layer; ``tokens``: of each expert."""
 
     experts: int | None
     seconds: float
@@ -90,7 +84,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Done:
-    """What has been done, and the seconds it took."""
+    """What has been done, in how many seconds."""
 
     experts: int = 0
     stored_bytes: int = 0
@@ -113,7 +107,7 @@ def random_weights(experts: range, rows: int, columns: int, device: str) -> Tens
 
 
 def random_inputs(expert: int, columns: int, tokens: int, device: str) -> Iterator[Tensor]:
-    """Inputs ``[some, columns]`` that have factors in common, the same for all experts."""
+    """Inputs ``[some, columns]``, mixed from factors that all experts share."""
     generator = torch.Generator(device).manual_seed(columns)
     factors = min(FACTORS, columns)
     mixing = torch.randn(factors, columns, generator=generator, device=device)
@@ -126,28 +120,31 @@ def random_inputs(expert: int, columns: int, tokens: int, device: str) -> Iterat
         yield strengths @ mixing + NOISE * noise
 
 
+def sums_of_inputs(experts: range, columns: int, settings: Settings, done: Done) -> Statistics:
+    device = settings.device
+    statistics = Statistics.zeros(len(experts), columns, device=device)
+    for place, expert in enumerate(experts):
+        inputs = random_inputs(expert, columns, settings.tokens, device)
+        while True:
+            with done.phase("random numbers", device):
+                some = next(inputs, None)
+            if some is None:
+                break
+            with done.phase("Hessians", device):
+                statistics.add(place, some)
+    return statistics
+
+
 def quantize_group(case: Case, name: str, experts: range, settings: Settings, done: Done) -> None:
-    """All matrices of some experts, from inputs to bytes."""
+    """Quantize all matrices of some experts, from inputs to bytes."""
     recipe, device = find_recipe(name), settings.device
-    before: tuple[int, Statistics] | None = None
+    known: dict[int, Statistics] = {}
     for rows, columns in case.shapes.values():
         with done.phase("random numbers", device):
             weights = random_weights(experts, rows, columns, device)
-        # Matrices that are multiplied with the same tokens share a Hessian.
-        if before and before[0] == columns:
-            statistics = before[1]
-        else:
-            statistics = Statistics.zeros(len(experts), columns, device=device)
-            for place, expert in enumerate(experts):
-                inputs = random_inputs(expert, columns, settings.tokens, device)
-                while True:
-                    with done.phase("random numbers", device):
-                        some = next(inputs, None)
-                    if some is None:
-                        break
-                    with done.phase("Hessians", device):
-                        statistics.add(place, some)
-            before = columns, statistics
+        if columns not in known:  # matrices that multiply the same tokens share a Hessian
+            known = {columns: sums_of_inputs(experts, columns, settings, done)}
+        statistics = known[columns]
         with done.phase("quantizer", device):
             rate = None
             if recipe.rated:
@@ -162,10 +159,10 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
 
 
 def measure(case: Case, name: str, settings: Settings) -> dict[str, Any]:
-    """Work on groups of experts until the time is up; to be called in a process of its own."""
+    """Quantize groups of experts until the time is up, in a process of its own."""
     most = min(case.experts, settings.experts or case.experts)
     torch.set_num_threads(settings.threads)
-    # Compilation and the libraries' own preparations are not what is measured.
+    # Compilation and initialization are not measured.
     warm_up = Settings(None, 0, 64, settings.device, settings.threads)
     quantize_group(case.shrunk(64), name, range(1), warm_up, Done())
     largest = max(case.shapes.values(), key=lambda shape: shape[0] * shape[1] + shape[1] ** 2)
@@ -196,22 +193,9 @@ def measure(case: Case, name: str, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def line(result: dict[str, Any]) -> str:
-    shares = ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in result["shares"].items())
-    device = result.get("peak_device_bytes")
-    memory = f"{result['peak_resident_bytes'] / 1e9:.2f} GB"
-    return (
-        f"{result['layer']:14} {result['recipe']:5} {result['experts']:5} experts in "
-        f"{result['seconds']:6.1f} s  {result['bits_per_weight']:.3f} bits  "
-        f"{result['gparam_per_hour']:8.2f} Gparam/h  1.6 T in {result['hours_for_1.6T']:8.1f} h  "
-        f"peak {memory}{f', device {device / 1e9:.2f} GB' if device else ''}  ({shares})"
-    )
-
-
 def save(settings: Settings, results: list[dict[str, Any]]) -> None:
-    """Beside what was measured on another device."""
-    path = report.RESULTS / "quantize_scale.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    """Beside the results of other devices."""
+    runs = report.load("quantize_scale").get("runs", {})
     machine = report.machine()
     if settings.device != "cpu":
         machine["device"] = torch.cuda.get_device_name(settings.device)
@@ -226,15 +210,15 @@ def save(settings: Settings, results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--experts", type=int, help="of each layer; by default all, time allowing")
+    parser = report.arguments(__doc__)
+    parser.add_argument("--experts", type=int, help="at most, of each layer")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="for each layer and recipe; then no more begin"
+        "--seconds", type=float, default=300, help="after which no more experts begin (per recipe)"
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="that an expert is given")
+    parser.add_argument("--tokens", type=int, default=8192, help="per expert")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, to try this out")
+    parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, for a trial run")
     options = parser.parse_args()
     settings = Settings(
         experts=options.experts,
@@ -246,12 +230,9 @@ def main() -> None:
     results = []
     for case in CASES:
         for name in RECIPES:
-            shape = case if options.shrink == 1 else case.shrunk(options.shrink)
-            # A new process, so that its peak of memory is its own.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                results.append(pool.submit(measure, shape, name, settings).result())
-            print(line(results[-1]), flush=True)
-    print(f"paper: {PAPER['gparam_per_hour']} Gparam/h on {PAPER['hardware']}, {PAPER['hours']} h")
+            shrunk = case.shrunk(options.shrink)
+            results.append(report.in_new_process(measure, shrunk, name, settings))
+            print(json.dumps(results[-1], indent=1), flush=True)
     if options.shrink == 1:
         save(settings, results)
 

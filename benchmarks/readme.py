@@ -5,11 +5,10 @@ python -m benchmarks.readme
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS
+from benchmarks.report import load
 
 README = Path(__file__).parents[1] / "README.md"
 ALL = Path(__file__).with_name("README.md")
@@ -33,15 +32,15 @@ RATIOS = (
 )
 
 
-def table(head: str, rows: list[list[str]]) -> str:
+def table(header: str, rows: list[list[str]]) -> str:
     """A Markdown table."""
-    columns = head.split(" | ")
+    columns = header.split(" | ")
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def sizes(records: list[dict[str, Any]]) -> str:
-    """Bits a weight."""
+    """Bits per weight of the codec and its alternatives."""
     rows = []
     for record in records:
         label = SOURCES.get((record["source"], record["columns"]))
@@ -53,12 +52,12 @@ def sizes(records: list[dict[str, Any]]) -> str:
         figures += [schemes[QMOE]["payload"]]
         figures += [schemes[scheme]["total"] for scheme in (FAST, SIZE, QMOE)]
         rows.append((list(SOURCES.values()).index(label), [label, *(f"{f:.3f}" for f in figures)]))
-    head = "trits | entropy | fast | size | zstd | QMoE | fast, total | size, total | QMoE, total"
-    return table(head, [row for _, row in sorted(rows)])
+    header = "trits | entropy | fast | size | zstd | QMoE | fast, total | size, total | QMoE, total"
+    return table(header, [row for _, row in sorted(rows)])
 
 
 def speeds(records: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
-    """10^9 weights a second, and ratios."""
+    """10^9 weights per second of the codec, and ratios."""
     rate = {(r["source"], r["work"]): r["weights_per_second"] / 1e9 for r in records}
     rows = []
     for source in dict.fromkeys(record["source"] for record in records):
@@ -70,14 +69,14 @@ def speeds(records: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
         own = [f"{encode:.2f}", f"{decode:.1f}"]
         rows.append([zeros, *own, *beside[:2], f"{product:.1f}", *beside[2:]])
     return table(
-        "zeros | encode | decode | to zstd | to QMoE | product | to bf16 | 2 threads | "
-        "16 tokens to bf16",
+        "zeros | encode | decode | vs. zstd | vs. QMoE | product | vs. bf16 | 2 threads | "
+        "16 tokens vs. bf16",
         rows,
     )
 
 
 def quality(models: dict[str, Any]) -> str:
-    """What the files of two small models have lost, relative to the recipe ``qmoe``."""
+    """Losses of two small models in files, relative to those of the recipe ``qmoe``."""
     rows = []
     for model, found in models.items():
         files = found["files"]
@@ -107,12 +106,12 @@ def quality(models: dict[str, Any]) -> str:
 
 
 def targets(models: dict[str, Any]) -> str:
-    """What the project set out to reach, and whether it did."""
+    """The project's targets, and whether it reached them."""
     rows = []
     for model, found in models.items():
         for check in found["checks"]:
             least = f"{check['least']:g} to " if "least" in check else "at most "
-            value = "cannot be told" if check["value"] is None else f"{check['value']:.3g}"
+            value = "no answer" if check["value"] is None else f"{check['value']:.3g}"
             rows.append(
                 [
                     f"{model}: {check['what']}",
@@ -124,15 +123,15 @@ def targets(models: dict[str, Any]) -> str:
 
 
 def speeds_of_models(results: list[dict[str, Any]]) -> str:
-    """Tokens a second and memory of compressed models, and their ratios to bf16."""
+    """Speed and memory of compressed models beside transformers."""
     rows = []
     for result in results:
-        for way, figures in result["ways"].items():
+        for runtime, figures in result["ways"].items():
             median = {what: value["median"] for what, value in figures.items()}
-            ratio = result.get("speed_to_bf16", {}).get(way)
+            ratio = result.get("speed_to_bf16", {}).get(runtime)
             rows.append(
                 [
-                    f"{result['case']}, {way.replace('qmoe', 'compressed,')}",
+                    f"{result['case']}, {runtime.replace('qmoe', 'compressed,')}",
                     f"{result['expert_weights'] / 1e9:.2f} G",
                     f"{median['load_seconds']:.1f} s",
                     f"{median['prefill_seconds'] * 1e3:.0f} ms",
@@ -142,12 +141,12 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
                 ]
             )
     return table(
-        "model, way | expert weights | load | prompt | tokens/s | to bf16 | peak memory", rows
+        "model, runtime | expert weights | load | prompt | tokens/s | vs. bf16 | peak memory", rows
     )
 
 
 def choices(variants: dict[str, Any]) -> str:
-    """What is lost by choosing otherwise."""
+    """What other choices in ``rd`` would cost."""
     rows = [
         [label, *(f"{found[what]:.2f} ×" for what in ("error / default's", "seconds / default's"))]
         for label, found in variants.items()
@@ -156,7 +155,7 @@ def choices(variants: dict[str, Any]) -> str:
 
 
 def conversions(found: list[dict[str, Any]]) -> str:
-    """The memory that conversions take."""
+    """Peak memory of conversions."""
     rows = []
     for case in found:
         largest, peak = case["largest_tensor_bytes"], case["convert"]["peak_resident_bytes"]
@@ -179,14 +178,9 @@ def scale(run: dict[str, Any]) -> str:
     return table("layer, recipe | Gparam/h | time for 1.6 T | peak memory", rows)
 
 
-def results(*names: str) -> list[dict[str, Any]]:
-    """What the scripts of these names have written."""
-    return [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
-
-
 def main_figures() -> str:
-    """What stands in README.md between its marks."""
-    codec, quantize, runtime = results("codec", "quantize", "runtime")
+    """The text between the marks of README.md."""
+    codec, quantize, runtime = map(load, ("codec", "quantize", "runtime"))
     (schemes,) = (
         record["schemes"]
         for record in codec["sizes"]
@@ -200,18 +194,18 @@ def main_figures() -> str:
     ratios = codec["ratios"][f"iid 0.885, {FAST}"]
     rows = [
         [
-            "bits per weight in all, 88.5 % zeros, 3072 wide",
+            "total bits per weight, 88.5 % zeros, 3072 wide",
             f"{schemes[FAST]['total']:.3f}",
             f"{schemes[QMOE]['total']:.3f}: QMoE's dictionary",
         ],
         [
-            "decoding them to int8, 10⁹ weights/s on one core",
+            "decoding to int8, one core, 10⁹ weights/s",
             f"{rate[f'{FAST}: decode, 1 thread']:.1f}",
             f"ours is {ratios['decode / zstd to int8']:.1f} × zstd, "
             f"{ratios['decode / QMoE']:.1f} × QMoE's codewords",
         ],
         [
-            "y = W x from them, W 8192 × 14336, one core, 10⁹ weights/s",
+            "y = W x from codewords, W 8192 × 14336, one core, 10⁹ weights/s",
             f"{rate[f'{FAST}: matvec, 1 thread']:.1f}",
             f"ours is {ratios['matvec / torch bf16']:.2f} × torch with dense bf16; at 60 % zeros "
             f"{codec['ratios'][f'iid 0.6, {FAST}']['matvec / torch bf16']:.2f} ×",
@@ -229,18 +223,18 @@ def main_figures() -> str:
             ]
         )
         gaps = [f"{each['loss_gap']:+.4f} ± {each['loss_gap_error']:.4f}" for each in (ours, qmoe)]
-        rows.append(["its loss above that of bf16", gaps[0], f"{gaps[1]}: QMoE's recipe"])
+        rows.append(["its loss minus that of bf16", gaps[0], f"{gaps[1]}: QMoE's recipe"])
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
     for what, key, digits, unit in [
-        ("a Mixtral of 0.7 G expert weights on 2 cores: tokens/s", "tokens_per_second", 1, 1),
+        ("a Mixtral with 0.7 G expert weights on 2 cores: tokens/s", "tokens_per_second", 1, 1),
         ("its peak memory, GB", "peak_resident_bytes", 2, 1e9),
     ]:
         own, bf16, fp32 = (f"{way[key]['median'] / unit:.{digits}f}" for way in shown)
         rows.append([what, own, f"{bf16}: transformers in bf16; {fp32}: in fp32"])
     return f"""\
 From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["cores"]} cores.
-[benchmarks/README.md](benchmarks/README.md) has all figures, those where we are behind included.
+[benchmarks/README.md](benchmarks/README.md) has all figures, including those where we are behind.
 
 {table("what | `.qmoe` | compared with", rows)}
 
@@ -250,12 +244,10 @@ From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["c
 
 def all_figures() -> str:
     """The text of benchmarks/README.md."""
-    codec, opening, memory, quantize, tried, large, runtime, products = results(
-        *("codec", "opening", "convert_memory", "quantize", "quantize_choices", "quantize_scale"),
-        *("runtime", "products"),
-    )
-    ways = sorted(result["chosen / best"] for result in products["results"])
-    median, most = ways[len(ways) // 2], ways[-1]
+    codec, opening, memory, quantize = map(load, ("codec", "opening", "convert_memory", "quantize"))
+    tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
+    kernels = load("products")["results"]
+    choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
         1 / codec["ratios"][f"iid {share}, {FAST}"]["decode / zstd, still packed"]
@@ -267,49 +259,49 @@ def all_figures() -> str:
     return f"""\
 # Figures
 
-Measured by the scripts in this folder on a shared machine with {codec["machine"]["cores"]} cores;
-processor and versions are in `results/*.json`. Speeds vary by a third from run to run. This text is
-made by `python -m benchmarks.readme`.
+Measured by the scripts in this folder on a shared machine with {codec["machine"]["cores"]} cores.
+Processor and versions are in `results/*.json`. Speeds vary by up to a third between runs.
+`python -m benchmarks.readme` generates this text.
 
 ## Codec
 
-Bits per weight (`python -m benchmarks.codec`). *Payload* is codewords and signs; *total* adds
-lengths, offsets, two bf16 scales a row, the dictionary and alignment. `fast` and `size` are the
-profiles of `qmoe convert`: codewords of 12 and of 16 bits. zstd is level 19 over the better of
-2-bit and base-3 packing; QMoE is its published dictionary and greedy parse.
+Bits per weight (`python -m benchmarks.codec`). Columns without *total* are the payload: codewords
+and signs. The total adds lengths, offsets, two bf16 scales per row, the dictionary and alignment.
+`fast` and `size` are the profiles of `qmoe convert`, with codewords of 12 and 16 bits. zstd is
+level 19 over 2-bit or base-3 packing, whichever is smaller; QMoE is its published dictionary with
+greedy parsing.
 
 {sizes(codec["sizes"])}
 
 ![Payload above entropy against the share of zeros](results/codec.png)
 
 Speed of the profile `fast` on one thread, in 10⁹ weights/s and as ratios within the run. Decoding
-is to int8, beside zstd's decompression unpacked to int8 (leaving the trits packed, zstd is
-{slowest} to {fastest} times as fast as ours to int8) and a decoder of QMoE's codewords; the product
-is y = W x straight from the codewords, 8192 × 14336, beside `torch` with dense bf16.
+to int8 is compared with zstd's decompression and unpacking to int8 (zstd that leaves the trits
+packed is {slowest} to {fastest} times as fast as ours) and with a decoder of QMoE's codewords. The
+product y = W x straight from the codewords, 8192 × 14336, is compared with `torch` and dense bf16.
 
 {speeds(codec["speeds"], codec["ratios"])}
 
-Opening a file and taking one of 2048 experts takes {opened:.1f} ms and looks at the preamble, the
+Opening a file and reading one of 2048 experts takes {opened:.1f} ms. It touches the preamble, the
 index, that expert and its dictionary (`python -m benchmarks.opening`).
 
-Memory of conversions (`python -m benchmarks.convert_memory`), mapped pages of files included; by
-rounding, or with a calibrated recipe:
+Peak memory of conversions, including mapped pages of files (`python -m benchmarks.convert_memory`);
+the first three are by rounding, the others by a calibrated recipe:
 
 {conversions(memory["results"])}
 
 ## Quantizer
 
-What conversion loses (`python -m benchmarks.quantize`), on two small trained models, all of the
-calibration text and all of the evaluation text: the gap of the cross-entropy to the bf16
-checkpoint's and KL(bf16 ‖ file) are per token, with an fp32 forward; the output error is the
-geometric mean over the experts of each matrix's error on held-out tokens. `qmoe` is the QMoE
-paper's recipe; `rd`, ours, was asked for the bits that `qmoe` came to, and for others; *few* means
-40 sequences of calibration text. *Special tokens masked* is `--mask-special-tokens`, as the paper
-does: nothing then keeps what the model makes of these tokens, so it is not the default.
+What conversion loses (`python -m benchmarks.quantize`), for two small trained models, with all of
+the calibration and evaluation texts. The loss gap (cross-entropy minus that of the bf16 checkpoint)
+and KL(bf16 ‖ file) are per token, computed in fp32. The output error is the geometric mean over the
+experts' matrices of each one's error on held-out tokens. `qmoe` is the QMoE paper's recipe; `rd`,
+ours, was asked for the size of `qmoe` and for others; *few* means 40 sequences of calibration text.
+*Special tokens masked* is `--mask-special-tokens`, as in the paper. It is not the default because
+nothing then preserves the model's outputs for these tokens.
 
-Seconds are those of the whole conversion, and of the quantizer in it; only those of `rtn`, `qmoe`
-and "at qmoe's" are of conversions on their own, the others take over what those measured before
-they began.
+Seconds are those of the conversion and, in parentheses, of the quantizer in it. Other sizes of `rd`
+than *at qmoe's* reuse the survey that precedes its conversion.
 
 {quality(quantize["models"])}
 
@@ -318,40 +310,42 @@ they began.
 ![KL, loss gap and output error against bits per weight](results/quantize.png)
 
 What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
-of {tried["model"]}, one thread). Not used: sorting an expert's columns by their share of non-zeros
-into four classes with a dictionary each would make the trits {classes:.3f} times as large.
+of {tried["model"]}, one thread). Sorting an expert's columns by their share of non-zeros into four
+classes, each with a dictionary of its own, is not done; it would multiply the size of the trits by
+{classes:.3f}.
 
 {choices(tried["variants"])}
 
-Quantising experts of the size of switch-c-2048's, and of a modern gated model's (7168 × 2048), on
+Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
 (`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
-100 Gparam/h; `rd` at that size needs a GPU, where it has not run yet.
+100 Gparam/h; `rd` at that size needs a GPU, on which it has not been run yet.
 
 {scale(large["runs"]["cpu"])}
 
 ## Running models
 
-On the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 more, one
-at a time with a KV cache, beside the same model in `transformers`. Where the name is not one of the
-two trained models', weights are random; memory counts the mapped pages of the file; *compressed* is
-this package's runtime, fp32 or bf16 the type of activations and of what is not compressed.
+On the CPU (`python -m benchmarks.runtime`): a prompt of 32 tokens, then 64 tokens generated with a
+KV cache, beside the same model in `transformers`. Except in the two trained models, weights are
+random. Memory includes mapped pages of the file. *Compressed* is this package's runtime; fp32 or
+bf16 is the dtype of activations and of uncompressed weights.
 
 {speeds_of_models(runtime["results"])}
 
-How an expert's tokens are multiplied depends on their number (`python -m benchmarks.products`). In
-{len(ways)} cases (shapes, zeros, tokens) the way that is chosen takes {median:.2f} times as long
-as the best one in the median, {most:.2f} at most.
+The number of an expert's tokens decides which kernel multiplies them
+(`python -m benchmarks.products`). Over {len(choice)} cases (shapes, zeros, tokens), the chosen
+kernel takes {choice[len(choice) // 2]:.2f} times as long as the fastest one in the median, and
+{choice[-1]:.2f} times at most.
 
 ## GPU
 
-Nothing has run on one. Registers, shared memory and spills of all kernels, for compute capabilities
-7.5 to 12.0, stand in `results/gpu_kernels.json` (`python -m benchmarks.gpu_kernels`).
+Nothing has been run on one. `results/gpu_kernels.json` has registers, shared memory and spills of
+all kernels for compute capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
 """
 
 
 def with_figures(text: str) -> str:
-    """``text`` of README.md with what stands between the marks made anew."""
+    """The text of README.md with the part between the marks regenerated."""
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
     return before + MARKS[0] + "\n" + main_figures() + "\n" + MARKS[1] + after

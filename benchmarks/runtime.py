@@ -2,28 +2,23 @@
 
     python -m benchmarks.runtime [--case NAME ...] [--folder FOLDER] [--device cuda] [--rounds N]
 
-Writes benchmarks/results/runtime.json (runtime_cuda.json), keeping other cases that it has, and
-removes what it made. The models:
+Writes benchmarks/results/runtime.json (runtime_cuda.json), keeping its other cases, and deletes the
+models it generated:
 
     switch-mini, mixtral-mini   the two small trained ones, in cache on most machines
     switch-base-16              the dimensions of switch-base, 16 experts, random weights: 1.1 G
     mixtral-like                8 layers of 8 experts of 3 × 3584 × 1024, random weights: 0.7 G
     switch-base-128             random weights, 7.4 G: 15 GB in bf16, so only the compressed runs
 
-Each is converted by ``rtn``, the trained ones as well. Every way to run it gets a process of its
-own, and the ways take turns: load the model, read a prompt of 32 tokens, write 64 with a KV cache,
-one at a time, always the likeliest. Peak memory is the kernel's ru_maxrss, with the mapped pages
-of files; what the model itself has allocated is counted apart (RssAnon after writing).
+All are converted by ``rtn``. The ways to run a model take turns, each in a process of its own: load
+the model, read a prompt of 32 tokens, and generate 64 greedily with a KV cache. Peak memory is
+ru_maxrss, which includes mapped pages of files; allocated memory alone is RssAnon at the end.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -34,17 +29,17 @@ import numpy as np
 
 import qmoe_format
 from benchmarks import report
+from benchmarks.report import DATA
 from benchmarks.synthetic import MIXTRAL_LIKE, switch_base, write_checkpoint
 from qmoe_format.container.inspection import describe
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 OURS, THEIRS = ("qmoe fp32", "qmoe bf16"), ("transformers bf16", "transformers fp32")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model: one of the trained ones, or random weights for a configuration."""
+    """A trained model, or random weights for a configuration."""
 
     name: str
     config: dict[str, Any] | None = None
@@ -60,11 +55,8 @@ CASES = (
 )
 
 
-# One way, in a process of its own
-
-
 def work(way: str, path: Path, device: str) -> dict[str, Any]:
-    """Load, read the prompt, write."""
+    """Load, read the prompt, generate."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
@@ -74,7 +66,7 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
     library, number = way.split()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[number]
     if library == "qmoe":
-        import qmoe_format.runtime  # its import is not part of loading
+        import qmoe_format.runtime  # the import is not part of loading
 
         started = time.perf_counter()
         model: Any = qmoe_format.runtime.load_model(path, device=device, dtype=dtype)
@@ -86,7 +78,7 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
     loaded = time.perf_counter()
 
     class Clock:
-        """Takes tokens as a streamer does; when each of them came."""
+        """A streamer that notes when each token comes."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -99,7 +91,7 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
 
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 250, (1, PROMPT_TOKENS)))
 
-    def write() -> list[float]:
+    def generate() -> list[float]:
         clock = Clock()
         begun = time.perf_counter()
         model.generate(
@@ -110,11 +102,11 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
             do_sample=False,
             streamer=clock,
         )
-        # The first call puts the prompt, or a decoder's start.
+        # The first call is for the prompt, or a decoder's start token.
         return [moment - begun for moment in clock.times[1:]]
 
-    first = write()  # compiles, or reads from disk
-    times = write()
+    first = generate()  # compiles, or reads from disk
+    times = generate()
     status = Path("/proc/self/status").read_text()
     anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return {
@@ -126,18 +118,6 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
         "anonymous_bytes": int(anonymous.split()[1]) * 1024,
         "device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
     }
-
-
-def process(way: str, path: Path, device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.runtime", "--way", way, "--path", str(path)]
-    done = subprocess.run(
-        [*command, "--device", device], stdout=subprocess.PIPE, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-# All of them
 
 
 def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any]:
@@ -154,8 +134,15 @@ def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any
     for _ in range(rounds):
         for way in case.ways:
             path = file if way in OURS else checkpoint
-            found[way].append(process(way, path, device))
-    ways = {way: _medians(results) for way, results in found.items()}
+            found[way].append(report.in_new_process(work, way, path, device))
+    ways = {
+        way: {
+            what: report.spread([each[what] for each in results])
+            for what, value in results[0].items()
+            if value is not None
+        }
+        for way, results in found.items()
+    }
     result = {
         "case": case.name,
         "expert_weights": experts["weights"],
@@ -177,36 +164,16 @@ def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any
     return result
 
 
-def _medians(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Median, least and most of each figure that there is."""
-    return {
-        what: {
-            "median": statistics.median(each[what] for each in results),
-            "least": min(each[what] for each in results),
-            "most": max(each[what] for each in results),
-        }
-        for what, value in results[0].items()
-        if value is not None
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = report.arguments(__doc__)
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="default: all")
-    parser.add_argument("--folder", type=Path, help="where to put 17 GB for a while")
+    parser.add_argument("--folder", type=Path, help="for 17 GB of temporary files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", choices=(*OURS, *THEIRS), help=argparse.SUPPRESS)
-    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(work(options.way, options.path, options.device)))
-        return
     name = "runtime" if options.device == "cpu" else f"runtime_{options.device}"
-    path = report.RESULTS / f"{name}.json"
-    saved = json.loads(path.read_text())["results"] if path.exists() else []
-    results = {result["case"]: result for result in saved}
+    results = {result["case"]: result for result in report.load(name).get("results", [])}
     for case in CASES:
         if options.case and case.name not in options.case:
             continue

@@ -36,7 +36,7 @@ MIXTRAL_LIKE: Config = {
 
 
 def switch_base(experts: int) -> Config:
-    """Every second layer is sparse."""
+    """A Switch Transformer of the base size; every second layer is sparse."""
     return {
         "model_type": "switch_transformers",
         "num_experts": experts,
@@ -54,7 +54,7 @@ def switch_base(experts: int) -> Config:
 
 
 def write_checkpoint(config: Config, folder: Path) -> list[OutputTensor]:
-    """A new folder that ``transformers`` loads, in bfloat16; returns what is in it."""
+    """Write a folder that ``transformers`` loads, in bfloat16; return its tensors."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     written = list(tensors(config))
@@ -63,7 +63,7 @@ def write_checkpoint(config: Config, folder: Path) -> list[OutputTensor]:
 
 
 def tensors(config: Config) -> Iterator[OutputTensor]:
-    """Those that transformers' model of a configuration has, under their names on disk."""
+    """The tensors of transformers' model of a configuration, under their names on disk."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -78,24 +78,24 @@ def tensors(config: Config) -> Iterator[OutputTensor]:
 
 
 def on_disk(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's tensors, experts apart and tied ones once."""
+    """Names and shapes of a model's tensors: each expert separately, tied ones once."""
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         if name in tied:
             continue
-        head, _, last = name.rpartition(".")
+        prefix, _, last = name.rpartition(".")
         if last not in ("gate_up_proj", "down_proj"):
             yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), shape
             continue
-        head = head.replace(".mlp.", ".block_sparse_moe.")
+        prefix = prefix.replace(".mlp.", ".block_sparse_moe.")
         experts, rows, columns = shape
         for expert in range(experts):
             if last == "down_proj":
-                yield f"{head}.{expert}.w2.weight", (rows, columns)
+                yield f"{prefix}.{expert}.w2.weight", (rows, columns)
             else:
-                yield f"{head}.{expert}.w1.weight", (rows // 2, columns)
-                yield f"{head}.{expert}.w3.weight", (rows // 2, columns)
+                yield f"{prefix}.{expert}.w1.weight", (rows // 2, columns)
+                yield f"{prefix}.{expert}.w3.weight", (rows // 2, columns)
 
 
 def ones(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
@@ -103,7 +103,7 @@ def ones(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
 
 
 def weights(shape: tuple[int, ...], seed: int) -> Iterable[npt.NDArray[Any]]:
-    """A tensor's rows in pieces, each a stretch of one pool of random numbers."""
+    """A tensor in pieces, each a stretch of one pool of random numbers."""
     generator = np.random.default_rng(seed)
     left = int(np.prod(shape))
     while left:

@@ -1,14 +1,14 @@
 """Train the micro Switch Transformer of `qmoe demo` and write qmoe_format/demo/.
 
-The text is the King James Version as Debian's program `bible` prints it (package bible-kjv):
+The text is the King James Version as printed by `bible` from Debian's package bible-kjv:
 
     bible -l4000 gen1:1-rev22:21 > bible.txt
     python tools/train_demo_model.py bible.txt qmoe_format/demo
 
-The model continues text: the encoder reads a prompt, the decoder repeats it and writes on. The
-repeating makes the decoder look at the encoder at all; asked for the continuation alone, so small a
-model learns to ignore its prompt. It learns to repeat on short passages, then come the long ones.
-One thread, fixed seeds and a fixed number of steps.
+The model continues text: the encoder reads a prompt, and the decoder repeats and continues it. If
+it were trained on continuations alone, so small a model would learn to ignore its prompt; having to
+repeat it, the decoder attends to the encoder. It learns this on short passages before it gets long
+ones. One thread, fixed seeds and a fixed number of steps make training reproducible.
 """
 
 import argparse
@@ -45,9 +45,9 @@ PAD, EOS, UNK = 0, 1, 2
 VOCABULARY = 1024
 EXPERTS = 8
 PASSAGE = 64  # tokens of prompt and continuation
-PROMPT = (4, 32)  # of which so many are the prompt
+PROMPT = (4, 32)  # of them the prompt
 TEST_PROMPT = 16
-HELD_OUT = 20  # one chapter in so many is never trained on
+HELD_OUT = 20  # every 20th chapter is never trained on
 BATCH = 32
 PEAK_RATE = 4e-3
 CALIBRATION_PASSAGES, CALIBRATION_WORDS = 400, 45  # as long as PASSAGE, or a little longer
@@ -63,7 +63,7 @@ PROMPTS = (
 
 
 def chapters(text: str) -> list[str]:
-    """Verses joined to chapters; headings and verse numbers are dropped."""
+    """Join the verses of each chapter, without headings and verse numbers."""
     found: list[list[str]] = []
     for line in text.splitlines():
         if verse := re.match(r"\s+\d+ (.+)", line):
@@ -116,14 +116,14 @@ def configuration() -> SwitchTransformersConfig:
 
 
 def passages(ids: Tensor, starts: Tensor, prompt: int, length: int) -> tuple[Tensor, Tensor]:
-    """Prompts, closed by the end token, and the passages that they begin."""
+    """Prompts with an end token, and the passages that begin with them."""
     rows = ids[starts[:, None] + torch.arange(length)]
     ends = torch.full((len(rows), 1), EOS)
     return torch.cat([rows[:, :prompt], ends], 1), rows
 
 
 def calibration_text(texts: list[str]) -> str:
-    """A prompt and its passage a line, from chapters that the model was trained on."""
+    """JSON lines of a prompt and its passage, from chapters that the model was trained on."""
     generator = random.Random(0)
     lines: list[str] = []
     while len(lines) < CALIBRATION_PASSAGES:
@@ -168,14 +168,14 @@ def train(model: nn.Module, ids: Tensor, steps: int) -> None:
 
 @torch.inference_mode()
 def held_out_loss(model: Any, ids: Tensor) -> tuple[float, dict[str, list[int]]]:
-    """Nats a token after the prompt, and how many tokens each expert got."""
+    """Nats per token after the prompt, and the number of tokens of each expert."""
     starts = torch.arange(0, len(ids) - PASSAGE, PASSAGE)
     counts = {"encoder": torch.zeros(EXPERTS), "decoder": torch.zeros(EXPERTS)}
     total = 0.0
     for first in range(0, len(starts), BATCH):
         source, target = passages(ids, starts[first : first + BATCH], TEST_PROMPT, PASSAGE)
         output = model(input_ids=source, labels=target, output_router_logits=True)
-        # Not output.loss: that has the router losses in it.
+        # Not output.loss, which includes the router losses.
         total += functional.cross_entropy(
             output.logits[:, TEST_PROMPT:].flatten(0, 1),
             target[:, TEST_PROMPT:].flatten(),
@@ -189,7 +189,7 @@ def held_out_loss(model: Any, ids: Tensor) -> tuple[float, dict[str, list[int]]]
 
 
 def compressed(folder: Path, **options: Any) -> tuple[float, Any]:
-    """Bits of an expert weight, and the model, as ``qmoe_format.convert`` makes it."""
+    """Bits per expert weight, and the converted model."""
     with tempfile.TemporaryDirectory() as temporary:
         path = qmoe_format.convert(folder, Path(temporary) / "demo.qmoe", threads=1, **options)
         with qmoe_format.open(path) as file:
@@ -198,7 +198,7 @@ def compressed(folder: Path, **options: Any) -> tuple[float, Any]:
 
 
 def report(folder: Path, ids: Tensor, training: str) -> str:
-    """The folder's README: provenance, scores and samples, all of the model as it was saved."""
+    """The folder's README: provenance, scores and samples of the saved model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = SwitchTransformersForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     calibration = Calibration(folder / "calibration.jsonl", target_column="target")
@@ -208,7 +208,7 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
     scores = [
         ("as trained (bf16)", 16.0, loss),
         ("`rd` with `calibration.jsonl`", small_bits, held_out_loss(small, ids)[0]),
-        ("`rtn`: rounded to low, 0, high a row", rounded_bits, held_out_loss(rounded, ids)[0]),
+        ("`rtn`: rounded to low, 0, high", rounded_bits, held_out_loss(rounded, ids)[0]),
     ]
     experts = [p for n, p in model.named_parameters() if ".experts." in n]
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix != ".md"}
@@ -217,48 +217,45 @@ def report(folder: Path, ids: Tensor, training: str) -> str:
         output = model.generate(**tokenizer(prompt, return_tensors="pt"))
         return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
-    lines = [
-        "# Demo model",
-        "",
-        "A micro Switch Transformer that repeats a prompt and continues it in the style of the",
-        "King James Bible. It shows `qmoe` at work on a trained model; it has no other use.",
-        "",
-        training,
-        "",
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in experts):,} of them in 16 experts (one sparse layer of 8 in the",
-        f"encoder, one in the decoder; top-1); {sum(sizes.values()):,} bytes in all:",
-        ", ".join(f"`{name}` {size:,}" for name, size in sizes.items()) + ".",
-        "",
-        f"Loss on the held-out chapters, in passages of {PASSAGE} tokens of which the first",
-        f"{TEST_PROMPT} are the prompt: nats per token after the prompt.",
-        "",
-        "| experts | bits per weight | loss |",
-        "|---|---|---|",
-        *(f"| {name} | {bits:.3f} | {score:.3f} |" for name, bits, score in scores),
-        "",
-        f"`calibration.jsonl` has {CALIBRATION_PASSAGES} prompts and passages that the model was",
-        "trained on. Tokens by expert, held-out text:",
-        "",
-        *(f"- {part}: {', '.join(map(str, row))}" for part, row in counts.items()),
-        "",
-        "What `generate` makes of a prompt, with the settings of generation_config.json:",
-        "",
-    ]
+    head = f"""\
+# Demo model
+
+A micro Switch Transformer that repeats a prompt and continues it in the style of the
+King James Bible. Its only purpose is to show `qmoe` at work on a trained model.
+
+{training}
+
+{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in experts):,} \
+of them in 16 experts (one sparse layer of 8 in the
+encoder, one in the decoder; top-1); {sum(sizes.values()):,} bytes in all:
+{", ".join(f"`{name}` {size:,}" for name, size in sizes.items())}.
+
+Loss on the held-out chapters, in passages of {PASSAGE} tokens of which the first
+{TEST_PROMPT} are the prompt: nats per token after the prompt.
+
+| experts | bits per weight | loss |
+|---|---|---|
+"""
+    middle = f"""
+`calibration.jsonl` has {CALIBRATION_PASSAGES} prompts and passages that the model was
+trained on. Tokens by expert, held-out text:
+
+"""
+    lines = [f"| {name} | {bits:.3f} | {score:.3f} |" for name, bits, score in scores]
+    lines += middle.splitlines()
+    lines += [f"- {part}: {', '.join(map(str, row))}" for part, row in counts.items()]
+    lines += ["", "Output of `generate`, with the settings of generation_config.json:", ""]
     for prompt in PROMPTS:
-        lines += [
-            f"- **{prompt}**",
-            f"  - trained: {continued(model, prompt)}",
-            f"  - rd: {continued(small, prompt)}",
-            f"  - rtn: {continued(rounded, prompt)}",
-        ]
-    return "\n".join(lines) + "\n"
+        lines.append(f"- **{prompt}**")
+        for name, each in (("trained", model), ("rd", small), ("rtn", rounded)):
+            lines.append(f"  - {name}: {continued(each, prompt)}")
+    return head + "\n".join(lines) + "\n"
 
 
 def trained(
     arguments: argparse.Namespace, tokenizer: Any, ids: Tensor, documents: int, digest: str
 ) -> str:
-    """Train and save a model; returns what the folder's README says of that."""
+    """Train and save a model; return a paragraph about that for the folder's README."""
     print(f"{len(ids)} tokens", flush=True)
     model = SwitchTransformersForConditionalGeneration(configuration())
     train(model, ids, arguments.steps)
@@ -273,7 +270,7 @@ def trained(
 {transformers.__version__}. The text is the King James Version, in the public domain (Debian package
 bible-kjv-text 4.38): {documents:,} chapters, of which every {HELD_OUT}th is held out. sha256 of
 the text file: `{digest}`.
-Model and tokenizer are under the licence of this package, Apache-2.0."""
+Model and tokenizer are under the license of this package, Apache-2.0."""
 
 
 def main() -> None:
@@ -282,7 +279,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument(
-        "--keep", action="store_true", help="the model that is there; write the rest anew"
+        "--keep", action="store_true", help="keep the trained model, and rewrite the rest"
     )
     arguments = parser.parse_args()
 
@@ -294,7 +291,7 @@ def main() -> None:
     readme = arguments.folder / "README.md"
     digest = hashlib.sha256(raw).hexdigest()
     if arguments.keep and digest not in readme.read_text():
-        parser.error(f"{arguments.folder} was trained on another text than {arguments.text}")
+        parser.error(f"{arguments.folder} was not trained on {arguments.text}")
     tokenizer: Any
     if arguments.keep:
         tokenizer = AutoTokenizer.from_pretrained(arguments.folder)

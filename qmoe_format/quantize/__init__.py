@@ -1,6 +1,6 @@
 """From weights to ternary weights. Matrices only: no files, no container.
 
-The recipes' names are here without torch; it is loaded when one is used.
+The registry of recipes needs no torch: a recipe's module is imported when it is first used.
 """
 
 from qmoe_format.quantize.recipes import RECIPES, Recipe, recipe

@@ -1,15 +1,15 @@
 """Block coordinate descent on error plus rate.
 
-GPTQ decides each column once, knowing nothing of the columns to come. Descent goes over the columns
-again, a group at a time, while all others stay as they are. With G = H (W - Q)^T a group B of
-columns has its least error at the real values
+GPTQ decides each column once, before it knows those that follow. Descent revisits the columns, a
+group at a time, with all others fixed. With G = H (W - Q)^T, the error of a group B of columns is
+least at the real values
 
     x = q_B + H_BB^-1 G_B,
 
-which are rounded one after the other as in GPTQ, with the group's own Hessian. A row takes the new
-trits only if they lower error + price x non-zeros, so the sum never rises, and what moved is taken
-off G. Groups of one column would be ordinary coordinate descent; those of some columns also find
-moves that pay only together.
+which are rounded one after the other as in GPTQ, with the group's own Hessian. A row accepts its
+new trits only if they lower error + price x non-zeros, so that the sum never rises; G is then
+updated. Groups of one column would be ordinary coordinate descent; larger ones also find moves that
+only pay off together.
 """
 
 from __future__ import annotations
@@ -28,56 +28,57 @@ def descend(
     scale: Tensor,
     column_scale: Tensor,
     price: Tensor,
+    group: int = GROUP,
 ) -> None:
-    """One sweep over the columns; changes ``trits`` and ``gradient``.
+    """Sweep over the columns once, changing ``trits`` and ``gradient`` in place.
 
     Args:
         trits: float ``[experts, columns, rows]``.
-        gradient: H (W - Q)^T, ``[experts, columns, rows]``.
+        gradient: G, ``[experts, columns, rows]``.
         hessian: H, ``[experts, columns, columns]``.
-        scale: ``[experts, rows]``, the value of trit 1 before its column's scale.
+        scale: the value of trit 1 before its column's scale, ``[experts, rows]``.
         column_scale: ``[experts, columns]``.
-        price: ``[experts, rows]``, what a non-zero costs more than a zero, in units of the error.
+        price: of a non-zero over a zero, in units of the error, ``[experts, rows]``.
+        group: number of columns that are decided together.
     """
     moves = torch.empty_like(trits)
     experts, columns, _ = trits.shape
-    factors = _group_factors(hessian)
+    factors = _group_factors(hessian, group)
 
     def columns_of(groups: slice) -> slice:
-        return slice(groups.start * GROUP, min(groups.stop * GROUP, columns))
+        return slice(groups.start * group, min(groups.stop * group, columns))
 
     for part, other in by_halves(0, len(factors), 1):
-        group = columns_of(part)
+        own = columns_of(part)
         if other is None:
-            moves[:, group] = _move(
-                trits[:, group],
-                gradient[:, group],
-                hessian[:, group, group],
+            moves[:, own] = _move(
+                trits[:, own],
+                gradient[:, own],
+                hessian[:, own, own],
                 factors[part.start],
                 scale,
-                column_scale[:, group],
+                column_scale[:, own],
                 price,
             )
-        # What moved here is taken off G here or there.
-        target = group if other is None else columns_of(other)
+        target = own if other is None else columns_of(other)
         for expert in range(experts):
             gradient[expert, target].addmm_(
-                hessian[expert, target, group], moves[expert, group], alpha=-1
+                hessian[expert, target, own], moves[expert, own], alpha=-1
             )
 
 
-def _group_factors(hessian: Tensor) -> list[Tensor]:
+def _group_factors(hessian: Tensor, group: int) -> list[Tensor]:
     """``inverse_factor`` of each group's Hessian, ``[experts, group, group]`` each."""
     experts, columns, _ = hessian.shape
-    whole = columns // GROUP
+    whole = columns // group
     factors: list[Tensor] = []
     if whole:
-        square = hessian[:, : whole * GROUP, : whole * GROUP]
-        blocks = square.reshape(experts, whole, GROUP, whole, GROUP)
+        square = hessian[:, : whole * group, : whole * group]
+        blocks = square.reshape(experts, whole, group, whole, group)
         diagonal = blocks.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
         factors += inverse_factor(diagonal).unbind(0)
-    if columns > whole * GROUP:
-        factors.append(inverse_factor(hessian[:, whole * GROUP :, whole * GROUP :]))
+    if columns > whole * group:
+        factors.append(inverse_factor(hessian[:, whole * group :, whole * group :]))
     return factors
 
 
@@ -90,7 +91,7 @@ def _move(
     column_scale: Tensor,
     price: Tensor,
 ) -> Tensor:
-    """Set the trits of one group, ``[experts, group, rows]``; returns how far its values moved."""
+    """Set the trits of one group, ``[experts, group, rows]``; return the change of its values."""
     value = scale[:, None] * column_scale[:, :, None]
     now = trits * value
     pairs = zip(factor, gradient, strict=True)

@@ -1,12 +1,13 @@
 """How much an error inside an expert matters to the model.
 
 An expert's output is W_out z, z = f(pre_1, pre_2, ...) elementwise, pre_k = W_k x. A small error in
-row j of W_k moves the output by w_out,j f_k'(t, j) (its error) x_t, so its square counts
+row j of W_k moves the output by w_out,j f_k'(t, j) (its error) x_t, so its square is weighted by
 
     |w_out,j|^2 f_k'(t, j)^2        for token t and row j,
 
-times the square of the token's own weight. A Hessian for each row would be too much: its mean over
-the tokens says how many bits a row is worth, and all tokens count alike in the Hessian.
+times the square of the token's own weight. A Hessian per row would be too large. Instead, all
+tokens count alike in the Hessian, and the mean of this over tokens says how many bits a row
+deserves.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def derivatives(
 
 
 def importance(derivative: Tensor, output: Tensor, gates: Tensor) -> Tensor:
-    """What a squared error of each row on each token counts, ``[tokens, rows]``.
+    """The weight of a squared error of each row on each token, ``[tokens, rows]``.
 
     Args:
         derivative: f_k', ``[tokens, rows]``.
         output: W_out, ``[d, rows]``.
-        gates: ``[tokens]``, the tokens' own weights.
+        gates: the tokens' own weights, ``[tokens]``.
     """
     return derivative.square() * output.square().sum(0) * gates.square()[:, None]

@@ -1,9 +1,13 @@
-"""Quantisers by name."""
+"""The registry of recipes, the ways to quantize.
+
+A recipe is one module with a function from weights to ``Quantized``. To add one, write the function
+and list it in ``RECIPES``. It is imported when first used: names and summaries need no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qmoe_format.errors import QMoEError
@@ -12,28 +16,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qmoe_format.quantize.hessian import Statistics
-    from qmoe_format.quantize.rd import Rate
+    from qmoe_format.quantize.rate import Rate
     from qmoe_format.quantize.ternary import Quantized
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A way to quantise.
+    """A way to quantize.
 
     Attributes:
         name: what a user types.
         summary: one line for people.
-        calibrated: whether it needs ``Statistics``, so calibration text.
-        rated: whether it takes a ``Rate``; its statistics weigh rows by importance.
+        function: ``module:function``, called with weights and scale dtype as ``quantize`` is, then
+            with the statistics if ``calibrated``, then with the rate if ``rated``.
+        calibrated: whether it needs ``Statistics``, and so calibration text.
+        rated: whether it needs a ``Rate``, and statistics with row importances.
     """
 
     name: str
     summary: str
+    function: str
     calibrated: bool = False
     rated: bool = False
 
     def scale_dtype(self, dtype: str) -> str:
-        """The scales' type for a checkpoint's: float16 keeps its own, which is exact."""
+        """The dtype of the scales for a checkpoint's: float16 keeps its own, which is exact."""
         return "F16" if dtype == "F16" else "BF16"
 
     def quantize(
@@ -43,55 +50,71 @@ class Recipe:
         statistics: Statistics | None = None,
         rate: Rate | None = None,
     ) -> Quantized:
-        """Quantise a batch of experts' matrices ``[experts, rows, columns]``.
+        """Quantize a batch of matrices.
+
+        Args:
+            weights: float16, bfloat16, float32 or float64 ``[experts, rows, columns]``.
+            scale_dtype: ``BF16``, ``F16`` or ``F32``.
+            statistics: of the experts' calibration tokens, for a calibrated recipe.
+            rate: what a bit is worth, for a rated recipe.
 
         Raises:
-            QMoEError: ``argument`` for other shapes and types, and without the statistics or the
-                rate that the recipe needs; ``value`` for weights that are NaN, infinite, or beyond
-                the scale's type.
+            QMoEError: ``argument`` for other shapes and dtypes, or without the statistics or the
+                rate that the recipe needs; ``value`` for weights that are NaN, infinite, or out of
+                the scale dtype's range.
         """
-        if not self.calibrated:
-            from qmoe_format.quantize.rtn import quantize_rtn
-
-            return quantize_rtn(weights, scale_dtype)
-        if statistics is None:
-            raise QMoEError(
-                "argument",
-                f"recipe {self.name!r} needs statistics; give those of calibration tokens",
-            )
-        if not self.rated:
-            from qmoe_format.quantize.qmoe import quantize_qmoe
-
-            return quantize_qmoe(weights, scale_dtype, statistics)
-        if rate is None:
-            raise QMoEError("argument", f"recipe {self.name!r} needs a rate; give rate=Rate(...)")
-        from qmoe_format.quantize.rd import quantize_rd
-
-        return quantize_rd(weights, scale_dtype, statistics, rate)
+        arguments: list[object] = [weights, scale_dtype]
+        for needed, argument, what in (
+            (self.calibrated, statistics, "statistics"),
+            (self.rated, rate, "a rate"),
+        ):
+            if needed and argument is None:
+                raise QMoEError("argument", f"recipe {self.name!r} needs {what}", f"pass {what}")
+            if needed:
+                arguments.append(argument)
+        module, _, function = self.function.partition(":")
+        quantized: Quantized = getattr(import_module(module), function)(*arguments)
+        return quantized
 
 
-RECIPES: Mapping[str, Recipe] = {
+RECIPES = {
     recipe.name: recipe
-    for recipe in [
+    for recipe in (
         Recipe(
             "rtn",
             "each weight to the nearest of its row's minimum, 0 and maximum; needs no text",
+            "qmoe_format.quantize.rtn:quantize_rtn",
         ),
-        Recipe("qmoe", "GPTQ on the same three values, as in the QMoE paper", calibrated=True),
+        Recipe(
+            "qmoe",
+            "GPTQ on the same three values, as in the QMoE paper",
+            "qmoe_format.quantize.qmoe:quantize_qmoe",
+            calibrated=True,
+        ),
         Recipe(
             "rd",
             "the least error for the bits, with scales of rows and columns",
+            "qmoe_format.quantize.rd:quantize_rd",
             calibrated=True,
             rated=True,
         ),
-    ]
+    )
 }
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name; ``argument`` if there is none."""
+    """The recipe of this name.
+
+    Raises:
+        QMoEError: ``argument`` if it is unknown.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[[0.9, 0.1, -1.0, 0.2]]])
+        >>> recipe("rtn").quantize(weights, "BF16").weights.trits.tolist()
+        [[[1, 0, -1, 0]]]
+    """
     if name not in RECIPES:
-        raise QMoEError(
-            "argument", f"recipe {name!r} is not known; there are {', '.join(sorted(RECIPES))}"
-        )
+        known = ", ".join(sorted(RECIPES))
+        raise QMoEError("argument", f"recipe {name!r} is unknown", f"choose one of {known}")
     return RECIPES[name]

@@ -1,8 +1,8 @@
 """Least-squares scales for given trits.
 
-With Q = diag(r) T diag(c) the error tr((W-Q) H (W-Q)^T) is quadratic in r for given c and in c for
-given r. Both are solved with a little ridge towards the present values, and a scale that would
-leave a sane range keeps its old value.
+With Q = diag(r) T diag(c), the error tr((W-Q) H (W-Q)^T) is quadratic in r for fixed c, and in c
+for fixed r. Both are solved with a small ridge toward the current values, and a scale that would
+change by an implausible factor keeps its value.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from torch import Tensor
 
 ROW_RIDGE = 1e-4
 COLUMN_RIDGE = 1e-3
-STEPS = 8  # of conjugate gradients
 
 
 def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
-    """By what to multiply row scales to minimise the error: q.WH / q.QH, with a little ridge.
+    """Factors for the row scales that minimize the error: q.WH / q.QH, but for the ridge.
 
     Args:
         own: q.QH of each row, ``[experts, rows]``.
-        aim: q.WH, or with what stands for WH, the same shape.
+        aim: q.WH, or with another target in place of WH, the same shape.
     """
     ridge = ROW_RIDGE * (own + own.mean(1, keepdim=True))
     ratio = (aim + ridge) / (own + ridge)
@@ -28,23 +27,26 @@ def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
 
 
 def refit_columns(
-    trits: Tensor, hessian: Tensor, target: Tensor, scale: Tensor, column_scale: Tensor
+    trits: Tensor,
+    hessian: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    column_scale: Tensor,
+    steps: int = 8,
 ) -> Tensor:
-    """Column scales of one expert that minimise the error.
+    """Column scales of one expert that minimize the error, ``[columns]``.
 
-    With A = diag(r) T, the error's normal equations are ((A^T A) o H) c = v, v_i = A_i . (WH)_i.
-    Their diagonal is large, so a few steps of conjugate gradients with it as preconditioner, from
-    the present scales on, are as good as a solution, and much faster.
+    With A = diag(r) T, the normal equations are ((A^T A) o H) c = v, v_i = A_i . (WH)_i. Their
+    diagonal is large, so that a few steps of conjugate gradients from the current scales, with the
+    diagonal as preconditioner, are as good as an exact solution and much faster.
 
     Args:
         trits: ``[columns, rows]``.
         hessian: ``[columns, columns]``.
-        target: H W^T, or what stands for it, ``[columns, rows]``.
+        target: H W^T, or another target in its place, ``[columns, rows]``.
         scale: ``[rows]``.
-        column_scale: ``[columns]``, the present ones.
-
-    Returns:
-        ``[columns]``, the type of ``column_scale``.
+        column_scale: the current ones, ``[columns]``.
+        steps: of conjugate gradients.
     """
     a = trits * scale
     normal = (a @ a.T).mul_(hessian)
@@ -53,7 +55,7 @@ def refit_columns(
     ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
     diagonal += ridge
     aim += ridge * column_scale
-    new = _conjugate_gradients(normal, aim, column_scale)
+    new = _conjugate_gradients(normal, aim, column_scale, steps)
     ratio = new / column_scale
     new = torch.where((ratio > 0.1) & (ratio < 10), new, column_scale)
 
@@ -63,15 +65,15 @@ def refit_columns(
     return torch.where(error(new) < error(column_scale), new, column_scale)
 
 
-def _conjugate_gradients(matrix: Tensor, aim: Tensor, start: Tensor) -> Tensor:
+def _conjugate_gradients(matrix: Tensor, aim: Tensor, start: Tensor, steps: int) -> Tensor:
     """x with ``matrix @ x`` near ``aim``, for a positive definite matrix."""
     x = start
     rest = aim - matrix @ x
     inverse = 1 / matrix.diagonal()
-    tiny = torch.finfo(matrix.dtype).tiny  # where nothing is left to be done
+    tiny = torch.finfo(matrix.dtype).tiny  # in place of 0, once x is exact
     direction = inverse * rest
     square = (rest * direction).sum()
-    for _ in range(STEPS):
+    for _ in range(steps):
         product = matrix @ direction
         step = square / (direction * product).sum().clamp(min=tiny)
         x = x + step * direction

@@ -29,14 +29,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
-    """Inputs as a model has them: correlated columns, of very different size."""
+    """Inputs like a model's: correlated columns of very different sizes."""
     mixed = random(tokens, columns, seed=seed) @ random(columns, columns, seed=seed + 1)
     spread = random(columns, seed=seed + 2).mul(0.7).exp()
     return (mixed / math.sqrt(columns) + 0.3 * random(tokens, 1, seed=seed + 3)) * spread
 
 
 def calibrated(inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Statistics:
-    """One expert for each."""
+    """Statistics of one expert for each of the inputs."""
     result = Statistics.zeros(len(inputs), inputs[0].shape[1], dtype=dtype)
     for expert, each in enumerate(inputs):
         result.add(expert, each)
@@ -54,15 +54,15 @@ def energy(weights: Array, sums: Array) -> Array:
 
 
 def entropy(trits: Tensor) -> float:
-    """Bits a trit, if they are coded by their own frequencies."""
+    """Bits per trit, if coded by their own frequencies."""
     share = np.array([float((trits == t).float().mean()) for t in (-1, 0, 1)])
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """A batch for ``descend`` and ``refit``: transposed, float32, with trits by rounding."""
+class Batch:
+    """Input of ``descend`` and ``refit``: transposed, in float32, with trits from rounding."""
 
     weights: Tensor
     hessian: Tensor
@@ -71,7 +71,7 @@ class Problem:
     column_scale: Tensor
 
     @classmethod
-    def of(cls, experts: int, rows: int, columns: int, seed: int) -> Problem:
+    def of(cls, experts: int, rows: int, columns: int, seed: int) -> Batch:
         inputs = [correlated(3 * columns + 5, columns, seed + e) for e in range(experts)]
         sums = torch.stack([x.T @ x / x.square().mean(1).sum() for x in inputs])
         hessian = sums + 0.05 * torch.eye(columns)
@@ -104,12 +104,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """What a plain GPTQ made of one matrix.
+    """What a plain GPTQ returns for one matrix.
 
     Attributes:
         trits: ``[rows, columns]``.
-        margin: how far each decision was from another one: the distance to the nearest threshold
-            over high - low.
+        margin: of each decision, the distance to the nearest threshold over high - low.
     """
 
     trits: npt.NDArray[np.int8]
@@ -124,10 +123,10 @@ def plain_gptq(
     column_scale: Array | None = None,
     price: Array | None = None,
 ) -> Plain:
-    """Column after column in float64, without a factor of H and without blocks.
+    """Column by column in float64, without a factor of H and without blocks.
 
-    After each column it is eliminated from H^-1 (Optimal Brain Surgeon), as in the derivation of
-    GPTQ; a quantiser that uses a triangular factor has to come to the same.
+    Each column is eliminated from H^-1 once it is decided (Optimal Brain Surgeon), as in the
+    derivation of GPTQ; a quantizer that uses a triangular factor has to get the same result.
     """
     rows, columns = weights.shape
     rest = weights.copy()
@@ -144,8 +143,8 @@ def plain_gptq(
             choices = sorted([1, 0, 2], key=lambda k, row=row: costs[row, k])  # type: ignore[misc]
             best = choices[0]
             trits[row, column] = best - 1
-            # The costs of two values are equal at a threshold and differ by twice their distance
-            # for each step away from it.
+            # The costs of two values are equal at a threshold; each step away from it changes their
+            # difference by twice the distance of the values.
             for other in choices[1:]:
                 apart = abs(values[row, best] - values[row, other])
                 if apart > 0:
@@ -159,7 +158,7 @@ def plain_gptq(
 
 
 def check_agrees(trits: Tensor, plain: Plain, tolerance: float = 1e-4) -> None:
-    """The same trits; a row may go its own way from a near-tie on, and few do."""
+    """The same trits, but for a few rows that differ from a near-tie on."""
     assert trits.shape == plain.trits.shape
     differ = trits.numpy() != plain.trits
     apart = differ.any(1)
@@ -182,28 +181,28 @@ def real(
 ) -> tuple[Tensor, list[Tensor]]:
     """The upper left of a matrix of two experts, and inputs for each.
 
-    The inputs are made of token embeddings as a model's first layer would: normalised, those of
-    frequent tokens more often, each expert its own; for the second matrix, through the first.
+    The inputs are those of a model's first layer: normalized token embeddings, frequent tokens more
+    often, different ones for each expert; for the second matrix, passed through the first.
     """
     model, matrix = which.split()
     data = _Tensors(folder / f"{model}-mini")
     if model == "switch":
         embedding = data.read("shared.weight")
-        head = "encoder.block.1.layer.1."
-        norm = data.read(f"{head}layer_norm.weight")
-        experts = [f"{head}mlp.experts.expert_{e}." for e in (0, 9)]
+        prefix = "encoder.block.1.layer.1."
+        norm = data.read(f"{prefix}layer_norm.weight")
+        experts = [f"{prefix}mlp.experts.expert_{e}." for e in (0, 9)]
     else:
         embedding = data.read("model.embed_tokens.weight")
-        head = "model.layers.0."
-        norm = data.read(f"{head}post_attention_layernorm.weight")
-        experts = [f"{head}block_sparse_moe.experts.{e}." for e in (0, 5)]
+        prefix = "model.layers.0."
+        norm = data.read(f"{prefix}post_attention_layernorm.weight")
+        experts = [f"{prefix}block_sparse_moe.experts.{e}." for e in (0, 5)]
     weights, inputs = [], []
     for seed, expert in enumerate(experts):
         generator = np.random.default_rng(seed)
-        # A token's place is a geometric mean of the first and the last.
+        # Log-uniform: low ids are the frequent tokens.
         ids = np.exp(generator.uniform(0, np.log(len(embedding)), tokens)).astype(int)
-        neighbours = np.roll(ids, 1)
-        x = embedding[ids] + 0.5 * embedding[neighbours]
+        neighbors = np.roll(ids, 1)
+        x = embedding[ids] + 0.5 * embedding[neighbors]
         x = x / x.square().mean(1, keepdim=True).sqrt() * norm
         if matrix == "wo":
             x = torch.relu(x @ data.read(f"{expert}wi.weight").T)

@@ -9,7 +9,7 @@ import torch
 
 from qmoe_format.quantize import recipe
 from qmoe_format.quantize.hessian import Statistics, relative_error
-from qmoe_format.quantize.rd import Rate
+from qmoe_format.quantize.rate import Rate
 from tests.quantize.problems import correlated, random
 
 pytestmark = [

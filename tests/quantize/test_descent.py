@@ -15,31 +15,31 @@ from torch import Tensor
 
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.gptq import GROUP
-from tests.quantize.problems import Array, Problem, array
+from tests.quantize.problems import Array, Batch, array
 
 
-def sweep(problem: Problem, price: Tensor) -> tuple[Tensor, Tensor]:
-    trits, gradient = problem.trits.clone(), problem.gradient
-    descend(trits, gradient, problem.hessian, problem.scale, problem.column_scale, price)
+def sweep(batch: Batch, price: Tensor) -> tuple[Tensor, Tensor]:
+    trits, gradient = batch.trits.clone(), batch.gradient
+    descend(trits, gradient, batch.hessian, batch.scale, batch.column_scale, price)
     return trits, gradient
 
 
-def cost(problem: Problem, trits: Tensor, price: Tensor) -> Array:
+def cost(batch: Batch, trits: Tensor, price: Tensor) -> Array:
     """Of each row, in float64."""
-    errors = problem.errors(trits, problem.scale, problem.column_scale)
+    errors = batch.errors(trits, batch.scale, batch.column_scale)
     result: Array = errors + array(price) * np.abs(array(trits)).sum(1)
     return result
 
 
-def check(problem: Problem, trits: Tensor, gradient: Tensor, price: Tensor) -> None:
+def check(batch: Batch, trits: Tensor, gradient: Tensor, price: Tensor) -> None:
     assert torch.isin(trits, torch.tensor([-1.0, 0.0, 1.0])).all()
-    before, after = cost(problem, problem.trits, price), cost(problem, trits, price)
+    before, after = cost(batch, batch.trits, price), cost(batch, trits, price)
     assert (after <= before + 1e-5 * (1 + np.abs(before))).all()
-    value = array(problem.scale)[:, None] * array(problem.column_scale)[:, :, None]
-    off = array(problem.weights) - array(trits) * value
-    expected = array(problem.hessian) @ off
+    value = array(batch.scale)[:, None] * array(batch.column_scale)[:, :, None]
+    off = array(batch.weights) - array(trits) * value
+    expected = array(batch.hessian) @ off
     np.testing.assert_allclose(
-        array(gradient), expected, atol=2e-5 * (1 + np.abs(array(problem.target)).max())
+        array(gradient), expected, atol=2e-5 * (1 + np.abs(array(batch.target)).max())
     )
 
 
@@ -55,68 +55,68 @@ def check(problem: Problem, trits: Tensor, gradient: Tensor, price: Tensor) -> N
 def test_the_sum_never_rises(
     experts: int, rows: int, columns: int, price: float, start: str, seed: int
 ) -> None:
-    problem = Problem.of(experts, rows, columns, seed)
+    batch = Batch.of(experts, rows, columns, seed)
     if start == "zero":
-        problem.trits.zero_()
+        batch.trits.zero_()
     elif start == "wild":
         generator = torch.Generator().manual_seed(seed)
-        problem.trits.copy_(torch.randint(-1, 2, problem.trits.shape, generator=generator))
-    prices = price * problem.scale
-    trits, gradient = sweep(problem, prices)
-    check(problem, trits, gradient, prices)
+        batch.trits.copy_(torch.randint(-1, 2, batch.trits.shape, generator=generator))
+    prices = price * batch.scale
+    trits, gradient = sweep(batch, prices)
+    check(batch, trits, gradient, prices)
 
 
 @pytest.mark.parametrize("columns", [GROUP - 1, GROUP, GROUP + 1, 4 * GROUP, 9 * GROUP + 1])
 def test_it_lowers_the_error_by_much(columns: int) -> None:
-    problem = Problem.of(2, 30, columns, seed=columns)
-    free = torch.zeros_like(problem.scale)
-    trits, gradient = sweep(problem, free)
-    check(problem, trits, gradient, free)
-    assert cost(problem, trits, free).sum() < 0.8 * cost(problem, problem.trits, free).sum()
+    batch = Batch.of(2, 30, columns, seed=columns)
+    free = torch.zeros_like(batch.scale)
+    trits, gradient = sweep(batch, free)
+    check(batch, trits, gradient, free)
+    assert cost(batch, trits, free).sum() < 0.8 * cost(batch, batch.trits, free).sum()
 
 
 def test_many_sweeps_settle() -> None:
-    problem = Problem.of(2, 12, 80, seed=1)
-    price = 0.05 * problem.scale
-    trits, gradient = problem.trits.clone(), problem.gradient
-    costs = [cost(problem, trits, price)]
+    batch = Batch.of(2, 12, 80, seed=1)
+    price = 0.05 * batch.scale
+    trits, gradient = batch.trits.clone(), batch.gradient
+    costs = [cost(batch, trits, price)]
     for _ in range(20):
-        descend(trits, gradient, problem.hessian, problem.scale, problem.column_scale, price)
-        costs.append(cost(problem, trits, price))
+        descend(trits, gradient, batch.hessian, batch.scale, batch.column_scale, price)
+        costs.append(cost(batch, trits, price))
         assert (costs[-1] <= costs[-2] + 1e-4).all()
-    check(problem, trits, gradient, price)
+    check(batch, trits, gradient, price)
     settled = trits.clone()
-    descend(trits, gradient, problem.hessian, problem.scale, problem.column_scale, price)
+    descend(trits, gradient, batch.hessian, batch.scale, batch.column_scale, price)
     assert torch.equal(trits, settled)
 
 
 def test_a_huge_price_leaves_nothing() -> None:
-    problem = Problem.of(2, 9, 90, seed=2)
-    price = torch.full_like(problem.scale, 1e9)
-    trits, gradient = sweep(problem, price)
+    batch = Batch.of(2, 9, 90, seed=2)
+    price = torch.full_like(batch.scale, 1e9)
+    trits, gradient = sweep(batch, price)
     assert not trits.any()
-    torch.testing.assert_close(gradient, problem.target, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gradient, batch.target, rtol=1e-4, atol=1e-3)
 
 
 def test_a_huge_price_of_one_row_is_its_own() -> None:
-    problem = Problem.of(1, 9, 90, seed=3)
-    price = 0.01 * problem.scale
-    usual, _ = sweep(problem, price)
+    batch = Batch.of(1, 9, 90, seed=3)
+    price = 0.01 * batch.scale
+    usual, _ = sweep(batch, price)
     price[0, 4] = 1e9
-    trits, _ = sweep(problem, price)
+    trits, _ = sweep(batch, price)
     assert not trits[0, :, 4].any()
     others = torch.arange(9) != 4
     assert torch.equal(trits[:, :, others], usual[:, :, others])
 
 
 def test_without_correlation_every_number_is_the_best() -> None:
-    problem = Problem.of(1, 15, 75, seed=4)
-    problem.hessian.copy_(torch.diag_embed(torch.linspace(0.2, 3, 75)[None]))
-    price = 0.3 * problem.scale
-    trits, _ = sweep(problem, price)
+    batch = Batch.of(1, 15, 75, seed=4)
+    batch.hessian.copy_(torch.diag_embed(torch.linspace(0.2, 3, 75)[None]))
+    price = 0.3 * batch.scale
+    trits, _ = sweep(batch, price)
     w, value = (
-        array(problem.weights),
-        array(problem.scale[:, None] * problem.column_scale[..., None]),
+        array(batch.weights),
+        array(batch.scale[:, None] * batch.column_scale[..., None]),
     )
     h = np.linspace(0.2, 3, 75)[:, None]
     costs = np.stack([h * (w - t * value) ** 2 + abs(t) * array(price) for t in (-1, 0, 1)])
@@ -125,30 +125,30 @@ def test_without_correlation_every_number_is_the_best() -> None:
 
 def test_from_the_best_of_all_it_does_not_move() -> None:
     for seed in range(5):
-        problem = Problem.of(1, 1, 5, seed)
-        price = 0.1 * problem.scale
+        batch = Batch.of(1, 1, 5, seed)
+        price = 0.1 * batch.scale
         tuples = itertools.product([-1.0, 0.0, 1.0], repeat=5)
         choices = [torch.tensor(each)[None, :, None] for each in tuples]
-        best = min(choices, key=lambda trits: float(cost(problem, trits, price).sum()))
-        problem.trits.copy_(best)
-        trits, _ = sweep(problem, price)
+        best = min(choices, key=lambda trits: float(cost(batch, trits, price).sum()))
+        batch.trits.copy_(best)
+        trits, _ = sweep(batch, price)
         assert torch.equal(trits, best)
 
 
 def test_experts_do_not_matter_to_each_other() -> None:
     # Each expert's matrices fill whole cache lines, see ``conversion.parallel.batches``.
-    problem = Problem.of(3, 12, 84, seed=5)
-    price = 0.1 * problem.scale
-    trits, gradient = sweep(problem, price)
+    batch = Batch.of(3, 12, 84, seed=5)
+    price = 0.1 * batch.scale
+    trits, gradient = sweep(batch, price)
     for expert in range(3):
         one = slice(expert, expert + 1)
-        alone, own = problem.trits[one].clone(), problem.gradient[one].clone()
+        alone, own = batch.trits[one].clone(), batch.gradient[one].clone()
         descend(
             alone,
             own,
-            problem.hessian[one].clone(),
-            problem.scale[one].clone(),
-            problem.column_scale[one].clone(),
+            batch.hessian[one].clone(),
+            batch.scale[one].clone(),
+            batch.column_scale[one].clone(),
             price[one].clone(),
         )
         assert torch.equal(alone, trits[one])

@@ -1,4 +1,4 @@
-"""Derivatives against differences, and importance against what an error really does."""
+"""Derivatives against differences, and importance against the true effect of an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = {"relu": (relu, 1), "silu*up": (gated, 2)}
 def case(name: str, tokens: int = 40, rows: int = 9) -> tuple[Hidden, list[Tensor]]:
     hidden, count = CASES[name]
     pre = [random(tokens, rows, seed=k, dtype=torch.float64) for k in range(count)]
-    # Away from relu's corner.
+    # Away from the kink of relu.
     return hidden, [each + 0.01 * each.sign() for each in pre]
 
 
@@ -60,13 +60,13 @@ def test_derivatives_without_gradients(name: str) -> None:
     assert not any(each.requires_grad for each in pre)
 
 
-def test_relu_passes_what_is_positive() -> None:
+def test_relu_passes_positive_values() -> None:
     pre = torch.tensor([[-1.0, 2.0, -3.0, 4.0]])
     assert derivatives(relu, [pre])[0].tolist() == [[0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_what_a_small_error_counts(name: str) -> None:
+def test_importance_is_the_effect_of_a_small_error(name: str) -> None:
     hidden, pre = case(name)
     output, gates = random(5, 9, seed=5).double(), random(40, seed=6).double()
     usual = hidden(pre) @ output.T * gates[:, None]
@@ -82,7 +82,7 @@ def test_it_is_what_a_small_error_counts(name: str) -> None:
             torch.testing.assert_close(counts[:, row], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_row_without_output_and_a_token_without_weight_count_nothing() -> None:
+def test_rows_without_output_and_tokens_without_weight_do_not_count() -> None:
     output, gates = random(5, 9), random(40, seed=1)
     output[:, 3] = 0
     gates[7] = 0
@@ -92,7 +92,7 @@ def test_a_row_without_output_and_a_token_without_weight_count_nothing() -> None
     assert (counts >= 0).all()
 
 
-def test_the_product_is_exact_where_tokens_are_alike() -> None:
+def test_the_product_is_exact_if_tokens_are_alike() -> None:
     rows, columns, tokens = 6, 8, 50
     inputs = correlated(tokens, columns)
     derivative = random(rows, seed=3).abs()[None].expand(tokens, rows)

@@ -1,13 +1,13 @@
-"""Recipes by name, what each does, and what a reader makes of its result."""
+"""Recipes by name, what each does, and the values of its result."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import RECIPES, recipe
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.qmoe import quantize_qmoe
-from qmoe_format.quantize.rd import Rate, quantize_rd
+from qmoe_format.quantize.rate import Rate
+from qmoe_format.quantize.rd import quantize_rd
 from qmoe_format.quantize.rtn import quantize_rtn, round_to_nearest
 from qmoe_format.quantize.ternary import Quantized, TernaryWeights
 from tests.quantize.problems import calibrated, correlated, random
+from tests.refusals import refusal
 
 RATE = Rate(0.1, 1.0)
 
@@ -41,12 +43,11 @@ def test_names() -> None:
         assert one.summary
     assert [one.calibrated for one in RECIPES.values()] == [False, True, True]
     assert [one.rated for one in RECIPES.values()] == [False, False, True]
-    with pytest.raises(QMoEError, match=r"'gptq9'.*qmoe, rd, rtn") as caught:
-        recipe("gptq9")
-    assert caught.value.code == "argument"
+    message = refusal(lambda: recipe("gptq9"), "argument")
+    assert message == "recipe 'gptq9' is unknown; choose one of qmoe, rd, rtn"
 
 
-def test_each_does_what_it_is_called() -> None:
+def test_each_calls_its_function() -> None:
     weights = random(2, 12, 30)
     statistics = calibrated([correlated(90, 30), correlated(90, 30, 9)])
     rounded = quantize_rtn(weights, "BF16")
@@ -64,13 +65,11 @@ def test_what_a_recipe_needs() -> None:
     weights = random(2, 12, 30)
     statistics = calibrated([correlated(90, 30), correlated(90, 30, 9)])
     assert same(recipe("rtn").quantize(weights, "BF16"), quantize_rtn(weights, "BF16"))
-    for name in ("qmoe", "rd"):
-        with pytest.raises(QMoEError, match=f"{name!r} needs statistics") as caught:
-            recipe(name).quantize(weights, "BF16", rate=RATE)
-        assert caught.value.code == "argument"
-    with pytest.raises(QMoEError, match="'rd' needs a rate") as caught:
-        recipe("rd").quantize(weights, "BF16", statistics)
-    assert caught.value.code == "argument"
+    for one in (recipe("qmoe"), recipe("rd")):
+        message = refusal(partial(one.quantize, weights, "BF16", rate=RATE), "argument")
+        assert message.startswith(f"recipe {one.name!r} needs statistics")
+    message = refusal(lambda: recipe("rd").quantize(weights, "BF16", statistics), "argument")
+    assert message.startswith("recipe 'rd' needs a rate")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -99,12 +98,32 @@ def test_shapes_and_types(name: str, scale_dtype: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_nothing_to_quantise(name: str, shape: tuple[int, int, int]) -> None:
+def test_empty_matrices(name: str, shape: tuple[int, int, int]) -> None:
     experts, _, columns = shape
     statistics = Statistics.zeros(experts, columns)
     result = recipe(name).quantize(torch.zeros(shape), "BF16", statistics, RATE)
     assert result.weights.trits.shape == shape
     assert len(result.fallback) == shape[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("weights", "scale_dtype", "code"),
+    [
+        (torch.zeros(3, 4), "BF16", "argument"),
+        (torch.zeros(1, 3, 4, dtype=torch.int32), "BF16", "argument"),
+        (torch.zeros(1, 3, 4, 1), "BF16", "argument"),
+        (torch.ones(1, 3, 4), "I8", "argument"),
+        (torch.full((1, 3, 4), torch.nan), "BF16", "value"),
+        (torch.full((1, 3, 4), torch.inf), "BF16", "value"),
+        (torch.full((1, 3, 4), 1e6), "F16", "value"),
+        (torch.full((1, 3, 4), 1e300, dtype=torch.float64), "BF16", "value"),
+    ],
+)
+def test_refusals(name: str, weights: Tensor, scale_dtype: str, code: str) -> None:
+    statistics = calibrated([correlated(9, 4)])
+    message = refusal(lambda: recipe(name).quantize(weights, scale_dtype, statistics, RATE), code)
+    assert "; " in message, "it gives advice"
 
 
 @pytest.mark.parametrize("name", ["qmoe", "rd"])

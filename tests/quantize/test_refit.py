@@ -10,29 +10,21 @@ from hypothesis import given, settings
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 
-from qmoe_format.quantize import refit
-from qmoe_format.quantize.refit import refit_columns, refit_rows
-from tests.quantize.problems import Array, Problem, array
+from qmoe_format.quantize.refit import COLUMN_RIDGE, ROW_RIDGE, refit_columns, refit_rows
+from tests.quantize.problems import Array, Batch, array
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 9, 1), (3, 17, 33), (1, 40, 70)]
 
 
-def rows_of(problem: Problem) -> torch.Tensor:
-    own = (problem.quantized * (problem.hessian @ problem.quantized)).sum(1)
-    aim = (problem.quantized * problem.target).sum(1)
-    return problem.scale * refit_rows(own, aim)
+def rows_of(batch: Batch) -> torch.Tensor:
+    own = (batch.quantized * (batch.hessian @ batch.quantized)).sum(1)
+    aim = (batch.quantized * batch.target).sum(1)
+    return batch.scale * refit_rows(own, aim)
 
 
-def columns_of(problem: Problem) -> torch.Tensor:
-    each = zip(
-        problem.trits,
-        problem.hessian,
-        problem.target,
-        problem.scale,
-        problem.column_scale,
-        strict=True,
-    )
-    return torch.stack([refit_columns(*arguments) for arguments in each])
+def columns_of(batch: Batch, steps: int = 8) -> torch.Tensor:
+    parts = (batch.trits, batch.hessian, batch.target, batch.scale, batch.column_scale)
+    return torch.stack([refit_columns(*each, steps) for each in zip(*parts, strict=True)])
 
 
 def root(hessian: torch.Tensor) -> Array:
@@ -41,21 +33,21 @@ def root(hessian: torch.Tensor) -> Array:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_are_the_least_squares(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(refit, "ROW_RIDGE", 0.0)
-    problem = Problem.of(*shape, seed=sum(shape))
-    scale = rows_of(problem)
-    assert scale.shape == problem.scale.shape
+def test_rows_are_the_least_squares(shape: tuple[int, int, int]) -> None:
+    batch = Batch.of(*shape, seed=sum(shape))
+    scale = rows_of(batch)
+    assert scale.shape == batch.scale.shape
     for expert in range(shape[0]):
-        factor = root(problem.hessian[expert]).T
-        a = factor @ (array(problem.trits[expert]) * array(problem.column_scale[expert])[:, None])
-        w = factor @ array(problem.weights[expert])
+        factor = root(batch.hessian[expert]).T
+        a = factor @ (array(batch.trits[expert]) * array(batch.column_scale[expert])[:, None])
+        w = factor @ array(batch.weights[expert])
+        own = (a**2).sum(0) * array(batch.scale[expert]) ** 2
+        ridges = np.sqrt(ROW_RIDGE * (own + own.mean()))
         for row in range(shape[1]):
-            old, new = float(problem.scale[expert, row]), float(scale[expert, row])
-            if problem.trits[expert, :, row].any():
-                best = np.linalg.lstsq(a[:, [row]], w[:, row], rcond=None)[0][0]
+            old, new = float(batch.scale[expert, row]), float(scale[expert, row])
+            if batch.trits[expert, :, row].any():
+                design = np.append(a[:, row], ridges[row] / old)[:, None]
+                best = np.linalg.lstsq(design, np.append(w[:, row], ridges[row]), rcond=None)[0][0]
                 sane = 0.05 < best / old < 20
                 assert new == pytest.approx(best if sane else old, rel=1e-4)
             else:
@@ -63,25 +55,22 @@ def test_rows_are_the_least_squares(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_columns_are_the_least_squares(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(refit, "STEPS", 100)
-    problem = Problem.of(*shape, seed=sum(shape))
+def test_columns_are_the_least_squares(shape: tuple[int, int, int]) -> None:
+    batch = Batch.of(*shape, seed=sum(shape))
     _, rows, columns = shape
-    new = columns_of(problem)
+    new = columns_of(batch, steps=100)
     assert new.dtype == torch.float32
     for expert in range(shape[0]):
-        # One equation for each number of L^T (W - Q), one for each ridge.
-        factor = root(problem.hessian[expert])
-        a = array(problem.trits[expert]) * array(problem.scale[expert])
+        # One equation for each element of L^T (W - Q), and one for each ridge.
+        factor = root(batch.hessian[expert])
+        a = array(batch.trits[expert]) * array(batch.scale[expert])
         design = np.zeros((columns * rows, columns))
         for i in range(columns):
             design[:, i] = np.outer(factor[i], a[i]).ravel()
-        aim = (factor.T @ array(problem.weights[expert])).ravel()
+        aim = (factor.T @ array(batch.weights[expert])).ravel()
         diagonal = (design**2).sum(0)
-        ridge = np.diag(np.sqrt(refit.COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())))
-        old = array(problem.column_scale[expert])
+        ridge = np.diag(np.sqrt(COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())))
+        old = array(batch.column_scale[expert])
         best = np.linalg.lstsq(
             np.concatenate([design, ridge]), np.concatenate([aim, ridge @ old]), rcond=None
         )[0]
@@ -91,15 +80,15 @@ def test_columns_are_the_least_squares(
         np.testing.assert_allclose(array(new[expert]), np.where(sane, best, old), rtol=1e-3)
 
 
-def test_few_steps_for_columns_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem.of(2, 90, 70, seed=3)
+def test_few_steps_for_columns_are_nearly_as_good() -> None:
+    batch = Batch.of(2, 90, 70, seed=3)
 
     def error(columns: torch.Tensor) -> float:
-        return float(problem.errors(problem.trits, problem.scale, columns).sum())
+        return float(batch.errors(batch.trits, batch.scale, columns).sum())
 
-    few = error(columns_of(problem))
-    monkeypatch.setattr(refit, "STEPS", 200)
-    before, least = error(problem.column_scale), error(columns_of(problem))
+    before, few, least = map(
+        error, (batch.column_scale, columns_of(batch), columns_of(batch, steps=200))
+    )
     assert few - least < 0.01 * (before - least)
 
 
@@ -111,12 +100,12 @@ def test_few_steps_for_columns_are_nearly_as_good(monkeypatch: pytest.MonkeyPatc
 )
 @settings(deadline=None, max_examples=60)
 def test_rows_never_make_the_error_larger(rows: int, columns: int, away: float, seed: int) -> None:
-    problem = Problem.of(2, rows, columns, seed)
-    problem.scale.mul_(10**away)
-    scale = rows_of(problem)
+    batch = Batch.of(2, rows, columns, seed)
+    batch.scale.mul_(10**away)
+    scale = rows_of(batch)
     assert (scale > 0).all()
-    before = problem.errors(problem.trits, problem.scale, problem.column_scale)
-    after = problem.errors(problem.trits, scale, problem.column_scale)
+    before = batch.errors(batch.trits, batch.scale, batch.column_scale)
+    after = batch.errors(batch.trits, scale, batch.column_scale)
     assert (after <= before * (1 + 1e-4) + 1e-5).all()
 
 
@@ -130,12 +119,12 @@ def test_rows_never_make_the_error_larger(rows: int, columns: int, away: float, 
 def test_columns_never_make_the_error_larger(
     rows: int, columns: int, away: float, seed: int
 ) -> None:
-    problem = Problem.of(2, rows, columns, seed)
-    problem.column_scale.mul_(10**away)
-    new = columns_of(problem)
+    batch = Batch.of(2, rows, columns, seed)
+    batch.column_scale.mul_(10**away)
+    new = columns_of(batch)
     assert (new > 0).all()
-    before = problem.errors(problem.trits, problem.scale, problem.column_scale).sum(1)
-    after = problem.errors(problem.trits, problem.scale, new).sum(1)
+    before = batch.errors(batch.trits, batch.scale, batch.column_scale).sum(1)
+    after = batch.errors(batch.trits, batch.scale, new).sum(1)
     assert (after <= before * (1 + 1e-4) + 1e-5).all()
 
 
@@ -154,32 +143,32 @@ def test_a_column_whose_best_scale_is_negative_does_not_make_the_error_larger() 
     assert error(new) <= error(old) * 1.001
 
 
-def test_what_is_not_used_keeps_its_scale() -> None:
-    problem = Problem.of(1, 6, 8, seed=2)
-    problem.trits[:, 3] = 0
-    problem.trits[:, :, 4] = 0
-    scale = rows_of(problem)
-    assert scale[0, 4] == problem.scale[0, 4]
-    assert (scale != problem.scale).sum() == 5
-    new = columns_of(problem)
-    assert new[0, 3] == pytest.approx(float(problem.column_scale[0, 3]), rel=1e-6)
-    problem.trits[:] = 0
-    scale = rows_of(problem)
-    assert torch.equal(scale, problem.scale)
-    assert torch.equal(columns_of(problem), problem.column_scale)
+def test_unused_rows_and_columns_keep_their_scales() -> None:
+    batch = Batch.of(1, 6, 8, seed=2)
+    batch.trits[:, 3] = 0
+    batch.trits[:, :, 4] = 0
+    scale = rows_of(batch)
+    assert scale[0, 4] == batch.scale[0, 4]
+    assert (scale != batch.scale).sum() == 5
+    new = columns_of(batch)
+    assert new[0, 3] == pytest.approx(float(batch.column_scale[0, 3]), rel=1e-6)
+    batch.trits[:] = 0
+    scale = rows_of(batch)
+    assert torch.equal(scale, batch.scale)
+    assert torch.equal(columns_of(batch), batch.column_scale)
 
 
 def test_exact_weights_stay_exact() -> None:
-    problem = Problem.of(2, 10, 20, seed=6)
-    problem.weights.copy_(problem.quantized)
-    scale = rows_of(problem)
-    torch.testing.assert_close(scale, problem.scale)
-    torch.testing.assert_close(columns_of(problem), problem.column_scale)
+    batch = Batch.of(2, 10, 20, seed=6)
+    batch.weights.copy_(batch.quantized)
+    scale = rows_of(batch)
+    torch.testing.assert_close(scale, batch.scale)
+    torch.testing.assert_close(columns_of(batch), batch.column_scale)
 
 
-def test_a_scale_that_is_far_off_is_found() -> None:
-    problem = Problem.of(1, 10, 20, seed=7)
-    problem.weights.copy_(problem.quantized)
-    right = problem.column_scale.clone()
-    problem.column_scale[0, 5] *= 1.5
-    torch.testing.assert_close(columns_of(problem), right, rtol=1e-2, atol=0)
+def test_a_wrong_scale_is_corrected() -> None:
+    batch = Batch.of(1, 10, 20, seed=7)
+    batch.weights.copy_(batch.quantized)
+    right = batch.column_scale.clone()
+    batch.column_scale[0, 5] *= 1.5
+    torch.testing.assert_close(columns_of(batch), right, rtol=1e-2, atol=0)

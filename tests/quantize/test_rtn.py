@@ -13,8 +13,7 @@ from qmoe_format.errors import QMoEError
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 
-from qmoe_format.quantize import rtn
-from qmoe_format.quantize.rtn import round_to_nearest
+from qmoe_format.quantize.rtn import BLOCK_ELEMENTS, round_to_nearest
 
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
 
@@ -85,7 +84,7 @@ def test_rows_without_one_sign_and_zero_rows() -> None:
     assert not ((result.row_scale == 0) & (bits != 0)).any(), "a stored zero is +0"
 
 
-def test_a_scale_that_vanishes_in_bfloat16_is_worth_no_trit() -> None:
+def test_no_trit_has_a_scale_that_bfloat16_rounds_to_zero() -> None:
     weights = torch.tensor([[[1e-41, -1e-44, 0.0], [1e-39, 1e-45, -3e-45]]])
     result = round_to_nearest(weights)
     values = result.row_scale.float()
@@ -100,20 +99,22 @@ def test_float16_keeps_its_own_scales() -> None:
     assert torch.equal(result.row_scale[0, 0, 0], weights[0, 0, [1, 0]])
 
 
-def test_blocks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = torch.randn((4, 37, 29), generator=torch.Generator().manual_seed(2))
+def test_blocks_and_batches_change_nothing() -> None:
+    weights = torch.randn((2, 600, 1000), generator=torch.Generator().manual_seed(2))
+    assert weights[0].numel() > 2 * BLOCK_ELEMENTS
     whole = round_to_nearest(weights)
-    monkeypatch.setattr(rtn, "BLOCK_ELEMENTS", 64)
-    for expert in range(4):
-        one = round_to_nearest(weights[expert : expert + 1])
-        assert torch.equal(one.trits[0], whole.trits[expert])
-        assert torch.equal(one.row_scale[0], whole.row_scale[expert])
+    for expert, row in [(0, 0), (0, 599), (1, 261), (1, 262), (1, 263), (1, 400)]:
+        one = round_to_nearest(weights[expert, row][None, None])
+        assert torch.equal(one.trits[0, 0], whole.trits[expert, row])
+        assert torch.equal(one.row_scale[0, 0], whole.row_scale[expert, row])
 
 
 def test_a_view_that_is_not_contiguous() -> None:
     weights = torch.randn((2, 8, 5), generator=torch.Generator().manual_seed(3))
-    turned = weights.transpose(1, 2)
-    assert torch.equal(round_to_nearest(turned).trits, round_to_nearest(turned.clone()).trits)
+    transposed = weights.transpose(1, 2)
+    assert torch.equal(
+        round_to_nearest(transposed).trits, round_to_nearest(transposed.clone()).trits
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -128,33 +129,9 @@ def test_nan_and_infinity_are_refused_by_place(bad: float, dtype: str) -> None:
     assert e.value.code == "value"
 
 
-def test_nan_in_a_later_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rtn, "BLOCK_ELEMENTS", 10)
-    weights = torch.ones((1, 9, 5))
-    weights[0, 7, 0] = math.nan
-    with pytest.raises(QMoEError, match=r"^row 7, column 0: the weight is nan"):
-        round_to_nearest(weights)
-
-
 @pytest.mark.parametrize(("value", "scale_dtype"), [(3.4e38, "BF16"), (1e6, "F16"), (1e300, "F32")])
 def test_weights_beyond_the_scale_are_refused(value: float, scale_dtype: str) -> None:
     weights = torch.tensor([[[1.0], [value]]], dtype=torch.float64)
     with pytest.raises(QMoEError, match=r"row 1.*beyond") as caught:
         round_to_nearest(weights, scale_dtype)
     assert caught.value.code == "value"
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.int32), torch.zeros(1, 1, 1, 1)],
-)
-def test_other_tensors_are_refused(weights: torch.Tensor) -> None:
-    with pytest.raises(QMoEError, match="weights are") as caught:
-        round_to_nearest(weights)
-    assert caught.value.code == "argument"
-
-
-def test_an_unknown_scale_type_is_refused() -> None:
-    with pytest.raises(QMoEError, match="BF16") as caught:
-        round_to_nearest(torch.zeros(1, 1, 1), "I8")
-    assert caught.value.code == "argument"
