@@ -49,8 +49,8 @@ def noting_accesses() -> Iterator[set[tuple[int, int]]]:
 
 
 def count(asked: set[tuple[int, int]]) -> int:
-    """Bytes asked for."""
-    return sum(length for _, length in asked)
+    """Bytes asked for, once each."""
+    return len({byte for first, length in asked for byte in range(first, first + length)})
 
 
 def write(path: Path) -> None:

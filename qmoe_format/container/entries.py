@@ -15,10 +15,6 @@ Parameter: TypeAlias = bool | int | str
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
 
-def _none() -> Mapping[str, Parameter]:
-    return NO_PARAMETERS
-
-
 @dataclass(frozen=True, slots=True)
 class Item:
     """What one extent holds once it is decoded: a tensor, or one expert of a stack.
@@ -30,7 +26,7 @@ class Item:
 
     dtype: str
     shape: tuple[int, ...]
-    parameters: Mapping[str, Any] = field(default_factory=_none, hash=False)
+    parameters: Mapping[str, Any] = field(default_factory=lambda: NO_PARAMETERS, hash=False)
 
     @property
     def elements(self) -> int:
@@ -78,7 +74,7 @@ class TensorEntry:
     extent: int
     extent_count: int
     stored_bytes: int
-    parameters: Mapping[str, Parameter] = field(default_factory=_none, hash=False)
+    parameters: Mapping[str, Parameter] = field(default_factory=lambda: NO_PARAMETERS, hash=False)
 
     @property
     def item(self) -> Item:

@@ -69,18 +69,21 @@ class FileSource:
         """
         if self._fd < 0:
             raise QMoEError("argument", f"{self.path}: the file is closed", "open it again")
-        with os_errors(f"cannot read {self.path}"):
-            now = os.fstat(self._fd).st_size
-            if now != self.length:
-                raise QMoEError(
-                    "truncated" if now < self.length else "trailing",
-                    f"the file has {now} bytes, but had {self.length} when it was opened",
-                )
-            if self._bytes is not None:
-                return self._bytes[offset : offset + length]
-            return self._read(offset, length)
+        try:
+            return self._view(offset, length)
+        except OSError:
+            with os_errors(f"cannot read {self.path}"):  # entered here: it takes longer than a view
+                raise
 
-    def _read(self, offset: int, length: int) -> Bytes:
+    def _view(self, offset: int, length: int) -> Bytes:
+        now = os.fstat(self._fd).st_size
+        if now != self.length:
+            raise QMoEError(
+                "truncated" if now < self.length else "trailing",
+                f"the file has {now} bytes, but had {self.length} when it was opened",
+            )
+        if self._bytes is not None:
+            return self._bytes[offset : offset + length]
         out = np.empty(length, np.uint8)
         done = 0
         while done < length:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -92,16 +93,12 @@ def dump_index(
 ) -> bytes:
     """The canonical text of an index; the records are those of section 3."""
     top: Record = {
-        "attachments": sorted(attachments, key=_name),
+        "attachments": sorted(attachments, key=itemgetter("name")),
         "dictionaries": dictionaries,
         "generator": generator,
-        "tensors": sorted(tensors, key=_name),
+        "tensors": sorted(tensors, key=itemgetter("name")),
     }
     return canonical_json.dumps(top)
-
-
-def _name(record: Record) -> str:
-    return str(record["name"])
 
 
 def fields(

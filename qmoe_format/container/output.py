@@ -38,7 +38,7 @@ class Output:
         if self.state != "open":
             raise QMoEError(
                 "argument",
-                f"{self._target}: nothing more can be written (the writer is {self.state})",
+                f"{self._target}: nothing more can be written (state: {self.state})",
                 "make a new one",
             )
 

@@ -115,7 +115,8 @@ class QMoEFile:
                 for each in listed:
                     with located(self.path):
                         source = _open_listed(self.path, each, memory_map)
-                    opened.callback(source.close)
+                        opened.callback(source.close)
+                        _check_listed(source, each)
                     shards.append(Shard(source))
             with located(self.path):
                 self.tensors = _merge([each.tensors for each in shards], "tensors")
@@ -263,22 +264,22 @@ def _read_list(source: FileSource) -> list[ListedShard] | None:
 
 
 def _open_listed(path: str, shard: ListedShard, memory_map: bool) -> FileSource:
-    """The bytes of a shard, if they are those that the text file at ``path`` means. [S-2]"""
+    """A shard that the text file at ``path`` names."""
     try:
-        source = FileSource(Path(path).with_name(shard.file), memory_map=memory_map)
+        return FileSource(Path(path).with_name(shard.file), memory_map=memory_map)
     except QMoEError as error:
         if error.code != "not-found":
             raise
         raise QMoEError("truncated", f"shard {shard.file!r} is missing") from error
-    with ExitStack() as opened:
-        opened.callback(source.close)
-        crc32 = b""
-        if source.length >= PREAMBLE_LENGTH:
-            crc32 = source.view(PREAMBLE_LENGTH - 4, 4).tobytes()
-        if (source.length, int.from_bytes(crc32, "little")) != (shard.bytes, shard.preamble_crc32):
-            raise QMoEError("checksum", f"shard {shard.file!r} is not the listed file")
-        opened.pop_all()
-    return source
+
+
+def _check_listed(source: FileSource, shard: ListedShard) -> None:
+    """Refuse a file that is not the one that the text file describes. [S-2]"""
+    crc32 = b""
+    if source.length >= PREAMBLE_LENGTH:
+        crc32 = source.view(PREAMBLE_LENGTH - 4, 4).tobytes()
+    if (source.length, int.from_bytes(crc32, "little")) != (shard.bytes, shard.preamble_crc32):
+        raise QMoEError("checksum", f"shard {shard.file!r} is not the one listed")
 
 
 def _merge(parts: Sequence[Mapping[str, E]], what: str) -> Mapping[str, E]:

@@ -1,4 +1,4 @@
-"""Writing ``.qmoe`` files: one pass, in bounded memory, whole or not at all.
+"""Writing ``.qmoe`` files: one pass, bounded memory, complete or not at all.
 
 A value goes straight down: ``StackWriter`` checks it, ``Output`` chooses the shard, ``ShardWriter``
 begins an extent, and the encoding writes into it.
@@ -48,6 +48,9 @@ class Writer:
             None: write one file.
         generator: what the index says about the program that writes.
 
+    Attributes:
+        files: the files written, first the one to open; empty before ``finish``.
+
     Raises:
         QMoEError: ``argument``; ``io``.
 
@@ -89,7 +92,7 @@ class Writer:
         self._tensors: set[str] = set()
         self._attachments: set[str] = set()
         self._stack: StackWriter | None = None
-        self._files: Sequence[Path] = ()
+        self.files: Sequence[Path] = ()
         self._output = Output(target, shard_bytes, generator)
 
     def __enter__(self) -> Writer:
@@ -100,11 +103,6 @@ class Writer:
             self.abort()
         elif self._output.state in ("open", "failed"):  # a failure caught inside is not forgotten
             self.finish()
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """After ``finish``: the files written, first the one to open."""
-        return tuple(self._files)
 
     def add_tensor(self, name: str, value: Any, dtype: str, encoding: str = "zstd") -> None:
         """Add a tensor that is not a stack.
@@ -175,7 +173,7 @@ class Writer:
         """
         try:
             self._check_open()
-            self._files = self._output.finish()
+            self.files = self._output.finish()
         except BaseException:
             self.abort()
             raise
