@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_format.codec.arrays import check_array
 from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
 from qmoe_format.codec.profiles import FAST
 from qmoe_format.codec.segments import EncodedTrits, decode, encode, kernel_segments, run_all
@@ -45,28 +46,17 @@ class EncodedMatrix:
             )
         if not 0 <= self.group_size < 1 << 31:
             raise QMoEError("argument", f"groups of {self.group_size} columns cannot be stored")
-        shapes = [(self.rows, self.groups, values) for values in (1, 2)]
-        if self.row_scale.shape not in shapes:
-            raise QMoEError(
-                "argument",
-                f"row scales are {list(self.row_scale.shape)}, not [{self.rows}, {self.groups}, "
-                "1 or 2]",
-            )
-        if self.column_scale is not None and self.column_scale.shape != (self.columns,):
-            raise QMoEError(
-                "argument", f"column scales are {list(self.column_scale.shape)}, not {self.columns}"
-            )
-        for name, scale in (("row", self.row_scale), ("column", self.column_scale)):
-            if scale is None:
-                continue
-            if scale.dtype != STORAGE[self.scale_dtype]:
-                raise QMoEError(
-                    "argument",
-                    f"{name} scales are {scale.dtype}",
-                    f"give {STORAGE[self.scale_dtype]} to store them as {self.scale_dtype}",
-                )
-            if not np.isfinite(to_float32(scale, self.scale_dtype)).all():
-                raise QMoEError("value", f"a {name} scale is infinite or NaN")  # [E-7] [W-3]
+        dtype, shape = STORAGE[self.scale_dtype], (self.rows, self.groups, None)
+        check_array(f"row_scale ({self.scale_dtype})", self.row_scale, dtype, shape)
+        if not 1 <= self.row_scale.shape[2] <= 2:
+            raise QMoEError("argument", f"groups have {self.row_scale.shape[2]} scales, not 1 or 2")
+        scales = [self.row_scale]
+        if self.column_scale is not None:
+            name = f"column_scale ({self.scale_dtype})"
+            check_array(name, self.column_scale, dtype, (self.columns,))
+            scales.append(self.column_scale)
+        if not all(np.isfinite(to_float32(scale, self.scale_dtype)).all() for scale in scales):
+            raise QMoEError("value", "a scale is infinite or NaN")  # [E-7] [W-3]
 
     @property
     def rows(self) -> int:
@@ -181,13 +171,7 @@ def dequantize_rows(
     from qmoe_format.codec.kernels.tables import tables
 
     columns = matrix.columns
-    fits = out.dtype == np.float32 and out.ndim == 2 and out.shape[1] == columns
-    if not fits or not out.flags.c_contiguous:
-        raise QMoEError(
-            "argument",
-            f"out is {out.dtype} {list(out.shape)}",
-            f"give contiguous float32 [rows, {columns}]",
-        )
+    check_array("out", out, np.float32, (None, columns), contiguous=True)
     last = first + len(out)
     if not 0 <= first <= last <= matrix.rows:
         raise QMoEError("argument", f"rows {first} to {last} do not exist, {matrix.rows} do")

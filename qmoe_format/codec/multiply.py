@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_format.codec.arrays import check_array, output
 from qmoe_format.codec.matrix import EncodedMatrix
 from qmoe_format.codec.segments import Call, kernel_segments, run_all
 from qmoe_format.dtypes import to_float32
-from qmoe_format.errors import QMoEError
 
 Matvec = tuple[EncodedMatrix, npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """W, x and out of one ``matvec``."""
@@ -48,7 +48,7 @@ def matvec(
         >>> matvec(matrix, np.array([1, 2, 3, 4], np.float32))
         array([3., 2.], dtype=float32)
     """
-    out = _output(out, (matrix.rows,))
+    out = output(out, np.float32, (matrix.rows,), contiguous=False)
     matvecs([(matrix, x, out)], threads)
     return out
 
@@ -80,8 +80,9 @@ def matvec_call(
     trits = matrix.trits
     columns = trits.columns
     padded = np.zeros(columns + BEYOND_X, np.float32)
-    padded[:columns] = _scaled(matrix, _checked(x, (columns,), "x"))
-    _checked(out, (trits.rows,), "out")
+    check_array("x", x, np.float32, (columns,))
+    padded[:columns] = _scaled(matrix, x)
+    check_array("out", out, np.float32, (trits.rows,))
     if not columns:
         out[:] = 0
     table = tables(trits.dictionary)
@@ -117,9 +118,9 @@ def matmul(
     from qmoe_format.codec.kernels.tables import tables
 
     trits = matrix.trits
-    tokens = x.shape[0] if x.ndim == 2 else -1
-    scaled = _scaled(matrix, _checked(x, (tokens, trits.columns), "x"))
-    out = _output(out, (tokens, trits.rows))
+    check_array("x", x, np.float32, (None, trits.columns))
+    scaled, tokens = _scaled(matrix, x), len(x)
+    out = output(out, np.float32, (tokens, trits.rows), contiguous=False)
     tile = np.zeros((max(trits.columns, 1), WIDTH), np.float32)
     sums = np.zeros((trits.rows, WIDTH), np.float32)
     arguments = (
@@ -148,15 +149,3 @@ def _scaled(matrix: EncodedMatrix, x: npt.NDArray[np.float32]) -> npt.NDArray[np
     if matrix.column_scale is None:
         return x
     return x * to_float32(matrix.column_scale, matrix.scale_dtype)
-
-
-def _checked(x: npt.NDArray[Any], shape: tuple[int, ...], name: str) -> npt.NDArray[np.float32]:
-    if x.shape != shape or x.dtype != np.float32:
-        raise QMoEError(
-            "argument", f"{name} is {x.dtype} {list(x.shape)}", f"give float32 {list(shape)}"
-        )
-    return x
-
-
-def _output(out: npt.NDArray[np.float32] | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return np.empty(shape, np.float32) if out is None else _checked(out, shape, "out")

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_format.codec.arrays import check_array, output
 from qmoe_format.codec.dictionary import Dictionary
 from qmoe_format.codec.profiles import FAST
 from qmoe_format.codec.threads import in_parts
@@ -50,25 +51,16 @@ class EncodedTrits:
         _check_rows_per_segment(self.rows_per_segment)
         lengths, segments = self.lengths, self.segments
         if lengths.shape != (self.count,) or lengths.dtype not in (np.uint8, np.uint16, np.uint32):
-            raise QMoEError(
-                "malformed",
-                f"segment lengths are {lengths.dtype} {list(lengths.shape)}, not uint8, uint16 or "
-                f"uint32 [{self.count}]",
-            )
+            wrong = f"{lengths.dtype} {list(lengths.shape)} lengths for {self.count} segments"
+            raise QMoEError("malformed", wrong)
         needed = self.segment_bytes + GUARD
         if segments.dtype != np.uint8 or segments.size < needed or not segments.flags.c_contiguous:
-            raise QMoEError(
-                "malformed",
-                f"segments are {segments.dtype} {list(segments.shape)}, not contiguous uint8 of "
-                f"{self.segment_bytes} bytes and {GUARD} guard bytes",
-            )
-        held = int(lengths.sum(dtype=np.int64)) + self.count * self.length_base
-        if held != self.segment_bytes:
-            raise QMoEError(
-                "malformed",
-                f"the lengths of {self.count} segments add up to {held} bytes, but "
-                f"{self.segment_bytes} are stored",
-            )
+            wrong = f"{segments.dtype} {list(segments.shape)} segments, not {needed} adjacent bytes"
+            raise QMoEError("malformed", wrong)
+        total = int(lengths.sum(dtype=np.int64)) + self.count * self.length_base
+        if total != self.segment_bytes:
+            wrong = f"segment lengths add up to {total} bytes, not {self.segment_bytes}"
+            raise QMoEError("malformed", wrong)
 
     @property
     def count(self) -> int:
@@ -127,12 +119,7 @@ def encode(
     from qmoe_format.codec.kernels.encode import encode_segments
     from qmoe_format.codec.kernels.tables import tables
 
-    if trits.dtype != np.int8 or trits.ndim != 2:
-        raise QMoEError(
-            "argument",
-            f"trits are {trits.dtype} {list(trits.shape)}",
-            "give int8 [rows, columns]",
-        )
+    check_array("trits", trits, np.int8, (None, None))
     if trits.size and (trits.min() < -1 or trits.max() > 1):
         raise QMoEError("argument", "trits have other values than -1, 0 and +1")
     rows, columns = trits.shape
@@ -199,22 +186,14 @@ def decode(
     from qmoe_format.codec.kernels.decode import decode_segments, find_unused_codeword
     from qmoe_format.codec.kernels.tables import tables
 
-    shape = (encoded.rows, encoded.columns)
-    if out is None:
-        out = np.empty(shape, np.int8)
-    elif out.shape != shape or out.dtype != np.int8 or not out.flags.c_contiguous:
-        raise QMoEError(
-            "argument",
-            f"out is {out.dtype} {list(out.shape)}",
-            f"give contiguous int8 {list(shape)}",
-        )
+    out = output(out, np.int8, (encoded.rows, encoded.columns), contiguous=True)
     flat = out.reshape(-1)
     totals = np.zeros(encoded.count, np.int64)
     table = tables(encoded.dictionary)
     segments = kernel_segments(encoded)
     if table.used < 1 << encoded.dictionary.width:
-        arguments = (segments, flat.size, table.steps)
-        run_all([(find_unused_codeword, 0, encoded.count, arguments)], threads)
+        call = (find_unused_codeword, 0, encoded.count, (segments, flat.size, table.steps))
+        run_all([call], threads)
     arguments = (segments, table.entries, totals, flat)
     run_all([(decode_segments, 0, encoded.count, arguments)], threads)
     if int(totals.sum()) != encoded.nonzeros:  # [E-13]

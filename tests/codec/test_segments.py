@@ -97,7 +97,8 @@ def test_segments_read_by_the_letter(signs: str) -> None:
     matrix = random_trits(1, 500, 0.6)
     encoded = encode(matrix, chosen)
     number = int.from_bytes(encoded.segments[: encoded.segment_bytes].tobytes(), "little")
-    place, trits = 8 * encoded.segment_bytes, []
+    place = 8 * encoded.segment_bytes
+    trits: list[int] = []
     while len(trits) < 500:
         place -= 9
         trits += book[number >> place & 511]

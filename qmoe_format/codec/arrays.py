@@ -1,0 +1,36 @@
+"""Arrays that callers give: checked, or made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.errors import QMoEError
+
+
+def check_array(
+    name: str,
+    array: npt.NDArray[Any],
+    dtype: npt.DTypeLike,
+    shape: tuple[int | None, ...],
+    contiguous: bool = False,
+) -> None:
+    """Refuse an array of another type or shape, in which None is any length: ``argument``."""
+    fits = array.dtype == dtype and array.ndim == len(shape)
+    fits = fits and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
+    if not fits or (contiguous and not array.flags.c_contiguous):
+        wanted = f"{np.dtype(dtype)} {list(shape)}".replace("None", "n")
+        advice = f"give {'contiguous ' if contiguous else ''}{wanted}"
+        raise QMoEError("argument", f"{name} is {array.dtype} {list(array.shape)}", advice)
+
+
+def output(
+    out: npt.NDArray[Any] | None, dtype: npt.DTypeLike, shape: tuple[int, ...], contiguous: bool
+) -> npt.NDArray[Any]:
+    """``out``, checked, or a new array."""
+    if out is None:
+        return np.empty(shape, dtype)
+    check_array("out", out, dtype, shape, contiguous)
+    return out
