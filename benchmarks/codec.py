@@ -2,16 +2,16 @@
 
     python -m benchmarks.codec [--quick]
 
-Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same trits,
-all speeds of one table of the same run, taken in turns; speeds are medians.
+Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same trits;
+all speeds of one table are medians of one run, in which the schemes take turns.
 
-Sizes, in bits/weight:
+Sizes, in bits per weight:
 
-    payload  codewords and signs (ours: with the rounding of segments to bytes), or the packed or
-             compressed trits; no metadata
+    payload  codewords and signs (ours: with segments padded to bytes), or the packed or compressed
+             trits; no metadata
     total    ours: the tensor in a finished file, with its dictionary, lengths, offsets, two bf16
-             scales a row and alignment; QMoE: payload and 32 bits of offset, 32 bits of scales a
-             row, as its files have; packed and zstd: payload and 32 bits of scales a row
+             scales per row and alignment; QMoE: payload, and per row 32 bits of offset and 32 of
+             scales, as in its files; packed and zstd: payload and 32 bits of scales per row
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def independent(rows: int, columns: int, zero_fraction: float) -> Trits:
 
 
 def gaussian(rows: int, columns: int) -> Trits:
-    """Rows of normal weights, cut at half of their largest and half of their smallest one."""
+    """Rows of normal weights, rounded at half of their largest and half of their smallest one."""
     weights = np.random.default_rng(0).standard_normal((rows, columns))
     high = weights > weights.max(axis=1, keepdims=True) / 2
     low = weights < weights.min(axis=1, keepdims=True) / 2
@@ -66,7 +66,7 @@ def gaussian(rows: int, columns: int) -> Trits:
 
 
 def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
-    """The experts of a small trained Switch Transformer after rounding, if its folder is there."""
+    """The experts of a small trained Switch Transformer after rounding, if its folder exists."""
     if not SWITCH_MINI.is_dir():
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
 
 
 def sources(weights: int) -> Iterator[tuple[str, list[Trits]]]:
-    """(name, matrices) of everything that is measured, about ``weights`` of each."""
+    """Name and matrices of everything that is measured, about ``weights`` of each."""
     for columns in WIDTHS:
         rows = weights // columns
         for share in SHARES:
@@ -102,7 +102,7 @@ def symbols(trits: Trits) -> npt.NDArray[np.uint8]:
 
 
 def pack(trits: Trits, base: int, count: int) -> bytes:
-    """``count`` trits a byte, as digits of a number to ``base``."""
+    """``count`` trits per byte, as digits of a number in ``base``."""
     flat = symbols(trits)
     flat = np.concatenate([flat, np.zeros(-flat.size % count, np.uint8)])
     powers = np.array([base**i for i in range(count)], np.uint8)
@@ -120,7 +120,7 @@ PACKINGS = {"2-bit": (4, 4), "base-3": (3, 5)}
 
 
 def entropy(trits: Trits) -> float:
-    """Order-0 entropy of all trits together, bits/weight."""
+    """Order-0 entropy of all trits together, bits per weight."""
     counts = np.array([np.count_nonzero(trits == value) for value in (-1, 0, 1)])
     shares = counts[counts > 0] / trits.size
     return float(-(shares * np.log2(shares)).sum())
@@ -130,10 +130,10 @@ def entropy(trits: Trits) -> float:
 
 
 def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, float]:
-    """(payload, total) bits/weight of a stack in a file."""
+    """Payload and total bits per weight of a stack in a file."""
     rows, columns = matrices[0].shape
     scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
-    together = profile.rows_per_segment(columns)
+    rows_per_segment = profile.rows_per_segment(columns)
     segment_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.qmoe"
@@ -144,7 +144,7 @@ def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, floa
         ):
             for trits in matrices:
                 matrix = codec.encode_matrix(
-                    trits, scales, width=profile.width, rows_per_segment=together
+                    trits, scales, width=profile.width, rows_per_segment=rows_per_segment
                 )
                 experts.append(matrix)
                 segment_bytes += matrix.trits.segment_bytes
@@ -156,48 +156,48 @@ def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, floa
     return 8 * segment_bytes / weights, 8 * stored / weights
 
 
-def sizes(matrices: list[Trits], quick: bool) -> dict[str, dict[str, float]]:
-    """payload and total bits/weight of every scheme."""
-    found = {}
+def sizes(matrices: list[Trits], quick: bool) -> dict[str, tuple[float, float]]:
+    """Payload and total bits per weight of every scheme."""
     trits = np.concatenate(matrices)
-
-    def note(scheme: str, payload: float, total: float) -> None:
-        found[scheme] = {"payload": payload, "total": total}
-
     columns = trits.shape[1]
-    for scheme, profile in OURS.items():
-        note(scheme, *our_size(matrices, profile))
+    found = {scheme: our_size(matrices, profile) for scheme, profile in OURS.items()}
     codewords, _ = qmoe_scheme.encode(trits)
     qmoe = 16 * codewords.size / trits.size
-    note("QMoE", qmoe, qmoe + 64 / columns)
+    found["QMoE"] = (qmoe, qmoe + 64 / columns)
     for packing, (base, count) in PACKINGS.items():
+        payloads = {packing: 8 / count}
         packed = pack(trits, base, count)
-        note(packing, 8 / count, 8 / count + 32 / columns)
         for level in (3,) if quick else (3, 19):
-            bits = 8 * len(zstandard.ZstdCompressor(level).compress(packed)) / trits.size
-            note(f"zstd -{level} of {packing}", bits, bits + 32 / columns)
+            compressed = zstandard.ZstdCompressor(level).compress(packed)
+            payloads[f"zstd -{level} of {packing}"] = 8 * len(compressed) / trits.size
+        found |= {scheme: (bits, bits + 32 / columns) for scheme, bits in payloads.items()}
     return found
 
 
 def measure_sizes(weights: int, quick: bool) -> list[dict[str, Any]]:
-    """One record a source and width."""
+    """One record per source and width."""
     records = []
     for name, matrices in sources(weights):
-        found = sizes(matrices, quick)
         trits = np.concatenate(matrices)
         limit = entropy(trits)
-        for size in found.values():
-            size["above_entropy_percent"] = 100 * (size["payload"] / limit - 1)
+        schemes = {
+            scheme: {
+                "payload": payload,
+                "total": total,
+                "above_entropy_percent": 100 * (payload / limit - 1),
+            }
+            for scheme, (payload, total) in sizes(matrices, quick).items()
+        }
         records.append(
             {
                 "source": name,
                 "columns": trits.shape[1],
                 "zero_fraction": 1 - np.count_nonzero(trits) / trits.size,
                 "entropy": limit,
-                "schemes": found,
+                "schemes": schemes,
             }
         )
-        line = "  ".join(f"{scheme} {size['payload']:.4f}" for scheme, size in found.items())
+        line = "  ".join(f"{scheme} {size['payload']:.4f}" for scheme, size in schemes.items())
         print(f"{name:16} {trits.shape[1]:5}  H {limit:.4f}  {line}", flush=True)
     return records
 
@@ -210,14 +210,13 @@ def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
     work: dict[str, Callable[[], Any]] = {}
     out = np.empty_like(trits)
     for scheme, profile in OURS.items():
-        no_scales = np.zeros((trits.shape[0], 1, 1), np.uint16)
-        together = profile.rows_per_segment(trits.shape[1])
-        encoded = codec.encode_matrix(
-            trits, no_scales, width=profile.width, rows_per_segment=together
-        ).trits
+        share = 1 - np.count_nonzero(trits) / trits.size
+        dictionary = codec.standard_dictionary(share, profile.width)
+        rows = profile.rows_per_segment(trits.shape[1])
+        encoded = codec.encode(trits, dictionary, rows_per_segment=rows)
         for threads in (1, 2):
             work[f"{scheme}: encode, {threads} thread"] = partial(
-                codec.encode, trits, encoded.dictionary, threads, together
+                codec.encode, trits, dictionary, threads, rows
             )
             work[f"{scheme}: decode, {threads} thread"] = partial(
                 codec.decode, encoded, out, threads
@@ -239,7 +238,7 @@ def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
 
 
 def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
-    """y = W x from the codewords on one and two threads, beside dense products."""
+    """y = W x from the codewords on one and two threads, beside dense matrices."""
     work: dict[str, Callable[[], Any]] = {}
     rows, columns = trits.shape
     x = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
@@ -281,9 +280,9 @@ def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
 
 
 def measure_speeds(quick: bool) -> list[dict[str, Any]]:
-    """One record a source: seconds, and weights/s, of each piece of work."""
+    """Seconds, and weights per second, of each piece of work on each source."""
     records = []
-    # The bf16 form of the matrix for products is larger than the caches; ours is not.
+    # As bf16 the matrix that is multiplied is larger than the caches; ours is not.
     coding_shape, product_shape = ((1024, 3072), (1024, 3072))
     if not quick:
         coding_shape, product_shape = ((4096, 3072), (8192, 14336))
@@ -302,7 +301,7 @@ def measure_speeds(quick: bool) -> list[dict[str, Any]]:
 
 
 def ratios(speeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The speeds that are claimed, against the alternative in the same run."""
+    """Claimed speeds relative to the alternative in the same run."""
 
     def rate(source: str, work: str) -> float:
         return next(
@@ -331,7 +330,7 @@ def ratios(speeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Per cent above entropy against the share of zeros, rows of 3072."""
+    """Percent above entropy against the share of zeros, rows of 3072."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -10,12 +10,11 @@ import numpy.typing as npt
 from qmoe_format.errors import QMoEError
 
 
+Shape = tuple[int | None, ...]
+
+
 def check_array(
-    name: str,
-    array: npt.NDArray[Any],
-    dtype: npt.DTypeLike,
-    shape: tuple[int | None, ...],
-    contiguous: bool = False,
+    name: str, array: npt.NDArray[Any], dtype: Any, shape: Shape, contiguous: bool = False
 ) -> None:
     """Refuse an array of another type or shape, in which None is any length: ``argument``."""
     fits = array.dtype == dtype and array.ndim == len(shape)
@@ -27,7 +26,7 @@ def check_array(
 
 
 def output(
-    out: npt.NDArray[Any] | None, dtype: npt.DTypeLike, shape: tuple[int, ...], contiguous: bool
+    out: npt.NDArray[Any] | None, dtype: Any, shape: tuple[int, ...], contiguous: bool
 ) -> npt.NDArray[Any]:
     """``out``, checked, or a new array."""
     if out is None:
