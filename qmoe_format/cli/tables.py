@@ -16,9 +16,9 @@ HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
 
 def tensor_table(description: Report, *, compressed_only: bool = False) -> list[str]:
     """Lines with a row for each tensor: the ternary ones, then the others."""
-    tensors = sorted(description["tensors"], key=lambda each: each["encoding"] != "ternary-dict")
+    tensors = sorted(description["tensors"], key=lambda each: each["zero_fraction"] is None)
     if compressed_only:
-        tensors = [tensor for tensor in tensors if tensor["encoding"] == "ternary-dict"]
+        tensors = [tensor for tensor in tensors if tensor["zero_fraction"] is not None]
     return table(HEADER, [_row(tensor) for tensor in tensors], left=4)
 
 
