@@ -26,7 +26,7 @@ from qmoe_format.codec import Dictionary, EncodedMatrix
 from qmoe_format.errors import QMoEError
 
 # Zero bytes around the segments. A lane takes up to 64 bits per step, and a warp loads the
-# codewords of one step more than it makes: 2 x 32 x 8 bytes before a segment's first byte.
+# codewords of one step more than it walks: 2 x 32 x 8 bytes before a segment's first byte.
 GUARD = 576
 ALIGNMENT = 256  # of an array in the buffer
 # The kernels count the weights and bits of one segment in 32 bits.

@@ -111,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
     const int* table_of,             // int32 [experts]
     const Entry* tables,             // [dictionaries, 2^WIDTH]
     int experts, int rows, int columns, int rows_per_segment, int group_size,
-    Y_TYPE* y,   // bf16, fp16 or fp32 [count, rows, columns]
-    int first,   // matrix to begin with
+    Y_TYPE* y,    // bf16, fp16 or fp32 [count, rows, columns]
+    int first,    // matrix to begin with
     int count) {  // number of matrices
     extern __shared__ unsigned char shared[];
     const PackedStack stack = {segments, offsets, bases, row_scale, column_scale,     table_of,
