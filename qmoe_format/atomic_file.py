@@ -46,21 +46,19 @@ class PartialFile:
         self.length = 0
         name = f".{target.name[:200]}.{secrets.token_hex(4)}.partial"
         self._path = target.with_name(name)
-        with self._errors():
+        self._errors = os_errors(f"cannot write {target}")
+        with self._errors:
             self._fd = os.open(self._path, _FLAGS, 0o666)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return os_errors(f"cannot write {self.target}")
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``: bytes, one-dimensional."""
-        with self._errors():
+        with self._errors:
             self._write_all(data)
             self.length += len(data)
 
     def overwrite(self, data: bytes) -> None:
         """Replace the first bytes of the file."""
-        with self._errors():
+        with self._errors:
             os.lseek(self._fd, 0, os.SEEK_SET)
             self._write_all(data)
             os.lseek(self._fd, self.length, os.SEEK_SET)
@@ -72,14 +70,14 @@ class PartialFile:
 
     def truncate(self, length: int) -> None:
         """Cut the file back to ``length`` bytes."""
-        with self._errors():
+        with self._errors:
             os.ftruncate(self._fd, length)
             os.lseek(self._fd, length, os.SEEK_SET)
             self.length = length
 
     def seal(self) -> None:
         """Make the file durable and close it; only ``publish`` and ``discard`` may follow."""
-        with self._errors():
+        with self._errors:
             os.fsync(self._fd)
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -87,7 +85,7 @@ class PartialFile:
     def publish(self, target: Path | None = None) -> None:
         """Rename the file to ``target``, in the same folder, replacing what has that name."""
         self.target = target or self.target
-        with self._errors():
+        with self._errors:
             self._path.replace(self.target)
 
     def discard(self) -> None:

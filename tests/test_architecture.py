@@ -48,7 +48,10 @@ def imports(path: Path, known: set[str]) -> set[str]:
             assert node.level == 0, f"{path}: imports are absolute"
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             submodule = [name.removeprefix("qmoe_format.") in known for name in inner]
-            names = [name if sub else str(node.module) for name, sub in zip(inner, submodule)]
+            names = [
+                name if sub else str(node.module)
+                for name, sub in zip(inner, submodule, strict=True)
+            ]
         found |= {
             name.removeprefix("qmoe_format").removeprefix(".")
             for name in names

@@ -40,7 +40,8 @@ class FileSource:
         self._fd = -1
         self._map: mmap.mmap | None = None
         self._bytes: Bytes | None = None
-        with os_errors(f"cannot read {self.path}"):
+        self._errors = os_errors(f"cannot read {self.path}")
+        with self._errors:
             try:
                 # Asked by name first: opening a named pipe would wait for its other end.
                 regular = stat.S_ISREG(self.path.stat().st_mode)
@@ -69,11 +70,8 @@ class FileSource:
         """
         if self._fd < 0:
             raise QMoEError("argument", f"{self.path}: the file is closed", "open it again")
-        try:
+        with self._errors:
             return self._view(offset, length)
-        except OSError:
-            with os_errors(f"cannot read {self.path}"):  # entered here: it takes longer than a view
-                raise
 
     def _view(self, offset: int, length: int) -> Bytes:
         now = os.fstat(self._fd).st_size
