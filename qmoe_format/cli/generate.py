@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     encoded.pop("token_type_ids", None)
     if not encoded.input_ids.numel():
         raise QMoEError("argument", "the prompt has no tokens", "give some text")
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"num_beams": 1}  # text is shown as it is generated
     defaults = model.generation_config
     if options.max_new_tokens or not (defaults.max_new_tokens or defaults.max_length):
         settings["max_new_tokens"] = options.max_new_tokens or NEW_TOKENS

@@ -27,7 +27,11 @@ def test_demo(qmoe_process: Any) -> None:
         file.verify()
         compressed = [name for name, entry in file.tensors.items() if entry.stack]
         total = describe(file)["totals"]["experts"]["total_bits_per_weight"]
+    # The model's own configuration asks for a beam search, which cannot show text as it comes.
+    generated = qmoe_process("generate", path, "The LORD is my shepherd;")
     shutil.rmtree(path.parent)
+    assert (generated.code, generated.err) == (0, "")
+    assert len(generated.out.split()) > 3
     assert total == pytest.approx(BITS, rel=0.02)
     assert any("relative error" in line for line in lines)
     assert compressed
