@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from qmoe_format.errors import QMoEError
 
-
 Shape = tuple[int | None, ...]
 
 
