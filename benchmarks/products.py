@@ -18,7 +18,7 @@ import torch
 from benchmarks import report
 from qmoe_format import codec
 from qmoe_format.runtime.grouped_linear import choose_kernel
-from qmoe_format.runtime.tuning import TUNING
+from qmoe_format.runtime.tuning import Tuning
 
 SHAPES = ((3072, 768), (768, 3072), (3584, 1024))
 ZEROS = (0.6, 0.885, 0.95)
@@ -30,7 +30,7 @@ def kernels(matrix: codec.EncodedMatrix, tokens: int) -> dict[str, Callable[[], 
     """Y = X W^T of as many tokens, by each kernel."""
     x = np.random.default_rng(1).standard_normal((tokens, matrix.columns)).astype(np.float32)
     y = np.empty((tokens, matrix.rows), np.float32)
-    tile = max(1, TUNING.scratch_bytes // (4 * matrix.columns))
+    tile = max(1, Tuning().scratch_bytes // (4 * matrix.columns))
     scratch = np.empty((min(tile, matrix.rows), matrix.columns), np.float32)
 
     def dense() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
             for tokens in TOKENS:
                 seconds = report.medians(kernels(matrix, tokens), ROUNDS)
                 took = {name: 1e6 * each["median"] for name, each in seconds.items()}
-                choice = choose_kernel(tokens, matrix.trits.zero_fraction)
+                choice = choose_kernel(tokens, matrix.trits.zero_fraction, Tuning())
                 result = {
                     "shape": [rows, columns],
                     "zeros": share,

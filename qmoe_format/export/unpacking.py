@@ -111,7 +111,7 @@ def _tensors(file: container.QMoEFile, compressed: bool) -> Iterator[OutputTenso
     for name, entry in file.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if not entry.stack:
-            yield OutputTensor(name, dtype, shape, lambda name=name: [file.read(name, cores())])
+            yield OutputTensor(name, dtype, shape, partial(_whole, file, name))
         elif compressed:
             continue
         elif entry.members:
@@ -123,6 +123,10 @@ def _tensors(file: container.QMoEFile, compressed: bool) -> Iterator[OutputTenso
             parts = partial(_experts, file, name, range(shape[0]), transposed)
             shape = (shape[0], *reversed(shape[1:])) if transposed else shape
             yield OutputTensor(name, dtype, shape, parts)
+
+
+def _whole(file: container.QMoEFile, name: str) -> Iterator[npt.NDArray[Any]]:
+    yield file.read(name, cores())
 
 
 def _experts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
-from qmoe_format.runtime.tuning import TUNING, Tuning
+from qmoe_format.runtime.tuning import Tuning
 
 Activation = Callable[[Tensor], Tensor]
 Product = Callable[[Sequence[LazyStack], Tensor], Tensor]
@@ -37,7 +37,7 @@ class CompressedExperts:
 
     inputs: tuple[LazyStack, ...]
     output: LazyStack
-    tuning: Tuning = TUNING
+    tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
         experts, hidden, inner = self.output.shape
@@ -70,25 +70,25 @@ class CompressedExperts:
 
         Args:
             x: hidden states, floating [tokens, hidden].
-            index: experts, integers [tokens, k]; those that do not exist are left out.
+            index: experts, integers [tokens, k]; numbers that are too large are left out.
             weights: floating [tokens, k].
             activation: maps products with ``inputs`` to what ``output`` is multiplied by.
             biases: none, or those of the inputs [experts, rows] and the output [experts, hidden].
 
         Raises:
-            QMoEError: those of ``LazyStack``'s methods.
+            QMoEError: the codes of ``LazyStack``'s methods.
         """
         differentiable = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         if x.is_cuda and len(x) <= self.tuning.gpu_layer_tokens and not differentiable:
             return self._forward_fused(x, index, weights, activation, *biases)
         k = index.shape[1]
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        experts, scales = index.reshape(-1), weights.reshape(-1)
+        scales = weights.reshape(-1)
         for numbers, groups in _by_expert(index, self.output.shape[0], self.tuning.pairs):
             pairs = torch.from_numpy(numbers).to(x.device)
-            tokens = pairs // k
+            tokens = torch.from_numpy(numbers // k).to(x.device)
             product = partial(grouped_linear, groups=groups, tuning=self.tuning)
-            chosen_biases = (bias[experts[pairs]] for bias in biases)
+            chosen_biases = [bias[index.reshape(-1)[pairs]] for bias in biases]
             y = self._run(product, x[tokens], activation, *chosen_biases)
             total = total.index_add(0, tokens, (y * scales[pairs, None]).to(torch.float32))
         return total.to(x.dtype)

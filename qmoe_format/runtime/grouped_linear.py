@@ -6,7 +6,7 @@ scratch buffer for a dense product: on the CPU no expert is ever decoded as a wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from qmoe_format import codec
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.lazy_stack import LazyStack
-from qmoe_format.runtime.tuning import TUNING, Tuning
+from qmoe_format.runtime.tuning import Tuning
 
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     last: int
 
 
-def choose_kernel(tokens: int, zero_fraction: float, tuning: Tuning = TUNING) -> Kernel:
+def choose_kernel(tokens: int, zero_fraction: float, tuning: Tuning) -> Kernel:
     """The fastest kernel on a CPU for the tokens of one expert."""
     if tokens <= tuning.matvec_tokens:
         return "matvec"
@@ -40,7 +40,7 @@ def choose_kernel(tokens: int, zero_fraction: float, tuning: Tuning = TUNING) ->
 
 
 def grouped_linear(
-    stacks: Sequence[LazyStack], x: Tensor, groups: Sequence[Group], tuning: Tuning = TUNING
+    stacks: Sequence[LazyStack], x: Tensor, groups: Sequence[Group], tuning: Tuning
 ) -> Tensor:
     """Multiply each group of tokens by its expert of every stack: y [tokens, rows of all stacks].
 
@@ -76,10 +76,10 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
         dx = dy.new_zeros((len(dy), ctx.stacks[0].shape[2]), dtype=torch.float32)
-        for stack, part in _split(ctx.stacks, dy):
+        for stack, columns in _side_by_side(ctx.stacks):
             for expert, first, last in ctx.groups:
                 for rows, weights in _decoded_rows(stack, expert, dx, ctx.tuning):
-                    dx[first:last] += part[first:last, rows].to(dx.dtype) @ weights
+                    dx[first:last] += dy[first:last, columns][:, rows].to(dx.dtype) @ weights
         return dx.to(dy.dtype), None, None, None
 
 
@@ -88,20 +88,20 @@ def _on_cpu(
 ) -> Tensor:
     x_float = x.detach().to(torch.float32).contiguous()
     y = torch.empty((len(x), sum(stack.shape[1] for stack in stacks)), dtype=torch.float32)
-    x_array = x_float.numpy()
+    x_array, y_array = x_float.numpy(), y.numpy()
     singles: list[codec.Matvec] = []
-    for stack, part in _split(stacks, y):
-        y_array = part.numpy()
+    for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             matrix = stack.matrix(expert)
             kernel = choose_kernel(last - first, matrix.trits.zero_fraction, tuning)
             if kernel == "matvec":
-                singles += [(matrix, x_array[i], y_array[i]) for i in range(first, last)]
+                singles += [(matrix, x_array[i], y_array[i, columns]) for i in range(first, last)]
             elif kernel == "matmul":
-                codec.matmul(matrix, x_array[first:last], y_array[first:last], tuning.threads)
+                part = y_array[first:last, columns]
+                codec.matmul(matrix, x_array[first:last], part, tuning.threads)
             else:
                 for rows, weights in _decoded_rows(stack, expert, x_float, tuning):
-                    torch.mm(x_float[first:last], weights.T, out=part[first:last, rows])
+                    torch.mm(x_float[first:last], weights.T, out=y[first:last, columns][:, rows])
     size = sum(matrix.rows * matrix.columns for matrix, _, _ in singles)
     codec.matvecs(singles, min(tuning.threads, 1 + size // tuning.weights_per_thread))
     return y.to(x.dtype)
@@ -115,20 +115,22 @@ def _on_gpu(
     dtype = x.dtype if x.dtype in GPU_DTYPES else torch.float32
     x_gpu = x.detach().to(dtype).contiguous()
     y = x_gpu.new_empty((len(x), sum(stack.shape[1] for stack in stacks)))
-    for stack, part in _split(stacks, y):
+    for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             if last - first > tuning.gpu_expert_tokens:
                 for _, weights in _decoded_rows(stack, expert, x_gpu, tuning):
-                    part[first:last] = x_gpu[first:last] @ weights.T
+                    y[first:last, columns] = x_gpu[first:last] @ weights.T
             else:
                 uploaded = stack.upload(x.get_device())
-                part[first:last] = gpu.matmul(uploaded[expert], x_gpu[first:last])
+                y[first:last, columns] = gpu.matmul(uploaded[expert], x_gpu[first:last])
     return y.to(x.dtype)
 
 
-def _split(stacks: Sequence[LazyStack], y: Tensor) -> Iterable[tuple[LazyStack, Tensor]]:
-    """Each stack and its columns of ``y``, side by side."""
-    return zip(stacks, y.split([stack.shape[1] for stack in stacks], dim=1), strict=True)
+def _side_by_side(stacks: Sequence[LazyStack]) -> Iterator[tuple[LazyStack, slice]]:
+    """Each stack and its columns of y."""
+    start = 0
+    for stack in stacks:
+        yield stack, slice(start, start := start + stack.shape[1])
 
 
 def _decoded_rows(

@@ -28,16 +28,15 @@ class LazyStack:
     def __init__(self, file: QMoEFile, name: str) -> None:
         entry = file.tensors.get(name)
         if entry is None:
-            raise QMoEError(
-                "not-found", f"{file.path}: there is no stack {name!r}", "look at .tensors"
-            )
+            problem = f"{file.path}: there is no stack {name!r}"
+            raise QMoEError("not-found", problem, "convert the checkpoint again")
         multipliable = encoding_of(entry.encoding).multipliable
         if not (entry.stack and multipliable and len(entry.shape) == 3):
             raise QMoEError(
                 "argument",
                 f"{file.path}: {name!r} ({entry.encoding}, {list(entry.shape)}) is not a stack of "
                 "matrices that can be multiplied as they are stored",
-                "read it with file.read or file.read_expert",
+                "unpack the file and load the folder",
             )
         self.name = name
         self.shape: tuple[int, int, int] = (entry.shape[0], entry.shape[1], entry.shape[2])
@@ -61,6 +60,6 @@ class LazyStack:
         if stack is None:
             from qmoe_format import gpu
 
-            every = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
-            stack = self._uploaded[device] = gpu.upload(every, device=device)
+            matrices = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
+            stack = self._uploaded[device] = gpu.upload(matrices, device=device)
         return stack

@@ -1,4 +1,4 @@
-"""Where one way to multiply becomes faster than another, and how much memory a product may use."""
+"""Where one kernel becomes faster than another, and how much memory a product may use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Tuning:
             non-zero, a dense one for each weight.
         weights_per_thread: weights for which waking another thread pays.
         scratch_bytes: of decoded weights at a time.
-        gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch a stack.
-        gpu_expert_tokens: of one expert, for which ``gpu.matmul`` is meant.
+        gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch per stack.
+        gpu_expert_tokens: up to this many tokens of an expert, a GPU multiplies from codewords.
     """
 
     threads: int = field(default_factory=cores)
@@ -32,6 +32,3 @@ class Tuning:
     scratch_bytes: int = 8 << 20
     gpu_layer_tokens: int = 64
     gpu_expert_tokens: int = 64
-
-
-TUNING = Tuning()

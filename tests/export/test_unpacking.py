@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written(fused: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
 def test_interrupted(fused: Path, tmp_path: Path, error: type[BaseException]) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, stage: str = "") -> None:
         if done > 20:
             raise error
 

@@ -14,6 +14,7 @@ from qmoe_format.gpu.device_stack import DeviceStack
 from qmoe_format.runtime.experts import experts_forward
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
+from qmoe_format.runtime.tuning import Tuning
 from tests.gpu import shim
 from tests.gpu.conftest import cupy  # noqa: F401 -- a fixture
 from tests.gpu.fake_cupy import FakeCupy
@@ -114,7 +115,7 @@ def test_experts_that_do_not_exist_are_left_out(file: QMoEFile, dense: Dense, ca
 def test_groups(file: QMoEFile, dense: Dense, calls: Calls, tokens: int, kernel: str) -> None:
     """Few tokens are multiplied from the codewords, many with W decoded."""
     x = random(tokens, HIDDEN)
-    y = grouped_linear([LazyStack(file, "up")], to_gpu(x), [Group(1, 0, tokens)])
+    y = grouped_linear([LazyStack(file, "up")], to_gpu(x), [Group(1, 0, tokens)], Tuning())
     torch.testing.assert_close(y.as_subclass(torch.Tensor), x @ dense["up"][1].T)
     assert calls == [kernel]
 
@@ -133,7 +134,7 @@ def test_a_stack_is_uploaded_once(
     monkeypatch.setattr(gpu, "upload", upload)
     stack = LazyStack(file, "gate")
     for _ in range(2):
-        grouped_linear([stack], to_gpu(random(2, HIDDEN)), [Group(0, 0, 2)])
+        grouped_linear([stack], to_gpu(random(2, HIDDEN)), [Group(0, 0, 2)], Tuning())
     assert uploads == [0]
     assert len(stack.upload(0)) == EXPERTS
 

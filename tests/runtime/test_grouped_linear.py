@@ -26,7 +26,7 @@ def linear(stack: LazyStack, x: torch.Tensor, expert: int, **tuning: int) -> tor
 
 def test_these_tokens_take_all_kernels(file: QMoEFile) -> None:
     zeros = LazyStack(file, "gate").matrix(0).trits.zero_fraction
-    assert [choose_kernel(n, zeros) for n in TOKENS] == ["matvec", "matmul", "dense"]
+    assert [choose_kernel(n, zeros, Tuning()) for n in TOKENS] == ["matvec", "matmul", "dense"]
 
 
 def test_a_stack_is_views_of_the_file(file: QMoEFile) -> None:
@@ -84,7 +84,7 @@ def test_sums_are_float32_for_every_dtype(
 def test_groups_and_stacks_side_by_side(file: QMoEFile, dense: Dense) -> None:
     groups = [Group(2, 0, 1), Group(0, 1, 2), Group(1, 2, 7), Group(0, 7, 7 + MANY)]
     x = random(7 + MANY, HIDDEN).requires_grad_()
-    y = grouped_linear([LazyStack(file, "gate"), LazyStack(file, "up")], x, groups)
+    y = grouped_linear([LazyStack(file, "gate"), LazyStack(file, "up")], x, groups, Tuning())
     both = torch.cat([dense["gate"], dense["up"]], dim=1)
     want = torch.cat([x[g.first : g.last] @ both[g.expert].T for g in groups])
     torch.testing.assert_close(y, want)
