@@ -16,9 +16,11 @@ def check_array(
     name: str, array: npt.NDArray[Any], dtype: Any, shape: Shape, contiguous: bool = False
 ) -> None:
     """Refuse an array of another type or shape, in which None is any length: ``argument``."""
-    fits = array.dtype == dtype and array.ndim == len(shape)
-    fits = fits and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
-    if not fits or (contiguous and not array.flags.c_contiguous):
+    fits = array.shape == shape or (
+        array.ndim == len(shape)
+        and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
+    )
+    if not fits or array.dtype != dtype or (contiguous and not array.flags.c_contiguous):
         wanted = f"{np.dtype(dtype)} {list(shape)}".replace("None", "n")
         advice = f"give {'contiguous ' if contiguous else ''}{wanted}"
         raise QMoEError("argument", f"{name} is {array.dtype} {list(array.shape)}", advice)

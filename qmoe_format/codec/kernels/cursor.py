@@ -74,8 +74,6 @@ def for_each_run(
                 column = np.uint64(place - row_start)
                 run = Run(data, left, seen, row, group, column, start, np.int64(count), end)
                 sums, start, seen = visit(run, sums, segments, lists, x)
-                if seen > left and not segments.signed:
-                    return segment * 8 + ENDS_EARLY
                 if end > np.int64(passed):
                     break
                 total = finish(total, sums, scales, row, group)
@@ -87,5 +85,7 @@ def for_each_run(
                     group = np.int64(0)
                     row += 1
                     row_start += columns
+            if seen > left and not segments.signed:
+                return segment * 8 + ENDS_EARLY
             place += np.int64(passed)
     return OK
