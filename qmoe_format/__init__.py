@@ -1,12 +1,12 @@
-"""Compressed mixture-of-experts weights in one open, checked file.
+"""Compressed mixture-of-experts weights in an open, checked file format.
 
     import qmoe_format
 
     with qmoe_format.open("model.qmoe") as file:
         file.tensors                                # name -> TensorEntry
         file.read("shared.weight")                  # a tensor
-        file.read_expert("...experts.wi", 7)        # one expert of a stack, and no other
-        file.encoded("...experts.wi", 7)            # its codewords and scales as stored
+        file.read_expert("...experts.wi", 7)        # one expert of a stack, and nothing else
+        file.encoded("...experts.wi", 7)            # its codewords and scales, as stored
         file.verify()
 
     with qmoe_format.Writer("model.qmoe") as writer:
@@ -15,11 +15,11 @@
     qmoe_format.convert("checkpoint", "model.qmoe")     # from a Hugging Face folder, with torch
     qmoe_format.unpack("model.qmoe", "folder")          # and back
 
-    model = qmoe_format.load_model("model.qmoe")        # a model of transformers, to be run
+    model = qmoe_format.load_model("model.qmoe")        # a model of transformers, ready to run
     tokenizer = qmoe_format.load_tokenizer("model.qmoe")
 
-The format is described in SPEC.md. Errors are ``QMoEError`` with a stable ``code``. Everything
-below is loaded when it is first used; torch, Numba and CuPy only by what needs them.
+SPEC.md specifies the format. Errors are ``QMoEError`` with a stable ``code``. Every name below is
+loaded when it is first used, so that nothing imports torch, Numba or CuPy before it is needed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from qmoe_format._version import __version__
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
+    from qmoe_format.container import QMoEFile, StackWriter, Writer, open
     from qmoe_format.container.entries import AttachmentEntry, DictionaryEntry, TensorEntry
-    from qmoe_format.container.reader import QMoEFile, open
-    from qmoe_format.container.writer import StackWriter, Writer
     from qmoe_format.conversion import convert
     from qmoe_format.errors import QMoEError
     from qmoe_format.export import unpack
@@ -59,30 +58,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AttachmentEntry": "container.entries",
-    "Dictionary": "codec",
-    "DictionaryEntry": "container.entries",
-    "EncodedMatrix": "codec",
-    "EncodedTrits": "codec",
-    "QMoEError": "errors",
-    "QMoEFile": "container.reader",
-    "StackWriter": "container.writer",
-    "TensorEntry": "container.entries",
-    "Writer": "container.writer",
-    "convert": "conversion",
-    "load_model": "runtime",
-    "load_tokenizer": "runtime",
-    "open": "container.reader",
-    "unpack": "export",
+    "codec": ("Dictionary", "EncodedMatrix", "EncodedTrits"),
+    "container": ("QMoEFile", "StackWriter", "Writer", "open"),
+    "container.entries": ("AttachmentEntry", "DictionaryEntry", "TensorEntry"),
+    "conversion": ("convert",),
+    "errors": ("QMoEError",),
+    "export": ("unpack",),
+    "runtime": ("load_model", "load_tokenizer"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

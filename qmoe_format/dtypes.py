@@ -1,7 +1,6 @@
 """Element types: their names in a file, their sizes, and exact conversion of scales.
 
-numpy has no bfloat16: its elements travel as ``uint16`` bit patterns (and fp8 as ``uint8``) until
-someone asks for numbers.
+NumPy has no bfloat16 or fp8: their elements are kept as bit patterns, in ``uint16`` and ``uint8``.
 """
 
 from __future__ import annotations
