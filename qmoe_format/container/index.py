@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from operator import itemgetter
 from types import MappingProxyType
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from qmoe_format.codec.dictionary import SIGN_MODES
 from qmoe_format.container import canonical_json, limits
-from qmoe_format.container.encodings import ENCODINGS
+from qmoe_format.container.encodings import ENCODINGS, Encoding
 from qmoe_format.container.entries import (
     NO_PARAMETERS,
     AttachmentEntry,
@@ -154,7 +155,7 @@ def parse_tensor(record: Any, lengths: Lengths | None = None) -> TensorEntry:
 def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
     named = type(record) is dict and type(record.get("encoding")) is str
     encoding = ENCODINGS.get(record["encoding"]) if named else None
-    fields(record, "its entry", _KINDS[encoding.name] if encoding else _TENSOR, not encoding)
+    fields(record, "its entry", _keys(encoding) if encoding else _TENSOR, not encoding)
     if not encoding and any(_has_null(value) for value in record.values()):
         raise QMoEError("malformed", "its entry contains a null")  # [J-2]
     name, dtype, members, stack = (record[key] for key in ("name", "dtype", "members", "stack"))
@@ -182,10 +183,10 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
     )
 
 
-_KINDS = {
-    name: _TENSOR | {key: type(value) for key, value in encoding.defaults.items()}
-    for name, encoding in ENCODINGS.items()
-}
+@cache
+def _keys(encoding: Encoding) -> Mapping[str, type]:
+    """The keys of a tensor's entry with this encoding, and the kinds of their values."""
+    return _TENSOR | {key: type(value) for key, value in encoding.defaults.items()}
 
 
 def _has_null(value: Any) -> bool:
