@@ -1,7 +1,7 @@
 """One stage of a Hugging Face model, encoder or decoder, of which one block at a time is run.
 
-First the stage's own forward runs with blocks that pass the hidden states through: thus the model
-itself makes masks, rotary embeddings and position biases. Then the wanted block runs with them.
+First the stage's own forward runs with blocks that pass the hidden states through, so that masks,
+rotary embeddings and position biases are the model's own. Then the wanted block runs with them.
 """
 
 from __future__ import annotations

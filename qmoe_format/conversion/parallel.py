@@ -28,7 +28,7 @@ class Resources:
         group_bytes: weights and Hessians in memory together, as long as every worker has an expert;
             a quantizer needs a few times as much again.
         chunk_elements: of the widest activation at once: 4 MB, which an allocator keeps for reuse.
-        chunk_tokens: at least this many at once, lest accessing the Hessian dominates.
+        chunk_tokens: at least this many at once, or access to the Hessian would dominate.
         large_expert: elements from which an expert gets all workers; smaller ones get one each.
         batch_elements: in a batch; large ones hide the overhead of a quantizer's many small steps.
     """

@@ -142,7 +142,7 @@ class Work:
             self._lock = -1
 
     def _discard(self) -> None:
-        """Remove the folder; rename it first, lest a half-removed one be taken for work."""
+        """Remove the folder. Renamed first, it is never taken for work when half removed."""
         old = self.folder.with_name(f"{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         self.folder.rename(old)
