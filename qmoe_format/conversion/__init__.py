@@ -54,13 +54,12 @@ def convert(
         options: the other fields of ``ConvertOptions``.
 
     Returns:
-        ``destination``: the file to open. With ``shard_bytes`` it may be the small file that names
-        the shards, which lie beside it.
+        ``destination``, the file to open; with ``shard_bytes`` it may just list the shards beside it.
 
     Raises:
-        QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, ``value`` (weights
-            that are NaN or infinite, or a missed number of bits) or ``io``, for example because the
-            disk is full; with ``resume`` a format code if the work folder is damaged.
+        QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, ``value`` (NaN or
+            infinite weights, or a missed number of bits), ``io``; with ``resume`` a format code if
+            the work folder is damaged.
     """
     if isinstance(calibration, str | Path):
         calibration = Calibration(calibration)
