@@ -121,8 +121,8 @@ class Solution:
         longer = torch.minimum(problem.lengthen * error / problem.square, MAX_LENGTHEN * short)
         longer = longer.clamp(min=0)
         ratio = refit_rows(own, aim + longer * _dots(quantized, problem.seen))
-        target = problem.exact + longer[:, None] * problem.seen
-        gradient = target - product.mul_(ratio[:, None])
+        target = (longer[:, None] * problem.seen).add_(problem.exact)
+        gradient = torch.sub(target, product.mul_(ratio[:, None]), out=product)
         return cls(trits, scale * ratio, column_scale, target, gradient)
 
     def reordered(self, order: Tensor) -> Solution:
@@ -141,7 +141,8 @@ class Solution:
         aim = _dots(quantized, self.target)
         ratio = refit_rows(aim - _dots(quantized, self.gradient), aim)
         # target - ratio (target - gradient)
-        gradient = (self.gradient * ratio[:, None]).addcmul_(self.target, 1 - ratio[:, None])
+        gradient = torch.mul(self.gradient, ratio[:, None], out=quantized)
+        gradient.addcmul_(self.target, 1 - ratio[:, None])
         return replace(self, scale=self.scale * ratio, gradient=gradient)
 
     def columns_refitted(self, problem: Problem) -> Solution:
