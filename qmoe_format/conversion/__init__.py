@@ -54,7 +54,7 @@ def convert(
         options: the other fields of ``ConvertOptions``.
 
     Returns:
-        ``destination``, the file to open; with ``shard_bytes`` it may just list the shards beside it.
+        ``destination``, the file to open; with ``shard_bytes`` it may only list the other files.
 
     Raises:
         QMoEError: ``dependency``, ``argument``, ``not-found``, ``checkpoint``, ``value`` (NaN or
