@@ -8,7 +8,7 @@ from typing import Protocol
 class Progress(Protocol):
     """A callback of ``verify``, ``unpack``, ``convert`` and ``evaluate``.
 
-    A calibrated conversion counts twice, first while it plans, then again from zero; where a block
+    A calibrated conversion counts twice, first while it surveys, then again from zero; where a block
     is done again, it goes back to where that block began.
     """
 
