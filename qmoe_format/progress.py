@@ -8,8 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """A callback of ``verify``, ``unpack``, ``convert`` and ``evaluate``.
 
-    A calibrated conversion counts twice, first while it surveys, then again from zero; where a block
-    is done again, it goes back to where that block began.
+    A calibrated conversion counts twice, first while it surveys the model, then again from zero;
+    where a block is done again, it goes back to where that block began.
     """
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None:
