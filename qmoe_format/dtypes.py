@@ -22,6 +22,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
         "I8": "i1",
         "F8_E4M3": "u1",
         "F8_E5M2": "u1",
+        "F8_E8M0": "u1",
         "U16": "<u2",
         "I16": "<i2",
         "F16": "<f2",

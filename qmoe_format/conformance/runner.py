@@ -178,7 +178,8 @@ def _package_contents(file: Any) -> dict[str, Any]:
         attachments.append({"bytes": len(data), "name": name, "sha256": sha256(data)})
     tensors = []
     for name, tensor in sorted(file.tensors.items()):
-        entry = {key: getattr(tensor, key) for key in ("dtype", "encoding", "members", "stack")}
+        keys = ("dtype", "encoding", "members", "stack", "transposed")
+        entry = {key: getattr(tensor, key) for key in keys}
         experts = range(tensor.shape[0]) if tensor.stack else [None]
         parts = [part(tensor, expert) for expert in experts]
         tensors.append(entry | {"name": name, "parts": parts, "shape": list(tensor.shape)})

@@ -29,7 +29,7 @@ from typing import Any
 
 import zstandard
 
-VERSION = (0, 1)
+VERSION = (0, 2)
 
 
 class Rejected(Exception):
@@ -399,7 +399,7 @@ def dictionary_entry(value: Any) -> DictionaryEntry:
 # 3.3
 
 DTYPES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
@@ -413,6 +413,7 @@ COMMON = {
     "name": str,
     "shape": list,
     "stack": bool,
+    "transposed": bool,
 }
 TERNARY = {  # section 7
     "column_scale": bool,
@@ -434,6 +435,7 @@ class Tensor:
     name: str
     shape: list[int]
     stack: bool
+    transposed: bool
     keys: dict[str, Any]
 
     @property
@@ -465,6 +467,8 @@ def tensor(value: Any) -> Tensor:
     require(t.stack or t.members == "", "T-2", "malformed", f"{t.name} has members")
     right = t.members == "" or t.members.count("{}") == 1
     require(right, "T-2", "malformed", f"members of {t.name}")
+    right = not t.transposed or (t.stack and len(t.shape) >= 3)
+    require(right, "T-6", "malformed", f"{t.name} cannot be transposed")
 
     if t.encoding == "ternary-dict":
         require(8 <= t.keys["width"] <= 16, "L-1", "limit", f"width of {t.name}")

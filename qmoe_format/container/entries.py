@@ -59,6 +59,8 @@ class TensorEntry:
         stack: whether this is a stack of experts.
         members: what the experts were called in the checkpoint, ``{}`` for their number; empty if
             the stack was one tensor there.
+        transposed: whether the matrices of the stack were ``[in, out]`` there; in the file they are
+            ``[out, in]``, like ``shape``.
         extent: number of the first extent.
         extent_count: 1, or the number of experts.
         stored_bytes: length of all extents, without alignment.
@@ -71,6 +73,7 @@ class TensorEntry:
     encoding: str
     stack: bool
     members: str
+    transposed: bool
     extent: int
     extent_count: int
     stored_bytes: int

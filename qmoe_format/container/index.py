@@ -48,6 +48,7 @@ _TENSOR = {
     "name": str,
     "shape": list,
     "stack": bool,
+    "transposed": bool,
 }
 _NAME = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,512}")
 _FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,512}")
@@ -158,7 +159,8 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
     fields(record, "its entry", _keys(encoding) if encoding else _TENSOR, not encoding)
     if not encoding and any(_has_null(value) for value in record.values()):
         raise QMoEError("malformed", "its entry contains a null")  # [J-2]
-    name, dtype, members, stack = (record[key] for key in ("name", "dtype", "members", "stack"))
+    name, dtype, members = record["name"], record["dtype"], record["members"]
+    stack, transposed = record["stack"], record["transposed"]
     if not _NAME.fullmatch(name):  # [J-6]
         raise QMoEError("malformed", "the name does not have 1 to 512 characters without spaces")
     shape = _shape(record["shape"], dtype)
@@ -166,6 +168,8 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
         raise QMoEError("malformed", "a stack without dimensions")
     if members and not (stack and members.count("{}") == 1):  # [T-2]
         raise QMoEError("malformed", f"{members[:80]!r} cannot be its members")
+    if transposed and not (stack and len(shape) >= 3):  # [T-6]
+        raise QMoEError("malformed", "transposed, but not a stack of at least three dimensions")
     first, count = record["extent"], shape[0] if stack else 1
     stored = 0
     if count == 0 and first != 0:  # [T-1]
@@ -179,8 +183,9 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
     if encoding:
         encoding.check_entry(Item(dtype, shape[1:] if stack else shape, parameters))
     return TensorEntry(
-        name, dtype, shape, record["encoding"], stack, members, first, count, stored, parameters
-    )
+        name, dtype, shape, record["encoding"], stack, members, transposed, first, count, stored,
+        parameters,
+    )  # fmt: skip
 
 
 @cache

@@ -12,7 +12,7 @@ BF16_BYTES = 2
 
 
 class FormatReport(TypedDict):
-    """``version`` is that of the file, such as ``0.1``."""
+    """``version`` is that of the file, such as ``0.2``."""
 
     version: str
 

@@ -12,7 +12,7 @@ from qmoe_format.errors import QMoEError
 
 # 0x8F exposes a 7-bit channel, CR LF a conversion of line ends, control-Z stops a listing.
 SIGNATURE = b"\x8fQMOE\r\n\x1a"
-VERSION = (0, 1)
+VERSION = (0, 2)
 KNOWN_FEATURES = 0
 
 # signature, major, minor, required, optional, extents, file length, index offset, index length,

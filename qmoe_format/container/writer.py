@@ -129,6 +129,8 @@ class Writer:
         dtype: str,
         encoding: str = "zstd",
         members: str = "",
+        *,
+        transposed: bool = False,
         **parameters: Parameter,
     ) -> StackWriter:
         """Begin a stack; all its experts must be appended before anything else is added.
@@ -140,12 +142,16 @@ class Writer:
             encoding: as for ``add_tensor``; ``zstd`` becomes ``raw`` if it saves nothing on the
                 first expert.
             members: what the experts were called in the checkpoint, ``{}`` for the number.
+            transposed: whether the checkpoint had the last two dimensions the other way round;
+                ``unpack`` turns them back.
             parameters: further keys of the encoding; the others come from the first expert.
 
         Raises:
             QMoEError: ``argument``; ``duplicate``; ``limit``.
         """
-        stack = self._begin(name, shape, dtype, _encoding(encoding), parameters, members, True)
+        stack = self._begin(
+            name, shape, dtype, _encoding(encoding), parameters, members, True, transposed
+        )
         self._tensors.add(name)
         self._stack = stack
         return stack
@@ -191,6 +197,7 @@ class Writer:
         parameters: Mapping[str, Parameter],
         members: str = "",
         stack: bool = False,
+        transposed: bool = False,
     ) -> StackWriter:
         """Check a new tensor by the rules of a reader."""
         self._check_open()
@@ -204,6 +211,7 @@ class Writer:
             "name": name,
             "shape": [operator.index(side) for side in shape],
             "stack": stack,
+            "transposed": transposed,
         }
         if dtype not in STORAGE:
             raise QMoEError(

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def begin_stack(writer: Writer, stack: ExpertStack) -> StackWriter:
     """Open a stack of ``writer`` for the encoded experts of a checkpoint's."""
     shape = (stack.experts, stack.rows, stack.columns)
-    return writer.add_stack(stack.name, shape, stack.dtype, "ternary-dict", stack.members)
+    return writer.add_stack(
+        stack.name, shape, stack.dtype, "ternary-dict", stack.members, transposed=stack.transposed
+    )
 
 
 def encode(

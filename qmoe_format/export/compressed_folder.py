@@ -78,8 +78,9 @@ def write_experts(file: QMoEFile, path: Path, counter: Counter) -> None:
             if not entry.stack:
                 continue
             with writer.add_stack(
-                name, entry.shape, entry.dtype, entry.encoding, entry.members, **entry.parameters
-            ) as stack:
+                name, entry.shape, entry.dtype, entry.encoding, entry.members,
+                transposed=entry.transposed, **entry.parameters,
+            ) as stack:  # fmt: skip
                 counted = 0
                 for expert in range(entry.shape[0]):
                     stack.append(file.encoded(name, expert))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from qmoe_format import container
 from qmoe_format.atomic_file import sync_folder
-from qmoe_format.checkpoints import family_for
+from qmoe_format.container.entries import TensorEntry
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.export import compressed_folder, safetensors_writer
 from qmoe_format.export.compressed_folder import CONFIG_FILE, DENSE_FILE, EXPERTS_FILE, read_config
@@ -106,23 +106,23 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _tensors(file: container.QMoEFile, compressed: bool) -> Iterator[OutputTensor]:
     """The checkpoint's tensors, without the experts if those stay compressed."""
-    fused = any(entry.stack and not entry.members for entry in file.tensors.values())
-    transposed = not compressed and fused and _transposed(file)
     for name, entry in file.tensors.items():
-        dtype, shape = entry.dtype, entry.shape
         if not entry.stack:
-            yield OutputTensor(name, dtype, shape, partial(_whole, file, name))
-        elif compressed:
+            yield OutputTensor(name, entry.dtype, entry.shape, partial(_whole, file, name))
             continue
-        elif entry.members:
-            for expert in range(shape[0]):
-                member = entry.members.replace("{}", str(expert))
-                parts = partial(_experts, file, name, [expert])
-                yield OutputTensor(member, dtype, shape[1:], parts)
-        else:
-            parts = partial(_experts, file, name, range(shape[0]), transposed)
-            shape = (shape[0], *reversed(shape[1:])) if transposed else shape
-            yield OutputTensor(name, dtype, shape, parts)
+        if compressed:
+            continue
+        count, *shape = entry.shape
+        if entry.transposed:  # [T-6]
+            shape[-2:] = reversed(shape[-2:])
+        if not entry.members:
+            parts = partial(_experts, file, entry, range(count))
+            yield OutputTensor(name, entry.dtype, (count, *shape), parts)
+            continue
+        for expert in range(count):
+            member = entry.members.replace("{}", str(expert))
+            parts = partial(_experts, file, entry, [expert])
+            yield OutputTensor(member, entry.dtype, tuple(shape), parts)
 
 
 def _whole(file: container.QMoEFile, name: str) -> Iterator[npt.NDArray[Any]]:
@@ -130,22 +130,8 @@ def _whole(file: container.QMoEFile, name: str) -> Iterator[npt.NDArray[Any]]:
 
 
 def _experts(
-    file: container.QMoEFile, name: str, experts: Iterable[int], transposed: bool = False
+    file: container.QMoEFile, entry: TensorEntry, experts: Iterable[int]
 ) -> Iterator[npt.NDArray[Any]]:
     for expert in experts:
-        matrix = file.read_expert(name, expert, cores())
-        yield np.ascontiguousarray(matrix.T) if transposed else matrix
-
-
-def _transposed(file: container.QMoEFile) -> bool:
-    """Whether a tensor of many experts is ``[experts, in, out]`` in the checkpoint.
-
-    Not without ``config.json`` or for an unknown family: ``convert`` never wrote such a file.
-    """
-    if CONFIG_FILE not in file.attachments:
-        return False
-    config = read_config(file)
-    try:
-        return family_for(config).transposed
-    except QMoEError:
-        return False
+        elements = file.read_expert(entry.name, expert, cores())
+        yield np.ascontiguousarray(elements.mT) if entry.transposed else elements

@@ -72,7 +72,7 @@ def assemble(
     values = {
         "signature": SIGNATURE,
         "major": 0,
-        "minor": 1,
+        "minor": 2,
         "required_features": 0,
         "optional_features": 0,
         "extent_count": len(extents),
@@ -105,6 +105,7 @@ def tensor(**keys: Any) -> dict[str, Any]:
         "name": "t",
         "shape": [2],
         "stack": False,
+        "transposed": False,
     } | keys
 
 
@@ -201,7 +202,9 @@ def sample() -> bytes:
         with Writer(path) as writer:
             writer.add_attachment("config.json", b'{"model_type":"sample"}' * 5)
             writer.add_attachment("vocab.txt", b"xyz")
-            with writer.add_stack("moe.experts.wi", (2, 5, 33), "BF16", "ternary-dict") as stack:
+            with writer.add_stack(
+                "moe.experts.wi", (2, 5, 33), "BF16", "ternary-dict", transposed=True
+            ) as stack:
                 for expert in range(2):
                     stack.append(matrix(5, 33, seed=expert, width=8))
             writer.add_tensor("norm", np.arange(6, dtype=np.float32), "F32", "raw")

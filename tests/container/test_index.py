@@ -314,11 +314,16 @@ def test_dictionaries(keys: dict[str, Any], expected: str | None) -> None:
         ({"stack": True, "shape": [1, 2], "members": "e.w"}, "malformed"),
         ({"stack": True, "shape": [1, 2], "members": "{}{}"}, "malformed"),
         ({"stack": False, "members": "e{}.w"}, "malformed"),
+        ({"stack": True, "shape": [1, 2, 1], "transposed": True}, None),
+        ({"stack": True, "shape": [1, 2, 1], "members": "e{}.w", "transposed": True}, None),
+        ({"stack": True, "shape": [1, 2], "transposed": True}, "malformed"),
+        ({"stack": False, "shape": [1, 2, 1], "transposed": True}, "malformed"),
+        ({"stack": True, "shape": [1, 2, 1], "transposed": 1}, "malformed"),
         ({"extent": 1}, "malformed"),
     ],
 )
 def test_shapes_and_stacks(keys: dict[str, Any], expected: str | None) -> None:
-    """[T-1] [T-2] [F-5] and the limits, on both sides"""
+    """[T-1] [T-2] [T-6] [F-5] and the limits, on both sides"""
     assert code_of_tensor(**keys) == expected
 
 

@@ -180,7 +180,7 @@ def test_a_file_without_anything(tmp_path: Path) -> None:
         assert not file.tensors
         assert not file.attachments
         assert len(file.dictionaries) == 0
-        assert file.version == (0, 1)
+        assert file.version == (0, 2)
         assert file.generator.startswith("qmoe-format ")
 
 
@@ -204,8 +204,9 @@ def test_a_copy_of_the_stored_form_is_the_same_file(tmp_path: Path) -> None:
                 writer.add_tensor(name, file.encoded(name), entry.dtype, entry.encoding)
                 continue
             with writer.add_stack(
-                name, entry.shape, entry.dtype, entry.encoding, entry.members, **entry.parameters
-            ) as stack:
+                name, entry.shape, entry.dtype, entry.encoding, entry.members,
+                transposed=entry.transposed, **entry.parameters,
+            ) as stack:  # fmt: skip
                 for expert in range(stack.experts):
                     stack.append(file.encoded(name, expert))
     assert copy.read_bytes() == sample()

@@ -113,7 +113,7 @@ def test_any_size(tmp_path: Path, shard_bytes: int) -> None:
 
 def test_a_set_without_shards(tmp_path: Path) -> None:
     path = tmp_path / "none.qmoe"
-    path.write_bytes(dumps({"format": "qmoe-shards", "shards": [], "version": [0, 1]}))
+    path.write_bytes(dumps({"format": "qmoe-shards", "shards": [], "version": [0, 2]}))
     with qmoe_format.open(path) as file:
         file.verify()
         assert not file.tensors
@@ -157,11 +157,11 @@ def test_a_name_that_shards_cannot_have(tmp_path: Path) -> None:
         (lambda text: text[:15], "signature"),
         (lambda text: text[:-1], "malformed"),
         (lambda text: text.replace(b"qmoe-shards", b"qmoe-shardz"), "signature"),
-        (lambda text: text.replace(b'"version":[0,1]', b'"version":[0,2]'), "version"),
-        (lambda text: text.replace(b'"version":[0,1]', b'"version":[1,1]'), "version"),
-        (lambda text: text.replace(b'"version":[0,1]', b'"version":[0]'), "malformed"),
-        (lambda text: text.replace(b'"version":[0,1]', b'"version":[false,true]'), "malformed"),
-        (lambda text: text.replace(b'"version":[0,1]', b'"version":1'), "malformed"),
+        (lambda text: text.replace(b'"version":[0,2]', b'"version":[0,1]'), "version"),
+        (lambda text: text.replace(b'"version":[0,2]', b'"version":[1,2]'), "version"),
+        (lambda text: text.replace(b'"version":[0,2]', b'"version":[0]'), "malformed"),
+        (lambda text: text.replace(b'"version":[0,2]', b'"version":[false,2]'), "malformed"),
+        (lambda text: text.replace(b'"version":[0,2]', b'"version":2'), "malformed"),
         (lambda text: text.replace(b'"version"', b'"zersion"'), "malformed"),
         (lambda text: text.replace(b'{"format"', b'{"format":"qmoe-shards","format"'), "malformed"),
         (lambda text: text.replace(b'"bytes":', b'"bytes":1', 1), "checksum"),
@@ -186,7 +186,7 @@ def empty_shards(folder: Path, names: list[str]) -> Path:
         crc32 = int.from_bytes(data[60:64], "little")
         listed.append({"bytes": len(data), "file": name, "preamble_crc32": crc32})
     path = folder / "set.qmoe"
-    path.write_bytes(dumps({"format": "qmoe-shards", "shards": listed, "version": [0, 1]}))
+    path.write_bytes(dumps({"format": "qmoe-shards", "shards": listed, "version": [0, 2]}))
     return path
 
 
@@ -210,7 +210,7 @@ def test_a_shard_that_is_named_twice(tmp_path: Path) -> None:
 
 
 def test_the_text_of_another_format() -> None:
-    text = dumps({"format": "other", "shards": [], "version": [0, 1]})
+    text = dumps({"format": "other", "shards": [], "version": [0, 2]})
     with pytest.raises(QMoEError) as caught:
         parse_shard_list(np.frombuffer(text, np.uint8))
     assert caught.value.code == "malformed"
@@ -259,7 +259,7 @@ def test_names_in_two_shards(
             (tmp_path / f"{number}.qmoe").write_bytes(data)
             crc32 = int.from_bytes(data[60:64], "little")
             listed.append({"bytes": len(data), "file": f"{number}.qmoe", "preamble_crc32": crc32})
-        top = {"format": "qmoe-shards", "shards": listed, "version": [0, 1]}
+        top = {"format": "qmoe-shards", "shards": listed, "version": [0, 2]}
         (tmp_path / "set.qmoe").write_bytes(dumps(top))
         assert code_of_shards(tmp_path / "set.qmoe") == expected
     top["shards"] = [listed[0], listed[0]]

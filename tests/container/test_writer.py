@@ -360,6 +360,8 @@ U8 = np.zeros(2, np.uint8)
         (lambda w: w.add_stack("s", (-1, 2), "U8"), "limit"),
         (lambda w: w.add_stack("s", (1, 2), "U8", members="e"), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "U8", members="é{}"), "argument"),
+        (lambda w: w.add_stack("s", (1, 2), "U8", transposed=True), "argument"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "U8", transposed=1), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "U8", "raw", width=8), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "F32", "ternary-dict"), "argument"),
         (lambda w: w.add_stack("s", (1, 2, 2), "F32", "ternary-dict", width=7), "limit"),

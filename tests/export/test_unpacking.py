@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,27 @@ def test_all_elements_are_aligned_and_the_library_reads_them(fused: Path, tmp_pa
     assert tensors["e.experts"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
 
 
-def test_experts_in_one_tensor_need_a_config_that_can_be_read(tmp_path: Path) -> None:
-    """Only it tells whether they have to be transposed."""
-    path = tmp_path / "broken.qmoe"
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("members", ["", "e.{}.w"])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 4, 5), (2, 0, 3)])
+def test_the_index_alone_says_what_to_transpose(
+    tmp_path: Path, shape: tuple[int, ...], members: str, transposed: bool
+) -> None:
+    """[T-6], whatever is attached."""
+    experts = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    path = tmp_path / "model.qmoe"
     with qmoe_format.Writer(path) as writer:
         writer.add_attachment("config.json", b'{"model_type": "gpt_oss"')
-        with writer.add_stack("experts", (1, 2, 3), "F32", "zstd") as stack:
-            stack.append(np.zeros((2, 3), np.float32))
-    assert "not JSON" in refusal(lambda: unpack(path, tmp_path / "unpacked"), "checkpoint")
-    assert not (tmp_path / "unpacked").exists()
+        with writer.add_stack("e", shape, "F32", "raw", members, transposed=transposed) as stack:
+            for expert in experts:
+                stack.append(expert)
+    file = unpack(path, tmp_path / "unpacked") / "model-00001-of-00001.safetensors"
+    tensors = pytest.importorskip("safetensors.numpy").load_file(file)
+    expected = experts.mT if transposed else experts
+    stacks = {f"e.{number}.w": each for number, each in enumerate(expected)}
+    for name, tensor in (stacks if members else {"e": expected}).items():
+        np.testing.assert_array_equal(tensors.pop(name), tensor, strict=True)
+    assert not tensors
 
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(fused: Path, tmp_path: Path) -> None:

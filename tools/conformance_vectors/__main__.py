@@ -28,7 +28,7 @@ from tools.conformance_vectors import (
 from tools.conformance_vectors.file_builder import canonical, sha256
 from tools.conformance_vectors.vector import Vector
 
-SPEC_VERSION = "0.1"
+SPEC_VERSION = "0.2"
 MODULES = (file_vectors, index_vectors, tensor_vectors, ternary_vectors, shard_vectors)
 
 

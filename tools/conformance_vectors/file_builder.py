@@ -65,7 +65,7 @@ def pack(
     fields = {
         "signature": SIGNATURE,
         "major": 0,
-        "minor": 1,
+        "minor": 2,
         "required_features": 0,
         "optional_features": 0,
         "extent_count": len(extents),
@@ -120,12 +120,13 @@ class Content:
         encoding: str = "raw",
         stack: bool = False,
         members: str = "",
+        transposed: bool = False,
         **keys: Any,
     ) -> Self:
         """``parts`` are the decoded bytes, ``stored`` the extents if they are not the same;
         ``keys`` are added to the index entry or replace the computed ones."""
         entry = {"dtype": dtype, "encoding": encoding, "shape": list(shape), "stack": stack}
-        entry |= {"members": members, "name": name}
+        entry |= {"members": members, "name": name, "transposed": transposed}
         first = len(self.extents) if parts else 0
         self.index["tensors"].append(entry | {"extent": first} | keys)
         found = [{"sha256": sha256(part)} for part in parts]
@@ -140,6 +141,7 @@ class Content:
         shape: Sequence[int] = (),
         stack: bool | None = None,
         members: str = "",
+        transposed: bool = False,
         dictionaries: Sequence[int] = (0,),
         defects: Mapping[str, Any] | None = None,
     ) -> Self:
@@ -162,6 +164,7 @@ class Content:
             encoding="ternary-dict",
             stack=stack,
             members=members,
+            transposed=transposed,
             column_scale=first.column_scales is not None,
             group_size=first.group_size,
             rows_per_segment=first.rows_per_segment,

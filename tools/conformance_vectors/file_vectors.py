@@ -68,7 +68,7 @@ def section_2_1_preamble() -> Iterator[Vector]:
     yield reject("preamble-crc", "P-3", "checksum", "preamble_crc32 is wrong", data)
     what = "A bit that readers ignore has changed without the checksum"
     yield reject("preamble-flipped", "P-3", "checksum", what, patched(good, {19: 0x80}))
-    for major, minor in ((0, 0), (0, 2), (0, 0x101), (1, 1), (0x100, 1)):
+    for major, minor in ((0, 0), (0, 1), (0, 3), (0, 0x102), (1, 2), (0x100, 2)):
         what = f"Version {major}.{minor}"
         yield bad(f"version-{major}.{minor}", "P-4", "version", what, major=major, minor=minor)
     for bit in (0, 8, 31):

@@ -75,7 +75,7 @@ def section_3_json() -> Iterator[Vector]:
         ("true-capital", '"stack":false', '"stack":False', "False instead of false"),
         ("comma-array", "[3]", "[3,]", "A comma before the end of an array"),
         ("comma-array-first", "[3]", "[,3]", "A comma at the beginning of an array"),
-        ("comma-object", '"stack":false}', '"stack":false,}',
+        ("comma-object", '"transposed":false}', '"transposed":false,}',
          "A comma before the end of an object"),
         ("comma-missing", '"generator":"qmoe vectors",', '"generator":"qmoe vectors"', "No comma"),
         ("colon-missing", '"generator":', '"generator"', "A colon is missing"),
@@ -279,6 +279,32 @@ def section_3_3_shapes() -> Iterator[Vector]:
     yield accept("bool-bytes", "T-3", "Bytes of BOOL other than 0 and 1", content)
 
 
+def section_3_3_transposed() -> Iterator[Vector]:
+    parts = [struct.pack("<6H", *range(6 * i, 6 * i + 6)) for i in range(2)]
+    content = Content().dictionary(TINY)
+    content.tensor("a", "U16", [2, 2, 3], *parts, stack=True, transposed=True)
+    stored = [frame(shuffled(part, 2)) for part in parts]
+    content.tensor("b", "U16", [2, 3, 2], *parts, stored=stored, encoding="zstd", stack=True,
+                   members="b.{}.w", transposed=True)
+    matrices = [symmetric([1, 0, -1], [0, 0, 1]), symmetric([0, 1, 0], [-1, -1, 0])]
+    content.ternary("c", "BF16", *matrices, transposed=True)
+    content.tensor("d", "U16", [2, 1, 2, 3], *parts, stack=True, transposed=True)
+    content.tensor("e", "F32", [0, 2, 3], stack=True, transposed=True)
+    what = "Stacks whose experts the checkpoint had transposed, in one tensor and in many"
+    yield accept("stack-transposed", "T-6 T-1 T-2 T-3", what, content)
+    for name, shape, stack, encoding in (
+        ("tensor", [2, 1], False, "raw"), ("tensor-3", [2, 1, 1], False, "raw"),
+        ("stack-1", [2], True, "raw"), ("stack-2", [2, 1], True, "raw"),
+        ("unknown", [2, 1, 1], False, "future"),
+    ):
+        data = [b"1", b"2"] if stack else [b"12"]
+        content = Content().tensor(
+            "a", "U8", shape, *data, stack=stack, encoding=encoding, transposed=True)
+        kind = "a stack" if stack else "a tensor that is no stack"
+        what = f"transposed is true of {kind}, shape {shape}"
+        yield reject(f"transposed-{name}", "T-6", "malformed", what, content)
+
+
 def section_3_3_unknown() -> Iterator[Vector]:
     def unsupported(id: str, needed: str, what: str, content: Content) -> Vector:
         return reject(id, needed, "unsupported", what, content, stage="verify")
@@ -298,7 +324,7 @@ def section_3_3_unknown() -> Iterator[Vector]:
         content = Content().tensor("a", "F4", [3], b"abc", stored=[data], encoding=encoding)
         what = f"A {encoding} tensor of an element type that no reader knows"
         yield unsupported(f"dtype-unknown-{encoding}", "T-4", what, content)
-    content = ternary(symmetric([1]), TINY).change(dtype="F8_E8M0")
+    content = ternary(symmetric([1]), TINY).change(dtype="F4")
     what = "A ternary tensor of an element type that no reader knows"
     yield unsupported("dtype-unknown-ternary", "T-4 E-3", what, content)
 

@@ -33,7 +33,7 @@ def entry(name: str, data: bytes, **keys: Any) -> dict[str, Any]:
 
 def of(*entries: dict[str, Any], **keys: Any) -> bytes:
     """The text of a set."""
-    return canonical({"format": "qmoe-shards", "shards": entries, "version": [0, 1]} | keys)
+    return canonical({"format": "qmoe-shards", "shards": entries, "version": [0, 2]} | keys)
 
 
 def set_of(text: bytes, shards: Mapping[str, bytes], name: str) -> dict[str, bytes]:
@@ -81,22 +81,23 @@ def section_8_text() -> Iterator[Vector]:
         ("space", "J-1", "malformed", "A space in the text", of(e).replace(b',"v', b', "v')),
         ("newline", "J-1", "malformed", "A line feed after the text", of(e) + b"\n"),
         ("after", "J-2", "malformed", "Something after the text", of(e) + b"{}"),
-        ("fraction", "J-2", "malformed", "A version of 0.1", of(e).replace(b"[0,1]", b"0.1")),
+        ("fraction", "J-2", "malformed", "A version of 0.2", of(e).replace(b"[0,2]", b"0.2")),
         ("order", "J-3", "malformed", "Keys of the text not in order",
          of(e).replace(b'"shards"', b'"x":0,"shards"')),
         ("key-more", "J-4", "malformed", "A key more", of(e, x=0)),
         ("key-kind", "J-4", "malformed", "shards is an object", of(shards={})),
-        ("key-missing", "J-4", "malformed", "No version", of(e).replace(b',"version":[0,1]', b"")),
+        ("key-missing", "J-4", "malformed", "No version", of(e).replace(b',"version":[0,2]', b"")),
         ("shard-more", "J-4", "malformed", "A shard with a key more", of(e | {"x": 0})),
         ("shard-kind", "J-4", "malformed", "bytes is a string", of(e | {"bytes": "5"})),
         ("shard-missing", "J-4", "malformed", "A shard without bytes",
          of({key: value for key, value in e.items() if key != "bytes"})),
         ("nesting", "L-1", "limit", "The version nested 9 deep", of(e, version=[[[[[[[[]]]]]]]])),
         ("version-short", "J-4", "malformed", "A version of one number", of(e, version=[0])),
-        ("version-long", "J-4", "malformed", "Three numbers", of(e, version=[0, 1, 0])),
-        ("version-kind", "J-4", "malformed", "A version of true", of(e, version=[0, True])),
-        ("version-minor", "P-4", "version", "Version 0.2", of(e, version=[0, 2])),
-        ("version-major", "P-4", "version", "Version 1.1", of(e, version=[1, 1])),
+        ("version-long", "J-4", "malformed", "Three numbers", of(e, version=[0, 2, 0])),
+        ("version-kind", "J-4", "malformed", "A version of false", of(e, version=[False, 2])),
+        ("version-minor", "P-4", "version", "Version 0.3", of(e, version=[0, 3])),
+        ("version-older", "P-4", "version", "Version 0.1", of(e, version=[0, 1])),
+        ("version-major", "P-4", "version", "Version 1.2", of(e, version=[1, 2])),
         ("format", "P-1", "signature", "Another format's name", of(e, format="qmoe-shard")),
         ("before", "P-1", "signature", "A space before the text", b" " + of(e)),
     ):
@@ -145,8 +146,8 @@ def section_8_shards() -> Iterator[Vector]:
     for name, needed, code, what, stage, wrong in (
         ("damaged", "F-6 S-2", "checksum", "An extent of the second shard is damaged", "verify",
          two.pack(records={1: {"crc32": 0}})),
-        ("version-shard", "P-4 S-1 C-1", "version", "The second shard is of version 0.2", "open",
-         two.pack(minor=2)),
+        ("version-shard", "P-4 S-1 C-1", "version", "The second shard is of version 0.1", "open",
+         two.pack(minor=1)),
     ):
         text = of(entries[0], entry(NAMES[1], wrong))
         yield reject_set(name, needed, code, what, text, data | {NAMES[1]: wrong}, stage)
