@@ -81,6 +81,13 @@ def add_parser(commands: Commands) -> None:
         default=None,
         help="exclude special tokens (such as sentinels) from the Hessians, as QMoE does",
     )
+    group.add_argument(
+        "--all-experts",
+        action="store_true",
+        default=None,
+        help="fit each expert to all tokens, as far as --token-cap allows, those routed to it first; "
+        "for text that is too short for experts that are seldom used",
+    )
     size = group.add_mutually_exclusive_group()
     size.add_argument(
         "--bits-per-weight",

@@ -56,13 +56,14 @@ class BlockExperts:
         resources: Resources,
         *,
         token_cap: float,
+        all_experts: bool = False,
         norms: Tensor | None = None,
     ) -> None:
         """
         Args:
             checkpoint: has to stay open.
             prefix: of the names of the block's stacks.
-            token_cap: see ``Calibration``.
+            token_cap, all_experts: see ``Calibration``.
             norms: float32 ``[tokens, 1]``, of the hidden states after the block: importance is
                 relative to them. None if all rows are equally important.
         """
@@ -83,6 +84,7 @@ class BlockExperts:
         self.experts_in_memory = max(1, resources.group_bytes // expert_bytes)
         counted = int((routed.experts >= 0)[routed.counted].sum())
         self._token_limit = max(1, math.ceil(token_cap * counted / self.count))
+        self._all_experts = all_experts
         widest = max(stack.columns for stack in stacks)
         self._chunk_tokens = max(resources.chunk_tokens, resources.chunk_elements // widest)
 
@@ -117,14 +119,21 @@ class BlockExperts:
     def tokens(self, expert: int) -> tuple[Tensor, Tensor]:
         """An expert's tokens for its Hessians: positions int64 ``[m]``, router weights float32.
 
-        Only counted ones; if they exceed the cap, as many as it allows, evenly spaced.
+        Only counted ones; if they exceed the cap, as many as it allows, evenly spaced. With
+        ``all_experts``, the tokens of other experts follow as far as the cap allows.
         """
-        positions, gates = self._routed.tokens_of(expert)
-        chosen = self._routed.counted[positions].nonzero().flatten()
-        limit = self._token_limit
-        if len(chosen) > limit:
-            chosen = chosen[torch.arange(limit) * len(chosen) // limit]
-        return positions[chosen], gates[chosen]
+        routed, counted = self._routed, self._routed.counted
+        positions, gates = routed.tokens_of(expert)
+        chosen = _spaced(counted[positions].nonzero().flatten(), self._token_limit)
+        if not self._all_experts:
+            return positions[chosen], gates[chosen]
+        free = counted.index_fill(0, positions, False).nonzero().flatten()
+        others = _spaced(free, self._token_limit - len(chosen))
+        # To the model they do not matter at all. As much weight as one token has keeps the bits of
+        # an expert in proportion to its use, but tells the rows of a hardly used one apart.
+        one = routed.weights[routed.experts >= 0].square().mean()
+        weights = (one / max(1, len(others))).sqrt().expand(len(others))
+        return torch.cat([positions[chosen], others]), torch.cat([gates[chosen], weights])
 
     def statistics(self, weights: Weights, experts: Sequence[int]) -> dict[str, Statistics]:
         """Statistics for each matrix of some experts with these original ``weights``."""
@@ -235,3 +244,10 @@ class BlockExperts:
             parts = slope.chunk(slope.shape[1] // output.shape[1], dim=1)
             rows = torch.cat([importance(part, output, gates) for part in parts], dim=1)
             found[matrix].weigh(place, rows)
+
+
+def _spaced(items: Tensor, limit: int) -> Tensor:
+    """At most ``limit`` of some items, evenly spaced."""
+    if len(items) <= limit:
+        return items
+    return items[torch.arange(limit) * len(items) // max(1, limit)]

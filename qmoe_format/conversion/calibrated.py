@@ -84,6 +84,8 @@ def _settings(
     """What was asked for; the text by its hash."""
     asked = asdict(calibration)
     del asked["text"], asked["device"]
+    if not asked["all_experts"]:
+        del asked["all_experts"]  # files are as they were before there was this option
     length = calibration.sequence_length or default_sequence_length(checkpoint.config)
     return {
         "recipe": options.chosen_recipe.name,

@@ -32,6 +32,10 @@ class Calibration:
             the Hessians, as QMoE does. The output of experts for these tokens is then not
             preserved.
         device: where torch computes, such as ``cpu`` or ``cuda``.
+        all_experts: show every expert all tokens for its Hessians, first those routed to it, then
+            the others, up to ``token_cap`` (still relative to the number routed to an expert). What
+            the block returns stays as routed. Where importance is weighed, all others together
+            count as one token of mean router weight.
     """
 
     text: str | Path
@@ -43,6 +47,7 @@ class Calibration:
     token_cap: float = 4.0
     mask_special_tokens: bool = False
     device: str = "cpu"
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         _check_positive("token_cap", self.token_cap)

@@ -125,14 +125,16 @@ class BlockPasses:
             self.work.record(kind, number, record)
 
     def _experts(self, step: _Step, norms: RowFile | None = None) -> BlockExperts:
-        assert self._options.calibration
+        calibration = self._options.calibration
+        assert calibration
         return BlockExperts(
             self._checkpoint,
             step.prefix,
             self._wiring,
             step.routed,
             self._resources,
-            token_cap=self._options.calibration.token_cap,
+            token_cap=calibration.token_cap,
+            all_experts=calibration.all_experts,
             norms=norms.mapped() if norms else None,
         )
 

@@ -113,7 +113,7 @@ Block = Callable[..., BlockExperts]
 
 @pytest.fixture
 def block(tmp_path: Path, routed: RoutedTokens) -> Block:
-    """``block("mixtral" or "granitemoe", resources, token_cap)``, with the same weights."""
+    """``block("mixtral" or "granitemoe", resources, **options)``, with the same weights."""
     gate, up = torch.randn(2, EXPERTS, INTERMEDIATE, HIDDEN)
     down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE)
     states = {
@@ -134,11 +134,9 @@ def block(tmp_path: Path, routed: RoutedTokens) -> Block:
         save_file(named, tmp_path / family / "model.safetensors")
     norms = torch.arange(1.0, TOKENS + 1)[:, None]
 
-    def make(
-        family: str, resources: Resources = ONE_THREAD, token_cap: float = 100.0
-    ) -> BlockExperts:
+    def make(family: str, resources: Resources = ONE_THREAD, **options: Any) -> BlockExperts:
         opened = open_checkpoint(tmp_path / family)
         block = opened, opened.stacks[0].prefix, wiring(opened.config), routed, resources
-        return BlockExperts(*block, token_cap=token_cap, norms=norms)
+        return BlockExperts(*block, **{"token_cap": 100.0, "norms": norms, **options})
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -97,6 +98,48 @@ def test_the_cap_takes_tokens_of_all_of_the_text(block: Block, routed: Any) -> N
         spread = torch.arange(limit) * len(every[0]) // limit
         for kept, all_of_them in zip(capped.tokens(expert), every, strict=True):
             assert kept.equal(all_of_them[spread])
+
+
+def test_all_experts_see_all_tokens(block: Block, routed: Any) -> None:
+    """Those of other experts weigh as much as one token; what the block returns stays the same."""
+    own, every = block("mixtral"), block("mixtral", all_experts=True)
+    square = routed.weights.square().mean()
+    for expert in EVERY:
+        (mine, gates), (seen, weights) = own.tokens(expert), every.tokens(expert)
+        assert seen[: len(mine)].equal(mine)
+        assert weights[: len(mine)].equal(gates)
+        assert seen.sort().values.equal(routed.counted.nonzero().flatten())
+        close(weights[len(mine) :].square().sum(), square)
+    (returned, *_), (same, *_) = everything(own), everything(every)
+    assert same.equal(returned)
+
+
+@pytest.mark.parametrize("cap", [0.25, 1.2])
+def test_an_experts_own_tokens_go_before_others(block: Block, routed: Any, cap: float) -> None:
+    limit = math.ceil(cap * 2 * int(routed.counted.sum()) / EXPERTS)
+    few, free = block("mixtral", token_cap=cap, all_experts=True), block("mixtral")
+    for expert in EVERY:
+        (mine, gates), (seen, weights) = free.tokens(expert), few.tokens(expert)
+        assert len(seen) == limit
+        rest = routed.counted.index_fill(0, mine, False).nonzero().flatten()
+        number = min(limit, len(mine))
+        place, other = (
+            torch.arange(count) * len(items) // max(1, count)
+            for items, count in ((mine, number), (rest, limit - number))
+        )
+        assert seen.equal(torch.cat([mine[place], rest[other]]))
+        assert weights[:number].equal(gates[place])
+
+
+def test_an_expert_that_no_token_goes_to(block: Block, routed: Any) -> None:
+    """Shown all tokens, it has Hessians, and matters as if it had one of them."""
+    routed.tokens_of = lambda expert: (torch.empty(0, dtype=torch.int64), torch.empty(0))
+    experts = block("mixtral", all_experts=True)
+    found = experts.statistics(experts.weights(EVERY), EVERY)["w2"]
+    assert found.tokens.tolist() == [int(routed.counted.sum())] * EXPERTS
+    norms = torch.arange(1.0, TOKENS + 1)[routed.counted]
+    weight = routed.weights.square().mean() * (1 / norms.square()).mean()
+    close(found.row_importance.float(), weight.expand(EXPERTS, 1))
 
 
 @pytest.mark.parametrize(

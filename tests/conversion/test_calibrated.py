@@ -171,6 +171,20 @@ def test_the_report_tells_the_truth(
     assert stored == pytest.approx(bits * w.numel() / 8)
 
 
+def test_all_experts_see_all_tokens(model: Path, converted: Convert) -> None:
+    file = converted(model, recipe="qmoe", samples=3, all_experts=True, token_cap=100.0)
+    report = report_of(file)
+    assert report["settings"]["all_experts"] is True
+    seen = {
+        (stack["name"].partition(".")[0], expert["tokens"])
+        for stack in report["stacks"]
+        for expert in stack["experts"]
+    }
+    assert sum(tokens for _, tokens in seen) == report["totals"]["counted_tokens"]
+    usual = report_of(converted(model, "usual.qmoe", recipe="qmoe", samples=3))
+    assert "all_experts" not in usual["settings"], "reports are as before there was this option"
+
+
 def first_experts(model: Path) -> tuple[str, str, str, str, int]:
     """Of the first sparse block: experts, a matrix, its member, router, experts for a token."""
     if (model / "config.json").read_text().count("switch"):

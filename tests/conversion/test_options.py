@@ -82,7 +82,7 @@ def test_everything_on_the_command_line(
 ) -> None:
     options = (
         f"--calibration {text} --text-column text --sequence-length 24 --samples 9 --seed 3 "
-        "--token-cap 2.5 --mask-special-tokens --device cpu --lambda 0.1 --recipe rd "
+        "--token-cap 2.5 --mask-special-tokens --all-experts --device cpu --lambda 0.1 --recipe rd "
         "--profile fast --threads 1"
     ).split()
     file = tmp_path / "m.qmoe"
@@ -91,7 +91,7 @@ def test_everything_on_the_command_line(
     direct = convert(
         switch_folder,
         tmp_path / "direct.qmoe",
-        calibration=Calibration(text, "text", None, 24, 9, 3, 2.5, True, "cpu"),
+        calibration=Calibration(text, "text", None, 24, 9, 3, 2.5, True, "cpu", True),
         rate_lambda=0.1,
         threads=1,
     )

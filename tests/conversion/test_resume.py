@@ -212,6 +212,7 @@ def test_another_conversion_is_refused(
         {"sequence_length": 20},
         {"token_cap": 3.0},
         {"mask_special_tokens": True},
+        {"all_experts": True},
         {"shard_bytes": 20_000},
     ):
         ((name, value),) = changed.items()
