@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 
@@ -25,16 +26,32 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     """Compiled code on disk, until any source in this folder changes.
 
     Numba's own cache looks only at the file of the kernel, not at those of the functions inlined
-    into it.
+    into it. And it fails where the disk does, though nothing depends on it.
     """
 
     _impl_class = _CacheFiles
 
+    def load_overload(self, signature, target):
+        try:
+            return super().load_overload(signature, target)
+        except Exception:  # reading a damaged pickle raises almost anything
+            with suppress(OSError):
+                self.flush()
+
+    def save_overload(self, signature, compiled):
+        with suppress(OSError):
+            super().save_overload(signature, compiled)
+
 
 def kernel(function):
-    """A function that Python calls."""
+    """A function that Python calls.
+
+    Where neither ``NUMBA_CACHE_DIR`` nor the folder of the source nor that of the user's caches can
+    be written, each process compiles it anew.
+    """
     compiled = njit(nogil=True)(function)
-    compiled._cache = _Cache(function)
+    with suppress(RuntimeError):
+        compiled._cache = _Cache(function)
     return compiled
 
 
