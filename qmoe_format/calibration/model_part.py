@@ -6,7 +6,7 @@ rotary embeddings and position biases are the model's own. Then the wanted block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_format.calibration.sequences import Tokens
-from qmoe_format.checkpoints import Checkpoint, Family
-from qmoe_format.checkpoints.family import Stage
+from qmoe_format.checkpoints import Checkpoint, LayerStacks
+from qmoe_format.checkpoints.families import family_for
+from qmoe_format.checkpoints.family import Family
+from qmoe_format.checkpoints.model import fill_buffers
 from qmoe_format.errors import QMoEError
 
-_ROTARY = "rotary_emb"  # transformers' name in every stack
+NO_CALIBRATION = "convert the model without calibration text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,12 @@ class Block:
     """A block of the model.
 
     Attributes:
-        name: the checkpoint's name of it, such as ``encoder.block.1``.
-        prefix: what the names of its expert stacks begin with; None for a dense block.
+        name: in transformers' model, such as ``encoder.block.1``.
+        experts: those in it; None for a dense block.
     """
 
     name: str
-    prefix: str | None
+    experts: LayerStacks | None
 
 
 class ModelPart:
@@ -43,26 +45,22 @@ class ModelPart:
         tokens: of each batch, on the device.
         counts: how many of each batch's tokens are not padding; ``count`` in all.
         counted: bool [count], of those that are not padding.
-        width: of the hidden states.
-        top_k: how many experts a token goes to.
-        embedding_name: the checkpoint's name of the token embedding.
-        blocks: the names of its blocks, in order.
+        width: of the hidden states between blocks, all elements of a token.
+        blocks: in order.
     """
 
     def __init__(
         self,
-        model: Any,
-        family: Family,
-        stage: Stage,
         checkpoint: Checkpoint,
+        blocks: str,
         tokens: Sequence[Tokens],
         device: str,
     ) -> None:
-        """Take the stage out of a ``model`` without weights, and the experts out of the stage.
+        """Take the stage with the list of ``blocks`` of this name out of the checkpoint's model.
 
         Raises:
-            QMoEError: ``checkpoint`` if a tensor is missing or of another shape; ``argument`` for
-                tokens that the model does not have.
+            QMoEError: ``checkpoint`` if a tensor is missing or of another shape, or the blocks need
+                more than hidden states; ``argument`` for tokens that the model does not have.
         """
         self.counts = [int(batch.attended.sum()) for batch in tokens]
         self.count = sum(self.counts)
@@ -71,75 +69,93 @@ class ModelPart:
             Tokens(batch.ids.to(device), batch.attended.to(device), batch.counted)
             for batch in tokens
         ]
-        self.top_k: int = getattr(model.config, family.top_k) if family.top_k else 1
-        self.width: int = model.config.hidden_size
-        self._family = family
-        self._stage = stage
         self._checkpoint = checkpoint
         self._device = device
-        self._module = model.get_submodule(stage.stack)
-        if rotary := getattr(self._module, _ROTARY, None):  # a table, not weights
-            setattr(self._module, _ROTARY, type(rotary)(config=self._module.config).to(device))
-        self._blocks: list[Any] = list(self._module.get_submodule(stage.blocks))
-        self._experts: list[list[nn.Module]] = []  # none or one of each block
+        self._model = checkpoint.model
+        self._name = blocks.rpartition(".")[0]
+        self._module = self._model.get_submodule(self._name)
+        self._family = family_for(self._module.config)
+        self._blocks: list[Any] = list(self._model.get_submodule(blocks))
+        layers = {layer.path: layer for layer in checkpoint.layers}
+        self._experts: list[list[LayerStacks]] = []  # none or one of each block
         self.blocks: list[Block] = []
         for number, block in enumerate(self._blocks):
-            paths = [path for path, _ in block.named_modules() if family.is_experts(path)]
-            for path in paths:
-                block.set_submodule(path, nn.Identity())
-            self._experts.append([block.get_submodule(path) for path in paths])
-            self.blocks.append(self.block(number, *paths))
-        self.embedding_name = f"{stage.stack}.embed_tokens.weight"
-        if stage.shared_embedding and self.embedding_name not in checkpoint.tensors:
-            self.embedding_name = stage.shared_embedding
-        embedding = self._module.get_input_embeddings().weight
+            name = f"{blocks}.{number}"
+            paths = [f"{name}.{path}" for path, _ in block.named_modules()]
+            own = [layers[path] for path in paths if path in layers]
+            for each in own:
+                self._model.set_submodule(each.path, nn.Identity())
+            self._experts.append(own)
+            self.blocks.append(Block(name, own[0] if own else None))
+            if len(own) > 1:
+                raise QMoEError(
+                    "checkpoint",
+                    f"{name}: has more than one set of experts, so it cannot be calibrated",
+                    NO_CALIBRATION,
+                )
+        self._embedding = self._module.get_input_embeddings()
+        self.embedding_name = next(
+            name
+            for name, each in self._model.named_parameters(remove_duplicate=False)
+            if name.startswith(f"{self._name}.") and each is self._embedding.weight
+        )
+        self._drop_embedding()
+        self._check_tokens()
         kept = [
             name
-            for name, parameter in self._module.named_parameters()
-            if name in stage.kept
-            or not (name.startswith(f"{stage.blocks}.") or parameter is embedding)
+            for name in self._model.state_dict()
+            if name.startswith(f"{self._name}.")
+            and name != self.embedding_name
+            and (not name.startswith(f"{blocks}.") or name.endswith(self._family.kept or "/"))
         ]
-        self._check(embedding.shape, kept)
-        self._kept = {name: self._read(f"{stage.stack}.{name}") for name in kept}
+        self._kept = self._read(kept)
         self._restore_kept()
-
-    def block(self, number: int, experts: str | None = None) -> Block:
-        """A block by its number and the name of the experts in it."""
-        name = f"{self._stage.stack}.{self._stage.blocks}.{number}"
-        return Block(name, experts and self._family.in_checkpoint(f"{name}.{experts}"))
+        fill_buffers(self._model, self._module, device)
+        with torch.no_grad():
+            calls, _ = self._pass_through(self.tokens[0], None, {})
+        self._shape: torch.Size = calls[0].args[0].shape[2:]
+        self.width = self._shape.numel()
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
         """Have a block's weights in memory."""
         block, name = self._blocks[number], self.blocks[number].name
-        weights = {each: self._read(f"{name}.{each}") for each in block.state_dict()}
-        block.load_state_dict(weights, assign=True)
+        names = list(block.state_dict())
+        weights = self._read([f"{name}.{each}" for each in names])
+        block.load_state_dict(
+            {n.removeprefix(f"{name}."): w for n, w in weights.items()}, assign=True
+        )
         del weights
         try:
             yield
         finally:
-            block.to("meta")
+            _to_meta(block, names)
             self._restore_kept()
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
         """Have the token embedding in memory."""
-        module = self._module.get_input_embeddings()
-        module.load_state_dict({"weight": self._read(self.embedding_name)}, assign=True)
+        (weight,) = self._read([self.embedding_name]).values()
+        self._embedding.weight = nn.Parameter(weight, False)
         try:
             yield
         finally:
-            module.to("meta")
+            self._drop_embedding()
+
+    def _drop_embedding(self) -> None:
+        """Let it return zeros: when hidden states are given, only their shape matters."""
+        zeros = torch.zeros((), device=self._device).expand(self._embedding.weight.shape)
+        self._embedding.weight = nn.Parameter(zeros, False)
 
     def embed(self, tokens: Tokens) -> Tensor:
         """The hidden states before the first block, whose ``embedding`` is in memory.
 
         Returns:
-            float32 [sequences, length, d].
+            float32 [sequences, length, width].
         """
         calls, _ = self._pass_through(tokens, None, {})
         hidden: Tensor = calls[0].args[0]
-        return hidden
+        return hidden.flatten(2)
 
     def run_block(
         self,
@@ -154,27 +170,49 @@ class ModelPart:
         Args:
             number: of the block.
             tokens: of a batch.
-            rows: float32 [tokens, d], the hidden states before the block, without padding.
+            rows: float32 [tokens, width], the hidden states before the block, without padding.
             outputs: float32 [tokens, d], what the experts return; None: zeros.
             further: arguments of the stage's forward.
 
         Returns:
-            The arguments of the experts' forward, () for a dense block; and the hidden states after
-            the block: float32 [sequences, length, d].
+            What ``ExpertLayer.routing`` returns for the experts' arguments, () for a dense block;
+            and the hidden states after the block: float32 [sequences, length, width].
         """
         given: tuple[Tensor, ...] = ()
+        own = self._experts[number]
 
-        def experts(module: nn.Module, *arguments: Tensor) -> Tensor:
+        def experts(_: nn.Module, *arguments: Tensor, **named: Tensor) -> Tensor:
             nonlocal given
-            given = arguments
-            if outputs is None:
-                return torch.zeros_like(arguments[0])
-            return padded(outputs, tokens.attended).flatten(0, 1)
+            arguments = (*arguments, *named.values())
+            given = own[0].layer.routing(*arguments)
+            if len(given[0]) != tokens.ids.numel():
+                raise QMoEError(
+                    "checkpoint",
+                    f"{own[0].path}: its experts are given {len(given[0])} rows for "
+                    f"{tokens.ids.numel()} tokens, so they cannot be calibrated",
+                    NO_CALIBRATION,
+                )
+            sums = torch.zeros_like(given[0])
+            if outputs is not None:
+                sums = padded(outputs, tokens.attended).flatten(0, 1)
+            return own[0].layer.returned(sums, *arguments)
 
-        call = self._pass_through(tokens, padded(rows, tokens.attended), further)[0][number]
-        with _forward(self._experts[number], experts):
+        states = padded(rows, tokens.attended)
+        call = self._pass_through(tokens, states, further)[0][number]
+        modules = [self._model.get_submodule(each.path) for each in own]
+        with _forward(modules, experts):
             result = call()
-        return given, result[0] if isinstance(result, tuple) else result
+        if isinstance(result, tuple):
+            if len(result) > 1 and self._family.pass_through is Family.pass_through:
+                raise QMoEError(
+                    "checkpoint",
+                    f"{self.blocks[number].name}: hands more than hidden states to the next block, "
+                    "so the model cannot be calibrated",
+                    NO_CALIBRATION,
+                )
+            result = result[0]
+        hidden: Tensor = result
+        return given, hidden.flatten(2)
 
     def output(self, tokens: Tokens, rows: Tensor) -> Tensor:
         """What the stage returns after its last block: float32 [sequences, length, d]."""
@@ -185,61 +223,69 @@ class ModelPart:
     ) -> tuple[list[partial[Any]], Tensor]:
         """Run the stage without its blocks.
 
+        Args:
+            states: the hidden states that every block is given; None: those of the embedding.
+
         Returns:
             A call of each block, with the hidden states as the first argument; the stage's output.
         """
         calls = []
+        if states is not None:
+            states = states.unflatten(-1, self._shape)
 
-        def forward(block: Any, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-            if states is not None:  # the stage may scale its inputs, which are no embeddings here
+        def forward(block: Any, *arguments: Any, **options: Any) -> Any:
+            hidden, *others = arguments or (options.pop("hidden_states"),)
+            if states is not None:  # the stage changes what the embedding returns
                 hidden = states
-            calls.append(partial(block, hidden, *arguments, **options))
-            return self._family.pass_through(block, hidden, *arguments)
+            calls.append(partial(block, hidden, *others, **options))
+            return self._family.pass_through(block, hidden, *others, **options)
 
-        inputs = {"input_ids": tokens.ids} if states is None else {"inputs_embeds": states}
-        mask = tokens.attended.long()
         with _forward(self._blocks, forward):
             output = self._module(
-                **inputs, **further, attention_mask=mask, use_cache=False, return_dict=True
+                input_ids=tokens.ids,
+                **further,
+                attention_mask=tokens.attended.long(),
+                use_cache=False,
+                return_dict=True,
             )
         return calls, output.last_hidden_state
 
-    def _read(self, name: str) -> Tensor:
-        """A parameter by transformers' name or the checkpoint's: float32, on the device, a copy."""
-        tensor = self._checkpoint.read(self._family.in_checkpoint(name))
-        return tensor.to(self._device, torch.float32, copy=True)
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters by the model's names: float32, on the device, copies."""
+        return {
+            name: tensor.to(
+                self._device, torch.float32 if tensor.is_floating_point() else None, copy=True
+            )
+            for name, tensor in self._checkpoint.parameters(names).items()
+        }
 
     def _restore_kept(self) -> None:
         for name, tensor in self._kept.items():
-            owner, _, parameter = name.rpartition(".")
-            setattr(self._module.get_submodule(owner), parameter, nn.Parameter(tensor, False))
+            owner, _, own = name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            setattr(module, own, tensor if own in module._buffers else nn.Parameter(tensor, False))
 
-    def _check(self, embedding: torch.Size, kept: Collection[str]) -> None:
-        """Refuse a checkpoint whose tensors are not the model's, and tokens that are not."""
-        stack, blocks = self._stage.stack, self._stage.blocks
-        expected = {self.embedding_name: embedding} | {
-            f"{stack}.{name}": tensor.shape
-            for name, tensor in self._module.state_dict().items()
-            if name in kept or name.startswith(f"{blocks}.")
-        }
-        for name, shape in expected.items():
-            name = self._family.in_checkpoint(name)
-            info = self._checkpoint.tensors.get(name)
-            if info is None or info.shape != tuple(shape):
-                found = f"has shape {list(info.shape)}" if info else "is missing"
-                raise QMoEError(
-                    "checkpoint",
-                    f"{self._checkpoint.folder}: tensor {name!r} {found}, but by config.json its "
-                    f"shape is {list(shape)}",
-                    "download the checkpoint again or correct config.json",
-                )
+    def _check_tokens(self) -> None:
+        """Refuse tokens that the model does not have."""
         highest = max(int(batch.ids.max()) for batch in self.tokens)
-        if highest >= embedding[0]:
+        vocabulary = self._embedding.weight.shape[0]
+        if highest >= vocabulary:
             raise QMoEError(
                 "argument",
-                f"token {highest} is not one of the model's {embedding[0]}",
+                f"token {highest} is not one of the model's {vocabulary}",
                 "use the tokenizer that belongs to the model",
             )
+
+
+def _to_meta(module: nn.Module, names: Iterable[str]) -> None:
+    """Drop parameters and buffers; tables that no checkpoint has stay."""
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        part = module.get_submodule(owner)
+        if own in part._buffers:
+            part._buffers[own] = getattr(part, own).to("meta")
+        else:
+            setattr(part, own, nn.Parameter(getattr(part, own).to("meta"), False))
 
 
 @contextmanager

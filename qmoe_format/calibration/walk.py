@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
+from torch import Tensor, nn
 from qmoe_format.calibration.activations import SUFFIX, RoutedTokens, RowFile, delete_row_files
-from qmoe_format.calibration.model_part import ModelPart, padded
+from qmoe_format.calibration.model_part import NO_CALIBRATION, Block, ModelPart, padded
 from qmoe_format.calibration.sequences import Batch, Tokens
-from qmoe_format.checkpoints import Checkpoint, Family, family_for
-from qmoe_format.checkpoints.wiring import check_experts, expert_modules
+from qmoe_format.checkpoints import Checkpoint
+from qmoe_format.checkpoints.families import family_for
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import flushing_thread
 
@@ -56,42 +55,32 @@ class Walk:
                 another shape than by ``config.json``; ``argument`` for batches without tokens or
                 with tokens that the model does not have.
         """
-        family = self._family = family_for(checkpoint.config)
-        model = _build(checkpoint, family)
-        _check_experts(checkpoint, family, model)
+        for key, value in family_for(checkpoint.model.config).settings.items():
+            _set_everywhere(checkpoint.model, key, value)
         self._folder = folder
         self._thread = flushing_thread()
-        self._experts = {stack.prefix: stack.experts for stack in checkpoint.stacks}
+        lists = _block_lists(checkpoint)
         self._parts = [
-            ModelPart(model, family, stage, checkpoint, tokens, device)
-            for stage, tokens in zip(family.stages, _tokens(family, batches), strict=True)
+            ModelPart(checkpoint, blocks, tokens, device)
+            for blocks, tokens in zip(lists, _tokens(len(lists), batches), strict=True)
         ]
         self.blocks = [block for part in self._parts for block in part.blocks]
         self.position = 0
-        last = self._parts[-1]
         # The index of each block's part and its number there; then the end.
         self._places = [
             (i, n) for i, part in enumerate(self._parts) for n in range(len(part.blocks))
         ]
-        self._places.append((len(self._parts) - 1, len(last.blocks)))
-        for number in range(getattr(model.config, "num_mtp_layers", None) or 0):
-            block = last.block(len(last.blocks) + number, family.experts)
-            if block.prefix in self._experts:
-                self.blocks.append(block)
-        if differ := {b.prefix for b in self.blocks if b.prefix} ^ set(self._experts):
+        self._places.append((len(self._parts) - 1, len(self._parts[-1].blocks)))
+        self.blocks += [Block(each.path, each) for each in checkpoint.layers if not each.runs]
+        lost = {layer.path for layer in checkpoint.layers} - {
+            block.experts.path for block in self.blocks if block.experts
+        }
+        if lost:
             raise QMoEError(
                 "checkpoint",
-                f"{checkpoint.folder}: config.json and the tensors disagree on whether there are "
-                f"experts at {', '.join(sorted(differ))}",
-                "correct the numbers of layers and of sparse layers in config.json",
-            )
-        fewest = min(self._experts.values())
-        if not 1 <= last.top_k <= fewest:
-            raise QMoEError(
-                "checkpoint",
-                f"{checkpoint.folder / 'config.json'}: {family.top_k!r} is {last.top_k}, of "
-                f"{fewest} experts",
-                "download it again",
+                f"{checkpoint.folder}: the experts {min(lost)!r} are not in the list of blocks, so "
+                "the model cannot be calibrated",
+                NO_CALIBRATION,
             )
 
     def start(self, done: int = 0) -> None:
@@ -120,28 +109,37 @@ class Walk:
         """
         block = self.blocks[self.position]
         delete_row_files(self._folder, self._needed(self.position))
-        if block.prefix is None:
+        if block.experts is None:
             return None
         index, number = self._place(self.position)
         part = self._parts[index]
-        runs = number < len(part.blocks)
-        count = part.count if runs else 0
-        files = (
-            self._file("inputs", count, part.width),
-            self._file("experts", count, part.top_k, torch.int64),
-            self._file("weights", count, part.top_k),
-        )
+        runs = block.experts.runs
+        count, width = part.count if runs else 0, block.experts.layer.width
+        files = [
+            self._file("inputs", count, width),
+            self._file("experts", count, 1, torch.int64),
+            self._file("weights", count, 1),
+        ]
         with ExitStack() as opened:
-            appends = [opened.enter_context(file.writing()) for file in files]
             if runs:
                 opened.enter_context(part.loaded(number))
-            for tokens, ((inputs, *routing), _) in self._run(index, number) if runs else ():
-                real = tokens.attended.view(-1)
-                found = [rows[real] for rows in (inputs, *self._family.routing(*routing))]
+            appends: list[Callable[[Tensor], None]] = []
+            for tokens, (given, _) in self._run(index, number) if runs else ():
+                found = [rows[tokens.attended.view(-1)] for rows in given]
+                found[1] = found[1].where(found[1] < block.experts.output.experts, -1)
                 _check_finite(found[0], block.name)
+                if not appends:  # now it is known how many experts a token goes to
+                    files = [
+                        replace(file, columns=rows.shape[1])
+                        for file, rows in zip(files, found, strict=True)
+                    ]
+                    appends = [opened.enter_context(file.writing()) for file in files]
                 for append, rows in zip(appends, found, strict=True):
                     append(rows)
-        return RoutedTokens(*files, part.counted[:count], self._experts[block.prefix])
+            if not runs:
+                for file in files:
+                    opened.enter_context(file.writing())
+        return RoutedTokens(*files, part.counted[:count], block.experts.output.experts)
 
     def advance(self, outputs: Tensor | None) -> None:
         """Run the current block and go to the next.
@@ -160,7 +158,7 @@ class Walk:
             self.position += 1
             return
         shape = None if outputs is None else tuple(outputs.shape)
-        expected = None if block.prefix is None else (part.count, part.width)
+        expected = None if block.experts is None else (part.count, block.experts.layer.width)
         if shape != expected:
             raise QMoEError(
                 "argument", f"{block.name}: the experts' outputs have shape {shape}, not {expected}"
@@ -246,45 +244,40 @@ class Walk:
         return self._thread.submit(torch.no_grad()(function), *arguments).result()
 
 
-def _build(checkpoint: Checkpoint, family: Family) -> Any:
-    """Transformers' model, without weights."""
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        for key, value in family.settings.items():
-            setattr(config, key, value)
-        kind = AutoModelForSeq2SeqLM if len(family.stages) > 1 else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = kind.from_config(config, dtype=torch.float32)
-    except Exception as error:  # a wrong config.json can raise anything in transformers
-        raise QMoEError(
-            "checkpoint",
-            f"{checkpoint.folder / 'config.json'}: transformers cannot build this model ({error})",
-            "download it again or update transformers",
-        ) from error
-    return model.eval()
+def _block_lists(checkpoint: Checkpoint) -> list[str]:
+    """The names of the lists of blocks, in order of execution."""
+    model = checkpoint.model
+    if model.config.is_encoder_decoder:
+        stages = {name: getattr(model, name) for name in ("encoder", "decoder")}
+        return [
+            f"{stage}.{name}"
+            for stage, module in stages.items()
+            for name, child in module.named_children()
+            if isinstance(child, nn.ModuleList)
+        ]
+    found = dict.fromkeys(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(layer.runs and layer.path.startswith(f"{name}.") for layer in checkpoint.layers)
+    )
+    return [name for name in found if not any(name.startswith(f"{each}.") for each in found)][:1]
 
 
-def _check_experts(checkpoint: Checkpoint, family: Family, model: Any) -> None:
-    """Refuse experts that do not have the model's shapes."""
-    shapes = {
-        (stack.prefix, stack.matrix): (stack.name, (stack.experts, stack.rows, stack.columns))
-        for stack in checkpoint.stacks
-    }
-    for path, _, inputs, output in expert_modules(model):
-        prefix = family.in_checkpoint(path)
-        for matrices, expected in ((family.inputs, inputs), ((family.output,), output)):
-            found = dict(shapes[prefix, each] for each in matrices if (prefix, each) in shapes)
-            check_experts(str(checkpoint.folder), found, expected)
+def _set_everywhere(model: Any, key: str, value: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, key):
+            setattr(module, key, value)
 
 
-def _tokens(family: Family, batches: Sequence[Batch]) -> list[list[Tokens]]:
+def _tokens(parts: int, batches: Sequence[Batch]) -> list[list[Tokens]]:
     """What each part of a model reads."""
-    parts = [[batch.inputs for batch in batches]]
-    if len(family.stages) > 1:
-        parts.append([batch.targets for batch in batches if batch.targets])
-    if not all(len(part) == len(batches) and any(t.attended.any() for t in part) for part in parts):
+    found = [[batch.inputs for batch in batches]]
+    if parts > 1:
+        found.append([batch.targets for batch in batches if batch.targets])
+    if not all(len(part) == len(batches) and any(t.attended.any() for t in part) for part in found):
         raise QMoEError("argument", "batches have no tokens, or none for the decoder")
-    return parts
+    return found
 
 
 def _check_finite(rows: Tensor, where: str) -> None:

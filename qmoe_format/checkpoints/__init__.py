@@ -1,23 +1,12 @@
 """Hugging Face checkpoints, read one tensor at a time.
 
-``open_checkpoint(folder)`` finds the weights, learns from ``config.json`` which family the model
-belongs to, and from the ``Family`` which tensors are experts. Reading is lazy: memory does not grow
-with the model. It needs torch and safetensors; the records of the families do not.
+``open_checkpoint(folder)`` builds transformers' model of it, without weights, and learns from that
+which tensors are experts and how they compute. Reading is lazy: memory does not grow with the
+model. Needs torch, transformers and safetensors.
 """
 
 from qmoe_format.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from qmoe_format.checkpoints.expert_stacks import ExpertStack, TensorInfo
-from qmoe_format.checkpoints.families import FAMILIES, family_for
-from qmoe_format.checkpoints.family import Family
-from qmoe_format.checkpoints.layers import check_layers
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks
+from qmoe_format.checkpoints.tensor_info import TensorInfo
 
-__all__ = [
-    "FAMILIES",
-    "Checkpoint",
-    "ExpertStack",
-    "Family",
-    "TensorInfo",
-    "check_layers",
-    "family_for",
-    "open_checkpoint",
-]
+__all__ = ["Checkpoint", "ExpertStack", "LayerStacks", "TensorInfo", "open_checkpoint"]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from qmoe_format.checkpoints.expert_stacks import ExpertStack, TensorInfo, find_stacks
-from qmoe_format.checkpoints.families import family_for
-from qmoe_format.checkpoints.layers import check_layers
+import torch
+
+from qmoe_format.checkpoints import model as models
+from qmoe_format.checkpoints.expert_layers import check_shape
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, find_layers
+from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.checkpoints.name_map import Load, NameMap
+from qmoe_format.checkpoints.native import find_packed
+from qmoe_format.checkpoints.tensor_info import TensorInfo
+from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES
+from qmoe_format.checkpoints.weight_files import Shard, open_shard
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
-    from types import EllipsisType
-
     from torch import Tensor
-
-    from qmoe_format.checkpoints.weight_files import Shard
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -34,11 +40,18 @@ _DOWNLOAD = "download the checkpoint again"
 class Checkpoint:
     """A checkpoint's tensors, expert stacks and small files; a context manager.
 
+    Weights that are stored in a quantized format are read as what they stand for.
+
     Attributes:
         folder: where it is.
         config: the contents of ``config.json``.
-        tensors: every tensor by name, in order of names.
-        stacks: the expert stacks.
+        tensors: every tensor by name, in order of names; quantized ones as BF16.
+        packed: the quantized ones among them.
+        stored: every tensor as it lies in the weight files.
+        model: transformers' model without weights.
+        names: how ``tensors`` map to its parameters.
+        layers: the layers with experts.
+        stacks: the stacks of all layers.
         attachments: configuration and tokenizer files, in order of names.
     """
 
@@ -47,24 +60,42 @@ class Checkpoint:
         folder: Path,
         config: Mapping[str, Any],
         shards: Sequence[Shard],
-        tensors: Mapping[str, TensorInfo],
+        stored: Mapping[str, TensorInfo],
+        *,
+        trust_remote_code: bool = False,
         release_after: int = 1 << 27,
     ) -> None:
         """Of ``shards`` whose memory maps are dropped when ``release_after`` bytes were read.
 
         Raises:
-            QMoEError: ``checkpoint`` if the experts are incomplete, or an attachment does not fit.
+            QMoEError: ``checkpoint`` if transformers does not know the model, if the experts are
+                incomplete, or an attachment does not fit.
         """
         self.folder = folder
         self.config = config
-        self.tensors = tensors
-        self.stacks = find_stacks(family_for(config), tensors, config)
+        self.stored = stored
+        self.packed = find_packed(config, stored)
+        parts = {part for packed in self.packed.values() for part in packed.parts}
+        tensors = {name: info for name, info in stored.items() if name not in parts} | {
+            name: TensorInfo(name, "BF16", packed.shape, -1) for name, packed in self.packed.items()
+        }
+        self.tensors: Mapping[str, TensorInfo] = dict(sorted(tensors.items()))
+        self.model_config = models.load_config(folder, config, trust_remote_code)
+        self.model = models.build(self.model_config, folder)
+        self.names = NameMap(self.model)
+        self.layers = find_layers(
+            self.names,
+            list(expert_layers(self.model)),
+            self.tensors,
+            DTYPE_NAMES.get(self.model_config.dtype, "BF16"),
+        )
+        self.stacks = tuple(stack for layer in self.layers for stack in layer.stacks)
         self.attachments = _attachments(folder)
         self._shards = shards
         self._release_after = release_after
         self._mapped_bytes = 0
 
-    @property
+    @cached_property
     def others(self) -> list[str]:
         """Names of the tensors that are not experts, in order."""
         experts = {stack.member(e) for stack in self.stacks for e in range(stack.experts)}
@@ -75,23 +106,144 @@ class Checkpoint:
         """The files of weights."""
         return [shard.path for shard in self._shards]
 
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """How many bytes some of ``tensors`` take in the weight files."""
+        parts = (
+            part
+            for name in names
+            for part in (self.packed[name].parts if name in self.packed else (name,))
+        )
+        return sum(self.stored[part].bytes for part in parts)
+
     def read(self, name: str) -> Tensor:
         """A tensor by name, on the CPU; often a view of a memory map, so do not keep it."""
-        return self._read(name, ...)
+        if name in self.packed:
+            return self.packed[name].decode(self.read_stored).to(torch.bfloat16)
+        return self.read_stored(name)
 
-    def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
-        """One expert's matrix [rows, columns], like ``read``."""
-        if stack.members:
-            return self.read(stack.member(expert))
-        matrix = self._read(stack.name, expert)
-        return matrix.T if stack.transposed else matrix
-
-    def _read(self, name: str, part: int | EllipsisType) -> Tensor:
+    def read_stored(self, name: str) -> Tensor:
+        """A tensor of the weight files, likewise."""
         if self._mapped_bytes > self._release_after:
             self.close()
-        tensor = self._shards[self.tensors[name].shard].read(name)[part]
-        self._mapped_bytes += tensor.nbytes
-        return tensor
+        info = self.stored[name]
+        self._mapped_bytes += info.bytes
+        return self._shards[info.shard].read(name)
+
+    def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
+        """One expert's matrix [rows, columns], like ``read``; a quantized one exactly, in float32.
+
+        Raises:
+            QMoEError: ``checkpoint`` if it is quantized in a way that its format does not allow.
+        """
+        name = stack.member(expert)
+        index = None if stack.members else expert
+        if name in self.packed:
+            matrix = self.packed[name].decode(self.read_stored, index)
+        else:
+            matrix = self.read_stored(name)
+            if index is not None:
+                matrix = matrix[index]
+        return matrix.T if stack.transposed else matrix
+
+    @cached_property
+    def loads(self) -> Mapping[str, Load]:
+        """How to make each parameter of the model that is not experts' matrices, by its name.
+
+        Raises:
+            QMoEError: ``checkpoint`` if a tensor has another shape than the model's.
+        """
+        found: dict[str, Load] = {}
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        for target, load in self.names.loads(self.others).items():
+            if target not in self.names.shapes:
+                continue
+            made = self.names.made(load, shapes)
+            for name, shape in made.items():
+                if name in self.names.shapes:
+                    check_shape(str(self.folder), load.names[0], shape, self.names.shapes[name])
+                    found[name] = load
+        for target, source in self.model.all_tied_weights_keys.items():
+            for name, other in ((target, source), (source, target)):
+                if name not in found and other in found:
+                    found[name] = found[other]
+        return found
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters and buffers of the model by their names in it.
+
+        Raises:
+            QMoEError: ``checkpoint`` if one is missing.
+        """
+        wanted = list(names)
+        made: dict[str, Tensor] = {}
+        for name in wanted:
+            load = self.loads.get(name)
+            if load is None:
+                raise self._missing([name])
+            if name not in made:
+                found = load.run(self.model, self.read)
+                made |= found if name in found else {name: next(iter(found.values()))}
+        return {name: made[name] for name in wanted}
+
+    def check_complete(self) -> None:
+        """Check that every weight that transformers' model needs is there, and no layer too many.
+
+        Raises:
+            QMoEError: ``checkpoint``.
+        """
+        experts = {
+            name
+            for layer in self.layers
+            for matrix in (layer.layer.inputs, layer.layer.output)
+            for name in layer.layer.members(matrix)
+        }
+        optional = [re.compile(each) for each in self.model._keys_to_ignore_on_load_missing or ()]
+        missing = [
+            name
+            for name in self.names.shapes
+            if name not in experts
+            and name not in self.loads
+            and not any(pattern.search(name) for pattern in optional)
+        ]
+        if missing:
+            raise self._missing(missing)
+        self._check_layers()
+
+    def _missing(self, names: Sequence[str]) -> QMoEError:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        unknown = [name for name in self.others if not self._goes_into_model(name)]
+        there = f"; not part of the model: {unknown[0]!r}" if unknown else ""
+        return QMoEError(
+            "checkpoint",
+            f"{self.folder}: there are no weights for {names[0]!r}{more}{there}",
+            "download the whole checkpoint again, or save the model with transformers",
+        )
+
+    def _goes_into_model(self, name: str) -> bool:
+        return self.names.parameter(name)[0] in self.names.shapes
+
+    def _check_layers(self) -> None:
+        """Refuse blocks that config.json does not count, unless they predict further tokens."""
+        if any(re.search("nextn|mtp", key) and value for key, value in self.config.items()):
+            return
+        expected = [re.compile(p) for p in self.model._keys_to_ignore_on_load_unexpected or ()]
+        lists = {re.sub(r"\.\d+\..*", "", layer.path) for layer in self.layers if layer.runs}
+        for name in self.others:
+            target = self.names.parameter(name)[0]
+            blocks = re.match(r"(.+?)\.\d+\.", target)
+            if (
+                blocks is not None
+                and blocks[1] in lists
+                and not any(self.names.shapes.keys() & {target})
+                and not any(pattern.search(target) for pattern in expected)
+                and not any(each.startswith(blocks[0]) for each in self.names.shapes)
+            ):
+                raise QMoEError(
+                    "checkpoint",
+                    f"{self.folder}: tensor {name!r} belongs to a block that the model does not "
+                    "have by config.json",
+                    "download config.json again",
+                )
 
     def close(self) -> None:
         """Drop the memory maps; the next ``read`` makes them again."""
@@ -106,34 +258,30 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Open a checkpoint folder; reads its configuration and the headers of its weight files.
+
+    Args:
+        trust_remote_code: whether code that the checkpoint brings may run.
 
     Raises:
         QMoEError: ``not-found`` if there is no such folder; ``checkpoint`` if it is incomplete,
-            unreadable or of an unknown family.
+            unreadable or of a type that transformers does not know.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise QMoEError(
             "not-found", f"{folder}: no such folder", "give one with config.json and the weights"
         )
-    from qmoe_format.checkpoints.weight_files import open_shard
-
     config = _read_json(folder / "config.json")
-    family_for(config)
-    _check_not_quantized(config)
     paths, listed = _weight_files(folder)
     shards = [open_shard(path) for path in paths]
     tensors: dict[str, TensorInfo] = {}
     for number, shard in enumerate(shards):
         for name, dtype, shape in shard.tensors():
-            if name in tensors:
-                raise QMoEError(
-                    "checkpoint",
-                    f"{shard.path}: tensor {name!r} is also in {paths[tensors[name].shard].name}",
-                    "remove one of the two files and correct the index",
-                )
+            # Of a tensor in two files, transformers takes the one that the index names.
+            if name in tensors and listed.get(name, shard.path.name) != shard.path.name:
+                continue
             tensors[name] = TensorInfo(name, dtype, shape, number)
         shard.release()
     for name, file in listed.items():
@@ -141,21 +289,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise QMoEError(
                 "checkpoint", f"{folder / file}: lacks tensor {name!r} of the index", _DOWNLOAD
             )
-    check_layers(config, tensors)
-    return Checkpoint(folder, config, shards, dict(sorted(tensors.items())))
-
-
-def _check_not_quantized(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    raise QMoEError(
-        "checkpoint",
-        f"config.json: the weights are already quantized ({method})",
-        "convert the model in a float type. To make one: load this one with transformers and "
-        "dequantize=True in its quantization_config, put its state dict into a new model of its "
-        "config, and save that (otherwise the experts keep the names of quantized ones)",
+    return Checkpoint(
+        folder, config, shards, dict(sorted(tensors.items())), trust_remote_code=trust_remote_code
     )
 
 

@@ -1,37 +1,36 @@
-"""Which tensors of a checkpoint are experts, and how they group into stacks.
+"""Which tensors of a checkpoint are experts, and how they group into stacks and layers.
 
-``find_stacks`` refuses every checkpoint in which an expert is missing or would be left unquantized.
+``find_layers`` refuses every checkpoint in which an expert is missing or would stay as it is.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qmoe_format.checkpoints.family import Family
+import torch
+from torch import Tensor
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+)
+
+from qmoe_format.checkpoints.expert_layers import ExpertLayer
+from qmoe_format.checkpoints.name_map import NameMap
+from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.errors import QMoEError
 
 EXPERT_DTYPES = ("BF16", "F16", "F32", "F64")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NUMBERED = re.compile(
+    r"(?P<before>(?:.+\.)?experts\.(?:expert_)?)(?P<number>0|[1-9]\d{0,8})\.(?P<after>.+)"
+)
+_OF_EXPERTS = re.compile(r"(?:.*\.)?experts\..*")
 _DOWNLOAD = "download the whole checkpoint again"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor as the weight file number ``shard`` describes it; ``dtype`` as in SPEC.md 3.3."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: int
-
-    @property
-    def elements(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,12 @@ class ExpertStack:
 
     Attributes:
         name: the stack's name in a ``.qmoe`` file.
-        prefix: the part of the name that all stacks of the layer share.
-        matrix: the name of the matrix in its ``Family``.
         members: the checkpoint's tensor names, ``{}`` for the expert's number; empty if one tensor
             ``name`` of shape [experts, rows, columns] holds them all.
-        transposed: that one tensor is [experts, columns, rows].
+        transposed: a matrix is [columns, rows] in the checkpoint.
     """
 
     name: str
-    prefix: str
-    matrix: str
     members: str
     experts: int
     rows: int
@@ -61,107 +56,265 @@ class ExpertStack:
         """The checkpoint's name of the tensor that holds this expert."""
         return self.members.replace("{}", str(expert)) if self.members else self.name
 
+    @property
+    def weights(self) -> int:
+        """In all experts."""
+        return self.experts * self.rows * self.columns
 
-def find_stacks(
-    family: Family, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> tuple[ExpertStack, ...]:
-    """Group the experts of a checkpoint into stacks.
+
+@dataclass(frozen=True)
+class LayerStacks:
+    """The stacks of a layer's experts.
+
+    Attributes:
+        path: the name of the experts in transformers' model.
+        layer: how they compute. A layer that transformers does not run, such as one that predicts
+            further tokens, has that of another layer.
+        runs: whether the model runs them.
+        inputs: the matrices that a token is multiplied by, the first rows first.
+        output: the matrix whose product is an expert's output.
+        interleaved: rows of gate and up take turns in ``inputs``, but not in the model.
+    """
+
+    path: str
+    layer: ExpertLayer
+    runs: bool
+    inputs: tuple[ExpertStack, ...]
+    output: ExpertStack
+    interleaved: bool = False
+
+    @property
+    def stacks(self) -> tuple[ExpertStack, ...]:
+        """All of them, in order of names."""
+        return tuple(sorted((*self.inputs, self.output), key=lambda stack: stack.name))
+
+    def hidden(self, products: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
+        """From the products with the inputs to what ``output`` is multiplied by.
+
+        Args:
+            products: [tokens, rows] for each of ``inputs``.
+            biases: none, or [rows] or [tokens, rows] for each.
+        """
+        if biases:
+            products = [each + bias for each, bias in zip(products, biases, strict=True)]
+        if self.interleaved:
+            products = [torch.cat(self.split_rows(each, 2), -1) for each in products]
+        return self.layer.hidden(products)
+
+    def split_rows(self, product: Tensor, parts: int) -> Sequence[Tensor]:
+        """The rows of gate and up in a product with ``inputs`` [..., rows], if it has both."""
+        if self.interleaved or self.layer.interleaved:
+            return product.unflatten(-1, (-1, parts)).unbind(-1)
+        return product.chunk(parts, -1)
+
+    def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Undo ``split_rows``."""
+        if self.interleaved or self.layer.interleaved:
+            return torch.stack(list(parts), -1).flatten(-2)
+        return torch.cat(list(parts), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stack belongs.
+
+    Attributes:
+        path: as in ``LayerStacks``.
+        layer: one like it in the model.
+        matrix: the layer's name of the matrix.
+        part, parts: the number of the stack among those that make up the matrix.
+        operations: what transformers does with it.
+    """
+
+    path: str
+    layer: ExpertLayer
+    matrix: str
+    part: int
+    parts: int
+    operations: Sequence[ConversionOps]
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs the layer."""
+        return self.path == self.layer.path
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether transformers sorts the rows of gate and up, which take turns."""
+        return any(isinstance(each, Interleave) for each in self.operations)
+
+    def transposed(self, shape: Sequence[int]) -> bool:
+        """Whether a matrix of a stack of this shape [experts, _, _] is [in, out]."""
+        transposed = self.layer.transposed
+        experts, rows, columns = self.layer.shapes[self.matrix]
+        parameter = (experts, columns, rows) if transposed else (experts, rows, columns)
+        for each in self.operations:
+            if isinstance(each, Transpose) and not (each.check_dims and tuple(shape) == parameter):
+                transposed = not transposed
+        return transposed
+
+
+class Places:
+    """Finds the place of each tensor of experts."""
+
+    def __init__(self, names: NameMap, layers: Iterable[ExpertLayer]) -> None:
+        self._names = names
+        self._parameters = {
+            layer.members(matrix)[0]: (layer, matrix)
+            for layer in layers
+            for matrix in (layer.inputs, layer.output)
+        }
+        # Layers that the model does not have end in the same names.
+        self._tails = {_tail(target): target for target in self._parameters}
+
+    def find(self, name: str) -> Place | None:
+        """The place of a tensor, the first expert's if each has one; None if it is no expert's.
+
+        Raises:
+            QMoEError: ``checkpoint`` if transformers does something with it that is not known here.
+        """
+        target, converter, pattern = self._names.parameter(name)
+        known = target if target in self._parameters else self._tails.get(_tail(target))
+        if known is None or (known != target and target in self._names.shapes):
+            return None
+        layer, matrix = self._parameters[known]
+        path = layer.path
+        if known != target:
+            path = target.removesuffix(_tail(target)) + layer.path.removeprefix(
+                known.removesuffix(_tail(known))
+            )
+        operations = converter.operations if converter else ()
+        columns = 2 if layer.transposed else 1
+        for each in operations:
+            good = isinstance(each, Transpose) and {each.dim0, each.dim1} == {1, 2}
+            good |= isinstance(each, MergeModulelist) and each.dim == 0
+            good |= isinstance(each, Concatenate | Interleave) and each.dim == columns
+            if not good:
+                raise QMoEError(
+                    "checkpoint",
+                    f"tensor {name!r}: transformers prepares it with {each}, which is not supported",
+                    "save the model with transformers, and convert that",
+                )
+        patterns = converter.source_patterns if converter else [pattern]
+        return Place(path, layer, matrix, patterns.index(pattern), len(patterns), operations)
+
+
+def _tail(target: str) -> str:
+    """A parameter's name within its block: what follows the first number."""
+    parts = re.split(r"(?<=\.)(\d+\.)", target, maxsplit=1)
+    return parts[-1] if len(parts) > 1 else target
+
+
+def find_layers(
+    names: NameMap,
+    layers: Sequence[ExpertLayer],
+    tensors: Mapping[str, TensorInfo],
+    mixed_dtype: str,
+) -> tuple[LayerStacks, ...]:
+    """Group the experts of a checkpoint.
 
     Args:
-        family: of the model.
+        names: the model's.
+        layers: of the model.
         tensors: the checkpoint's, by name.
-        config: the contents of ``config.json``.
+        mixed_dtype: of a stack whose experts have several dtypes.
 
     Returns:
-        The stacks, in order of layers' prefixes, then of matrices.
+        In order of the names of their stacks.
 
     Raises:
         QMoEError: ``checkpoint`` if there are none, if one is missing or extra, if those of a stack
-            differ in shape or dtype, or if a tensor looks like an expert's but is not.
+            differ in shape, or if a tensor looks like an expert's but is not.
     """
-    expert = _pattern(family, family.tensor)
-    similar = re.compile(
-        rf"(?:.*\.)?experts\..*|{_pattern(family, '{prefix}.{matrix}').pattern}[._].*"
-    )
-    biases = tuple(f".{family.prefix}.{bias}" for bias in family.biases)
-    found: dict[tuple[str, str], dict[int, TensorInfo]] = {}
+    places = Places(names, layers)
+    found: list[tuple[Place, ExpertStack]] = []
+    members: dict[str, dict[int, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
-        if match := expert.fullmatch(name):
-            number = 0 if family.fused else int(match["number"])
-            found.setdefault((match["prefix"], match["matrix"]), {})[number] = info
-        elif similar.fullmatch(name) and not name.endswith(biases):
-            example = family.members(f"….{family.prefix}", family.matrices[0]).replace("{}", "0")
-            raise QMoEError(
-                "checkpoint",
-                f"tensor {name!r}: looks like part of an expert, but those of "
-                f"{config['model_type']!r} have names like {example!r}, so it would stay "
-                "uncompressed",
-                "save the model with transformers, in a float type",
-            )
-    if not found:
+        if match := _NUMBERED.fullmatch(name):
+            template = f"{match['before']}{{}}.{match['after']}"
+            members[template][int(match["number"])] = info
+        elif (place := places.find(name)) is not None:
+            found.append((place, _fused_stack(place, info)))
+        elif _OF_EXPERTS.fullmatch(name) and names.parameter(name)[0] not in names.shapes:
+            raise _not_an_expert(name)
+    for template, experts in members.items():
+        place = places.find(template.replace("{}", "0"))
+        if place is None:
+            raise _not_an_expert(next(iter(experts.values())).name)
+        found.append((place, _stack(place, template, experts, mixed_dtype)))
+    return group(found, layers)
+
+
+def group(
+    found: Iterable[tuple[Place, ExpertStack]], layers: Iterable[ExpertLayer]
+) -> tuple[LayerStacks, ...]:
+    """Group stacks into layers, and check that every layer of the model has all of them.
+
+    Raises:
+        QMoEError: ``checkpoint``.
+    """
+    by_path: dict[str, list[tuple[Place, ExpertStack]]] = defaultdict(list)
+    for place, stack in found:
+        by_path[place.path].append((place, stack))
+    missing = [layer for layer in layers if layer.path not in by_path]
+    if not by_path or missing:
+        where = f": there are none for {missing[0].path!r}" if missing else ""
         raise QMoEError(
             "checkpoint",
-            "no expert weights found: this model has no sparse layers",
-            "give a mixture-of-experts model",
+            f"experts are missing{where}" if missing else "this model has no experts",
+            _DOWNLOAD if missing else "give a mixture-of-experts model",
         )
-    counts = _expert_counts(family, tensors, config, {prefix for prefix, _ in found})
-    stack = _fused_stack if family.fused else _stack
     return tuple(
-        stack(family, prefix, matrix, found.get((prefix, matrix), {}), counts[prefix])
-        for prefix in sorted(counts)
-        for matrix in family.matrices
+        sorted(
+            (_layer(path, parts) for path, parts in by_path.items()),
+            key=lambda layer: layer.stacks[0].name,
+        )
     )
 
 
-def _pattern(family: Family, name: str) -> re.Pattern[str]:
-    groups = {
-        "prefix": rf"(?P<prefix>(?:.+\.)?{re.escape(family.prefix)})",
-        "number": r"(?P<number>0|[1-9][0-9]{0,8})",
-        "matrix": rf"(?P<matrix>{'|'.join(map(re.escape, family.matrices))})",
-    }
-    parts = re.split(r"\{(\w+)\}", name)
-    parts[::2] = map(re.escape, parts[::2])
-    parts[1::2] = [groups[part] for part in parts[1::2]]
-    return re.compile("".join(parts))
-
-
-def _expert_counts(
-    family: Family,
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    prefixes: Iterable[str],
-) -> dict[str, int]:
-    """Experts by layer's prefix: by the configuration, or else by the router, or else 0."""
-    router = family.in_checkpoint(f".{family.router}")[1:]
-    routers = {
-        name.removesuffix(router) + family.prefix: info.shape[0]
-        for name, info in tensors.items()
-        if (name == router or name.endswith(f".{router}")) and info.shape
-    }
-    key = next((key for key in EXPERT_COUNTS if config.get(key) is not None), None)
-    configured = config[key] if key else None
-    if key and (type(configured) is not int or configured < 1):
-        raise QMoEError(
-            "checkpoint",
-            f"config.json: {key!r} is {configured!r}, not a positive number",
-            "correct config.json",
+def _layer(path: str, parts: Sequence[tuple[Place, ExpertStack]]) -> LayerStacks:
+    layer = parts[0][0].layer
+    by_matrix: dict[str, list[ExpertStack]] = {}
+    for matrix in (layer.inputs, layer.output):
+        own = sorted(
+            ((place, stack) for place, stack in parts if place.matrix == matrix),
+            key=lambda part: part[0].part,
         )
-    for prefix, routed in routers.items():
-        if key and configured != routed:
+        numbers = [place.part for place, _ in own]
+        if numbers != list(range(own[0][0].parts if own else 1)):
             raise QMoEError(
                 "checkpoint",
-                f"config.json: {key} = {configured}, but the router beside {prefix!r} has "
-                f"{routed} experts",
-                "correct config.json",
+                f"experts are incomplete: of the matrices of {path!r} there are only "
+                f"{', '.join(repr(stack.name) for _, stack in parts)}",
+                _DOWNLOAD,
             )
-    return {prefix: configured or routers.get(prefix, 0) for prefix in {*prefixes, *routers}}
+        stacks = by_matrix[matrix] = [stack for _, stack in own]
+        experts, rows, columns = layer.shapes[matrix]
+        total = sum(stack.rows for stack in stacks)
+        for stack in stacks:
+            if (stack.experts, total, stack.columns) != (experts, rows, columns):
+                raise QMoEError(
+                    "checkpoint",
+                    f"stack {stack.name!r} has shape "
+                    f"{[stack.experts, stack.rows, stack.columns]}, but by config.json experts are "
+                    f"{[experts, rows // len(stacks), columns]}",
+                    "correct config.json, or download the checkpoint again",
+                )
+    (output,) = by_matrix[layer.output]
+    return LayerStacks(
+        path,
+        layer,
+        parts[0][0].runs,
+        tuple(by_matrix[layer.inputs]),
+        output,
+        any(place.interleaved for place, _ in parts),
+    )
 
 
 def _stack(
-    family: Family, prefix: str, matrix: str, experts: Mapping[int, TensorInfo], expected: int
+    place: Place, members: str, experts: Mapping[int, TensorInfo], mixed_dtype: str
 ) -> ExpertStack:
-    members = family.members(prefix, matrix)
-    count = max(expected, len(experts), 1)
+    count = max(place.layer.shapes[place.matrix][0], len(experts))
     for number in range(count):
         if number not in experts:
             raise QMoEError(
@@ -170,56 +323,38 @@ def _stack(
                 f"{members.replace('{}', str(number))!r}",
                 _DOWNLOAD,
             )
-    _check_count(members, len(experts), expected)
     first = experts[0]
-    for number in range(count):
-        info = experts[number]
+    for info in experts.values():
         _check_expert(info, 2)
-        if (info.shape, info.dtype) != (first.shape, first.dtype):
+        if info.shape != first.shape:
             raise QMoEError(
                 "checkpoint",
-                f"tensor {info.name!r}: {info.dtype} {list(info.shape)}, but {first.name!r} of the "
-                f"same layer is {first.dtype} {list(first.shape)}",
-                "give all experts of a layer the same shape and type",
+                f"tensor {info.name!r}: {list(info.shape)}, but {first.name!r} of the same layer "
+                f"is {list(first.shape)}",
+                "give all experts of a layer the same shape",
             )
-    rows, columns = first.shape
-    name = family.stack_name(prefix, matrix)
-    return ExpertStack(name, prefix, matrix, members, count, rows, columns, first.dtype)
+    dtypes = {info.dtype for info in experts.values()}
+    transposed = place.transposed((count, *first.shape))
+    rows, columns = reversed(first.shape) if transposed else first.shape
+    name = re.sub(r"\.(?:expert_)?\{\}", "", members).removesuffix(".weight")
+    dtype = first.dtype if len(dtypes) == 1 else mixed_dtype
+    return ExpertStack(name, members, count, rows, columns, dtype, transposed)
 
 
-def _fused_stack(
-    family: Family, prefix: str, matrix: str, tensor: Mapping[int, TensorInfo], expected: int
-) -> ExpertStack:
-    name = family.stack_name(prefix, matrix)
-    if not tensor:
-        raise QMoEError(
-            "checkpoint", f"experts are missing: there is no tensor {name!r}", _DOWNLOAD
-        )
-    info = tensor[0]
+def _fused_stack(place: Place, info: TensorInfo) -> ExpertStack:
     _check_expert(info, 3)
     count, rows, columns = info.shape
-    if family.transposed:
+    transposed = place.transposed(info.shape)
+    if transposed:
         rows, columns = columns, rows
-    _check_count(name, count, expected or max(count, 1))
-    return ExpertStack(
-        name, prefix, matrix, "", count, rows, columns, info.dtype, family.transposed
-    )
-
-
-def _check_count(name: str, count: int, expected: int) -> None:
-    if expected and count != expected:
-        raise QMoEError(
-            "checkpoint",
-            f"{name!r}: there are {count} experts, but {expected} by config.json or the router",
-            "correct config.json",
-        )
+    return ExpertStack(info.name, "", count, rows, columns, info.dtype, transposed)
 
 
 def _check_expert(info: TensorInfo, dimensions: int) -> None:
     if len(info.shape) != dimensions:
         raise QMoEError(
             "checkpoint",
-            f"tensor {info.name!r}: its shape is {list(info.shape)}, but experts of this family "
+            f"tensor {info.name!r}: its shape is {list(info.shape)}, but experts of this model "
             f"have {dimensions} dimensions",
             "save the model with transformers",
         )
@@ -227,6 +362,15 @@ def _check_expert(info: TensorInfo, dimensions: int) -> None:
         raise QMoEError(
             "checkpoint",
             f"tensor {info.name!r}: is {info.dtype}, but experts have to be one of "
-            f"{', '.join(EXPERT_DTYPES)}",
+            f"{', '.join(EXPERT_DTYPES)}, or quantized in a format that is known",
             "dequantize the checkpoint first",
         )
+
+
+def _not_an_expert(name: str) -> QMoEError:
+    return QMoEError(
+        "checkpoint",
+        f"tensor {name!r}: looks like part of an expert, but transformers' model has none of that "
+        "name, so it would stay uncompressed",
+        "save the model with transformers, in a float type",
+    )

@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qmoe_format.calibration.activations import RoutedTokens
-from qmoe_format.checkpoints import Checkpoint, ExpertStack
-from qmoe_format.checkpoints.wiring import Wiring
+from qmoe_format.checkpoints import Checkpoint, ExpertStack, LayerStacks
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.importance import derivatives, importance
 
 Weights = dict[str, Tensor]
-"""float32 ``[experts, rows, columns]`` by matrix."""
+"""float32 ``[experts, rows, columns]`` by stack."""
 
 
 def count_weights(stacks: Iterable[ExpertStack]) -> int:
     """The weights in some stacks."""
-    return sum(stack.experts * stack.rows * stack.columns for stack in stacks)
+    return sum(stack.weights for stack in stacks)
 
 
 class _Chunk(NamedTuple):
@@ -34,14 +34,15 @@ class _Chunk(NamedTuple):
     positions: Tensor  # int64 [m]
     gates: Tensor  # float32 [m], the router's weights
     inputs: Tensor  # float32 [m, d]
-    products: list[Tensor]  # of the inputs and each input matrix, [m, rows]
+    products: list[Tensor]  # of the inputs and each input matrix, [m, rows], without biases
+    biases: list[Tensor]  # of the expert, none or [rows] for each input matrix
 
 
 class BlockExperts:
     """A block's experts and the tokens routed to them.
 
     Attributes:
-        stacks: by matrix as in the family's ``Wiring``, in the checkpoint's order.
+        stacks: by name, in the checkpoint's order.
         count: the number of experts.
         elements: of the largest matrix and its Hessian.
         experts_in_memory: how many have room together.
@@ -50,8 +51,7 @@ class BlockExperts:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        prefix: str,
-        wiring: Wiring,
+        layer: LayerStacks,
         routed: RoutedTokens,
         resources: Resources,
         *,
@@ -62,24 +62,27 @@ class BlockExperts:
         """
         Args:
             checkpoint: has to stay open.
-            prefix: of the names of the block's stacks.
+            layer: the block's stacks.
             token_cap, all_experts: see ``Calibration``.
             norms: float32 ``[tokens, 1]``, of the hidden states after the block: importance is
                 relative to them. None if all rows are equally important.
         """
         self._checkpoint = checkpoint
-        self._wiring = wiring
+        self._layer = layer
+        self._inputs = [stack.name for stack in layer.inputs]
+        self._output = layer.output.name
         self._routed = routed
         self._norms = norms
         self.resources = resources
-        self.stacks: Mapping[str, ExpertStack] = {
-            stack.matrix: stack for stack in checkpoint.stacks if stack.prefix == prefix
-        }
+        self.stacks: Mapping[str, ExpertStack] = {stack.name: stack for stack in layer.stacks}
         stacks = self.stacks.values()
-        self.count = self.stacks[wiring.output].experts
+        self.count = layer.output.experts
+        biases = checkpoint.parameters(layer.layer.biases if layer.runs else ()).values()
+        # Of inputs and output, float32 [experts, rows], or none.
+        self._biases = [bias.to(resources.device, torch.float32) for bias in biases]
         self.elements = max(s.rows * s.columns + s.columns**2 for s in stacks)
         # Matrices of the same inputs share their Hessian.
-        hessians = [self.stacks[m].columns ** 2 for m in (wiring.inputs[0], wiring.output)]
+        hessians = [each.columns**2 for each in (layer.inputs[0], layer.output)]
         expert_bytes = 4 * (sum(stack.rows * stack.columns for stack in stacks) + sum(hessians))
         self.experts_in_memory = max(1, resources.group_bytes // expert_bytes)
         counted = int((routed.experts >= 0)[routed.counted].sum())
@@ -101,7 +104,7 @@ class BlockExperts:
         Raises:
             QMoEError: ``value`` for a weight that is NaN or infinite.
         """
-        return {matrix: self._read(stack, group) for matrix, stack in self.stacks.items()}
+        return {name: self._read(stack, group) for name, stack in self.stacks.items()}
 
     def _read(self, stack: ExpertStack, group: range) -> Tensor:
         weights = torch.empty(len(group), stack.rows, stack.columns)
@@ -137,7 +140,7 @@ class BlockExperts:
 
     def statistics(self, weights: Weights, experts: Sequence[int]) -> dict[str, Statistics]:
         """Statistics for each matrix of some experts with these original ``weights``."""
-        first, output = self._wiring.inputs[0], self._wiring.output
+        first, output = self._inputs[0], self._output
         number, device = len(experts), self.resources.device
         found = {
             m: Statistics.zeros(
@@ -145,13 +148,13 @@ class BlockExperts:
             )
             for m in (first, output)
         }
-        for matrix in self._wiring.inputs[1:]:  # the same inputs, so the same sums
+        for matrix in self._inputs[1:]:  # the same inputs, so the same sums
             rows = torch.zeros_like(found[first].row_importance)
             found[matrix] = replace(found[first], row_importance=rows)
 
         def add(chunk: _Chunk) -> None:
             found[first].add(chunk.place, chunk.inputs)
-            found[output].add(chunk.place, self._wiring.hidden(chunk.products))
+            found[output].add(chunk.place, self._hidden(chunk))
             self._weigh(found, weights, chunk)
 
         self._visit(add, weights, experts)
@@ -163,15 +166,15 @@ class BlockExperts:
         Returns:
             float64 ``[experts, rows]`` by matrix.
         """
-        output = self._wiring.output
+        output = self._output
         number, stacks = len(experts), self.stacks
         squares = {m: torch.zeros(number, stacks[m].rows, dtype=torch.float64) for m in stacks}
         # Without columns: numbers of tokens and importance only.
         found = {m: Statistics.zeros(number, 0, self._weighed_rows(m)) for m in stacks}
 
         def add(chunk: _Chunk) -> None:
-            products = dict(zip(self._wiring.inputs, chunk.products, strict=True))
-            products[output] = self._wiring.hidden(chunk.products) @ weights[output][chunk.place].T
+            products = dict(zip(self._inputs, chunk.products, strict=True))
+            products[output] = self._hidden(chunk) @ weights[output][chunk.place].T
             for matrix, product in products.items():
                 squares[matrix][chunk.place] += product.square().sum(0, dtype=torch.float64).cpu()
                 found[matrix].add(chunk.place, torch.empty(len(product), 0))
@@ -186,7 +189,7 @@ class BlockExperts:
     def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
         """Add some experts' outputs for all their tokens, times router weights, to ``outputs``:
         float32 ``[tokens, d]``."""
-        output = weights[self._wiring.output]
+        output = weights[self._output]
         chunks = (
             (place, *chunk)
             for place, expert in enumerate(group)
@@ -194,8 +197,11 @@ class BlockExperts:
         )
 
         def result(item: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            chunk = self._multiplied(weights, *item)
-            returned = self._wiring.hidden(chunk.products) @ output[chunk.place].T
+            place, *tokens = item
+            chunk = self._multiplied(weights, place, group[place], *tokens)
+            returned = self._hidden(chunk) @ output[chunk.place].T
+            if self._biases:
+                returned += self._biases[1][group[chunk.place]]
             return chunk.positions, (returned * chunk.gates[:, None]).cpu()
 
         # A token may go to several of the experts: their outputs are added in a fixed order.
@@ -209,7 +215,7 @@ class BlockExperts:
 
         def visit(place: int) -> None:
             for positions, gates in self._chunks(*self.tokens(experts[place])):
-                call(self._multiplied(weights, place, positions, gates))
+                call(self._multiplied(weights, place, experts[place], positions, gates))
 
         for _ in self.resources.map(visit, range(len(experts)), self.elements):
             pass
@@ -219,30 +225,39 @@ class BlockExperts:
             part = slice(first, first + self._chunk_tokens)
             yield positions[part], gates[part]
 
-    def _multiplied(self, weights: Weights, place: int, positions: Tensor, gates: Tensor) -> _Chunk:
-        inputs = self._routed.inputs[positions].to(self.resources.device)
-        products = [inputs @ weights[matrix][place].T for matrix in self._wiring.inputs]
-        return _Chunk(place, positions, gates.to(self.resources.device), inputs, products)
+    def _multiplied(
+        self, weights: Weights, place: int, expert: int, positions: Tensor, gates: Tensor
+    ) -> _Chunk:
+        device = self.resources.device
+        inputs = self._routed.inputs[positions].to(device)
+        products = [inputs @ weights[matrix][place].T for matrix in self._inputs]
+        rows = [product.shape[1] for product in products]
+        biases = list(self._biases[0][expert].split(rows)) if self._biases else []
+        return _Chunk(place, positions, gates.to(device), inputs, products, biases)
+
+    def _hidden(self, chunk: _Chunk) -> Tensor:
+        """What the output matrix is multiplied by."""
+        return self._layer.hidden(chunk.products, chunk.biases)
 
     def _weighed_rows(self, matrix: str) -> int:
         """How many rows of a matrix differ in importance."""
-        uniform = self._norms is None or matrix == self._wiring.output
+        uniform = self._norms is None or matrix == self._output
         return 1 if uniform else self.stacks[matrix].rows
 
     def _weigh(self, found: dict[str, Statistics], weights: Weights, chunk: _Chunk) -> None:
         """Add the importance of rows for some tokens."""
         if self._norms is None:
             return
-        wiring, place = self._wiring, chunk.place
+        place = chunk.place
         norms = self._norms[chunk.positions, 0].to(self.resources.device)
         gates = chunk.gates / norms.clamp(min=1e-12)
-        found[wiring.output].weigh(place, gates.square()[:, None])
-        output = weights[wiring.output][place]
-        slopes = derivatives(wiring.hidden, chunk.products)
-        for matrix, slope in zip(wiring.inputs, slopes, strict=True):
+        found[self._output].weigh(place, gates.square()[:, None])
+        output = weights[self._output][place]
+        hidden = partial(self._layer.hidden, biases=chunk.biases)
+        for matrix, slope in zip(self._inputs, derivatives(hidden, chunk.products), strict=True):
             # One matrix may have the rows of gate and up: both meet the same columns of the output.
-            parts = slope.chunk(slope.shape[1] // output.shape[1], dim=1)
-            rows = torch.cat([importance(part, output, gates) for part in parts], dim=1)
+            parts = self._layer.split_rows(slope, slope.shape[1] // output.shape[1])
+            rows = self._layer.join_rows([importance(part, output, gates) for part in parts])
             found[matrix].weigh(place, rows)
 
 

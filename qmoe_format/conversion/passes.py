@@ -15,8 +15,7 @@ from torch import Tensor
 from qmoe_format.calibration.activations import RoutedTokens, RowFile
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.calibration.walk import Walk
-from qmoe_format.checkpoints import Checkpoint
-from qmoe_format.checkpoints.wiring import wiring
+from qmoe_format.checkpoints import Checkpoint, LayerStacks
 from qmoe_format.conversion.block_experts import BlockExperts, count_weights
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.parallel import Resources
@@ -38,7 +37,7 @@ class _Step:
 
     number: int
     name: str  # the stage that users see
-    prefix: str  # of its stacks
+    experts: LayerStacks
     is_last: bool  # nothing depends on its outputs
     routed: RoutedTokens
     counter: Counter
@@ -64,10 +63,9 @@ class BlockPasses:
         self._options = options
         self._resources = resources
         self._progress = progress
-        self._wiring = wiring(checkpoint.config)
         self._walk = Walk(checkpoint, batches, work.folder, resources.device)
         # Nothing depends on the blocks after the last one with experts.
-        last = max(number for number, block in enumerate(self._walk.blocks) if block.prefix)
+        last = max(number for number, block in enumerate(self._walk.blocks) if block.experts)
         self._blocks = self._walk.blocks[: last + 1]
 
     def survey(self) -> dict[str, StackSurvey]:
@@ -106,9 +104,9 @@ class BlockPasses:
     def _steps(self, kind: str) -> Iterator[_Step]:
         """Walk through the blocks that have no record of this kind, and write these records."""
         done = len(self.work.records(kind))
-        prefixes = {block.prefix for block in self._blocks[done:]}
-        stacks = [stack for stack in self._checkpoint.stacks if stack.prefix in prefixes]
-        counter = Counter(self._progress, count_weights(stacks))
+        left = [block.experts for block in self._blocks[done:] if block.experts]
+        weights = count_weights(stack for layer in left for stack in layer.stacks)
+        counter = Counter(self._progress, weights)
         if done < len(self._blocks):
             self._walk.start(done)
         for number, block in enumerate(self._blocks[done:], done):
@@ -116,8 +114,9 @@ class BlockPasses:
             is_last, record, outputs = number + 1 == len(self._blocks), None, None
             counter.enter(name)
             if routed := self._walk.collect():
-                prefix, begin = str(block.prefix), counter.done
-                step = _Step(number, name, prefix, is_last, routed, counter, begin)
+                assert block.experts
+                begin = counter.done
+                step = _Step(number, name, block.experts, is_last, routed, counter, begin)
                 yield step
                 record, outputs = step.record, step.outputs
             if not is_last:
@@ -129,8 +128,7 @@ class BlockPasses:
         assert calibration
         return BlockExperts(
             self._checkpoint,
-            step.prefix,
-            self._wiring,
+            step.experts,
             step.routed,
             self._resources,
             token_cap=calibration.token_cap,

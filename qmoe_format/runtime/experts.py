@@ -144,16 +144,6 @@ def _by_expert(
         yield order[begin : begin + groups[-1].last], groups
 
 
-def experts_forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """``CompressedExperts.forward`` as transformers calls it, with the layer's module."""
-    activation = self._apply_gate if self.has_gate else self.act_fn
-    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else ()
-    compressed: CompressedExperts = self.compressed
-    return compressed.forward(hidden_states, top_k_index, top_k_weights, activation, *biases)
-
-
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of each layer's compressed experts."""
     return ((name, each) for name, each in model.named_modules() if hasattr(each, "compressed"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 import transformers
 
 from qmoe_format import container
-from qmoe_format.checkpoints import check_layers, family_for
+from qmoe_format.checkpoints.model import load_config, model_class
+from qmoe_format.checkpoints.native import find_packed
+from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
@@ -54,22 +57,14 @@ def load_model(
     check_device(device)
     with container.open(path) as file, _attachments(file) as folder:
         original = read_config(file)
-        family = family_for(original)
-        check_layers(original, file.tensors)
-        state = {
-            name: _tensor(file, name) for name, entry in file.tensors.items() if not entry.stack
-        }
-        if len(family.stages) == 1:
-            model_classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        else:
-            model_classes = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        config = load_config(folder, original)
+        config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
+        kind = model_class(config)
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
-            model = model_classes[type(config)].from_pretrained(
+            model = kind.from_pretrained(
                 None,
                 config=config,
-                state_dict=state,
+                state_dict=_state(file, original),
                 dtype=dtype or "auto",
                 generation_config=_generation_config(folder),
             )
@@ -133,6 +128,21 @@ def _generation_config(folder: Path) -> Any:
         return configs.from_pretrained(folder)
     except OSError:
         return configs.from_pretrained(folder, CONFIG_FILE, _from_model_config=True)
+
+
+def _state(file: container.QMoEFile, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors that are no experts; those that were kept in a quantized format in bfloat16."""
+    stored = {
+        name: TensorInfo(name, entry.dtype, entry.shape, 0)
+        for name, entry in file.tensors.items()
+        if not entry.stack
+    }
+    packed = find_packed(config, stored)
+    parts = {part for each in packed.values() for part in each.parts}
+    read = partial(_tensor, file)
+    return {name: read(name) for name in stored if name not in parts} | {
+        name: each.decode(read).to(torch.bfloat16) for name, each in packed.items()
+    }
 
 
 def _tensor(file: container.QMoEFile, name: str) -> torch.Tensor:

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import Tensor
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_format import container
-from qmoe_format.checkpoints import family_for
-from qmoe_format.checkpoints.wiring import check_experts, expert_modules
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, Places, group
+from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.checkpoints.name_map import NameMap
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import (
     CONFIG_FILE,
@@ -28,10 +29,8 @@ from qmoe_format.export.compressed_folder import (
 )
 from qmoe_format.progress import Counter
 from qmoe_format.runtime import switch
-from qmoe_format.runtime.experts import CompressedExperts, experts_forward
+from qmoe_format.runtime.experts import CompressedExperts
 from qmoe_format.runtime.lazy_stack import LazyStack
-
-ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, experts_forward)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -88,25 +87,53 @@ def _download(model: str, path: Path) -> None:
         cached_file(model, path.name, cache_dir=path.parents[3], revision=path.parent.name)
 
 
+def layers_of(file: container.QMoEFile, model: Any) -> tuple[LayerStacks, ...]:
+    """The expert layers of a ``file`` as a ``model`` without weights has them.
+
+    Raises:
+        QMoEError: ``checkpoint`` if they do not belong together.
+    """
+    layers = list(expert_layers(model))
+    places = Places(NameMap(model), layers)
+    found = []
+    for name, entry in file.tensors.items():
+        if entry.stack:
+            place = places.find(entry.members.replace("{}", "0") or name)
+            if place is None or len(entry.shape) != 3:
+                raise QMoEError(
+                    "checkpoint",
+                    f"{file.path}: stack {name!r} is not one of the model's",
+                    "convert the checkpoint again, or update transformers",
+                )
+            experts, rows, columns = entry.shape
+            found.append(
+                (place, ExpertStack(name, entry.members, experts, rows, columns, entry.dtype))
+            )
+    try:
+        return group(found, layers)
+    except QMoEError as error:
+        raise error.at(file.path) from error
+
+
 def _install(model: Any, file: container.QMoEFile) -> None:
     """Let every experts module of a model without weights use the stacks of ``file``."""
-    family = family_for({"model_type": model.config.model_type})
-    for path, module, input_shape, output_shape in expert_modules(model):
-        prefix = family.in_checkpoint(path)
-        *inputs, output = (
-            LazyStack(file, family.stack_name(prefix, matrix))
-            for matrix in (*family.inputs, family.output)
-        )
-        for stacks, shape in ((inputs, input_shape), ([output], output_shape)):
-            check_experts(file.path, {stack.name: stack.shape for stack in stacks}, shape)
-        compressed = CompressedExperts(tuple(inputs), output)
-        if family.module_sizes:
-            module = switch.replace_experts(model, path, compressed)
-        else:
-            del module.gate_up_proj, module.down_proj
-            module.config._experts_implementation = QUANT_METHOD
-            module.compressed = compressed
-        module._is_hf_initialized = True
+    for each in layers_of(file, model):
+        if not each.runs:
+            continue
+        inputs = tuple(LazyStack(file, stack.name) for stack in each.inputs)
+        compressed = CompressedExperts(inputs, LazyStack(file, each.output.name))
+        each.layer.install(model, compressed, partial(_forward, compressed, each))
+
+
+def _forward(
+    compressed: CompressedExperts,
+    layer: LayerStacks,
+    tokens: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *biases: Tensor,
+) -> Tensor:
+    return compressed.forward(tokens, index, weights, lambda y: layer.hidden([y]), *biases)
 
 
 def _check_complete(model: Any, path: str) -> None:

@@ -1,23 +1,18 @@
-"""The model families, by ``model_type`` of ``config.json``: every module here has a ``FAMILY``.
+"""What cannot be derived from transformers' model, by the type of its configuration.
 
-To add one:
-1. Compare the names in its checkpoint with transformers' modeling file; write ``NAME.py`` here.
-2. If the experts' names and arithmetic are those of a family that is here, add its ``model_type``
-   there instead.
-3. Add a tiny configuration to ``CONFIGS`` in ``tests/tiny_models.py``.
-4. Run ``pytest -k famil``: it converts, calibrates, unpacks and runs the tiny model.
-5. Name it in the README, where the input is described.
+Every module here has a ``FAMILY``; a type without one has the default ``Family()``. To add one is
+rarely needed: CONTRIBUTING.md says when.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qmoe_format.checkpoints.expert_layers import ExpertLayer
 from qmoe_format.checkpoints.family import Family
-from qmoe_format.errors import QMoEError
 
 FAMILIES: Mapping[str, Family] = {
     model_type: family
@@ -27,17 +22,15 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_for(config: Mapping[str, Any]) -> Family:
-    """The family of the model with this ``config.json``.
+def family_for(config: Any) -> Family:
+    """The family of a model or of a part of one, by its configuration."""
+    return FAMILIES.get(config.model_type, Family())
 
-    Raises:
-        QMoEError: ``checkpoint`` if it is not known.
-    """
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    raise QMoEError(
-        "checkpoint",
-        f"config.json: model_type {model_type!r} is not supported",
-        f"use a model of one of the types {', '.join(sorted(FAMILIES))}",
-    )
+
+def expert_layers(model: Any) -> Iterator[ExpertLayer]:
+    """The experts in a model of transformers."""
+    kinds = {ExpertLayer, *(family.layer for family in FAMILIES.values())}
+    for path, module in list(model.named_modules()):
+        for kind in kinds:
+            if kind.matches(module):
+                yield kind(path, module, model.config)

@@ -1,27 +1,60 @@
-"""Switch Transformers (arXiv 2101.03961): an encoder-decoder, top-1, ReLU.
-
-``wi`` is [d_ff, d_model], ``wo`` [d_model, d_ff]. The experts are in ``layer.1`` of a block in the
-encoder and in ``layer.2`` in the decoder.
-"""
+"""Switch Transformers (arXiv 2101.03961): every expert is a module; top-1, ReLU, no gate."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from qmoe_format.checkpoints.family import Family, Stage
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def _routing(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """``selected`` is one-hot [tokens, 1, experts], or zero beyond an expert's capacity."""
-    import torch
-
-    return torch.where(selected.any(-1), selected.argmax(-1), -1), weights
+from qmoe_format.checkpoints.expert_layers import ExpertLayer
+from qmoe_format.checkpoints.family import Family
 
 
-def _pass_through(block: Any, hidden: Tensor, *arguments: Any) -> Any:
+class SwitchLayer(ExpertLayer):
+    """``experts.expert_E.wi.weight`` is [d_ff, d_model], ``wo`` [d_model, d_ff]."""
+
+    def __init__(self, path: str, module: Any, config: Any) -> None:
+        self.path = path
+        self.module = module
+        self.inputs = f"{path}.wi"
+        self.output = f"{path}.wo"
+        self.interleaved = False
+        self.biases = ()
+        shape = (config.num_experts, config.d_ff, config.d_model)
+        self.shapes = {self.inputs: shape, self.output: (shape[0], shape[2], shape[1])}
+        self._act = ACT2FN[config.dense_act_fn]
+        self._dropout = nn.Dropout(config.dropout_rate)
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return type(module).__name__ == "SwitchTransformersExperts"
+
+    def members(self, matrix: str) -> Sequence[str]:
+        name = matrix.rpartition(".")[2]
+        count = self.shapes[matrix][0]
+        return [f"{self.path}.expert_{expert}.{name}.weight" for expert in range(count)]
+
+    def hidden(self, products: Sequence[Tensor]) -> Tensor:
+        (product,) = products
+        hidden: Tensor = self._act(product)
+        return self._dropout(hidden) if self.module.training else hidden
+
+    def routing(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The second argument is one-hot [tokens, 1, experts], or zero beyond the capacity."""
+        tokens, selected, weights = arguments
+        none = selected.shape[-1]
+        return tokens, torch.where(selected.any(-1), selected.argmax(-1), none), weights
+
+    def remove_weights(self, model: Any) -> None:
+        self.module.clear()
+        # Initialization would look for the weights of experts.
+        model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True
+
+
+def _pass_through(block: Any, hidden: Tensor, *arguments: Any, **_: Any) -> Any:
     """The first block computes the position bias, which each block hands to the next."""
     bias = arguments[1]
     if bias is None:
@@ -31,24 +64,10 @@ def _pass_through(block: Any, hidden: Tensor, *arguments: Any) -> Any:
     return hidden, bias, None
 
 
-def _stage(stack: str, count: str) -> Stage:
-    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    return Stage(stack, "block", count, shared_embedding="shared.weight", kept=(bias,))
-
-
 FAMILY = Family(
     model_types=("switch_transformers",),
-    experts="mlp.experts",
-    router="mlp.router.classifier.weight",
-    tensor="{prefix}.expert_{number}.{matrix}.weight",
-    inputs=("wi",),
-    output="wo",
-    gated=False,
-    activation=("dense_act_fn", "relu"),
-    top_k=None,
-    routing=_routing,
-    stages=(_stage("encoder", "num_layers"), _stage("decoder", "num_decoder_layers")),
+    layer=SwitchLayer,
     pass_through=_pass_through,
-    module_sizes=("num_experts", "d_ff", "d_model"),
+    kept=("block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     settings={"expert_capacity": 2**31 - 1},  # calibration drops no token
 )

@@ -1,0 +1,121 @@
+"""Transformers' model of a checkpoint, without weights: the registry that all the rest asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from qmoe_format.errors import QMoEError
+
+# Types that transformers does not know, and those whose configuration and names they share.
+ALIASES = {"kimi_k2": "deepseek_v3"}
+
+_CLASSES = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+
+def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+    """The configuration in ``folder`` as an object of transformers, of weights in a float type.
+
+    Args:
+        raw: the contents of its ``config.json``.
+        trust_remote_code: whether code that the checkpoint brings may run.
+
+    Raises:
+        QMoEError: ``checkpoint`` if transformers does not know the type or refuses the file.
+    """
+    name = raw.get("model_type")
+    known = ALIASES.get(str(name), name)
+    if not isinstance(known, str) or not (
+        known in transformers.CONFIG_MAPPING or (trust_remote_code and "auto_map" in raw)
+    ):
+        raise QMoEError(
+            "checkpoint",
+            f"config.json: transformers {transformers.__version__} does not know the model_type "
+            f"{name!r}",
+            "update transformers, or see the types that convert in `qmoe families`",
+        )
+    try:
+        if name != known:
+            config = transformers.CONFIG_MAPPING[known].from_dict({**raw, "model_type": known})
+        else:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a wrong config.json can raise anything in transformers
+        raise _refused(folder, error) from error
+    for each in (config, config.get_text_config()):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    return config
+
+
+def model_class(config: Any) -> Any:
+    """The class that ``config.json`` names, or else transformers' first choice for language.
+
+    Raises:
+        QMoEError: ``checkpoint`` if there is none.
+    """
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    by_type = (mapping.get(type(config), None) for mapping in _CLASSES)
+    for found in (*named, *by_type):
+        if found is not None and hasattr(found, "generate"):
+            return found
+    raise QMoEError(
+        "checkpoint",
+        f"config.json: transformers has no language model for the type {config.model_type!r}",
+        "see the types that convert in `qmoe families`",
+    )
+
+
+def build(config: Any, folder: Path) -> Any:
+    """The model, all of whose parameters and buffers are on the device ``meta``.
+
+    Raises:
+        QMoEError: ``checkpoint`` if transformers cannot build it.
+    """
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config, dtype=torch.float32).eval()
+    except Exception as error:
+        raise _refused(folder, error) from error
+
+
+def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
+    """Compute the tables in ``module``, a part of ``model``, that no checkpoint has.
+
+    Rotary embeddings, for one. Transformers' ``from_pretrained`` computes them the same way.
+    """
+    owners = [each for each in model.modules() if isinstance(each, transformers.PreTrainedModel)]
+    for part in module.modules():
+        tables = {
+            name: buffer
+            for name, buffer in part.named_buffers(recurse=False)
+            if name in part._non_persistent_buffers_set and buffer.is_meta
+        }
+        if not tables:
+            continue
+        for name, buffer in tables.items():
+            part._buffers[name] = torch.empty_like(buffer, device=device)
+        owner = [each for each in owners if part in each.modules()][-1]
+        with torch.device(device):
+            owner._init_weights(part)
+
+
+def _refused(folder: Path, error: Exception) -> QMoEError:
+    return QMoEError(
+        "checkpoint",
+        f"{folder / 'config.json'}: transformers cannot build this model ({error})",
+        "download it again or update transformers",
+    )
