@@ -85,8 +85,8 @@ def add_parser(commands: Commands) -> None:
         "--all-experts",
         action="store_true",
         default=None,
-        help="fit each expert to all tokens, as far as --token-cap allows, those routed to it first; "
-        "for text that is too short for experts that are seldom used",
+        help="fit each expert to all tokens, those routed to it first, as far as --token-cap "
+        "allows; for experts that are seldom used",
     )
     size = group.add_mutually_exclusive_group()
     size.add_argument(

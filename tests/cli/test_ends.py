@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 
 from qmoe_format.cli import verify
+from qmoe_format.cli.interruption import REMINDER_S
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +63,107 @@ def test_a_signal_decides_the_exit_code_whatever_its_exception_turns_into(
     monkeypatch.setattr(verify, "run", run)
     assert code_of(qmoe, tmp_path) == code
     assert signal.getsignal(number) == before
+
+
+class Cyclic:
+    """Garbage that only ``gc.collect`` finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def in_a_finalizer(number: int) -> None:
+    class Finalized(Cyclic):
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    Finalized()
+    gc.collect()
+
+
+def in_a_callback(number: int) -> None:
+    owner = Cyclic()
+    reference = weakref.ref(owner, lambda _: os.kill(os.getpid(), number))
+    del owner
+    gc.collect()
+    assert reference() is None
+
+
+def in_a_careless_block(number: int) -> None:
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), number)
+
+
+SWALLOWED = [in_a_finalizer, in_a_callback, in_a_careless_block]
+
+
+@pytest.mark.parametrize("swallow", SWALLOWED)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("further_s", [0, 60])
+def test_a_signal_where_its_exception_is_swallowed(
+    swallow: Callable[[int], None],
+    number: int,
+    code: int,
+    further_s: float,
+    qmoe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends the command soon, at the latest when that ends by itself, and without a report."""
+
+    def run(options: object) -> None:
+        swallow(number)
+        time.sleep(further_s)
+
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    monkeypatch.setattr(verify, "run", run)
+    before = time.monotonic()
+    assert code_of(qmoe, tmp_path) == code
+    assert time.monotonic() - before < 30
+    assert not reported
+    time.sleep(2 * REMINDER_S)  # and nothing is raised after the end
+
+
+def test_other_errors_in_finalizers_are_reported(
+    qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Cyclic):
+        def __del__(self) -> None:
+            raise ValueError("in a finalizer")
+
+    def run(options: object) -> None:
+        Failing()
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    monkeypatch.setattr(verify, "run", run)
+    assert code_of(qmoe, tmp_path) == 130
+    assert [each.exc_type for each in seen] == [ValueError]
+    assert sys.unraisablehook == seen.append
+
+
+@pytest.mark.parametrize("after", [unchanged, as_another_error])
+def test_cleaning_up_is_not_disturbed(
+    after: Callable[[], None], qmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleaned = []
+
+    def clean_up() -> None:
+        time.sleep(3 * REMINDER_S)
+        cleaned.append(True)
+
+    def run(options: object) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(clean_up)
+            stack.callback(after)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(verify, "run", run)
+    assert code_of(qmoe, tmp_path) == 130
+    assert cleaned
 
 
 TWICE = """

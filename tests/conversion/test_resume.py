@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -96,6 +98,40 @@ def test_stopped_before_anything_is_done(
         converted(switch_folder, recipe="qmoe", samples=3)
     assert "--resume" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_stopped_while_garbage_is_collected(
+    mixtral_folder: Path, text: Path, tmp_path: Path, qmoe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python swallows what is raised in a ``__del__``, but the conversion stops all the same."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopping(self: Work, kind: str, number: int, value: object) -> None:
+        record(self, kind, number, value)
+        if not number:
+            Garbage()
+            gc.collect()
+            sleep(60)
+
+    record = Work.record
+    command = ("convert", mixtral_folder, tmp_path / "m.qmoe", "--calibration", text)
+    options = ("--samples", "3", "--recipe", "qmoe", "--threads", "1", "--sequence-length", "32")
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "record", stopping)
+        before = monotonic()
+        with pytest.raises(SystemExit) as caught:
+            qmoe(*command, *options)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert monotonic() - before < 50
+    assert (tmp_path / ".m.qmoe.work" / "block-0000.json").exists()
+    assert not (tmp_path / ".m.qmoe.work" / "block-0001.json").exists()
+    assert qmoe(*command, *options, "--resume").code == 0
 
 
 def killed(call: Callable[[], object], publications: int) -> bool:
