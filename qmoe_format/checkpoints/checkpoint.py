@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from qmoe_format.checkpoints import model as models
-from qmoe_format.checkpoints.expert_layers import check_shape
-from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, find_layers
+from qmoe_format.checkpoints.completeness import check_complete, dense_loads, missing_weights
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, find_layers
 from qmoe_format.checkpoints.families import expert_layers
 from qmoe_format.checkpoints.name_map import Load, NameMap
 from qmoe_format.checkpoints.native import find_packed
@@ -152,21 +151,8 @@ class Checkpoint:
         Raises:
             QMoEError: ``checkpoint`` if a tensor has another shape than the model's.
         """
-        found: dict[str, Load] = {}
-        shapes = {name: info.shape for name, info in self.tensors.items()}
-        for target, load in self.names.loads(self.others).items():
-            if target not in self.names.shapes:
-                continue
-            made = self.names.made(load, shapes)
-            for name, shape in made.items():
-                if name in self.names.shapes:
-                    check_shape(str(self.folder), load.names[0], shape, self.names.shapes[name])
-                    found[name] = load
-        for target, source in self.model.all_tied_weights_keys.items():
-            for name, other in ((target, source), (source, target)):
-                if name not in found and other in found:
-                    found[name] = found[other]
-        return found
+        shapes = {name: self.tensors[name].shape for name in self.others}
+        return dense_loads(str(self.folder), self.names, shapes)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and buffers of the model by their names in it.
@@ -179,71 +165,22 @@ class Checkpoint:
         for name in wanted:
             load = self.loads.get(name)
             if load is None:
-                raise self._missing([name])
+                raise missing_weights(str(self.folder), [name], self.names, self.others)
             if name not in made:
                 found = load.run(self.model, self.read)
+                # A tied weight has the other's name.
                 made |= found if name in found else {name: next(iter(found.values()))}
         return {name: made[name] for name in wanted}
 
     def check_complete(self) -> None:
-        """Check that every weight that transformers' model needs is there, and no layer too many.
+        """Check that every weight that the model needs is there, and no block too many.
 
         Raises:
             QMoEError: ``checkpoint``.
         """
-        experts = {
-            name
-            for layer in self.layers
-            for matrix in (layer.layer.inputs, layer.layer.output)
-            for name in layer.layer.members(matrix)
-        }
-        optional = [re.compile(each) for each in self.model._keys_to_ignore_on_load_missing or ()]
-        missing = [
-            name
-            for name in self.names.shapes
-            if name not in experts
-            and name not in self.loads
-            and not any(pattern.search(name) for pattern in optional)
-        ]
-        if missing:
-            raise self._missing(missing)
-        self._check_layers()
-
-    def _missing(self, names: Sequence[str]) -> QMoEError:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        unknown = [name for name in self.others if not self._goes_into_model(name)]
-        there = f"; not part of the model: {unknown[0]!r}" if unknown else ""
-        return QMoEError(
-            "checkpoint",
-            f"{self.folder}: there are no weights for {names[0]!r}{more}{there}",
-            "download the whole checkpoint again, or save the model with transformers",
+        check_complete(
+            str(self.folder), self.config, self.names, self.layers, self.others, self.loads
         )
-
-    def _goes_into_model(self, name: str) -> bool:
-        return self.names.parameter(name)[0] in self.names.shapes
-
-    def _check_layers(self) -> None:
-        """Refuse blocks that config.json does not count, unless they predict further tokens."""
-        if any(re.search("nextn|mtp", key) and value for key, value in self.config.items()):
-            return
-        expected = [re.compile(p) for p in self.model._keys_to_ignore_on_load_unexpected or ()]
-        lists = {re.sub(r"\.\d+\..*", "", layer.path) for layer in self.layers if layer.runs}
-        for name in self.others:
-            target = self.names.parameter(name)[0]
-            blocks = re.match(r"(.+?)\.\d+\.", target)
-            if (
-                blocks is not None
-                and blocks[1] in lists
-                and not any(self.names.shapes.keys() & {target})
-                and not any(pattern.search(target) for pattern in expected)
-                and not any(each.startswith(blocks[0]) for each in self.names.shapes)
-            ):
-                raise QMoEError(
-                    "checkpoint",
-                    f"{self.folder}: tensor {name!r} belongs to a block that the model does not "
-                    "have by config.json",
-                    "download config.json again",
-                )
 
     def close(self) -> None:
         """Drop the memory maps; the next ``read`` makes them again."""

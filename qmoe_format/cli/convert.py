@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format.checkpoints import FAMILIES
 from qmoe_format.cli.arguments import (
     Commands,
     add_text_options,
@@ -32,8 +31,7 @@ def add_parser(commands: Commands) -> None:
         "convert",
         help="compress a Hugging Face checkpoint",
         description="Compress the experts of a Hugging Face checkpoint (safetensors or .bin), and "
-        "keep all other tensors as they are. Supported model types: "
-        f"{', '.join(sorted(FAMILIES))}.",
+        "keep all other tensors as they are. `qmoe families` lists the types of models.",
         epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json")
@@ -57,6 +55,12 @@ def add_parser(commands: Commands) -> None:
         help="write several files of about this size, such as 5GB (default: one file)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    parser.add_argument(
+        "--keep-native",
+        action="store_true",
+        help="keep what is quantized in the checkpoint and no expert as it is stored there "
+        "(default: in bfloat16)",
+    )
     parser.add_argument(
         "--force",
         action="store_true",
@@ -128,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
             calibration=calibration,
             bits_per_weight=options.bits_per_weight,
             rate_lambda=options.rate_lambda,
+            keep_native=options.keep_native,
             resume=options.resume,
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")

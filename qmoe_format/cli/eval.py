@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from qmoe_format.calibration.sequences import default_sequence_length, read_batches
     from qmoe_format.calibration.text import read_documents
     from qmoe_format.runtime.evaluation import evaluate
+    from qmoe_format.runtime.loading import load_original
 
     column, target_column = options.text_column or "text", options.target_column
     read_documents(options.text, column, target_column)  # refuses before a large model is loaded
@@ -69,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed or 0,
         batch_size=max(1, TOKENS_PER_BATCH // length),
     )
-    original = models.load_original(options.against, model) if options.against else None
+    original = None
+    if options.against:
+        original = load_original(options.against, model.dtype).to(model.device)
     with ProgressLine("eval", "tokens") as progress:
         result = evaluate(model, batches, against=original, progress=progress)
     print(json.dumps(_report(result)) if options.json else "\n".join(_tables(result)))

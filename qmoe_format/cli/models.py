@@ -64,19 +64,3 @@ def check_original(folder: Path, path: Path) -> None:
             "another shape",
             advice,
         )
-
-
-def load_original(folder: Path, model: Any) -> Any:
-    """The model of a checkpoint, with the dtype and on the device of another model."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        original = kind.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise QMoEError(
-            "checkpoint",
-            f"{folder}: transformers cannot load it ({error})",
-            "fetch the original checkpoint again, or update transformers",
-        ) from error
-    return original.to(model.device).eval()

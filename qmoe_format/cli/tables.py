@@ -82,25 +82,38 @@ def _spread(values: Sequence[float | None], text: Callable[[float], str]) -> str
 
 
 def summary(description: Report) -> list[str]:
-    """Lines with the sizes of experts and file, and how they compare with bfloat16."""
+    """Lines with the sizes of experts and file, compared with bfloat16.
+
+    If the checkpoint was in another type, they are compared with that, too.
+    """
     totals = description["totals"]
     parts: list[tuple[str, PartReport]] = [
         ("experts", totals["experts"]),
         ("everything else", totals["others"]),
         ("whole file", totals["file"]),
     ]
+    as_it_came = any(part["source_bytes"] != part["bf16_bytes"] for _, part in parts)
     rows = [
         (
             label,
             count(part["weights"]),
             size(part["bf16_bytes"]),
+            *([size(part["source_bytes"])] if as_it_came else []),
             size(part["bytes"]),
             _optional("{:.2f}×", part["ratio"]),
+            *([_optional("{:.2f}×", part["source_ratio"])] if as_it_came else []),
             _optional("{:.3f}", part["total_bits_per_weight"]),
         )
         for label, part in parts
     ]
-    return table(("", "weights", "in bf16", "stored", "smaller", "bits/weight"), rows, left=1)
+    if not as_it_came:
+        header = ("", "weights", "in bf16", "stored", "smaller", "bits/weight")
+        return table(header, rows, left=1)
+    header = (
+        "", "weights", "in bf16", "as it came", "stored", "than bf16", "than it came", "bits/weight"
+    )  # fmt: skip
+    lines = table(header, rows, left=1)
+    return [*lines, "", f"experts of the checkpoint as it came: {description['source_format']}"]
 
 
 def _optional(form: str, value: float | None) -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli.models import require_transformers
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.machine import cores
 
@@ -18,6 +19,11 @@ def add_parser(commands: Commands) -> None:
         epilog="example: qmoe verify switch.qmoe && echo good",
     )
     parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="also check that the file has every weight that transformers' model needs",
+    )
     parser.set_defaults(run=run)
 
 
@@ -31,4 +37,10 @@ def run(options: argparse.Namespace) -> None:
     ):
         file.verify(progress, threads=cores())
         tensors = len(file.tensors)
-    print(f"{options.file}: good, all {tensors} tensors checked")
+        if options.model:
+            require_transformers()
+            from qmoe_format.runtime.model_of_file import check_model
+
+            check_model(file)
+    complete = ", and all that the model needs is there" if options.model else ""
+    print(f"{options.file}: good, all {tensors} tensors checked{complete}")

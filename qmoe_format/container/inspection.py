@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
+
+from qmoe_format.dtypes import STORAGE
+from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
     from qmoe_format.container.reader import QMoEFile
 
 BF16_BYTES = 2
+SOURCE_NAME = "source.json"
+
+
+class SourceSize(TypedDict):
+    """The attachment ``SOURCE_NAME`` of a file that was made from a quantized checkpoint.
+
+    Attributes:
+        format: of its experts, such as ``fp8``.
+        expert_bytes, other_bytes: what tensors took there, with scales.
+    """
+
+    format: str
+    expert_bytes: int
+    other_bytes: int
 
 
 class FormatReport(TypedDict):
@@ -40,16 +58,20 @@ class TensorReport(TypedDict):
 
 
 class PartReport(TypedDict):
-    """A part of the file compared with the same weights in bfloat16.
+    """A part of the file compared with the same weights in bfloat16 and in the checkpoint.
 
     Attributes:
-        ratio: ``bf16_bytes / bytes``. It and the bits are None if there are no weights.
+        ratio: ``bf16_bytes / bytes``. Ratios and bits are None if there are no weights.
+        source_bytes: of the tensors in the checkpoint as it came.
+        source_ratio: ``source_bytes / bytes``.
     """
 
     weights: int
     bytes: int
     bf16_bytes: int
     ratio: float | None
+    source_bytes: int
+    source_ratio: float | None
     total_bits_per_weight: float | None
 
 
@@ -71,9 +93,14 @@ class TotalsReport(TypedDict):
 
 
 class Report(TypedDict):
-    """What ``qmoe inspect --json`` prints."""
+    """What ``qmoe inspect --json`` prints.
+
+    Attributes:
+        source_format: of the checkpoint's experts: a quantized format, or their dtypes.
+    """
 
     format: FormatReport
+    source_format: str
     tensors: list[TensorReport]
     totals: TotalsReport
 
@@ -89,10 +116,14 @@ def describe(file: QMoEFile) -> Report:
     tensors = []
     experts: Counter[str] = Counter()
     others: Counter[str] = Counter()
+    dtypes: set[str] = set()
     for name, entry in file.tensors.items():
         weights, (payload, nonzeros) = entry.elements, file.payload(name)
         part = experts if entry.stack or nonzeros is not None else others
         part.update(weights=weights, bytes=entry.stored_bytes, payload=payload)
+        part.update(source=_element_bytes(entry.dtype) * weights)
+        if part is experts:
+            dtypes.add(entry.dtype)
         if nonzeros is not None:
             part.update(nonzeros=nonzeros, of=weights)
         tensors.append(
@@ -107,29 +138,63 @@ def describe(file: QMoEFile) -> Report:
                 zero_fraction=None if nonzeros is None else _zeros(nonzeros, weights),
             )
         )
+    source_format = ", ".join(sorted(dtypes))
+    if SOURCE_NAME in file.attachments:
+        source = _read_source(file)
+        source_format = source["format"]
+        experts["source"], others["source"] = source["expert_bytes"], source["other_bytes"]
     return Report(
         format=FormatReport(version=".".join(map(str, file.version))),
+        source_format=source_format,
         tensors=tensors,
         totals=TotalsReport(
             experts=ExpertReport(
-                **_part(experts["weights"], experts["bytes"] + file.dictionary_bytes),
+                **_part(
+                    experts["weights"], experts["bytes"] + file.dictionary_bytes, experts["source"]
+                ),
                 payload_bits_per_weight=_ratio(8 * experts["payload"], experts["weights"]),
                 zero_fraction=_zeros(experts["nonzeros"], experts["of"]),
             ),
-            others=_part(others["weights"], others["bytes"]),
+            others=_part(others["weights"], others["bytes"], others["source"]),
             dictionary_bytes=file.dictionary_bytes,
             attachment_bytes=sum(entry.stored_bytes for entry in file.attachments.values()),
-            file=_part(experts["weights"] + others["weights"], file.file_length),
+            file=_part(
+                experts["weights"] + others["weights"],
+                file.file_length,
+                experts["source"] + others["source"],
+            ),
         ),
     )
 
 
-def _part(weights: int, stored: int) -> PartReport:
+def _read_source(file: QMoEFile) -> SourceSize:
+    try:
+        found = json.loads(file.attachment(SOURCE_NAME))
+        return SourceSize(
+            format=str(found["format"]),
+            expert_bytes=int(found["expert_bytes"]),
+            other_bytes=int(found["other_bytes"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise QMoEError(
+            "malformed",
+            f"{file.path}: attachment {SOURCE_NAME!r} does not say how large the source was "
+            f"({error!r})",
+        ) from error
+
+
+def _element_bytes(dtype: str) -> int:
+    return STORAGE[dtype].itemsize if dtype in STORAGE else BF16_BYTES
+
+
+def _part(weights: int, stored: int, source: int) -> PartReport:
     return PartReport(
         weights=weights,
         bytes=stored,
         bf16_bytes=BF16_BYTES * weights,
         ratio=_ratio(BF16_BYTES * weights, stored) if weights else None,
+        source_bytes=source,
+        source_ratio=_ratio(source, stored) if weights else None,
         total_bits_per_weight=_ratio(8 * stored, weights),
     )
 

@@ -64,13 +64,14 @@ def convert(
     if isinstance(calibration, str | Path):
         calibration = Calibration(calibration)
     chosen = ConvertOptions(calibration=calibration, **options)
-    require("torch", "safetensors", *(["transformers"] if calibration else []))
+    require("torch", "safetensors", "transformers")
     from qmoe_format.checkpoints import open_checkpoint
 
     destination = Path(destination)
     _check_destination(destination, chosen)
     threads = chosen.threads or cores()
     with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
+        checkpoint.check_complete()
         if calibration is None:
             from qmoe_format.conversion.uncalibrated import convert_uncalibrated
 

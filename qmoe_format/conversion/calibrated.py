@@ -17,7 +17,6 @@ from qmoe_format.atomic_file import atomic_write
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.checkpoints import Checkpoint
-from qmoe_format.checkpoints.wiring import wiring
 from qmoe_format.container.writer import Writer
 from qmoe_format.conversion.block_experts import count_weights
 from qmoe_format.conversion.options import Calibration, ConvertOptions
@@ -50,7 +49,6 @@ def convert_calibrated(
     calibration = options.calibration
     assert calibration
     check_device(resources.device)
-    wiring(checkpoint.config)  # refuses other families before the text is read
     settings = _settings(checkpoint, options, calibration)
     counter = Counter(progress, count_weights(checkpoint.stacks))
     batches = _read_batches(
@@ -70,7 +68,7 @@ def convert_calibrated(
         counter.enter("write")
         with Writer(destination, shard_bytes=options.shard_bytes) as writer:
             writer.add_attachment(REPORT_NAME, report)
-            write_passthrough(checkpoint, writer, counter)
+            write_passthrough(checkpoint, writer, counter, options.keep_native)
             for stack in checkpoint.stacks:
                 staging.copy(stack, writer, counter)
             # Before the file: once that is there, nothing is left to be resumed.
@@ -105,6 +103,7 @@ def _environment(
     return {
         "device": resources.device,
         "shard_bytes": options.shard_bytes,
+        "keep_native": options.keep_native,
         "threads": resources.threads,
         "version of qmoe-format": __version__,
         "code of qmoe-format": describe_code(),

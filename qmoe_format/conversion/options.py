@@ -70,6 +70,8 @@ class ConvertOptions:
         bits_per_weight: the size of the experts, scales and dictionaries included, to within
             2 percent; for recipes that weigh error against bits.
         rate_lambda: that trade-off itself, instead; see ``qmoe_format.quantize.rate.Rate``.
+        keep_native: keep what is quantized in the checkpoint and no expert as it is stored there,
+            instead of as bfloat16.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
             first block is quantized ``bits_per_weight`` may still change.
 
@@ -85,6 +87,7 @@ class ConvertOptions:
     calibration: Calibration | None = None
     bits_per_weight: float | None = None
     rate_lambda: float | None = None
+    keep_native: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:

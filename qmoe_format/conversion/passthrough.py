@@ -1,14 +1,19 @@
-"""Tensors and files that every conversion keeps as they are."""
+"""Tensors and files that every conversion keeps."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qmoe_format.container.inspection import SOURCE_NAME, SourceSize
 from qmoe_format.container.writer import Writer
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qmoe_format.checkpoints import Checkpoint
 
 
@@ -31,13 +36,61 @@ def check_passthrough(checkpoint: Checkpoint, chunk_elements: int = 1 << 20) -> 
                 )
 
 
-def write_passthrough(checkpoint: Checkpoint, writer: Writer, counter: Counter) -> None:
-    """Write attachments and all tensors that are not experts."""
-    from qmoe_format.checkpoints.torch_dtypes import to_storage
+def write_passthrough(
+    checkpoint: Checkpoint, writer: Writer, counter: Counter, keep_native: bool = False
+) -> None:
+    """Write attachments and all tensors that are not experts.
+
+    Args:
+        keep_native: keep quantized ones as they are stored, instead of as bfloat16.
+
+    Raises:
+        QMoEError: ``checkpoint`` for a stored type that the format does not have.
+    """
+    from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES, to_storage
 
     for path in checkpoint.attachments:
-        writer.add_attachment(path.name, path.read_bytes())
+        data = path.read_bytes()
+        if path.name == "config.json" and b"quantization_config" in data:
+            data = _config(checkpoint, keep_native)
+        writer.add_attachment(path.name, data)
+    if checkpoint.packed:
+        writer.add_attachment(SOURCE_NAME, _source(checkpoint))
     for name in checkpoint.others:
-        tensor = checkpoint.read(name)
-        writer.add_tensor(name, to_storage(tensor), checkpoint.tensors[name].dtype)
-        counter.add(tensor.numel())
+        for part, tensor in _stored(checkpoint, name, keep_native):
+            writer.add_tensor(part, to_storage(tensor), DTYPE_NAMES[tensor.dtype])
+        counter.add(checkpoint.tensors[name].elements)
+
+
+def _stored(checkpoint: Checkpoint, name: str, keep_native: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file that hold one of the checkpoint's."""
+    packed = checkpoint.packed.get(name)
+    if packed is None or not keep_native:
+        yield name, checkpoint.read(name)
+        return
+    for part in packed.parts:
+        yield part, checkpoint.read_stored(part)
+
+
+def _config(checkpoint: Checkpoint, keep_native: bool) -> bytes:
+    """``config.json`` for the types that the weights have now."""
+    from qmoe_format.checkpoints.native.config import without_experts, without_quantization
+
+    if keep_native and any(name in checkpoint.packed for name in checkpoint.others):
+        changed = without_experts(checkpoint.config, [each.path for each in checkpoint.layers])
+    else:
+        changed = without_quantization(checkpoint.config)
+    return json.dumps(changed, indent=2).encode() + b"\n"
+
+
+def _source(checkpoint: Checkpoint) -> bytes:
+    """How large the checkpoint was, as JSON."""
+    experts = [stack.member(e) for stack in checkpoint.stacks for e in range(stack.experts)]
+    names = dict.fromkeys(experts)  # one name for all experts if they are in one tensor
+    formats = {checkpoint.packed[name].format for name in names if name in checkpoint.packed}
+    size = SourceSize(
+        format=", ".join(sorted(formats)) or "float",
+        expert_bytes=checkpoint.stored_bytes(names),
+        other_bytes=checkpoint.stored_bytes(checkpoint.others),
+    )
+    return json.dumps(size, indent=1).encode() + b"\n"

@@ -32,7 +32,7 @@ def convert_uncalibrated(
     counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
     with Writer(destination, shard_bytes=options.shard_bytes) as writer:
         check_passthrough(checkpoint)
-        write_passthrough(checkpoint, writer, counter)
+        write_passthrough(checkpoint, writer, counter, options.keep_native)
         for stack in checkpoint.stacks:
             with begin_stack(writer, stack) as experts:
                 for matrix in _encoded(checkpoint, stack, options, resources):

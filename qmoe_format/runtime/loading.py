@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +10,13 @@ import torch
 import transformers
 
 from qmoe_format import container
+from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.checkpoints.model import load_config, model_class
-from qmoe_format.checkpoints.native import find_packed
-from qmoe_format.checkpoints.tensor_info import TensorInfo
-from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
+from qmoe_format.runtime.model_of_file import attachments, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
 
 
@@ -55,7 +50,7 @@ def load_model(
         print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
     """
     check_device(device)
-    with container.open(path) as file, _attachments(file) as folder:
+    with container.open(path) as file, attachments(file) as folder:
         original = read_config(file)
         config = load_config(folder, original)
         config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
@@ -64,7 +59,7 @@ def load_model(
             model = kind.from_pretrained(
                 None,
                 config=config,
-                state_dict=_state(file, original),
+                state_dict=dense_state(file, original),
                 dtype=dtype or "auto",
                 generation_config=_generation_config(folder),
             )
@@ -85,6 +80,45 @@ def load_model(
     return model
 
 
+def load_original(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
+    """Load a checkpoint as it was published, quantized weights as what they stand for.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        dtype: of all weights; they are rounded to it once.
+
+    Returns:
+        A model of transformers in evaluation mode, on the CPU.
+
+    Raises:
+        QMoEError: the codes of ``open_checkpoint``; ``checkpoint`` if transformers cannot load it.
+    """
+    folder = Path(folder)
+    with open_checkpoint(folder) as checkpoint:
+        config = checkpoint.model_config
+
+        def weights(name: str) -> torch.Tensor:
+            packed = checkpoint.packed.get(name)
+            tensor = packed.decode(checkpoint.read_stored) if packed else checkpoint.read(name)
+            return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+
+        try:
+            model = model_class(config).from_pretrained(
+                None,
+                config=config,
+                state_dict={name: weights(name) for name in checkpoint.tensors},
+                dtype=dtype,
+                generation_config=_generation_config(folder),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise QMoEError(
+                "checkpoint",
+                f"{folder}: transformers cannot load it ({error})",
+                "fetch the original checkpoint again, or update transformers",
+            ) from error
+    return model.eval()
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer that is attached to a ``.qmoe`` file.
 
@@ -96,7 +130,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
 
         ids = load_tokenizer("model.qmoe")("Once upon a time").input_ids
     """
-    with container.open(path) as file, _attachments(file) as folder:
+    with container.open(path) as file, attachments(file) as folder:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Without a vocabulary some classes make an empty one.
@@ -112,15 +146,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     return tokenizer
 
 
-@contextmanager
-def _attachments(file: container.QMoEFile) -> Iterator[Path]:
-    """A temporary folder of the attached files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in file.attachments:
-            (Path(folder) / name).write_bytes(file.attachment(name))
-        yield Path(folder)
-
-
 def _generation_config(folder: Path) -> Any:
     """From where ``from_pretrained`` looks for it: old checkpoints have it in ``config.json``."""
     configs = transformers.GenerationConfig
@@ -128,25 +153,3 @@ def _generation_config(folder: Path) -> Any:
         return configs.from_pretrained(folder)
     except OSError:
         return configs.from_pretrained(folder, CONFIG_FILE, _from_model_config=True)
-
-
-def _state(file: container.QMoEFile, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors that are no experts; those that were kept in a quantized format in bfloat16."""
-    stored = {
-        name: TensorInfo(name, entry.dtype, entry.shape, 0)
-        for name, entry in file.tensors.items()
-        if not entry.stack
-    }
-    packed = find_packed(config, stored)
-    parts = {part for each in packed.values() for part in each.parts}
-    read = partial(_tensor, file)
-    return {name: read(name) for name in stored if name not in parts} | {
-        name: each.decode(read).to(torch.bfloat16) for name, each in packed.items()
-    }
-
-
-def _tensor(file: container.QMoEFile, name: str) -> torch.Tensor:
-    array = file.read(name)
-    if not array.flags.writeable:  # a view of the mapped file: writing to it would be fatal
-        array = array.copy()
-    return torch.from_numpy(array).view(TORCH_DTYPES[file.tensors[name].dtype])

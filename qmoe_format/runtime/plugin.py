@@ -15,8 +15,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_format import container
-from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, Places, group
-from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.checkpoints.expert_stacks import LayerStacks
 from qmoe_format.checkpoints.name_map import NameMap
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import (
@@ -31,6 +30,7 @@ from qmoe_format.progress import Counter
 from qmoe_format.runtime import switch
 from qmoe_format.runtime.experts import CompressedExperts
 from qmoe_format.runtime.lazy_stack import LazyStack
+from qmoe_format.runtime.model_of_file import layers_of
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -87,37 +87,9 @@ def _download(model: str, path: Path) -> None:
         cached_file(model, path.name, cache_dir=path.parents[3], revision=path.parent.name)
 
 
-def layers_of(file: container.QMoEFile, model: Any) -> tuple[LayerStacks, ...]:
-    """The expert layers of a ``file`` as a ``model`` without weights has them.
-
-    Raises:
-        QMoEError: ``checkpoint`` if they do not belong together.
-    """
-    layers = list(expert_layers(model))
-    places = Places(NameMap(model), layers)
-    found = []
-    for name, entry in file.tensors.items():
-        if entry.stack:
-            place = places.find(entry.members.replace("{}", "0") or name)
-            if place is None or len(entry.shape) != 3:
-                raise QMoEError(
-                    "checkpoint",
-                    f"{file.path}: stack {name!r} is not one of the model's",
-                    "convert the checkpoint again, or update transformers",
-                )
-            experts, rows, columns = entry.shape
-            found.append(
-                (place, ExpertStack(name, entry.members, experts, rows, columns, entry.dtype))
-            )
-    try:
-        return group(found, layers)
-    except QMoEError as error:
-        raise error.at(file.path) from error
-
-
 def _install(model: Any, file: container.QMoEFile) -> None:
     """Let every experts module of a model without weights use the stacks of ``file``."""
-    for each in layers_of(file, model):
+    for each in layers_of(file, model, NameMap(model)):
         if not each.runs:
             continue
         inputs = tuple(LazyStack(file, stack.name) for stack in each.inputs)
