@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
 
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).digest()
+
+@lru_cache
+def _sources(*folders):
+    paths = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).digest()
 
 
 class _CacheFiles(CompileResultCacheImpl):  # type: ignore[misc]
     def __init__(self, function):
         super().__init__(function)
-        self.locator.get_source_stamp = lambda: _SOURCES
+        here, there = Path(__file__).parent, Path(function.__code__.co_filename).parent
+        self.locator.get_source_stamp = lambda: _sources(here, there)
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Compiled code on disk, until any source in this folder changes.
+    """Compiled code on disk, until any source in this folder or in the kernel's own changes.
 
     Numba's own cache looks only at the file of the kernel, not at those of the functions inlined
     into it. And it fails where the disk does, though nothing depends on it.

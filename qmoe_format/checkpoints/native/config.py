@@ -1,0 +1,39 @@
+"""``quantization_config`` of a checkpoint whose experts are no longer in its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# By ``quant_method``, the list of modules that are in a float type.
+_EXCEPT = {
+    "awq": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+    "fbgemm_fp8": "modules_to_not_convert",
+    "fp8": "modules_to_not_convert",
+    "gptq": "modules_to_not_convert",
+    "modelopt": "ignore",
+    "mxfp4": "modules_to_not_convert",
+}
+
+
+def without_experts(config: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
+    """The contents of ``config.json`` for a checkpoint whose ``experts`` are in a float type.
+
+    Args:
+        experts: names of modules.
+    """
+    changed = dict(config)
+    quantization = dict(config["quantization_config"])
+    key = _EXCEPT.get(quantization.get("quant_method", ""), "modules_to_not_convert")
+    quantization[key] = [*(quantization.get(key) or ()), *experts]
+    return changed | {"quantization_config": quantization}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``config.json`` for a checkpoint in float types."""
+    return {
+        key: without_quantization(value) if key == "text_config" else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
