@@ -231,7 +231,7 @@ class ModelPart:
         """
         calls = []
         if states is not None:
-            states = states.unflatten(-1, self._shape)
+            states = states.view(*states.shape[:2], *self._shape)
 
         def forward(block: Any, *arguments: Any, **options: Any) -> Any:
             hidden, *others = arguments or (options.pop("hidden_states"),)

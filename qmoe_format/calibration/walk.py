@@ -115,11 +115,9 @@ class Walk:
         part = self._parts[index]
         runs = block.experts.runs
         count, width = part.count if runs else 0, block.experts.layer.width
-        files = [
-            self._file("inputs", count, width),
-            self._file("experts", count, 1, torch.int64),
-            self._file("weights", count, 1),
-        ]
+        inputs = self._file("inputs", count, width)
+        experts = self._file("experts", count, 1, torch.int64)
+        weights = self._file("weights", count, 1)
         with ExitStack() as opened:
             if runs:
                 opened.enter_context(part.loaded(number))
@@ -129,17 +127,18 @@ class Walk:
                 found[1] = found[1].where(found[1] < block.experts.output.experts, -1)
                 _check_finite(found[0], block.name)
                 if not appends:  # now it is known how many experts a token goes to
-                    files = [
-                        replace(file, columns=rows.shape[1])
-                        for file, rows in zip(files, found, strict=True)
-                    ]
+                    experts = replace(experts, columns=found[1].shape[1])
+                    weights = replace(weights, columns=found[2].shape[1])
+                    files = (inputs, experts, weights)
                     appends = [opened.enter_context(file.writing()) for file in files]
                 for append, rows in zip(appends, found, strict=True):
                     append(rows)
             if not runs:
-                for file in files:
+                for file in (inputs, experts, weights):
                     opened.enter_context(file.writing())
-        return RoutedTokens(*files, part.counted[:count], block.experts.output.experts)
+        return RoutedTokens(
+            inputs, experts, weights, part.counted[:count], block.experts.output.experts
+        )
 
     def advance(self, outputs: Tensor | None) -> None:
         """Run the current block and go to the next.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -120,12 +120,12 @@ class Checkpoint:
             return self.packed[name].decode(self.read_stored).to(torch.bfloat16)
         return self.read_stored(name)
 
-    def read_stored(self, name: str) -> Tensor:
-        """A tensor of the weight files, likewise."""
+    def read_stored(self, name: str, parts: int = 1) -> Tensor:
+        """A tensor of the weight files, likewise, of which one in so many ``parts`` is used."""
         if self._mapped_bytes > self._release_after:
             self.close()
         info = self.stored[name]
-        self._mapped_bytes += info.bytes
+        self._mapped_bytes += info.bytes // parts
         return self._shards[info.shard].read(name)
 
     def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
@@ -135,13 +135,12 @@ class Checkpoint:
             QMoEError: ``checkpoint`` if it is quantized in a way that its format does not allow.
         """
         name = stack.member(expert)
-        index = None if stack.members else expert
+        index, parts = (None, 1) if stack.members else (expert, stack.experts)
+        read = partial(self.read_stored, parts=parts)
         if name in self.packed:
-            matrix = self.packed[name].decode(self.read_stored, index)
+            matrix = self.packed[name].decode(read, index)
         else:
-            matrix = self.read_stored(name)
-            if index is not None:
-                matrix = matrix[index]
+            matrix = read(name) if index is None else read(name)[index]
         return matrix.T if stack.transposed else matrix
 
     @cached_property

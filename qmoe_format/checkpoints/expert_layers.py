@@ -47,7 +47,7 @@ class ExpertLayer:
         first = "gate_up_proj" if gated else "up_proj"
         self.inputs = f"{path}.{first}"
         self.output = f"{path}.down_proj"
-        self.transposed: bool = getattr(module, "is_transposed", self.transposed)
+        self.transposed = bool(getattr(module, "is_transposed", self.transposed))
         self.shapes = {name: self._shape(name) for name in (self.inputs, self.output)}
         self.interleaved = gated and not getattr(module, "is_concatenated", True)
         biased = getattr(module, "has_bias", False)

@@ -98,13 +98,13 @@ class LayerStacks:
         if biases:
             products = [each + bias for each, bias in zip(products, biases, strict=True)]
         if self.interleaved:
-            products = [torch.cat(self.split_rows(each, 2), -1) for each in products]
+            products = [torch.cat(list(self.split_rows(each, 2)), -1) for each in products]
         return self.layer.hidden(products)
 
     def split_rows(self, product: Tensor, parts: int) -> Sequence[Tensor]:
         """The rows of gate and up in a product with ``inputs`` [..., rows], if it has both."""
         if self.interleaved or self.layer.interleaved:
-            return product.unflatten(-1, (-1, parts)).unbind(-1)
+            return [product[..., part::parts] for part in range(parts)]
         return product.chunk(parts, -1)
 
     def join_rows(self, parts: Sequence[Tensor]) -> Tensor:

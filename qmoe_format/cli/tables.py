@@ -106,12 +106,11 @@ def summary(description: Report) -> list[str]:
         )
         for label, part in parts
     ]
+    header: tuple[str, ...] = ("", "weights", "in bf16", "stored", "smaller", "bits/weight")
     if not as_it_came:
-        header = ("", "weights", "in bf16", "stored", "smaller", "bits/weight")
         return table(header, rows, left=1)
-    header = (
-        "", "weights", "in bf16", "as it came", "stored", "than bf16", "than it came", "bits/weight"
-    )  # fmt: skip
+    compared = ("than bf16", "than it came")
+    header = (*header[:3], "as it came", header[3], *compared, header[5])
     lines = table(header, rows, left=1)
     return [*lines, "", f"experts of the checkpoint as it came: {description['source_format']}"]
 

@@ -232,7 +232,7 @@ class BlockExperts:
         inputs = self._routed.inputs[positions].to(device)
         products = [inputs @ weights[matrix][place].T for matrix in self._inputs]
         rows = [product.shape[1] for product in products]
-        biases = list(self._biases[0][expert].split(rows)) if self._biases else []
+        biases = list(torch.split(self._biases[0][expert], rows)) if self._biases else []
         return _Chunk(place, positions, gates.to(device), inputs, products, biases)
 
     def _hidden(self, chunk: _Chunk) -> Tensor:

@@ -29,7 +29,8 @@ def family_for(config: Any) -> Family:
 
 def expert_layers(model: Any) -> Iterator[ExpertLayer]:
     """The experts in a model of transformers."""
-    kinds = {ExpertLayer, *(family.layer for family in FAMILIES.values())}
+    kinds: set[type[ExpertLayer]] = {family.layer for family in FAMILIES.values()}
+    kinds.add(ExpertLayer)
     for path, module in list(model.named_modules()):
         for kind in kinds:
             if kind.matches(module):
