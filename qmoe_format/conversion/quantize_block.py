@@ -104,12 +104,13 @@ def _quantize(
             raise error.at(f"tensor {stack.name!r}, experts from {numbers.start}") from error
         values = quantized.weights.dequantize()
         errors = relative_error(weights[part], values, own.sums).tolist()
+        # Where nothing reached an expert, its error means nothing, unless there is nothing to lose.
+        reached = own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0
+        known = (reached | ~weights[part].flatten(1).any(1)).tolist()
         weights[part] = values
-        # Where nothing reached an expert, nothing can have gone wrong.
-        reached = (own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0).tolist()
         done = []
         for place, expert in enumerate(numbers):
-            if reached[place] and not math.isfinite(errors[place]):
+            if known[place] and not math.isfinite(errors[place]):
                 raise QMoEError(
                     "value",
                     f"tensor {stack.member(expert)!r}: its error on the calibration text is "
@@ -121,7 +122,7 @@ def _quantize(
                 tokens=int(own.tokens[place]),
                 damping=rounded(quantized.damping[place]),
                 fallback=quantized.fallback[place],
-                relative_error=rounded(errors[place]) if reached[place] else None,
+                relative_error=rounded(errors[place]) if known[place] else None,
                 bits=8 * stored_bytes(coded) / (stack.rows * stack.columns),
             )
             done.append((coded, quality))

@@ -38,7 +38,7 @@ class StackSurvey:
     """What was measured of a stack. The last three are empty if no size was asked for.
 
     Attributes:
-        energies: of each expert, 0 without tokens.
+        energies: of each expert, 0 without tokens, None if its weights are all zero.
         spread: quantiles of the logarithm of a row's energy over its expert's, the mean of the
             experts that have tokens.
         sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy.
@@ -46,7 +46,7 @@ class StackSurvey:
         dictionary_bytes: of one.
     """
 
-    energies: list[float]
+    energies: list[float | None]
     spread: list[float]
     sizes: list[float]
     grid_steps: list[float]
@@ -58,12 +58,13 @@ class StackSurvey:
         Interpolated at the lambda that is equivalent if an expert's own energy is the reference, on
         average over its rows; see ``Rate``, also for ``TRUST``.
         """
-        energies = np.array([each if each > 0 else rate.reference for each in self.energies])
+        energies = np.array([each or rate.reference for each in self.energies])
         shift = np.log(rate.reference / energies)[:, None]
         rows = -np.array(self.spread)
         most = math.log(TRUST)
         own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
         lams = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
+        lams[[each is None for each in self.energies]] = np.inf
         size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
         steps = np.rint(np.interp(lams, np.log(LAMBDAS), self.grid_steps)).astype(int)
         return float(size), set(steps.tolist())
@@ -71,7 +72,7 @@ class StackSurvey:
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
     """The geometric mean over the experts that have tokens."""
-    logs = [math.log(each) for s in surveys.values() for each in s.energies if each > 0]
+    logs = [math.log(each) for s in surveys.values() for each in s.energies if each]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
@@ -84,7 +85,7 @@ def survey_block(
         QMoEError: ``value`` if outputs are NaN or infinite.
     """
     stage, stacks = counter.stage, experts.stacks
-    energies: dict[str, list[float]] = {matrix: [] for matrix in stacks}
+    energies: dict[str, list[float | None]] = {matrix: [] for matrix in stacks}
     spreads: dict[str, list[Tensor]] = {matrix: [] for matrix in stacks}
     samples: dict[str, list[tuple[Tensor, Statistics]]] = {matrix: [] for matrix in stacks}
     sampled = [] if options.bits_per_weight is None else sorted(_sampled_experts(experts))
@@ -100,7 +101,8 @@ def survey_block(
                     "calibration text are NaN or infinite",
                     "repair the model",
                 )
-            energies[matrix] += own.tolist()
+            pairs = zip(own.tolist(), weights[matrix].flatten(1).any(1).tolist(), strict=True)
+            energies[matrix] += [energy if nonzero else None for energy, nonzero in pairs]
             spreads[matrix].append(_spread(rows[own > 0]))
         for expert in (each for each in sampled if each in group):
             place = expert - group.start
@@ -128,15 +130,27 @@ def _spread(rows: Tensor) -> Tensor:
 
 
 def _sampled_experts(experts: BlockExperts) -> list[int]:
-    """Experts with few and with many tokens, if there are some with tokens."""
+    """Experts with few and with many tokens, if there are some with tokens and weights."""
     tokens = [len(experts.tokens(expert)[0]) for expert in range(experts.count)]
     order = sorted(range(experts.count), key=lambda expert: (tokens[expert], expert))
     order = [expert for expert in order if tokens[expert]] or order
-    number = min(_SAMPLE_EXPERTS, len(order), experts.experts_in_memory)
-    return [order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)]
+    while True:
+        number = min(_SAMPLE_EXPERTS, len(order), experts.experts_in_memory)
+        chosen = [order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)]
+        empty = [expert for expert in chosen if not _has_weights(experts, expert)]
+        if not empty or len(empty) == len(order):
+            return chosen
+        order = [expert for expert in order if expert not in empty]
 
 
-def _sample(weights: Tensor, statistics: Statistics, energy: float) -> tuple[Tensor, Statistics]:
+def _has_weights(experts: BlockExperts, expert: int) -> bool:
+    """Whether no matrix of the expert is all zero."""
+    return all(map(torch.any, experts.weights(range(expert, expert + 1)).values()))
+
+
+def _sample(
+    weights: Tensor, statistics: Statistics, energy: float | None
+) -> tuple[Tensor, Statistics]:
     """Some rows; sums over the expert's energy, so that it is the reference 1."""
     number = min(_SAMPLE_ROWS, len(weights))
     rows = torch.arange(number, device=weights.device) * len(weights) // number

@@ -154,17 +154,18 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:
-    """tr((W-Q) S (W-Q)^T) / tr(W S W^T), float64 ``[experts]``; NaN where the latter is 0.
+    """tr((W-Q) S (W-Q)^T) / tr(W S W^T), float64 ``[experts]``; 0 where nothing is lost.
 
     Args:
         weights: W, ``[experts, rows, columns]``.
         quantized: Q, the same shape.
         sums: S, ``[experts, columns, columns]``.
     """
-    triples = zip(weights, quantized, sums, strict=True)
-    return torch.stack(
-        [row_energies(w - q, s).sum() / row_energies(w, s).sum() for w, q, s in triples]
-    )
+    triples = list(zip(weights, quantized, sums, strict=True))
+    lost = torch.stack([row_energies(w - q, s).sum() for w, q, s in triples])
+    energy = torch.stack([row_energies(w, s).sum() for w, _, s in triples])
+    same = (weights == quantized).flatten(1).all(1)  # even if the sums are infinite
+    return torch.where(same | (lost == 0), 0.0, lost / energy)
 
 
 def row_energies(weights: Tensor, sums: Tensor) -> Tensor:

@@ -317,6 +317,53 @@ def test_as_many_bits_as_asked_for(model: Path, converted: Convert, share: float
     assert got == pytest.approx(asked, rel=0.02)
 
 
+@pytest.fixture
+def zeros(model: Path, tmp_path: Path) -> Path:
+    """The model with zeros in its first block: expert 0, expert 1 but for its output matrix, and
+    the first rows of a matrix of expert 2."""
+    head, _, member, *_ = first_experts(model)
+
+    def clear(state: dict[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            expert, _, rest = name.removeprefix(f"{head}.").partition(".")
+            if expert.endswith("0") or (expert.endswith("1") and rest[:2] not in ("wo", "w2")):
+                tensor.zero_()
+        state[f"{head}.{member.format(2)}"][:5] = 0
+
+    return changed(model, tmp_path / "zeros", clear)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("switch", {"recipe": "qmoe"}),
+        ("switch", {"bits_per_weight": 1.3}),
+        ("mixtral", {"rate_lambda": 1e-4, "all_experts": True}),
+    ],
+    indirect=["model"],
+)
+def test_zeros(
+    model: Path, zeros: Path, converted: Convert, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """They stay zeros, without error; an output matrix that sees none but zeros has no error."""
+    head, matrix, member, *_ = first_experts(model)
+    file = converted(zeros, samples=4, **options)
+    unpack(file, tmp_path / "unpacked")
+    before = load_file(zeros / "model.safetensors")
+    after = load_file(tmp_path / "unpacked" / "model-00001-of-00001.safetensors")
+    for stack in report_of(file)["stacks"]:
+        if not stack["name"].startswith(head):
+            continue
+        errors = [expert["relative_error"] for expert in stack["experts"]]
+        assert errors[0] == 0
+        assert errors[1] == (None if stack["name"].endswith(("wo", "w2")) else 0)
+        assert all(0 < each < 1 for each in errors[2:])
+    zero = [name for name in before if name.startswith(head) and not before[name].any()]
+    assert len(zero) == (3 if matrix == "wi" else 5)
+    assert not any(after[name].any() for name in zero)
+    assert not after[f"{head}.{member.format(2)}"][:5].any()
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("options", [{"rate_lambda": 0.1}, {"calibration": None}])
 def test_nan_in_what_is_kept_as_it_is(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -51,7 +52,7 @@ def true_bytes(name: str, rate: Rate, factor: float) -> int:
 
     lam, total = float(rate.lam), 0.0
     for energy in SURVEYS[name].energies:
-        own = energy / rate.reference or 1.0
+        own = (energy or 0.0) / rate.reference or 1.0
         steps = [step(lam * share(own * math.exp(row)) / share(math.exp(row))) for row in SPREAD]
         mean = sum(steps) / len(steps)
         total += 20_000 - 2000 * min(max(mean, 0), len(LAMBDAS) - 1)
@@ -154,3 +155,13 @@ def test_a_fixed_rate(rate: Rate | None) -> None:
 
 def test_the_reference_is_the_geometric_mean() -> None:
     assert reference_energy(SURVEYS) == pytest.approx(1e-3)
+
+
+def test_a_matrix_of_zeros_takes_least_at_any_rate() -> None:
+    survey = SURVEYS["s0"]
+    with_zero = replace(survey, energies=[None, *survey.energies])
+    for lam in (1e-5, 0.1):
+        rate = Rate(lam, 1.0)
+        more = with_zero.expected(rate)[0] - survey.expected(rate)[0]
+        assert more == pytest.approx(survey.sizes[-1])
+    assert reference_energy({"s0": with_zero}) == reference_energy({"s0": survey})

@@ -226,7 +226,21 @@ def test_relative_error() -> None:
     w, s = array(weights), array(sums)
     expected = energy(w - array(quantized), s).sum(1)[:2] / energy(w, s).sum(1)[:2]
     np.testing.assert_allclose(result[:2].numpy(), expected, rtol=1e-4)
-    assert math.isnan(result[2])
+    assert result[2] == 0
+
+
+def test_relative_error_where_nothing_is_lost() -> None:
+    """Because nothing is there, or nothing sees it, whatever the sums are."""
+    unseen = torch.tensor([[[0.0, 0.0, 3.0], [0.0, 0.0, 4.0]]])
+    inputs = correlated(30, 3) * torch.tensor([1.0, 1.0, 0.0])
+    sums = calibrated([inputs]).sums
+    assert relative_error(unseen, torch.zeros_like(unseen), sums).tolist() == [0]
+    zero = torch.zeros(1, 2, 3)
+    for sums in (torch.zeros(1, 3, 3), torch.full((1, 3, 3), torch.inf)):
+        assert relative_error(zero, zero, sums).tolist() == [0]
+    assert relative_error(zero, unseen, calibrated([correlated(30, 3)]).sums).tolist() == [
+        torch.inf
+    ]
 
 
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from torch import Tensor
 
-from qmoe_format.quantize.hessian import Statistics
+from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rate import Rate
 from qmoe_format.quantize.rd import quantize_rd
@@ -149,6 +149,32 @@ def test_odd_inputs(name: str, inputs: Tensor) -> None:
         weights[0] @ inputs.T
     ).square().sum()
     assert error < 0.5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("lam", [1e-6, 0.05, 3.0])
+@pytest.mark.parametrize("importance", [None, 0.0, 1.0])
+def test_zeros_stay_zeros(name: str, lam: float, importance: float | None) -> None:
+    """A matrix and rows of zeros; nor do columns and inputs of zeros make anything infinite."""
+    weights = random(4, 12, 20)
+    weights[0] = 0
+    weights[1, 3:7] = 0
+    weights[2, :, 4:9] = 0
+    inputs = [correlated(50, 20, expert) for expert in range(4)]
+    inputs[3] = torch.zeros(50, 20)
+    statistics = calibrated(inputs)
+    if importance is not None:
+        statistics.row_importance = torch.full((4, 12), importance, dtype=torch.float64)
+    result = recipe(name).quantize(weights, "BF16", statistics, Rate(lam, 1.0))
+    values = result.weights.dequantize()
+    assert torch.isfinite(values).all()
+    assert not values[0].any()
+    assert not values[1, 3:7].any()
+    errors = relative_error(weights, values, statistics.sums)
+    assert errors[0] == 0
+    assert torch.isfinite(errors).all()
+    if name != "rtn":
+        assert result.fallback == [None, None, None, "inputs are all zero"]
 
 
 def test_rtn_as_a_recipe() -> None:
