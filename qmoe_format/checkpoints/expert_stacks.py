@@ -160,9 +160,10 @@ class Places:
     def __init__(self, names: NameMap, layers: Iterable[ExpertLayer]) -> None:
         self._names = names
         self._parameters = {
-            layer.members(matrix)[0]: (layer, matrix)
+            name: (layer, matrix)
             for layer in layers
             for matrix in (layer.inputs, layer.output)
+            for name in layer.members(matrix)[:1]
         }
         # Layers that the model does not have end in the same names.
         self._tails = {_tail(target): target for target in self._parameters}
@@ -256,13 +257,19 @@ def group(
     by_path: dict[str, list[tuple[Place, ExpertStack]]] = defaultdict(list)
     for place, stack in found:
         by_path[place.path].append((place, stack))
-    missing = [layer for layer in layers if layer.path not in by_path]
-    if not by_path or missing:
-        where = f": there are none for {missing[0].path!r}" if missing else ""
+    paths = [layer.path for layer in layers]
+    missing = [path for path in paths if path not in by_path]
+    if missing:
+        others = by_path.keys() - paths
+        instead = f", only for {min(others)!r}, which the model does not have" if others else ""
         raise QMoEError(
             "checkpoint",
-            f"experts are missing{where}" if missing else "this model has no experts",
-            _DOWNLOAD if missing else "give a mixture-of-experts model",
+            f"experts are missing: there are none for {missing[0]!r}{instead}",
+            f"{_DOWNLOAD}, or save the model with transformers",
+        )
+    if not by_path:
+        raise QMoEError(
+            "checkpoint", "this model has no experts", "give a mixture-of-experts model"
         )
     return tuple(
         sorted(
@@ -282,11 +289,12 @@ def _layer(path: str, parts: Sequence[tuple[Place, ExpertStack]]) -> LayerStacks
         )
         numbers = [place.part for place, _ in own]
         if numbers != list(range(own[0][0].parts if own else 1)):
+            twice = len(set(numbers)) < len(numbers)
             raise QMoEError(
                 "checkpoint",
-                f"experts are incomplete: of the matrices of {path!r} there are only "
+                f"experts are {'there twice' if twice else 'incomplete'}: {path!r} consists of "
                 f"{', '.join(repr(stack.name) for _, stack in parts)}",
-                _DOWNLOAD,
+                f"{_DOWNLOAD}, or save the model with transformers",
             )
         stacks = by_matrix[matrix] = [stack for _, stack in own]
         experts, rows, columns = layer.shapes[matrix]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from qmoe_format.errors import QMoEError
 # Types that transformers does not know, and those whose configuration and names they share.
 ALIASES = {"kimi_k2": "deepseek_v3"}
 
+MAX_COUNT = 1 << 12
+"""Of layers, or of experts in one: no model has more, and building such a model might not end."""
+
+_COUNT = re.compile(r"(.*_)?(num|n)_(.*_)?(layers?|experts?)")
 _CLASSES = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -32,7 +37,8 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
         trust_remote_code: whether code that the checkpoint brings may run.
 
     Raises:
-        QMoEError: ``checkpoint`` if transformers does not know the type or refuses the file.
+        QMoEError: ``checkpoint`` if transformers does not know the type or refuses the file, or if
+            the model would be huge.
     """
     name = raw.get("model_type")
     known = ALIASES.get(str(name), name)
@@ -45,6 +51,7 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
             f"{name!r}",
             "update transformers, or see the types that convert in `qmoe families`",
         )
+    _check_counts(raw)
     try:
         if name != known:
             config = transformers.CONFIG_MAPPING[known].from_dict({**raw, "model_type": known})
@@ -60,14 +67,33 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
     return config
 
 
+def _check_counts(raw: Mapping[str, Any]) -> None:
+    pending = [raw]
+    while pending:
+        for key, value in pending.pop().items():
+            if isinstance(value, Mapping):
+                pending.append(value)
+            elif _COUNT.fullmatch(key) and isinstance(value, int) and value > MAX_COUNT:
+                raise QMoEError(
+                    "checkpoint",
+                    f"config.json: {key!r} is {value}, which is more than {MAX_COUNT}",
+                    "download it again",
+                )
+
+
 def model_class(config: Any) -> Any:
     """The class that ``config.json`` names, or else transformers' first choice for language.
 
     Raises:
         QMoEError: ``checkpoint`` if there is none.
     """
-    named = (getattr(transformers, name, None) for name in config.architectures or ())
-    by_type = (mapping.get(type(config), None) for mapping in _CLASSES)
+    listed = config.architectures if isinstance(config.architectures, list) else []
+    classes = [getattr(transformers, str(name), None) for name in listed]
+    kinds = [(each, getattr(each, "config_class", None) or ()) for each in classes]
+    named = [each for each, kind in kinds if isinstance(config, kind)]
+    wrapper = config.get_text_config() is not config  # its weights are not only of language
+    mappings = reversed(_CLASSES) if wrapper else _CLASSES
+    by_type = (mapping.get(type(config), None) for mapping in mappings)
     for found in (*named, *by_type):
         if found is not None and hasattr(found, "generate"):
             return found
@@ -107,7 +133,7 @@ def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
         if not tables:
             continue
         for name, buffer in tables.items():
-            part._buffers[name] = torch.empty_like(buffer, device=device)
+            part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
         owner = [each for each in owners if part in each.modules()][-1]
         with torch.device(device):
             owner._init_weights(part)
@@ -116,6 +142,7 @@ def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
 def _refused(folder: Path, error: Exception) -> QMoEError:
     return QMoEError(
         "checkpoint",
-        f"{folder / 'config.json'}: transformers cannot build this model ({error})",
+        f"{folder / 'config.json'}: transformers cannot build this model "
+        f"({' '.join(str(error).split())})",
         "download it again or update transformers",
     )

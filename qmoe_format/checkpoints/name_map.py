@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from qmoe_format.errors import QMoEError
+
 
 @dataclass(slots=True)
 class Load:
@@ -45,8 +47,7 @@ class Load:
     def run(self, model: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters by name, from the tensors that ``read`` returns."""
         if self.converter is None:
-            (name,) = self.names
-            return {self.parameter: read(name)}
+            return {self.parameter: read(self.names[0])}  # transformers ignores the others
         converter = deepcopy(self.converter)
         for pattern, names in self.sources.items():
             for name in names:
@@ -98,7 +99,21 @@ class NameMap:
         return found
 
     def made(self, load: Load, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters that a load makes of tensors of these shapes."""
-        with torch.device("meta"):
-            made = load.run(self.model, lambda name: torch.empty(tuple(shapes[name])))
+        """Names and shapes of the parameters that a load makes of tensors of these shapes.
+
+        Raises:
+            QMoEError: ``checkpoint`` if it cannot.
+        """
+        try:
+            with torch.device("meta"):
+                made = load.run(self.model, lambda name: torch.empty(tuple(shapes[name])))
+        except Exception as error:  # transformers' rules expect good tensors
+            first, *others = load.names
+            more = f" and {len(others)} more" if others else ""
+            raise QMoEError(
+                "checkpoint",
+                f"transformers cannot make {load.parameter!r} of {first!r} {list(shapes[first])}{more} "
+                f"({' '.join(str(error).split())})",
+                "download the whole checkpoint again",
+            ) from error
         return {name: tensor.shape for name, tensor in made.items()}
