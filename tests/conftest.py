@@ -27,66 +27,81 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def switch_state(
-    experts: int = 4,
-    rows: int = 6,
-    columns: int = 10,
-    dtype: str = "bfloat16",
-    seed: int = 0,
-) -> State:
-    """One dense and one sparse encoder layer with random weights."""
-    import torch
+def switch_config(
+    experts: int = 4, rows: int = 6, columns: int = 10, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """A dense and a sparse encoder block, and a decoder without blocks."""
+    return {
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "model_type": "switch_transformers",
+        "dtype": dtype,
+        "vocab_size": 32,
+        "d_model": columns,
+        "d_ff": rows,
+        "d_kv": 2,
+        "num_heads": 1,
+        "num_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_decoder_layers": 0,
+        "num_sparse_decoder_layers": 0,
+        "num_experts": experts,
+    }
 
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "dtype": "float32",
+    "vocab_size": 32,
+    "hidden_size": 10,
+    "intermediate_size": 6,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "num_local_experts": 3,
+}
+
+
+def random_state(config: dict[str, Any], seed: int = 0, *, new_names: bool = False) -> State:
+    """Random weights for a model, by the names that its authors gave them.
+
+    Args:
+        config: of the model, with ``architectures`` and ``dtype``.
+        seed: of the weights.
+        new_names: by the names that transformers has for them now, experts in one tensor.
+    """
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    kind = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_dict(config))
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
-
-    prefix = "encoder.block.1.layer.1.mlp."
+    dtype = getattr(torch, config["dtype"])
     state = {
-        "shared.weight": random(32, columns),
-        "encoder.block.0.layer.1.mlp.wi.weight": random(rows, columns),
-        "encoder.block.1.layer.1.layer_norm.weight": random(columns),
-        f"{prefix}router.classifier.weight": random(experts, columns),
+        name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
     }
-    for e in range(experts):
-        state[f"{prefix}experts.expert_{e}.wi.weight"] = random(rows, columns)
-        state[f"{prefix}experts.expert_{e}.wo.weight"] = random(columns, rows)
-    return state
-
-
-def mixtral_state(experts: int = 3, rows: int = 6, columns: int = 10) -> State:
-    """One layer with random weights."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    prefix = "model.layers.0.block_sparse_moe."
-    shapes = {"w1": (rows, columns), "w2": (columns, rows), "w3": (rows, columns)}
-    state = {
-        "model.embed_tokens.weight": torch.randn((32, columns), generator=generator),
-        f"{prefix}gate.weight": torch.randn((experts, columns), generator=generator),
-    }
-    for e in range(experts):
-        for matrix, shape in shapes.items():
-            state[f"{prefix}experts.{e}.{matrix}.weight"] = torch.randn(shape, generator=generator)
-    return state
+    if not new_names:
+        state = revert_weight_conversion(model, state)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def write_checkpoint(
     folder: Path,
     state: State,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any],
     *,
     kind: str = "safetensors",
     shards: int = 1,
 ) -> Path:
-    """Save ``state`` as transformers would, by default as a Switch Transformer."""
+    """Save ``state`` as transformers would."""
     import torch
     from safetensors.torch import save_file
 
-    if config is None:
-        routers = [tensor for name, tensor in state.items() if "router" in name]
-        config = {"model_type": "switch_transformers", "num_experts": routers[0].shape[0]}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text("{}")
@@ -120,17 +135,20 @@ def switch(tmp_path: Path) -> Callable[..., Path]:
         shards: int = 1,
         **options: Any,
     ) -> Path:
-        state = switch_state(**options)
+        """``config``: what is wrong in it; ``options``: of ``switch_config``."""
+        good = switch_config(**options)
+        state = random_state(good)
         change(state)
-        return write_checkpoint(tmp_path / name, state, config, kind=kind, shards=shards)
+        return write_checkpoint(
+            tmp_path / name, state, good | (config or {}), kind=kind, shards=shards
+        )
 
     return make
 
 
 @pytest.fixture
 def mixtral(tmp_path: Path) -> Path:
-    config = {"model_type": "mixtral", "num_local_experts": 3}
-    return write_checkpoint(tmp_path / "mixtral", mixtral_state(), config)
+    return write_checkpoint(tmp_path / "mixtral", random_state(MIXTRAL, 1), MIXTRAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,8 @@ class NameMap:
             more = f" and {len(others)} more" if others else ""
             raise QMoEError(
                 "checkpoint",
-                f"transformers cannot make {load.parameter!r} of {first!r} {list(shapes[first])}{more} "
-                f"({' '.join(str(error).split())})",
+                f"transformers cannot make {load.parameter!r} of {first!r} {list(shapes[first])}"
+                f"{more} ({' '.join(str(error).split())})",
                 "download the whole checkpoint again",
             ) from error
         return {name: tensor.shape for name, tensor in made.items()}

@@ -6,6 +6,7 @@ A mapped page counts as resident memory until its map is dropped, so whoever rea
 
 from __future__ import annotations
 
+import errno
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -103,7 +104,9 @@ class TorchShard(Shard):
     def _open(self) -> Any:
         try:
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it seeks before 0
+                raise
             reason = str(error).partition("\n")[0]
             raise QMoEError(
                 "checkpoint",
