@@ -17,7 +17,7 @@ from qmoe_format.cli.arguments import (
 )
 from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
-from qmoe_format.cli.tables import summary
+from qmoe_format.cli.tables import few_tokens_warning, summary
 from qmoe_format.codec import PROFILES
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize import RECIPES
@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
     from qmoe_format import container
     from qmoe_format.container.inspection import describe
     from qmoe_format.conversion import convert
+    from qmoe_format.conversion.report import read_report
 
     calibration = _calibration(options)
     started = time.monotonic()
@@ -137,7 +138,8 @@ def run(options: argparse.Namespace) -> None:
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
     with container.open(path, memory_map=False) as file:
-        print("\n".join(summary(describe(file))))
+        warning = few_tokens_warning(read_report(file), file) if calibration else []
+        print("\n".join([*summary(describe(file)), *warning]))
 
 
 def _calibration(options: argparse.Namespace) -> Calibration | None:

@@ -72,9 +72,9 @@ def _demo(source: Path) -> None:
         _print(f"{target.name} is good")
         _begin("Inspect", "the compressed tensors; all others are kept as they were")
         description = describe(file)
-        quality = read_report(file)
+        quality = quality_tables(read_report(file), file)
     _print("\n".join([*tensor_table(description, compressed_only=True), ""]))
-    _print("\n".join([*quality_tables(quality), ""]))
+    _print("\n".join([*quality, ""]))
     _print("\n".join(summary(description)))
 
     _begin("Generate", "continue prompts, with the original and with the compressed model")

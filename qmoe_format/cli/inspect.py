@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> None:
     with container.open(options.file, memory_map=False) as file:
         if options.quality:
             quality = read_report(file)
-            print(json.dumps(quality) if options.json else "\n".join(quality_tables(quality)))
+            lines = [json.dumps(quality)] if options.json else quality_tables(quality, file)
+            print("\n".join(lines))
             return
         description = describe(file)
     if options.json:

@@ -9,6 +9,7 @@ from qmoe_format.cli.formatting import count, size, table
 
 if TYPE_CHECKING:
     from qmoe_format.container.inspection import PartReport, Report, TensorReport
+    from qmoe_format.container.reader import QMoEFile
     from qmoe_format.conversion.report import Quality, StackQuality
 
 HEADER = ("tensor", "encoding", "type", "shape", "size", "bits/weight", "zeros")
@@ -34,8 +35,9 @@ def _row(tensor: TensorReport) -> Sequence[str]:
     )
 
 
-def quality_tables(quality: Quality) -> list[str]:
-    """Lines with settings and totals, a row for each stack, and one for each fallback."""
+def quality_tables(quality: Quality, file: QMoEFile) -> list[str]:
+    """Lines with settings and totals, a row for each stack, and one for each fallback; then
+    ``few_tokens_warning``."""
     settings, totals = quality["settings"], quality["totals"]
     target = settings.get("bits_per_weight")
     lambdas = [each["lambda"] for each in quality["stacks"] if each["lambda"] is not None]
@@ -57,7 +59,22 @@ def quality_tables(quality: Quality) -> list[str]:
     ]
     if fallbacks:
         lines += ["", *table(("stack", "expert", "tokens", "fallback"), fallbacks, left=1)]
-    return lines
+    return lines + few_tokens_warning(quality, file)
+
+
+def few_tokens_warning(quality: Quality, file: QMoEFile) -> list[str]:
+    """After an empty line, one about the experts that saw few tokens; none if there are none."""
+    from qmoe_format.conversion.report import few_tokens
+
+    few = few_tokens(quality, {name: entry.shape[-1] for name, entry in file.tensors.items()})
+    if not few:
+        return []
+    advice = "" if quality["settings"].get("all_experts") else ", or use --all-experts"
+    return [
+        "",
+        f"{few.experts} of {few.of} experts saw fewer tokens than their matrices have columns (the "
+        f"fewest: {few.fewest}); calibrate on more text{advice}",
+    ]
 
 
 def _quality_row(stack: StackQuality) -> Sequence[str]:

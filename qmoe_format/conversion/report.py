@@ -7,7 +7,9 @@ no paths: the same conversion gives the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
@@ -102,6 +104,35 @@ def read_report(file: QMoEFile) -> Quality:
             f"{file.path}: its attachment {REPORT_NAME!r} is not a quality report ({error})",
         ) from error
     return quality
+
+
+@dataclass(frozen=True, slots=True)
+class FewTokens:
+    """Experts with fewer tokens than columns in a matrix, so that its Hessian says too little.
+
+    Attributes:
+        experts: how many.
+        of: how many there are, in the blocks that the model runs.
+        fewest: tokens of one.
+    """
+
+    experts: int
+    of: int
+    fewest: int
+
+
+def few_tokens(quality: Quality, columns: Mapping[str, int]) -> FewTokens | None:
+    """Experts with few tokens, if there are any; ``columns`` by the names of stacks."""
+    every: set[tuple[str, int]] = set()
+    few: dict[tuple[str, int], int] = {}
+    for stack in quality["stacks"]:
+        block = re.sub(r"(.*\.\d+\.)?.*", r"\1", stack["name"], count=1)
+        seen = [expert["tokens"] for expert in stack["experts"]]
+        for number, tokens in enumerate(seen if any(seen) else []):  # or else it does not run
+            every.add((block, number))
+            if tokens < columns.get(stack["name"], 0):
+                few[block, number] = tokens
+    return FewTokens(len(few), len(every), min(few.values())) if few else None
 
 
 def _check(value: object, fields: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,34 @@ def test_a_report_that_is_there_stays(
     assert done.code == 1
     assert "m.quality.json: already exists" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.quality.json"]
+
+
+WARNING = "6 of 6 experts saw fewer tokens than their matrices have columns (the fewest: "
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ((), rf"{re.escape(WARNING)}\d+\); calibrate on more text, or use --all-experts"),
+        (("--all-experts",), rf"{re.escape(WARNING)}32\); calibrate on more text"),
+        (("--all-experts", "--samples", "3"), None),
+    ],
+)
+def test_a_warning_about_experts_with_few_tokens(
+    mixtral_folder: Path,
+    text: Path,
+    tmp_path: Path,
+    qmoe: Any,
+    options: list[str],
+    warning: str | None,
+) -> None:
+    """It ends what ``convert`` and ``inspect --quality`` print; matrices have up to 80 columns."""
+    file = tmp_path / "m.qmoe"
+    command = ("convert", mixtral_folder, file, "--calibration", text, "--recipe", "qmoe")
+    converted = qmoe(*command, "--sequence-length", "32", "--samples", "1", *options)
+    assert (converted.code, converted.err) == (0, "")
+    for done in (converted, qmoe("inspect", file, "--quality")):
+        if warning:
+            assert re.fullmatch(warning, done.out.splitlines()[-1])
+        else:
+            assert "fewer tokens" not in done.out

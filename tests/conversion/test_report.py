@@ -10,9 +10,11 @@ import pytest
 
 import qmoe_format
 from qmoe_format.conversion.report import (
+    FewTokens,
     Quality,
     StackQuality,
     dump_report,
+    few_tokens,
     read_report,
     report_path,
     rounded,
@@ -78,6 +80,36 @@ def test_what_is_no_report(tmp_path: Path, text: bytes, qmoe: Any) -> None:
     assert caught.value.code == "malformed"
     assert qmoe("inspect", path, "--quality").code == 1
     assert qmoe("verify", path).code == 0
+
+
+def stack(name: str, *tokens: int) -> StackQuality:
+    experts: Any = [EXPERT | {"tokens": each} for each in tokens]
+    return StackQuality({"name": name, "lambda": None, "experts": experts})
+
+
+def few(*stacks: StackQuality, **columns: int) -> FewTokens | None:
+    named = {stack["name"]: columns[stack["name"].rpartition(".")[2]] for stack in stacks}
+    return few_tokens(Quality(settings={}, totals={}, stacks=list(stacks)), named)
+
+
+def test_few_tokens() -> None:
+    """An expert counts once, whichever of its matrices have more columns than it has tokens."""
+    encoder, decoder = "encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts"
+    stacks = [
+        stack(f"{part}.{matrix}", *tokens)
+        for part, tokens in ((encoder, (9, 5, 0)), (decoder, (8, 100, 7)))
+        for matrix in ("wi", "wo")
+    ]
+    assert few(*stacks, wi=6, wo=8) == FewTokens(experts=3, of=6, fewest=0)
+    assert few(*stacks, wi=8, wo=6) == FewTokens(experts=3, of=6, fewest=0)
+    assert few(*stacks, wi=1, wo=1) == FewTokens(experts=1, of=6, fewest=0)
+    assert few(*stacks, wi=0, wo=0) is None
+
+
+def test_experts_that_the_model_does_not_run_cannot_see_more_tokens() -> None:
+    run, idle = stack("model.layers.1.experts.w1", 9, 5), stack("model.layers.2.experts.w1", 0, 0)
+    assert few(run, idle, w1=8) == FewTokens(experts=1, of=2, fewest=5)
+    assert few(idle, w1=8) is None
 
 
 def test_names_and_digits() -> None:
