@@ -18,6 +18,7 @@ ROOMS = (
     "dtypes machine atomic_file progress",
     "codec",
     "container quantize gpu",
+    "hub",
     "checkpoints",
     "calibration",
     "conversion export",

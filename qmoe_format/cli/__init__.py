@@ -25,6 +25,8 @@ examples:
       compress a small model that ships with the package, and generate text with it
   qmoe convert switch-base-8/ switch.qmoe
       compress a Hugging Face checkpoint
+  qmoe convert allenai/OLMoE-1B-7B-0924 olmoe.qmoe
+      compress one that is on the Hugging Face Hub
   qmoe convert switch-base-8/ switch.qmoe --calibration text.jsonl --bits-per-weight 0.8
       the same, with each expert calibrated on text, to a given size
   qmoe convert mixtral/ mixtral.qmoe --profile size --shard-size 5GB

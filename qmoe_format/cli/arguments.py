@@ -47,6 +47,15 @@ def positive_real(text: str) -> float:
     return number
 
 
+def add_file_argument(to: argparse._ActionsContainer) -> None:
+    """The file that a command reads."""
+    to.add_argument(
+        "file",
+        metavar="FILE",
+        help="a .qmoe file, or one on the Hugging Face Hub: ORG/MODEL[/FILE.qmoe][@REVISION]",
+    )
+
+
 def add_text_options(to: argparse._ActionsContainer) -> None:
     """How a text becomes sequences of tokens."""
     to.add_argument(

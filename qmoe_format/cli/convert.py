@@ -34,7 +34,11 @@ def add_parser(commands: Commands) -> None:
         "keep all other tensors as they are. `qmoe families` lists the types of models.",
         epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder with config.json, or a model on the Hugging Face Hub: ORG/MODEL[@REVISION]",
+    )
     parser.add_argument("destination", metavar="DST", type=Path, help="file to write")
     parser.add_argument(
         "--recipe",
@@ -120,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
     calibration = _calibration(options)
     started = time.monotonic()
-    with ProgressLine("convert", "weights") as progress:
+    with ProgressLine("download", "B") as download, ProgressLine("convert", "weights") as progress:
         path = convert(
             options.source,
             options.destination,
@@ -130,6 +134,7 @@ def run(options: argparse.Namespace) -> None:
             threads=options.threads,
             overwrite=options.force,
             progress=progress,
+            download_progress=download,
             calibration=calibration,
             bits_per_weight=options.bits_per_weight,
             rate_lambda=options.rate_lambda,

@@ -8,8 +8,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format.cli import models
-from qmoe_format.cli.arguments import Commands, add_model_options, add_text_options
+from qmoe_format.cli import downloads, models
+from qmoe_format.cli.arguments import (
+    Commands,
+    add_file_argument,
+    add_model_options,
+    add_text_options,
+)
 from qmoe_format.cli.formatting import table
 from qmoe_format.cli.progress_line import ProgressLine
 
@@ -28,16 +33,15 @@ def add_parser(commands: Commands) -> None:
         "corruption).",
         epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
     )
-    parser.add_argument("file", metavar="FILE", type=Path)
+    add_file_argument(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE", required=True, help="a .jsonl, .txt or .parquet file"
     )
     parser.add_argument(
         "--against",
-        type=Path,
-        metavar="DIR",
-        help="the original checkpoint: also show its loss, KL(original ‖ compressed), and the "
-        "error of each layer's experts",
+        metavar="SRC",
+        help="the original checkpoint, a folder or ORG/MODEL[@REVISION]: also show its loss, "
+        "KL(original ‖ compressed), and the error of each layer's experts",
     )
     add_text_options(parser)
     add_model_options(parser)
@@ -54,7 +58,9 @@ def run(options: argparse.Namespace) -> None:
 
     column, target_column = options.text_column or "text", options.target_column
     read_documents(options.text, column, target_column)  # refuses before a large model is loaded
+    options.file = downloads.qmoe_file(options.file)
     if options.against:
+        options.against = downloads.original(options.against)
         models.check_original(options.against, options.file)
     tokenizer, model = models.load(options)
     config = model.config.to_dict()

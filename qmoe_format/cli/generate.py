@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from qmoe_format.cli import models
-from qmoe_format.cli.arguments import Commands, add_model_options, natural, positive, positive_real
+from qmoe_format.cli import downloads, models
+from qmoe_format.cli.arguments import (
+    Commands,
+    add_file_argument,
+    add_model_options,
+    natural,
+    positive,
+    positive_real,
+)
 from qmoe_format.errors import QMoEError
 
 NEW_TOKENS = 100  # unless the model's generation_config or the user says otherwise
@@ -24,7 +30,7 @@ def add_parser(commands: Commands) -> None:
         "experts stay compressed in memory; on a CPU only the ones in use are read from the file.",
         epilog='example: qmoe generate mixtral.qmoe "The LORD is my shepherd;" --max-new-tokens 50',
     )
-    parser.add_argument("file", metavar="FILE", type=Path)
+    add_file_argument(parser)
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument(
         "--max-new-tokens",
@@ -46,6 +52,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
+    models.require_transformers()
+    options.file = downloads.qmoe_file(options.file)
     tokenizer, model = models.load(options)
     import torch
     from transformers import TextStreamer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli import downloads
+from qmoe_format.cli.arguments import Commands, add_file_argument
 from qmoe_format.cli.tables import quality_tables, summary, tensor_table
 
 
@@ -18,7 +18,7 @@ def add_parser(commands: Commands) -> None:
         "headers are read; to check the data, use verify.",
         epilog="example: qmoe inspect switch.qmoe --json | jq .totals",
     )
-    parser.add_argument("file", metavar="FILE", type=Path)
+    add_file_argument(parser)
     parser.add_argument(
         "--quality", action="store_true", help="show the error of each expert on calibration text"
     )
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from qmoe_format.container.inspection import describe
     from qmoe_format.conversion.report import read_report
 
-    with container.open(options.file, memory_map=False) as file:
+    with container.open(downloads.qmoe_file(options.file), memory_map=False) as file:
         if options.quality:
             quality = read_report(file)
             lines = [json.dumps(quality)] if options.json else quality_tables(quality, file)

@@ -16,8 +16,9 @@ INTERVAL_S = 0.1
 class ProgressLine:
     """A ``qmoe_format.progress.Progress`` that shows percentage, time left and rate on stderr.
 
-    Use it as a context manager: the line disappears at the end. When less is done than before, the
-    rate is measured anew from there. Where stderr is not a terminal, nothing is written.
+    Use it as a context manager: the line disappears at the end. The rate is measured from when 0
+    was done, and anew when less is done than before. Where stderr is not a terminal, nothing is
+    written.
     """
 
     def __init__(self, label: str, unit: str, stream: TextIO | None = None) -> None:
@@ -37,7 +38,7 @@ class ProgressLine:
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None:
         now = time.monotonic()
-        if done < self._done:
+        if done < self._done or not done:
             self._started, self._done_at_start = now, done
         self._done = done
         if not self._enabled or now - self._shown < INTERVAL_S:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qmoe_format.cli.arguments import Commands, parse_size
+from qmoe_format.cli import downloads
+from qmoe_format.cli.arguments import Commands, add_file_argument, parse_size
 from qmoe_format.cli.progress_line import ProgressLine
 
 
@@ -17,7 +18,7 @@ def add_parser(commands: Commands) -> None:
         "transformers can load. The experts have the values of the compressed file.",
         epilog="example: qmoe unpack switch.qmoe switch-unpacked/",
     )
-    parser.add_argument("file", metavar="FILE", type=Path)
+    add_file_argument(parser)
     parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
     parser.add_argument(
         "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB"
@@ -34,9 +35,10 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from qmoe_format.export.unpacking import unpack
 
+    file = downloads.qmoe_file(options.file)
     with ProgressLine("unpack", "B") as progress:
         folder = unpack(
-            options.file,
+            file,
             options.folder,
             shard_bytes=options.shard_size,
             compressed=options.compressed,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qmoe_format.cli.arguments import Commands
+from qmoe_format.cli import downloads
+from qmoe_format.cli.arguments import Commands, add_file_argument
 from qmoe_format.cli.models import require_transformers
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.machine import cores
@@ -18,7 +18,7 @@ def add_parser(commands: Commands) -> None:
         description="Verify all checksums, decode everything, and check all padding.",
         epilog="example: qmoe verify switch.qmoe && echo good",
     )
-    parser.add_argument("file", metavar="FILE", type=Path)
+    add_file_argument(parser)
     parser.add_argument(
         "--model",
         action="store_true",
@@ -30,9 +30,10 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from qmoe_format import container
 
+    path = downloads.qmoe_file(options.file)
     # With a memory map, a file that is truncated meanwhile would kill the process.
     with (
-        container.open(options.file, memory_map=False) as file,
+        container.open(path, memory_map=False) as file,
         ProgressLine("verify", "B") as progress,
     ):
         file.verify(progress, threads=cores())

@@ -15,6 +15,7 @@ from qmoe_format.conversion.options import Calibration, ConvertOptions
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.hub import local_checkpoint
 from qmoe_format.machine import cores, require
 from qmoe_format.progress import Progress
 
@@ -27,9 +28,10 @@ def convert(
     *,
     calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
+    download_progress: Progress | None = None,
     **options: Any,
 ) -> Path:
-    """Convert a checkpoint folder. The same input and options give the same bytes.
+    """Convert a checkpoint. The same input and options give the same bytes.
 
     Without calibration, memory stays below 1 GiB plus twice the largest tensor. With it, one block
     without its experts is in memory, plus a few GiB of experts and their Hessians. Nothing appears
@@ -47,10 +49,12 @@ def convert(
         convert("switch-base-8", "switch.qmoe", calibration="text.jsonl", bits_per_weight=0.8)
 
     Args:
-        source: a folder with ``config.json``, weights, and tokenizer files.
+        source: a folder with ``config.json``, weights, and tokenizer files, or the name of a model
+            on the Hugging Face Hub: ``ORG/MODEL`` or ``ORG/MODEL@REVISION``.
         destination: the file to write.
         calibration: text, or a ``Calibration`` that says how to use it.
         progress: called with the weights done and to do.
+        download_progress: called with the bytes downloaded and to download.
         options: the other fields of ``ConvertOptions``.
 
     Returns:
@@ -69,6 +73,7 @@ def convert(
 
     destination = Path(destination)
     _check_destination(destination, chosen)
+    source = local_checkpoint(source, download_progress)
     threads = chosen.threads or cores()
     with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
         checkpoint.check_complete()

@@ -68,6 +68,16 @@ def test_after_a_step_back_the_rate_is_measured_anew(clock: list[float]) -> None
         assert "  0:30 left  5 weights/s  " in stream.getvalue().rpartition("\r")[2]
 
 
+def test_what_comes_before_the_work_does_not_count(clock: list[float]) -> None:
+    stream = Terminal()
+    with ProgressLine("convert", "weights", stream) as progress:
+        clock[0] += 1000  # a download
+        progress(0, 1000)
+        clock[0] += 10
+        progress(500, 1000)
+        assert "  0:10 left  50 weights/s  " in stream.getvalue().rpartition("\r")[2]
+
+
 def test_the_line_does_not_wrap(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()

@@ -1,0 +1,102 @@
+"""A checkpoint's folder, from the Hub if it is not here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.hub.names import parse_name
+from qmoe_format.hub.pointers import check_not_pointer
+from qmoe_format.hub.repository import find_repository
+from qmoe_format.progress import Progress
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+def local_checkpoint(source: str | Path, progress: Progress | None = None) -> Path:
+    """The folder of a checkpoint; one that is on the Hub is downloaded into the cache.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        progress: called with the bytes downloaded and to download, and the file in question; for
+            the weights, from zero again.
+
+    Returns:
+        ``source`` if that exists. Otherwise a folder with configuration, tokenizer, license, and
+        the weights that transformers would load, but without code.
+
+    Raises:
+        QMoEError: ``not-found`` if there is no such folder, model or revision; ``checkpoint`` if
+            files are missing, or only pointers; ``io`` if the Hub is out of reach or denies access,
+            and the cache does not have the model; ``dependency``.
+    """
+    path = Path(source)
+    if path.exists():
+        _check_pointers(path)
+        return path
+    name = parse_name(source)
+    if name is None or name.file:
+        raise QMoEError(
+            "not-found",
+            f"{source}: no such folder",
+            "give one with config.json and the weights, or ORG/MODEL of the Hugging Face Hub",
+        )
+    repository = find_repository(name)
+    first = _first_weight_file(repository.sizes)
+    if first is None or "config.json" not in repository.sizes:
+        wanted = "config.json" if first else f"weights ({', '.join(WEIGHT_FILES)})"
+        raise repository.lacks(wanted, "checkpoint", "name a model in the format of transformers")
+    index = [first] if first.endswith(".json") else []
+    folder = repository.fetch([*_small_files(repository.sizes), *index], progress)[0].parent
+    repository.fetch(_weight_files(folder / first), progress)
+    return folder
+
+
+def _check_pointers(folder: Path) -> None:
+    """Check that the files of a checkpoint, if it is one, are more than pointers."""
+    if not folder.is_dir():
+        return
+    with os_errors(f"cannot read {folder}"):
+        names = {path.name for path in folder.iterdir()}
+    first = _first_weight_file(names)
+    for name in [*_small_files(names), *([first] if first else [])]:
+        check_not_pointer(folder / name)
+    for name in _weight_files(folder / first) if first else []:
+        check_not_pointer(folder / name)
+
+
+def _small_files(names: Iterable[str]) -> list[str]:
+    """Those that a conversion attaches to its result, and licenses."""
+    return sorted(
+        name
+        for name in names
+        if "/" not in name
+        and not name.startswith(".")
+        and not name.endswith(".index.json")
+        and (name.endswith(SMALL_SUFFIXES) or name.upper().startswith(LICENSES))
+    )
+
+
+def _first_weight_file(names: Collection[str]) -> str | None:
+    """The file of all weights, or the index of several, that transformers would take."""
+    return next((name for name in WEIGHT_FILES if name in names), None)
+
+
+def _weight_files(first: Path) -> list[str]:
+    """The name of ``first`` or, if that is an index, those in it; ``open_checkpoint`` checks it."""
+    if first.suffix != ".json":
+        return [first.name]
+    try:
+        return sorted({str(file) for file in json.loads(first.read_bytes())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
