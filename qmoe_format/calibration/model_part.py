@@ -99,7 +99,8 @@ class ModelPart:
             for name, each in self._model.named_parameters(remove_duplicate=False)
             if name.startswith(f"{self._name}.") and each is self._embedding.weight
         )
-        self._drop_embedding()
+        fill_buffers(self._model, self._module, device)
+        self._set_embedding(0)
         self._check_tokens()
         kept = [
             name
@@ -110,11 +111,50 @@ class ModelPart:
         ]
         self._kept = self._read(kept)
         self._restore_kept()
-        fill_buffers(self._model, self._module, device)
-        with torch.no_grad():
-            calls, _ = self._pass_through(self.tokens[0], None, {})
-        self._shape: torch.Size = calls[0].args[0].shape[2:]
+        self._shape: torch.Size = self._calls(None)[0].args[0].shape[2:]
         self.width = self._shape.numel()
+        self._check_blocks()
+
+    def holds(self, path: str) -> bool:
+        """Whether a module is part of this stage."""
+        return path.startswith(f"{self._name}.")
+
+    @torch.no_grad()
+    def _calls(self, states: Tensor | None) -> list[partial[Any]]:
+        """Of the blocks, with tokens of the first batch.
+
+        Raises:
+            QMoEError: ``checkpoint`` if the stage does not run without its blocks.
+        """
+        try:
+            return self._pass_through(self.tokens[0], states, {})[0]
+        except (KeyError, TypeError, ValueError) as error:
+            raise QMoEError(
+                "checkpoint",
+                f"{self._name}: its blocks cannot be run one at a time ({error})",
+                NO_CALIBRATION,
+            ) from error
+
+    def _check_blocks(self) -> None:
+        """Refuse blocks that are given what other blocks have computed, beside hidden states."""
+        found = []
+        for value in (1.0, 0.0):
+            self._set_embedding(value)
+            shape = (*self.tokens[0].ids.shape, self.width)
+            found.append(self._calls(torch.full(shape, value, device=self._device)))
+        for block, *calls in zip(self.blocks, *found, strict=True):
+            first, second = ([*each.args[1:], *each.keywords.values()] for each in calls)
+            for one, other in zip(_tensors(first), _tensors(second), strict=True):
+                if not one.equal(other):
+                    raise self._hands_on(block)
+
+    def _hands_on(self, block: Block) -> QMoEError:
+        return QMoEError(
+            "checkpoint",
+            f"{block.name}: blocks hand more than hidden states to other blocks, so the model "
+            "cannot be calibrated",
+            NO_CALIBRATION,
+        )
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
@@ -140,12 +180,12 @@ class ModelPart:
         try:
             yield
         finally:
-            self._drop_embedding()
+            self._set_embedding(0)
 
-    def _drop_embedding(self) -> None:
-        """Let it return zeros: when hidden states are given, only their shape matters."""
-        zeros = torch.zeros((), device=self._device).expand(self._embedding.weight.shape)
-        self._embedding.weight = nn.Parameter(zeros, False)
+    def _set_embedding(self, value: float) -> None:
+        """Let it return one value: when hidden states are given, only their shape matters."""
+        one = torch.tensor(float(value), device=self._device)
+        self._embedding.weight = nn.Parameter(one.expand(self._embedding.weight.shape), False)
 
     def embed(self, tokens: Tokens) -> Tensor:
         """The hidden states before the first block, whose ``embedding`` is in memory.
@@ -200,16 +240,15 @@ class ModelPart:
         states = padded(rows, tokens.attended)
         call = self._pass_through(tokens, states, further)[0][number]
         modules = [self._model.get_submodule(each.path) for each in own]
+        mappings = [each for each in call.keywords.values() if isinstance(each, Mapping)]
+        before = [set(each) for each in mappings]
         with _forward(modules, experts):
             result = call()
+        if [set(each) for each in mappings] != before:
+            raise self._hands_on(self.blocks[number])
         if isinstance(result, tuple):
             if len(result) > 1 and self._family.pass_through is Family.pass_through:
-                raise QMoEError(
-                    "checkpoint",
-                    f"{self.blocks[number].name}: hands more than hidden states to the next block, "
-                    "so the model cannot be calibrated",
-                    NO_CALIBRATION,
-                )
+                raise self._hands_on(self.blocks[number])
             result = result[0]
         hidden: Tensor = result
         return given, hidden.flatten(2)
@@ -275,6 +314,17 @@ class ModelPart:
                 f"token {highest} is not one of the model's {vocabulary}",
                 "use the tokenizer that belongs to the model",
             )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for each in value for tensor in _tensors(each)]
 
 
 def _to_meta(module: nn.Module, names: Iterable[str]) -> None:

@@ -34,9 +34,9 @@ class Walk:
     what they return.
 
     Attributes:
-        blocks: in order of execution, an encoder's before the decoder's. Last come those that a
-            checkpoint has for multi-token prediction, which transformers does not run: no token
-            goes to their experts.
+        blocks: in order of execution, an encoder's before the decoder's. Last come those that text
+            does not reach, of multi-token prediction or a vision tower: no token goes to their
+            experts.
         position: how many of them are done.
     """
 
@@ -71,17 +71,18 @@ class Walk:
             (i, n) for i, part in enumerate(self._parts) for n in range(len(part.blocks))
         ]
         self._places.append((len(self._parts) - 1, len(self._parts[-1].blocks)))
-        self.blocks += [Block(each.path, each) for each in checkpoint.layers if not each.runs]
-        lost = {layer.path for layer in checkpoint.layers} - {
-            block.experts.path for block in self.blocks if block.experts
-        }
-        if lost:
-            raise QMoEError(
-                "checkpoint",
-                f"{checkpoint.folder}: the experts {min(lost)!r} are not in the list of blocks, so "
-                "the model cannot be calibrated",
-                NO_CALIBRATION,
-            )
+        found = {block.experts.path for block in self.blocks if block.experts}
+        for layer in checkpoint.layers:
+            if layer.path in found:
+                continue
+            if layer.runs and any(part.holds(layer.path) for part in self._parts):
+                raise QMoEError(
+                    "checkpoint",
+                    f"{checkpoint.folder}: the experts {layer.path!r} are not in the list of "
+                    "blocks, so the model cannot be calibrated",
+                    NO_CALIBRATION,
+                )
+            self.blocks.append(Block(layer.path, replace(layer, runs=False)))
 
     def start(self, done: int = 0) -> None:
         """Begin before block ``done``, as after ``done`` calls of ``advance``.
@@ -254,11 +255,13 @@ def _block_lists(checkpoint: Checkpoint) -> list[str]:
             for name, child in module.named_children()
             if isinstance(child, nn.ModuleList)
         ]
+    embedding = model.get_input_embeddings()
     found = dict.fromkeys(
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and any(layer.runs and layer.path.startswith(f"{name}.") for layer in checkpoint.layers)
+        and embedding in model.get_submodule(name.rpartition(".")[0]).modules()
     )
     return [name for name in found if not any(name.startswith(f"{each}.") for each in found)][:1]
 

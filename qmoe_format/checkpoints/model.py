@@ -133,7 +133,7 @@ def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
         if not tables:
             continue
         for name, buffer in tables.items():
-            part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            part._buffers[name] = torch.empty_like(buffer, device=device)
         owner = [each for each in owners if part in each.modules()][-1]
         with torch.device(device):
             owner._init_weights(part)

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ from qmoe_format.calibration.model_part import Block
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
-from qmoe_format.checkpoints.wiring import wiring
+from qmoe_format.checkpoints.expert_layers import ExpertLayer
+from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.conversion.block_experts import BlockExperts
+from qmoe_format.conversion.parallel import Resources
 from tests.refusals import refusal
 from tests.tiny_models import CONFIGS, add_prediction_layer, changed, load_model, save_model
 
@@ -133,20 +136,11 @@ def random_batches(checkpoint: Checkpoint, length: int = 14) -> list[Batch]:
 
 def experts_outputs(checkpoint: Checkpoint, block: Block, routed: RoutedTokens | None) -> Any:
     """The outputs of the original experts, as a conversion sums those of the compressed ones."""
-    if routed is None:
+    if routed is None or block.experts is None:
         return None
-    outputs = routed.outputs()
-    wired = wiring(checkpoint.config)
-    stacks = {stack.matrix: stack for stack in checkpoint.stacks if stack.prefix == block.prefix}
-    for expert in range(stacks[wired.output].experts):
-        positions, weights = routed.tokens_of(expert)
-        token = routed.inputs[positions]
-
-        def product(matrix: str, factor: Tensor, expert: int = expert) -> Tensor:
-            return factor @ checkpoint.read_expert(stacks[matrix], expert).float().T
-
-        hidden = wired.hidden([product(matrix, token) for matrix in wired.inputs])
-        outputs[positions] += product(wired.output, hidden) * weights[:, None]
+    outputs, every = routed.outputs(), range(block.experts.output.experts)
+    experts = BlockExperts(checkpoint, block.experts, routed, Resources(1), token_cap=1)
+    experts.add_outputs(experts.weights(every), every, outputs)
     return outputs
 
 
@@ -163,25 +157,21 @@ class Reference:
 
     Attributes:
         blocks: the hidden states [tokens, d] after each block.
-        experts: what each block's experts were given [tokens, d], by their prefix.
+        experts: what experts were given [tokens, d], by their path.
         encoded: what the decoder was given [tokens, d].
     """
 
-    def __init__(self, checkpoint: Checkpoint, batches: list[Batch]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, blocks: Iterable[str], batches: list[Batch]
+    ) -> None:
         self.blocks: dict[str, Tensor] = {}
         self.experts: dict[str, Tensor] = {}
         self.encoded = torch.empty(0)
         model = load_model(checkpoint.folder)
-        model_type = checkpoint.config["model_type"]
-        for name, module in model.named_modules():
-            if type(module).__name__.endswith(("SwitchTransformersBlock", "DecoderLayer")):
-                module.register_forward_hook(partial(self._after_block, name))
-            elif name.endswith(".experts"):
-                if model_type == "granitemoe":
-                    name = name.removesuffix(".experts")
-                elif model_type in ("mixtral", "phimoe"):
-                    name = name.replace(".mlp.", ".block_sparse_moe.")
-                module.register_forward_pre_hook(partial(self._before_experts, name))
+        for name in blocks:
+            model.get_submodule(name).register_forward_hook(partial(self._after_block, name))
+        for layer in expert_layers(model):
+            layer.module.register_forward_pre_hook(partial(self._before_experts, layer))
         with torch.no_grad():
             for self.batch in batches:
                 inputs, targets = self.batch.inputs, self.batch.targets
@@ -197,14 +187,14 @@ class Reference:
     def _saw(self, found: dict[str, Tensor], name: str, states: Tensor) -> None:
         tokens = self.batch.targets if name.startswith("decoder.") else self.batch.inputs
         assert tokens is not None
-        rows = states.view(*tokens.ids.shape, -1)[tokens.attended]
+        rows = states.reshape(*tokens.ids.shape, -1)[tokens.attended]
         found[name] = torch.cat([found[name], rows]) if name in found else rows
 
     def _after_block(self, name: str, module: Any, arguments: Any, result: Any) -> None:
         self._saw(self.blocks, name, result[0] if isinstance(result, tuple) else result)
 
-    def _before_experts(self, name: str, module: Any, arguments: Any) -> None:
-        self._saw(self.experts, name, arguments[0])
+    def _before_experts(self, layer: ExpertLayer, module: Any, arguments: Any) -> None:
+        self._saw(self.experts, layer.path, layer.routing(*arguments)[0])
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -215,16 +205,16 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 def assert_like_the_model(
     checkpoint: Checkpoint, batches: list[Batch], folder: Path, tolerance: float
 ) -> None:
-    reference = Reference(checkpoint, batches)
     walk = Walk(checkpoint, batches, folder)
+    reference = Reference(checkpoint, [block.name for block in walk.blocks], batches)
     walk.start()
     assert [block.name for block in walk.blocks] == list(reference.blocks)
-    assert {block.prefix for block in walk.blocks} - {None} == set(reference.experts)
+    assert {each.experts.path for each in walk.blocks if each.experts} == set(reference.experts)
     for block in walk.blocks:
         routed = step(walk, checkpoint)
-        assert (routed is None) == (block.prefix is None)
-        if routed and block.prefix:
-            assert_near(routed.inputs, reference.experts[block.prefix], tolerance)
+        assert (routed is None) == (block.experts is None)
+        if routed and block.experts:
+            assert_near(routed.inputs, reference.experts[block.experts.path], tolerance)
         following = walk.blocks[walk.position :]
         if following and following[0].name == "decoder.block.0":
             encoded = RowFile(folder / "encoded.rows", *reference.encoded.shape)
@@ -237,7 +227,7 @@ def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_
     assert_like_the_model(checkpoint, random_batches(checkpoint), tmp_path, 2e-6)
 
 
-@pytest.mark.parametrize("model_type", sorted({*CONFIGS} - {"gpt_oss"}))
+@pytest.mark.parametrize("model_type", sorted({*CONFIGS}))
 def test_every_family(model_type: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", model_type, torch.float32)
     (tmp_path / "walk").mkdir()
@@ -258,7 +248,8 @@ def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
         for _ in range(2):
             step(walk, checkpoint)
         end = walk.hidden().clone()
-        assert walk.blocks[2].prefix == "model.layers.2.mlp.experts"
+        assert walk.blocks[2].experts
+        assert walk.blocks[2].experts.path == "model.layers.2.mlp.experts"
         for again in (walk, Walk(checkpoint, batches, tmp_path / "walk")):
             again.start(2)
             routed = step(again, checkpoint)
@@ -422,7 +413,7 @@ def test_files_that_no_later_block_needs_are_deleted(
     for block in walk.blocks:
         encoded = 1 if block.name.startswith("decoder.") else 0
         walk.collect()
-        routed = 0 if block.prefix is None else 3
+        routed = 3 if block.experts else 0
         assert len(list(tmp_path.iterdir())) == 1 + 1 + encoded + routed
         step(walk, checkpoint)
         assert len(list(tmp_path.iterdir())) <= 1 + 2 + 1

@@ -1,4 +1,4 @@
-"""Models whose blocks hand on which positions a token may attend to, as GLM-5 does.
+"""Models whose blocks hand on which positions a token may attend to, as GLM-5's do.
 
 In a sequence no longer than that choice, all positions are chosen.
 """
@@ -14,9 +14,12 @@ from qmoe_format.checkpoints.family import Family
 from qmoe_format.errors import QMoEError
 
 
-def _pass_through(block: Any, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _pass_through(block: Any, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+    config = getattr(block.self_attn, "config", None)
+    if config is None or "shared" not in config.indexer_types:  # no block uses what it is handed
+        return hidden, None
     sequences, length = hidden.shape[:2]
-    chosen = block.self_attn.config.index_topk
+    chosen = config.index_topk
     if length > chosen:
         raise QMoEError(
             "argument",
@@ -29,5 +32,6 @@ def _pass_through(block: Any, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tenso
 
 
 FAMILY = Family(
-    model_types=("glm_moe_dsa", "hy_v4", "mistral_large4_text"), pass_through=_pass_through
+    model_types=("glm5_next_text", "glm_moe_dsa", "hy_v4", "mistral_large4_text"),
+    pass_through=_pass_through,
 )
