@@ -81,6 +81,7 @@ def digest(data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are written one after the other
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
