@@ -33,10 +33,10 @@ def dense_loads(where: str, names: NameMap, shapes: Mapping[str, Sequence[int]])
             if name in names.shapes:
                 check_shape(where, load.names[0], shape, names.shapes[name])
                 found[name] = load
-    for pair in names.model.all_tied_weights_keys.items():
-        for name, other in (pair, pair[::-1]):
-            if name not in found and other in found:
-                found[name] = found[other]
+    tied = names.model.all_tied_weights_keys.items()  # several may be tied to the same one
+    for name, other in [*((source, target) for target, source in tied), *tied]:
+        if name not in found and other in found:
+            found[name] = found[other]
     return found
 
 
@@ -77,7 +77,8 @@ def check_complete(
     if missing:
         raise missing_weights(where, missing, names, others)
     # Blocks that predict further tokens are not part of the model.
-    further = any(re.search("nextn|mtp", key) and value for key, value in config.items())
+    settings = {**config, **(config.get("text_config") or {})}
+    further = any(re.search("nextn|mtp", key) and value for key, value in settings.items())
     if not further:
         _check_blocks(where, names, layers, others)
 
