@@ -14,6 +14,7 @@ from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.checkpoints.model import load_config, model_class
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
+from qmoe_format.hub import local_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
 from qmoe_format.runtime.model_of_file import attachments, dense_state
@@ -29,7 +30,8 @@ def load_model(
     """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
     Args:
-        path: a ``.qmoe`` file, or the index file of shards.
+        path: a ``.qmoe`` file, the index file of shards, or the Hub's name of a repository that
+            holds one, such as ``ORG/MODEL``.
         device: where the model computes; the experts are copied to a GPU compressed.
         dtype: of everything but the experts; None: the one in ``config.json``.
 
@@ -50,6 +52,7 @@ def load_model(
         print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
     """
     check_device(device)
+    path = local_qmoe_file(os.fspath(path))
     with container.open(path) as file, attachments(file) as folder:
         original = read_config(file)
         config = load_config(folder, original)
@@ -120,7 +123,7 @@ def load_original(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer that is attached to a ``.qmoe`` file.
+    """Load the tokenizer that is attached to a ``.qmoe`` file, named as for ``load_model``.
 
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none, or none
@@ -130,7 +133,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
 
         ids = load_tokenizer("model.qmoe")("Once upon a time").input_ids
     """
-    with container.open(path) as file, attachments(file) as folder:
+    with container.open(local_qmoe_file(os.fspath(path))) as file, attachments(file) as folder:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # Without a vocabulary some classes make an empty one.
