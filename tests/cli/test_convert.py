@@ -22,17 +22,18 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import MIXTRAL, random_state, write_checkpoint
+
 Make = Callable[..., Path]
 Change = Callable[[dict[str, Any]], object]
 PREFIX = "encoder.block.1.layer.1.mlp.experts."
 
 
 def nearest(w: torch.Tensor) -> torch.Tensor:
-    """The decoded values of a matrix, computed in float64 by the formula."""
+    """The decoded values of matrices [..., rows, columns], computed in float64 by the formula."""
     scale = torch.float16 if w.dtype == torch.float16 else torch.bfloat16
-    zero = torch.zeros(len(w), 1, dtype=w.dtype)
-    high = torch.cat([w, zero], 1).amax(1, keepdim=True).to(scale).double()
-    low = torch.cat([w, zero], 1).amin(1, keepdim=True).to(scale).double()
+    high = w.amax(-1, keepdim=True).clamp(min=0).to(scale).double()
+    low = w.amin(-1, keepdim=True).clamp(max=0).to(scale).double()
     x = w.double()
     return ((x > high / 2) * high + (x < low / 2) * low).to(w.dtype)
 
@@ -90,9 +91,38 @@ def test_zero_rows_and_zero_experts(switch: Make, tmp_path: Path) -> None:
     assert_unpacks_to(file, kept, tmp_path / "unpacked")
 
 
-def test_mixtral(mixtral: Path, tmp_path: Path) -> None:
-    state = load_file(mixtral / "model.safetensors")
-    assert_unpacks_to(convert(mixtral, tmp_path / "m.qmoe"), state, tmp_path / "unpacked")
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_as_published_and_those_of_transformers(
+    tmp_path: Path, new_names: bool, kind: str
+) -> None:
+    """A matrix of each expert, or all of a layer's in one tensor."""
+    state = random_state(MIXTRAL, new_names=new_names)
+    source = write_checkpoint(tmp_path / "mixtral", state, MIXTRAL, kind=kind)
+    assert any(tensor.ndim == 3 for tensor in state.values()) == new_names
+    assert_unpacks_to(convert(source, tmp_path / "m.qmoe"), state, tmp_path / "unpacked")
+
+
+def test_experts_of_several_dtypes(switch: Make, tmp_path: Path) -> None:
+    """They become what transformers loads them as: the dtype of the configuration."""
+
+    def change(state: dict[str, Any]) -> None:
+        for name in state:
+            if "expert_1.w" in name:
+                state[name] = state[name].to(torch.float16)
+        kept.update(state)
+
+    kept: dict[str, Any] = {}
+    file = convert(switch(change), tmp_path / "m.qmoe")
+    loaded = {name: tensor.to(torch.bfloat16) for name, tensor in kept.items()}
+    assert_unpacks_to(file, loaded, tmp_path / "unpacked")
+
+
+def test_a_stale_quantization_config(switch: Make, tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    state: dict[str, Any] = {}
+    file = convert(switch(state.update, config=config), tmp_path / "m.qmoe")
+    assert_unpacks_to(file, state, tmp_path / "unpacked")
 
 
 def test_the_callers_thread_count_of_torch_is_restored(switch: Make, tmp_path: Path) -> None:
@@ -116,12 +146,45 @@ def poison(name: str, value: float) -> Change:
     return change
 
 
+def prefix(text: str) -> Change:
+    def change(state: dict[str, Any]) -> None:
+        for name in list(state):
+            state[text + name] = state.pop(name)
+
+    return change
+
+
 BAD: dict[str, tuple[Change, dict[str, Any] | None, str, list[str]]] = {
-    "unknown family": (
+    "unknown type": (
         lambda state: None,
-        {"model_type": "llama"},
+        {"model_type": "no_such_type"},
         "checkpoint",
-        ["'llama'", "mixtral", "switch_transformers"],
+        ["'no_such_type'", "qmoe families"],
+    ),
+    "wrong configuration": (
+        lambda state: None,
+        {"num_layers": "two"},
+        "checkpoint",
+        ["config.json", "num_layers"],
+    ),
+    "no attention": (
+        lambda state: state.pop("encoder.block.1.layer.0.SelfAttention.q.weight"),
+        None,
+        "checkpoint",
+        ["encoder.block.1.layer.0.SelfAttention.q.weight"],
+    ),
+    "empty": (
+        update("decoder.final_layer_norm.weight", torch.zeros(0)),
+        None,
+        "checkpoint",
+        ["decoder.final_layer_norm.weight", "[0]", "[10]"],
+    ),
+    "prefix": (prefix("_orig_mod."), None, "checkpoint", ["_orig_mod.encoder.block.1"]),
+    "too many blocks": (
+        update("encoder.block.2.layer.0.layer_norm.weight", torch.zeros(10)),
+        None,
+        "checkpoint",
+        ["encoder.block.2.layer.0.layer_norm.weight"],
     ),
     "hole": (
         lambda state: state.pop(PREFIX + "expert_1.wi.weight"),
@@ -236,7 +299,7 @@ def test_a_missing_source(tmp_path: Path, qmoe: Any) -> None:
     assert done.err.startswith("error[not-found]: ")
 
 
-@pytest.mark.parametrize("package", ["torch", "safetensors"])
+@pytest.mark.parametrize("package", ["torch", "safetensors", "transformers"])
 def test_missing_packages(
     switch: Make, tmp_path: Path, qmoe: Any, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
