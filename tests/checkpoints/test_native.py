@@ -131,12 +131,10 @@ def test_each_part_is_needed(format_: str) -> None:
 def test_each_part_has_to_fit(format_: str) -> None:
     quantization, tensors = FORMATS[format_]
     for name, tensor in tensors.items():
-        if tensor.ndim:
-            for longer in range(tensor.ndim):
-                shape = list(tensor.shape)
-                shape[longer] += 1
-                wrong = torch.zeros(shape, dtype=tensor.dtype)
-                refused(quantization, tensors | {name: wrong})
+        for longer in range(max(tensor.ndim, 1)):
+            shape = list(tensor.shape) or [1]
+            shape[longer] += 1
+            refused(quantization, tensors | {name: torch.zeros(shape, dtype=tensor.dtype)})
         refused(quantization, tensors | {name: torch.zeros(tensor.shape, dtype=torch.int16)})
 
 
@@ -233,6 +231,11 @@ def test_methods_that_are_not_supported(method: str, tensors: Tensors) -> None:
         ),
         (INT4 | {"config_groups": {}}, int4(), "config.json gives None as the number of its bits"),
         (INT4 | {"config_groups": {"a": {"weights": {}, "targets": 3}}}, int4(), "None as the"),
+        (
+            INT4 | {"config_groups": {"a": {"weights": {"num_bits": 4}, "targets": ["Linear"]}}},
+            int4(),
+            "which do not make rows of 4 bits a weight in groups of all columns",
+        ),
         (INT4 | {"config_groups": {"a": ["Linear"]}}, int4(), "cannot be understood"),
         (FP8 | {"weight_block_size": "4x4"}, fp8(), "a block of weights has size '4x4'"),
         (FP8 | {"weight_block_size": [4, 0]}, fp8(), "a block of weights has size [4, 0]"),

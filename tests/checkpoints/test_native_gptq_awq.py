@@ -126,9 +126,10 @@ def test_bits_that_differ_by_layer() -> None:
     assert same(decode(quantization, tensors), gptq_decoded(tensors, 8, 1))
 
 
-@pytest.mark.parametrize("wrong", [2, -1])
+@pytest.mark.parametrize("wrong", [2, -1, 1 << 32])
 def test_a_group_that_is_not_there(wrong: int) -> None:
     tensors = gptq_stored(4, 32, 64, 32)
+    tensors["x.g_idx"] = tensors["x.g_idx"].long()
     tensors["x.g_idx"][5] = wrong
     message = refusal(lambda: decode({"quant_method": "gptq"}, tensors), "checkpoint")
     assert "'x.g_idx': names a group that is not one of 2" in message

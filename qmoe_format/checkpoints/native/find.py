@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from qmoe_format.checkpoints.native.awq import awq
@@ -92,9 +93,14 @@ def _modules(tensors: Mapping[str, TensorInfo]) -> Iterator[Module]:
             modules[module] = {leaf: info}
     for name, own in modules.items():
         for leaf, info in own.items():
-            if info.dtype not in FLOAT_DTYPES or _PART.fullmatch(leaf):
+            if info.dtype not in FLOAT_DTYPES or _is_part(leaf):
                 yield Module(name, own)
                 break
+
+
+@lru_cache
+def _is_part(leaf: str) -> bool:
+    return bool(_PART.fullmatch(leaf))
 
 
 def _pack(module: Module, leaf: str, quantization: Quantization) -> PackedTensor | None:
@@ -150,9 +156,7 @@ def _check_others(module: Module, leaves: Sequence[str], packed: Sequence[Packed
             or any(leaf.startswith(f"{name}_") and not leaf.endswith("_bias") for name in names)
         ):
             problem = f"what it does to {packed[0].name!r} ({packed[0].format}) is not known"
-        elif _PART.fullmatch(leaf) or (
-            leaf.endswith("_scales") and module.tensors[leaf].dtype == "U8"
-        ):
+        elif _is_part(leaf) or (leaf.endswith("_scales") and module.tensors[leaf].dtype == "U8"):
             problem = "is part of a quantized weight, but there is none beside it"
         else:
             continue

@@ -2,7 +2,7 @@
 
 Codes are packed along the inputs, zero points along the outputs. Version 1 of the format stores
 zero points less one. GPTQModel, which defines it, subtracts from and adds to whole words (except
-for 3 bits, where values straddle words): a zero point of 0 borrows from its neighbor, for a while.
+for 3 bits, where values straddle words): a zero point of 0 borrows from its neighbor and pays back.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ class Gptq(PackedTensor):
         rows, columns = self.shape
         chosen: npt.NDArray[Any] = np.arange(columns, dtype=np.int32) // np.int32(self.group)
         if "groups" in tensors:
-            chosen = to_array(tensors["groups"].int())
+            chosen = to_array(tensors["groups"])
             if columns and not 0 <= chosen.min() <= chosen.max() < self.groups:
                 raise refusal(
                     self.stored["groups"], f"names a group that is not one of {self.groups}"
                 )
+            chosen = chosen.astype(np.int32)
         words = to_array(tensors["zeros"], torch.uint32)
         if self.version == 1 and self.bits in _ONES:
             words = words + np.uint32(_ONES[self.bits])

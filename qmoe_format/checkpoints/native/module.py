@@ -9,10 +9,10 @@ from qmoe_format.checkpoints.native.packed_tensor import refusal
 from qmoe_format.checkpoints.tensor_info import TensorInfo
 
 # Tensors that say how a weight's inputs, outputs or the KV cache are quantized.
-_OF_ACTIVATIONS = (
+_OF_ACTIVATIONS = frozenset((
     "input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "activation_scale",
     "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale", "qscale_act",
-)  # fmt: skip
+))  # fmt: skip
 _SCALES = ("{}_scale_inv", "{}_scale")
 _SCALES_OF_WEIGHT = ("scale", "qscale_weight")
 
@@ -65,7 +65,10 @@ class Module:
     def claim(self, leaf: str, *parts: TensorInfo) -> tuple[str, ...]:
         """Note that ``parts`` make up the weight ``leaf``; the names of what to ignore with it."""
         prefix = "" if leaf == "weight" else f"{leaf}_"
-        leaves = [prefix + each for each in _OF_ACTIVATIONS]
-        ignored = [self.tensors[each] for each in leaves if each in self.tensors]
-        self.claimed.update(info.name.rpartition(".")[2] for info in (*parts, *ignored))
-        return tuple(info.name for info in ignored)
+        ignored = [
+            each
+            for each in self.tensors
+            if each.startswith(prefix) and each.removeprefix(prefix) in _OF_ACTIVATIONS
+        ]
+        self.claimed.update(ignored, (info.name.rpartition(".")[2] for info in parts))
+        return tuple(map(self.full, ignored))

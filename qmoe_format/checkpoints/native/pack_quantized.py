@@ -57,7 +57,7 @@ class PackQuantized(PackedTensor):
             zeros += self._zeros(tensors["zero"], groups)
         codes = tensors["codes"]
         chosen = self._groups(tensors)
-        if self.bits == 4 and chosen is None and out.shape[1] % 2 == 0 and self.group % 2 == 0:
+        if self.bits == 4 and chosen is None and self.group % 2 == 0:
             packed = to_array(codes, torch.uint8)
             decode_nibbles(packed, _PAIRS, zeros, scales, self.group, out)
         else:
@@ -76,7 +76,7 @@ class PackQuantized(PackedTensor):
         """int32 [columns]: the group of each; None if they are in order."""
         if "groups" not in tensors:
             return None
-        chosen = to_array(tensors["groups"].int())
+        chosen = to_array(tensors["groups"])
         if (chosen == -1).any():  # as the library writes when columns were not reordered
             return None
         count = self.scale_shape[1]
@@ -85,7 +85,7 @@ class PackQuantized(PackedTensor):
                 self.stored["groups"],
                 f"does not put {self.group} columns into each of {count} groups",
             )
-        return chosen
+        return chosen.astype(np.int32)
 
 
 def pack_quantized(module: Module, quantization: Quantization) -> PackQuantized:

@@ -93,11 +93,8 @@ FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def to_array(tensor: Tensor, dtype: torch.dtype | None = None) -> npt.NDArray[Any]:
-    """A tensor's bits as a contiguous, aligned array of ``dtype``, if that is given."""
+    """A tensor as a contiguous array; if there is a ``dtype``, its bits as that."""
     tensor = tensor.contiguous()
-    # Safetensors aligns the first tensor of a file only.
-    if tensor.data_ptr() % tensor.element_size():
-        tensor = tensor.clone()
     array: npt.NDArray[Any] = (tensor.view(dtype) if dtype else tensor).numpy()
     return array
 

@@ -27,23 +27,19 @@ def _turn(square, first_row, first_column, out):
 
 
 @kernel
-def _gptq_square(words, bits, groups, zeros, scales, first, stop, column, square):
-    mask = np.uint32((1 << bits) - 1)
+def _gptq_square(words, bits, groups, zeros, scales, first, column, square):
+    mask = np.uint64((1 << bits) - 1)
     last = min(first + SIDE, words.shape[1])
-    for i in range(min(SIDE, stop - column)):
+    for i in range(min(SIDE, groups.size - column)):
         bit, g = (column + i) * bits, groups[column + i]
-        word, shift = bit >> 5, bit & 31
+        word, shift = bit >> 5, np.uint64(bit & 31)
         zero, scale = zeros[g, first:last], scales[g, first:last]
         low, target = words[word, first:last], square[i]
-        if shift + bits <= 32:
-            for r in range(low.size):
-                code = np.int32(low[r] >> np.uint32(shift) & mask)
-                target[r] = (np.float32(code) - zero[r]) * scale[r]
-        else:
-            high = words[word + 1, first:last]
-            for r in range(low.size):
-                both = low[r] >> np.uint32(shift) | high[r] << np.uint32(32 - shift)
-                target[r] = (np.float32(np.int32(both & mask)) - zero[r]) * scale[r]
+        # Whether or not the code goes on in it: with a branch, LLVM would not vectorize.
+        high = words[min(word + 1, words.shape[0] - 1), first:last]
+        for r in range(low.size):
+            both = np.uint64(low[r]) | np.uint64(high[r]) << np.uint64(32)
+            target[r] = (np.float32(np.int32(both >> shift & mask)) - zero[r]) * scale[r]
 
 
 @kernel
@@ -55,8 +51,7 @@ def decode_gptq(words, bits, groups, zeros, scales, out):
     square = np.empty((SIDE, SIDE), np.float32)
     for row in range(0, out.shape[0], SIDE):
         for column in range(0, out.shape[1], SIDE):
-            stop = out.shape[1]
-            _gptq_square(words, bits, groups, zeros, scales, row, stop, column, square)
+            _gptq_square(words, bits, groups, zeros, scales, row, column, square)
             _turn(square, row, column, out)
 
 
