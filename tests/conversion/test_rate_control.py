@@ -19,7 +19,7 @@ from qmoe_format.conversion.survey import LAMBDAS, StackSurvey, reference_energy
 from qmoe_format.quantize.rate import ABSOLUTE, TRUST, Rate
 
 EXPERTS, ROWS, COLUMNS = 8, 100, 1000
-STACKS = [ExpertStack(f"s{i}", "s", str(i), "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
+STACKS = [ExpertStack(f"s{i}", "", EXPERTS, ROWS, COLUMNS, "F32") for i in range(4)]
 WEIGHTS = 4 * EXPERTS * ROWS * COLUMNS
 SPREAD = [-8.0, -2.0, 0.0, 1.0]
 SURVEYS = {
