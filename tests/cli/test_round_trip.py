@@ -145,7 +145,8 @@ def test_json_has_exactly_the_documented_keys(converted: Converted, qmoe_process
     done = qmoe_process("inspect", converted.file, "--json")
     assert (done.code, done.err) == (0, "")
     report = json.loads(done.out)
-    assert list(report) == ["format", "tensors", "totals"]
+    assert list(report) == ["format", "source_format", "tensors", "totals"]
+    assert report["source_format"] == "BF16"
     with qmoe_format.open(converted.file) as file:
         assert report["format"] == {"version": f"{file.version[0]}.{file.version[1]}"}
         assert [tensor["name"] for tensor in report["tensors"]] == list(file.tensors)
