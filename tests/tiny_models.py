@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from qmoe_format.checkpoints.model import ALIASES, load_config, model_class
+from qmoe_format.checkpoints import model as transformers_model
+from qmoe_format.checkpoints.registry import ALIASES
 from tests.tiny_configs import CONFIGS, VOCABULARY, WORDS
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "add_prediction_layer",
     "build_model",
     "changed",
+    "load_config",
     "load_model",
     "save_model",
 ]
@@ -33,13 +35,15 @@ def build_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **changes:
     torch.manual_seed(1)
     known = ALIASES.get(model_type, model_type)
     config = AutoConfig.for_model(known, **{**CONFIGS[model_type], **changes})
-    model = model_class(config)._from_config(config)
-    for tensor in (*model.parameters(), *model.buffers()):  # a router's bias is a buffer
-        if tensor.is_floating_point():
+    model = transformers_model.model_class(config)._from_config(config)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.startswith("talker.") and ".experts." in name:
+            tensor.data.zero_()  # transformers does not initialize them
+        if tensor.is_floating_point():  # a router's bias is a buffer
             tensor.data += 0.1 * torch.randn(tensor.shape)
-    for name, table in model.named_buffers():
-        if name.endswith("tid2eid"):  # a router that looks up the experts of a token
-            table.copy_(torch.rand(len(table), config.n_routed_experts).topk(table.shape[1]).indices)
+        elif name.endswith("tid2eid"):  # a router that looks up the experts of a token
+            experts = torch.rand(len(tensor), config.n_routed_experts)
+            tensor.copy_(experts.topk(tensor.shape[1]).indices)
     return model.to(dtype)
 
 
@@ -62,6 +66,10 @@ def save_model(
     numbers = {token: number for number, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if model_type in ("qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"):
+        # Transformers reads every tokenizer of these types as theirs, of bytes.
+        letters = {token: number for number, token in enumerate("w0123456789Ġ", 3)}
+        tokenizer = Tokenizer(models.BPE(letters | {t: numbers[t] for t in VOCABULARY[:3]}, []))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -92,12 +100,18 @@ def add_prediction_layer(folder: Path) -> dict[str, Tensor]:
     return further
 
 
-def load_model(folder: Path, **options: Any) -> Any:
+def load_config(folder: Path) -> Any:
+    """The configuration in a folder."""
+    return transformers_model.load_config(folder, json.loads((folder / "config.json").read_text()))
+
+
+def load_model(folder: Path) -> Any:
     """In float32; without dropping tokens."""
-    config = load_config(folder, json.loads((folder / "config.json").read_text()))
+    config = load_config(folder)
     if config.is_encoder_decoder:
-        options["expert_capacity"] = 10**6
-    return model_class(config).from_pretrained(folder, dtype=torch.float32, **options).eval()
+        config.expert_capacity = 10**6
+    kind = transformers_model.model_class(config)
+    return kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

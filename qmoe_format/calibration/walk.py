@@ -21,6 +21,7 @@ from qmoe_format.calibration.model_part import NO_CALIBRATION, Block, ModelPart,
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.checkpoints.families import family_for
+from qmoe_format.checkpoints.registry import check_calibrated
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import flushing_thread
 
@@ -51,10 +52,11 @@ class Walk:
             device: where the blocks run.
 
         Raises:
-            QMoEError: ``checkpoint`` if the family is not known, or if a tensor is missing or has
-                another shape than by ``config.json``; ``argument`` for batches without tokens or
-                with tokens that the model does not have.
+            QMoEError: ``checkpoint`` if the model cannot be calibrated, or if a tensor is missing
+                or has another shape than by ``config.json``; ``argument`` for batches without
+                tokens or with tokens that the model does not have.
         """
+        check_calibrated(checkpoint.model.config.model_type)
         for key, value in family_for(checkpoint.model.config).settings.items():
             _set_everywhere(checkpoint.model, key, value)
         self._folder = folder

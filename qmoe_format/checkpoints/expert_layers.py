@@ -111,7 +111,7 @@ class ExpertLayer:
         Args:
             forward: takes what ``routing`` returns, and biases; returns the weighted sums.
         """
-        self.remove_weights(model)
+        self.remove_weights()
         self.module.compressed = compressed
 
         def run(*arguments: Tensor, **named: Tensor) -> Tensor:
@@ -120,10 +120,12 @@ class ExpertLayer:
             return self.returned(forward(*self.routing(*arguments), *biases), *arguments)
 
         self.module.forward = run
-        self.module._is_hf_initialized = True
+        # Initialization, of it or of the module around it, would look for the weights.
+        for path in (self.path, self.path.rpartition(".")[0]):
+            model.get_submodule(path)._is_hf_initialized = True
 
-    def remove_weights(self, model: Any) -> None:
-        """Remove the matrices from the ``model``."""
+    def remove_weights(self) -> None:
+        """Remove the matrices from the module."""
         for name in (self.inputs, self.output):
             delattr(self.module, name.rpartition(".")[2])
 

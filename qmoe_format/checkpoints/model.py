@@ -12,10 +12,8 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from qmoe_format.checkpoints.registry import ALIASES, check_supported
 from qmoe_format.errors import QMoEError
-
-# Types that transformers does not know, and those whose configuration and names they share.
-ALIASES = {"kimi_k2": "deepseek_v3"}
 
 MAX_COUNT = 1 << 12
 """Of layers, or of experts in one: no model has more, and building such a model might not end."""
@@ -41,6 +39,7 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
             the model would be huge.
     """
     name = raw.get("model_type")
+    check_supported(str(name))
     known = ALIASES.get(str(name), name)
     if not isinstance(known, str) or not (
         known in transformers.CONFIG_MAPPING or (trust_remote_code and "auto_map" in raw)

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from qmoe_format._version import __version__
-from qmoe_format.cli import convert, demo, eval, generate, inspect, unpack, verify
+from qmoe_format.cli import convert, demo, eval, families, generate, inspect, unpack, verify
 from qmoe_format.cli.interruption import interruptible
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import out_of_memory
 
-COMMANDS = (convert, inspect, verify, unpack, generate, eval, demo)
+COMMANDS = (convert, inspect, verify, unpack, generate, eval, families, demo)
 EXAMPLES = """\
 examples:
   qmoe demo

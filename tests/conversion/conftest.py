@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qmoe_format.calibration.activations import RoutedTokens, RowFile
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.checkpoints.wiring import wiring
 from qmoe_format.conversion import Calibration, convert
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.parallel import Resources
@@ -127,16 +126,24 @@ def block(tmp_path: Path, routed: RoutedTokens) -> Block:
             "output_linear.weight": down,
         },
     }
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_local_experts": EXPERTS,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     for family, state in states.items():
         (tmp_path / family).mkdir()
-        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
-        named = {f"0.block_sparse_moe.{name}": each for name, each in state.items()}
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+        named = {f"model.layers.0.block_sparse_moe.{name}": each for name, each in state.items()}
         save_file(named, tmp_path / family / "model.safetensors")
     norms = torch.arange(1.0, TOKENS + 1)[:, None]
 
     def make(family: str, resources: Resources = ONE_THREAD, **options: Any) -> BlockExperts:
         opened = open_checkpoint(tmp_path / family)
-        block = opened, opened.stacks[0].prefix, wiring(opened.config), routed, resources
-        return BlockExperts(*block, **{"token_cap": 100.0, "norms": norms, **options})
+        settings: dict[str, Any] = {"token_cap": 100.0, "norms": norms, **options}
+        return BlockExperts(opened, opened.layers[0], routed, resources, **settings)
 
     return make

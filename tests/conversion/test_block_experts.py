@@ -19,6 +19,9 @@ from qmoe_format.quantize.rate import weighted_energies
 from tests.conversion.conftest import EXPERTS, HIDDEN, TOKENS, Block
 
 EVERY = range(EXPERTS)
+BLOCK = "model.layers.0.block_sparse_moe"
+W1, W2, W3 = (f"{BLOCK}.experts.{name}" for name in ("w1", "w2", "w3"))
+INPUT, OUTPUT = (f"{BLOCK}.{name}_linear.weight" for name in ("input", "output"))
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
@@ -42,12 +45,12 @@ def test_one_matrix_is_weighed_like_two(block: Block) -> None:
         experts.statistics(experts.weights(EVERY), EVERY)
         for experts in (block("mixtral"), block("granitemoe"))
     )
-    both = [separate["w1"].row_importance, separate["w3"].row_importance]
+    both = [separate[W1].row_importance, separate[W3].row_importance]
     assert not both[0].allclose(both[1])
-    close(fused["input_linear"].row_importance, torch.cat(both, 1))
-    close(fused["input_linear"].sums, separate["w3"].sums)
+    close(fused[INPUT].row_importance, torch.cat(both, 1))
+    close(fused[INPUT].sums, separate[W3].sums)
     for field in ("sums", "tokens", "row_importance"):
-        close(getattr(fused["output_linear"], field), getattr(separate["w2"], field))
+        close(getattr(fused[OUTPUT], field), getattr(separate[W2], field))
 
 
 def test_one_matrix_has_the_outputs_and_energies_of_two(block: Block) -> None:
@@ -84,7 +87,7 @@ def test_outputs_are_the_sum_over_a_tokens_experts(block: Block, routed: Any) ->
     for token, (chosen, gates) in enumerate(zip(routed.experts, routed.weights, strict=True)):
         x = routed.inputs[token]
         for expert, gate in zip(chosen.tolist(), gates, strict=True):
-            w1, w2, w3 = (weights[name][expert] for name in ("w1", "w2", "w3"))
+            w1, w2, w3 = (weights[name][expert] for name in (W1, W2, W3))
             wanted[token] += gate * (w2 @ (torch.nn.functional.silu(w1 @ x) * (w3 @ x)))
     close(everything(experts)[0], wanted)
 
@@ -135,7 +138,7 @@ def test_an_expert_that_no_token_goes_to(block: Block, routed: Any) -> None:
     """Shown all tokens, it has Hessians, and matters as if it had one of them."""
     routed.tokens_of = lambda expert: (torch.empty(0, dtype=torch.int64), torch.empty(0))
     experts = block("mixtral", all_experts=True)
-    found = experts.statistics(experts.weights(EVERY), EVERY)["w2"]
+    found = experts.statistics(experts.weights(EVERY), EVERY)[W2]
     assert found.tokens.tolist() == [int(routed.counted.sum())] * EXPERTS
     norms = torch.arange(1.0, TOKENS + 1)[routed.counted]
     weight = routed.weights.square().mean() * (1 / norms.square()).mean()

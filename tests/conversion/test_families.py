@@ -1,9 +1,8 @@
-"""Every family there is: converted, unpacked, and loaded again by transformers."""
+"""Every type of model: read in each layout on disk, and converted with calibration text."""
 
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,22 @@ import qmoe_format
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qmoe_format.checkpoints import FAMILIES, open_checkpoint
+from qmoe_format.checkpoints import open_checkpoint
+from qmoe_format.checkpoints.registry import (
+    UNCALIBRATED,
+    UNSUPPORTED,
+    check_supported,
+    supported_types,
+)
 from qmoe_format.conversion.report import read_report
-from qmoe_format.quantize import RECIPES
 from tests.refusals import refusal
-from tests.tiny_models import CONFIGS, add_prediction_layer, load_model, save_model
+from tests.tiny_models import CONFIGS, add_prediction_layer, build_model, load_model, save_model
 
-EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|down_proj|expert_\d+\.w[io]\.weight)")
+every_type = pytest.mark.parametrize("model_type", sorted(CONFIGS))
 
 
 @pytest.fixture(autouse=True)
@@ -33,108 +38,86 @@ def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: None)
 
 
-@pytest.fixture(params=sorted(CONFIGS))
-def model_type(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def test_every_type_is_tested() -> None:
+    assert set(CONFIGS) == set(supported_types())
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = save_model(tmp_path_factory.mktemp(model_type), model_type)
-        return made[model_type]
-
-    return folder
+def test_types_that_do_not_convert() -> None:
+    for model_type, reason in UNSUPPORTED.items():
+        assert reason in refusal(lambda: check_supported(model_type), "checkpoint")  # noqa: B023
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Of transformers' model, by its names."""
-    found: dict[str, Tensor] = load_model(folder).state_dict()
+def expert_matrices(folder: Path) -> dict[str, list[Tensor]]:
+    """As the model of a checkpoint has them, [rows, columns] of each expert, by its names."""
+    found = {}
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check_complete()
+        for each in checkpoint.layers:
+            for matrix, stacks in (
+                (each.layer.inputs, each.inputs),
+                (each.layer.output, (each.output,)),
+            ):
+                experts = [
+                    torch.cat([checkpoint.read_expert(stack, expert) for stack in stacks])
+                    for expert in range(each.output.experts)
+                ]
+                if each.interleaved and matrix == each.layer.inputs:
+                    experts = [torch.cat([rows[0::2], rows[1::2]]) for rows in experts]
+                found[matrix] = experts
     return found
 
 
-def rounded(experts: Tensor) -> Tensor:
-    """[experts, rows, columns] as the recipe rtn leaves them."""
-    return RECIPES["rtn"].quantize(experts.bfloat16(), "BF16").weights.dequantize()
+@every_type
+def test_each_layout_on_disk(model_type: str, tmp_path: Path) -> None:
+    """That of published checkpoints, that of transformers' model, and its state dict."""
+    folders = [tmp_path / name for name in ("published", "model", "pickled")]
+    for folder, original in zip(folders, (True, False), strict=False):
+        save_model(folder, model_type, original=original)
+    state = build_model(model_type).state_dict()
+    shutil.copytree(folders[1], folders[2], ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(state, folders[2] / "pytorch_model.bin")
+    with open_checkpoint(folders[0]) as checkpoint:
+        layers = {m: e.layer for e in checkpoint.layers for m in (e.layer.inputs, e.layer.output)}
+    for folder in folders:
+        found = expert_matrices(folder)
+        assert found.keys() == layers.keys()
+        for matrix, experts in found.items():
+            members = [state[name] for name in layers[matrix].members(matrix)]
+            expected = members if len(members) > 1 else list(members[0])
+            if layers[matrix].transposed:
+                expected = [each.T for each in expected]
+            assert all(one.equal(other) for one, other in zip(experts, expected, strict=True))
 
 
-def test_every_family_is_tested() -> None:
-    assert set(CONFIGS) == set(FAMILIES)
-
-
-def test_each_expert_is_rounded_and_nothing_else_changes(
-    model_type: str, folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    folder = folder_of(model_type)
-    file = qmoe_format.convert(folder, tmp_path / "m.qmoe", threads=1)
-    with qmoe_format.open(file) as opened:
-        opened.verify()
-        assert not any(entry.stack for name, entry in opened.tensors.items() if "bias" in name)
-    unpacked = qmoe_format.unpack(file, tmp_path / "unpacked")
-    before, after = weights(folder), weights(unpacked)
-    assert before.keys() == after.keys()
-    assert any(map(EXPERTS.fullmatch, before))
-    for name, original in before.items():
-        if not EXPERTS.fullmatch(name):
-            assert after[name].equal(original), name
-        elif model_type == "gpt_oss":  # [experts, in, out]
-            assert after[name].equal(rounded(original.mT).mT), name
-        else:
-            experts = original if original.ndim == 3 else original[None]
-            assert after[name].equal(rounded(experts).view_as(original)), name
-
-
-def test_names(model_type: str, folder_of: Callable[[str], Path]) -> None:
-    family = FAMILIES[model_type]
-    with open_checkpoint(folder_of(model_type)) as checkpoint:
-        stacks = checkpoint.stacks
-    assert {stack.matrix for stack in stacks} == {*family.inputs, family.output}
-    for stack in stacks:
-        assert family.stack_name(stack.prefix, stack.matrix) == stack.name
-        rows, columns = (48 if "moe_intermediate_size" in CONFIGS[model_type] else 80), 64
-        if model_type == "switch_transformers":
-            rows = 96
-        if len(family.inputs) < 2 and family.gated:
-            rows = 160 if stack.matrix in family.inputs else 80
-        shape = (columns, rows) if stack.matrix == family.output else (rows, columns)
-        assert (stack.rows, stack.columns) == shape
-    modules = {
-        family.in_checkpoint(name)
-        for name, module in load_model(folder_of(model_type)).named_modules()
-        if hasattr(module, "is_concatenated")
-        or type(module).__name__ == "SwitchTransformersExperts"
-    }
-    assert modules == {stack.prefix for stack in stacks}
-
-
-def test_calibrated(
-    model_type: str,
-    folder_of: Callable[[str], Path],
-    converted: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    folder = folder_of(model_type)
-    if model_type == "gpt_oss":
-        said = refusal(lambda: converted(folder), "checkpoint")
-        assert "without calibration text" in said
-        assert not list(tmp_path.iterdir())
+@every_type
+def test_calibrated(model_type: str, converted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", model_type)
+    options: dict[str, Any] = {"recipe": "rd", "rate_lambda": 0.02, "samples": 4}
+    options["sequence_length"] = 16
+    if reason := UNCALIBRATED.get(model_type):
+        assert reason in refusal(lambda: converted(folder, **options), "checkpoint")
         return
-    file = converted(folder, recipe="rd", rate_lambda=0.02, samples=4)
+    file = converted(folder, **options)
     with qmoe_format.open(file) as opened:
         opened.verify()
         report = read_report(opened)
     with open_checkpoint(folder) as checkpoint:
         assert [each["name"] for each in report["stacks"]] == [s.name for s in checkpoint.stacks]
+        experts = {
+            name
+            for each in checkpoint.layers
+            for matrix in (each.layer.inputs, each.layer.output)
+            for name in each.layer.members(matrix)
+        }
     errors = [e["relative_error"] for s in report["stacks"] for e in s["experts"] if e["tokens"]]
     assert errors
     assert all(error is not None and 0 < error < 0.5 for error in errors)
-    before, after = weights(folder), weights(qmoe_format.unpack(file, tmp_path / "unpacked"))
+    before, after = (
+        load_model(each).state_dict()
+        for each in (folder, qmoe_format.unpack(file, tmp_path / "unpacked"))
+    )
     for name, original in before.items():
-        if EXPERTS.fullmatch(name):
+        if name in experts:
             difference = (after[name] - original).square().sum() / original.square().sum()
             assert 0 < difference < 0.6, name
         else:
@@ -143,14 +126,10 @@ def test_calibrated(
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
 def test_experts_for_multi_token_prediction(
-    model_type: str,
-    folder_of: Callable[[str], Path],
-    converted: Callable[..., Path],
-    tmp_path: Path,
+    model_type: str, converted: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Transformers does not run them, so that only their own weights can tell how to round them."""
-    folder = tmp_path / "model"
-    shutil.copytree(folder_of(model_type), folder)
+    folder = save_model(tmp_path / "model", model_type)
     further = add_prediction_layer(folder)
     options: dict[str, dict[str, Any]] = {
         "free.qmoe": {"calibration": None},

@@ -19,8 +19,10 @@ from tests.tiny_models import save_model
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A ``.qmoe`` file, the folder with compressed experts, and the same weights dequantized."""
+    """A checkpoint, its ``.qmoe`` file, the folder with compressed experts, and the same weights
+    dequantized."""
 
+    checkpoint: Path
     file: Path
     folder: Path
     dense: Path
@@ -37,6 +39,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
             checkpoint = save_model(base / "checkpoint", model_type, torch.float32)
             file = qmoe_format.convert(checkpoint, base / "m.qmoe", threads=1)
             made[model_type] = Converted(
+                checkpoint,
                 file,
                 qmoe_format.unpack(file, base / "compressed", compressed=True),
                 qmoe_format.unpack(file, base / "dense"),

@@ -48,10 +48,8 @@ class SwitchLayer(ExpertLayer):
         none = selected.shape[-1]
         return tokens, torch.where(selected.any(-1), selected.argmax(-1), none), weights
 
-    def remove_weights(self, model: Any) -> None:
+    def remove_weights(self) -> None:
         self.module.clear()
-        # Initialization would look for the weights of experts.
-        model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True
 
 
 def _pass_through(block: Any, hidden: Tensor, *arguments: Any, **_: Any) -> Any:
