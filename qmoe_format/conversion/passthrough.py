@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qmoe_format.container.attachment_files import attachment_name
 from qmoe_format.container.inspection import SOURCE_NAME, SourceSize
 from qmoe_format.container.writer import Writer
 from qmoe_format.errors import QMoEError
@@ -53,7 +54,7 @@ def write_passthrough(
         data = path.read_bytes()
         if path.name == "config.json" and b"quantization_config" in data:
             data = _config(checkpoint, keep_native)
-        writer.add_attachment(path.name, data)
+        writer.add_attachment(attachment_name(path.relative_to(checkpoint.folder)), data)
     if checkpoint.packed:
         writer.add_attachment(SOURCE_NAME, _source(checkpoint))
     for name in checkpoint.others:

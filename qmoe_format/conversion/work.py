@@ -210,7 +210,7 @@ def describe_code() -> str:
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     """A hash of each file, by name."""
     paths = [*checkpoint.attachments, *checkpoint.weight_files]
-    return {path.name: hash_file(path) for path in paths}
+    return {str(path.relative_to(checkpoint.folder)): hash_file(path) for path in paths}
 
 
 def hash_file(path: Path, whole: int = 1 << 24, pieces: int = 256) -> str:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from qmoe_format import container
 from qmoe_format.atomic_file import sync_folder
+from qmoe_format.container.attachment_files import file_path
 from qmoe_format.container.entries import TensorEntry
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.export import compressed_folder, safetensors_writer
@@ -85,7 +86,9 @@ def unpack(
                 safetensors_writer.write_sharded(unfinished, tensors, shard_bytes, counter)
             for name in file.attachments:
                 data = changed.get(name) or file.attachment(name)
-                safetensors_writer.write_new(unfinished / name, data)
+                path = unfinished / file_path(name)
+                path.parent.mkdir(exist_ok=True)
+                safetensors_writer.write_new(path, data)
     return folder
 
 
@@ -96,7 +99,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        sync_folder(unfinished)
+        for path in (unfinished, *unfinished.iterdir()):
+            if path.is_dir():
+                sync_folder(path)
         unfinished.rename(folder)
         sync_folder(folder.parent)
     except BaseException:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from qmoe_format.container.attachment_files import is_attached
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.hub.names import parse_name
 from qmoe_format.hub.pointers import check_not_pointer
@@ -19,21 +20,22 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
-def local_checkpoint(source: str | Path, progress: Progress | None = None) -> Path:
+def local_checkpoint(
+    source: str | Path, progress: Progress | None = None, *, code: bool = False
+) -> Path:
     """The folder of a checkpoint; one that is on the Hub is downloaded into the cache.
 
     Args:
         source: a folder, or a name on the Hub.
         progress: called with the bytes downloaded and to download, and the file in question; for
             the weights, from zero again.
+        code: whether to download Python code, too.
 
     Returns:
         ``source`` if that exists. Otherwise a folder with configuration, tokenizer, license, and
-        the weights that transformers would load, but without code.
+        the weights that transformers would load.
 
     Raises:
         QMoEError: ``not-found`` if there is no such folder, model or revision; ``checkpoint`` if
@@ -57,7 +59,11 @@ def local_checkpoint(source: str | Path, progress: Progress | None = None) -> Pa
         wanted = "config.json" if first else f"weights ({', '.join(WEIGHT_FILES)})"
         raise repository.lacks(wanted, "checkpoint", "name a model in the format of transformers")
     index = [first] if first.endswith(".json") else []
-    folder = repository.fetch([*_small_files(repository.sizes), *index], progress)[0].parent
+    small = _small_files(repository.sizes)
+    if code:
+        small += [name for name in repository.sizes if name.endswith(".py") and "/" not in name]
+    paths = repository.fetch([*small, *index], progress)
+    folder = paths[small.index("config.json")].parent
     repository.fetch(_weight_files(folder / first), progress)
     return folder
 
@@ -76,15 +82,8 @@ def _check_pointers(folder: Path) -> None:
 
 
 def _small_files(names: Iterable[str]) -> list[str]:
-    """Those that a conversion attaches to its result, and licenses."""
-    return sorted(
-        name
-        for name in names
-        if "/" not in name
-        and not name.startswith(".")
-        and not name.endswith(".index.json")
-        and (name.endswith(SMALL_SUFFIXES) or name.upper().startswith(LICENSES))
-    )
+    """Those that a conversion attaches to its result."""
+    return sorted(name for name in names if is_attached(PurePosixPath(name)))
 
 
 def _first_weight_file(names: Collection[str]) -> str | None:

@@ -16,6 +16,7 @@ from tests.refusals import refusal
 SMALL = {
     "config.json": b"{}",
     "tokenizer.model": b"t",
+    "additional_chat_templates/tool_use.jinja": b"a",
     "chat_template.jinja": b"c",
     "LICENSE": b"l",
 }
@@ -23,6 +24,9 @@ OTHER = {
     "README.md": b"r",
     ".gitattributes": b"g",
     ".hidden.json": b"h",
+    "trainer_state.json": b"t",
+    "train.txt": b"t",
+    "configuration/config.json": b"c",
     "modeling_org.py": b"raise SystemExit",
     "model.gguf": b"g",
     "consolidated.safetensors": b"c",
@@ -68,6 +72,11 @@ def test_only_what_is_needed_is_downloaded(
     folder = local_checkpoint("org/model")
     assert names(folder) == {*SMALL, *weights}
     assert all((folder / name).read_bytes() == data for name, data in (SMALL | weights).items())
+
+
+def test_code_is_downloaded_if_it_is_asked_for(hub: Hub) -> None:
+    hub.add("org/model", MODEL | OTHER)
+    assert names(local_checkpoint("org/model", code=True)) == {*MODEL, "modeling_org.py"}
 
 
 def test_what_is_in_the_cache_is_not_downloaded_again(hub: Hub) -> None:
@@ -286,6 +295,7 @@ def test_a_folder_comes_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["model-2.safetensors", "tokenizer.json"])
 def test_a_clone_without_git_lfs(tmp_path: Path, name: str) -> None:
     for file, data in MODEL.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(data)
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "unused.safetensors").write_bytes(pointer)

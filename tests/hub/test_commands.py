@@ -46,7 +46,6 @@ def file(checkpoint: Path) -> Path:
 
 def test_what_is_fetched_is_what_is_read() -> None:
     assert checkpoints.WEIGHT_FILES == checkpoint_module.WEIGHT_FILES
-    assert checkpoints.SMALL_SUFFIXES == checkpoint_module.ATTACHED_SUFFIXES
 
 
 def test_convert(qmoe: Run, hub: Hub, checkpoint: Path, file: Path, tmp_path: Path) -> None:
