@@ -1,4 +1,4 @@
-"""The package's one exception, and context managers that put errors into its form.
+"""The package's one exception and one warning, and context managers that put errors into its form.
 
 Every message reads ``WHERE: PROBLEM; ADVICE``. The modules that know bytes raise
 ``QMoEError(code, problem)``; whoever knows the file and the tensor wraps the call:
@@ -75,6 +75,10 @@ class QMoEError(ValueError):
     def at(self, where: str) -> QMoEError:
         """The same error, saying where it happened."""
         return QMoEError(self.code, f"{where}: {self.problem}", self.advice)
+
+
+class QMoEWarning(UserWarning):
+    """Something that is no error, but that the caller may not have meant."""
 
 
 class located:

@@ -1,26 +1,26 @@
 """From text to sequences of tokens like those that a model was trained on.
 
-Documents are tokenized without special tokens, joined with the end-of-sequence token between them,
-and cut into windows; the last, short one is kept. A causal model gets them as they are, an
-encoder-decoder with T5's span corruption, see ``spans``. An encoder-decoder that was trained for
-something else is given pairs: what the encoder reads, and what the decoder should write for it.
+Documents are tokenized without special tokens (but for those of a chat), joined with the
+end-of-sequence token between them, and cut into windows; the last, short one is kept. A causal
+model gets them as they are, an encoder-decoder with T5's span corruption, see ``spans``. An
+encoder-decoder that was trained for something else is given pairs: what the encoder reads, and
+what the decoder should write for it.
 """
 
 from __future__ import annotations
 
-import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qmoe_format.calibration.spans import Ids, corrupt, sentinels, window_length
-from qmoe_format.calibration.text import read_documents
+from qmoe_format.calibration.text import Chat, read_documents
+from qmoe_format.calibration.tokenizing import SpelledTokens, check_known, tokenize
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 ENCODER_LENGTH = 256
 CAUSAL_LENGTH = 2048
-# Long documents are tokenized in pieces that end at white space if possible: a tokenizer needs many
-# times the memory of its text.
-_PIECE = re.compile(r"(?s).{1,200000}\S{0,1000}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ def read_batches(
         QMoEError: as from these and ``read_documents``.
     """
 
-    def documents() -> Iterator[Sequence[str]]:
+    def documents() -> Iterator[tuple[str | Chat, ...]]:
         for number, document in enumerate(read, 1):
             if progress:
                 progress(number)
@@ -102,26 +99,28 @@ def read_batches(
     read = read_documents(path, column, target_column)
     if target_column is None:
         return make_batches(tokenizer, config, (text for (text,) in documents()), **options)
-    return make_pair_batches(tokenizer, config, documents(), **options)
+    pairs = cast("Iterator[tuple[str, str]]", documents())
+    return make_pair_batches(tokenizer, config, pairs, **options)
 
 
 def make_batches(
     tokenizer: PreTrainedTokenizerBase,
     config: Mapping[str, Any],
-    texts: Iterable[str],
+    texts: Iterable[str | Chat],
     *,
     sequence_length: int | None = None,
     samples: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
     mask_special_tokens: bool = False,
+    parse_special_tokens: bool = False,
 ) -> list[Batch]:
     """Make calibration batches of all the text, or of a random part of it.
 
     Args:
         tokenizer: the model's.
         config: the contents of its ``config.json``.
-        texts: documents; empty ones are left out.
+        texts: documents, or chats for the tokenizer's chat template; empty ones are left out.
         sequence_length: tokens that the encoder or the causal model reads; by default
             ``default_sequence_length``.
         samples: how many windows to choose if there are more; they stay in the text's order.
@@ -130,15 +129,18 @@ def make_batches(
         batch_size: sequences in a batch; the last may have fewer.
         mask_special_tokens: leave sentinels, the end-of-sequence token and all other special tokens
             out of the Hessians, as QMoE does (arXiv 2310.16795).
+        parse_special_tokens: read what is spelled like a special token as that token, in texts as
+            in chats; otherwise it is text, and a warning says how often there was any.
 
     Raises:
-        QMoEError: ``argument`` for numbers out of range or text without a token; ``checkpoint`` if
-            the tokenizer lacks a token that is needed or does not fit the model.
+        QMoEError: ``argument`` for numbers out of range, text without a token, or a chat that the
+            chat template cannot write; ``checkpoint`` if the tokenizer lacks a token that is
+            needed, does not fit the model, or knows next to nothing of the text.
     """
     length = _length(config, sequence_length, samples, seed, batch_size)
     corrupted = bool(config.get("is_encoder_decoder"))
     end = _end(tokenizer)
-    ids = _tokenize(tokenizer, texts, end)
+    ids = tokenize(tokenizer, texts, end, parse_special_tokens=parse_special_tokens)
     size = window_length(length) if corrupted else length
     chosen = _choose(-(-len(ids) // size), samples, seed)
     inputs = [ids[number * size : (number + 1) * size] for number in chosen]
@@ -166,6 +168,7 @@ def make_pair_batches(
     seed: int = 0,
     batch_size: int = 8,
     mask_special_tokens: bool = False,
+    parse_special_tokens: bool = False,
 ) -> list[Batch]:
     """Make calibration batches of pairs, for an encoder-decoder.
 
@@ -187,10 +190,17 @@ def make_pair_batches(
         )
     length = _length(config, sequence_length, samples, seed, batch_size)
     start, end = _start(config), _end(tokenizer)
-    options = {"truncation": True, "max_length": length, "split_special_tokens": True}
+    options = {
+        "truncation": True,
+        "max_length": length,
+        "split_special_tokens": not parse_special_tokens,
+    }
+    spelled = SpelledTokens(tokenizer)
     inputs: list[Ids] = []
     targets: list[Ids] = []
     for text, target in pairs:
+        if not parse_special_tokens:
+            spelled.count(f"{text}\n{target}")
         read = tokenizer(text, **options).input_ids
         labels = tokenizer(text_target=target, **options).input_ids
         if read:
@@ -198,8 +208,10 @@ def make_pair_batches(
             # The decoder writes the end, but does not read it.
             wanted = labels[:-1] if labels[-1:] == [end] else labels
             targets.append(np.array([start, *wanted], np.int64))
+    spelled.warn()
     if not inputs:
         raise QMoEError("argument", "no pair of text and target has a token", "give some text")
+    check_known(tokenizer, np.concatenate([*inputs, *targets]))
     chosen = _choose(len(inputs), samples, seed)
     return _batches(
         tokenizer,
@@ -245,24 +257,6 @@ def _choose(number: int, samples: int | None, seed: int) -> list[int]:
         return list(range(number))
     chosen = np.random.default_rng(seed).choice(np.arange(number), samples, replace=False)
     return sorted(chosen.tolist())
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: int) -> Ids:
-    ids = array("q")
-    for text in texts:
-        begun = False
-        for piece in _PIECE.findall(text):
-            # In a text, what looks like a special token is text.
-            tokens = tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
-            ).input_ids
-            if tokens and ids and not begun:
-                ids.append(end)
-            begun = begun or bool(tokens)
-            ids.extend(tokens)
-    if not ids:
-        raise QMoEError("argument", "the calibration text has no tokens", "give some text")
-    return np.array(ids, dtype=np.int64)
 
 
 def _batches(

@@ -1,64 +1,85 @@
-"""Calibration text from a ``.jsonl``, ``.txt`` or ``.parquet`` file, one document at a time."""
+"""Calibration text: the documents of a file or of a data set of the Hub, one at a time."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.calibration import hub_data_sets, text_files
+from qmoe_format.calibration.text_files import Row, no_column
+from qmoe_format.errors import QMoEError, QMoEWarning, os_errors
 
+DEFAULT_COLUMN = "text"
+CHAT_COLUMNS = ("messages", "conversations")
 _GIVE_TEXT = "give a file of text"
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A document that a tokenizer's chat template makes a text of.
+
+    Attributes:
+        messages: each with ``role`` and ``content``.
+        where: its place, for errors.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    where: str
 
 
 def read_documents(
-    path: str | Path, column: str = "text", target: str | None = None
-) -> Iterator[tuple[str, ...]]:
-    """The documents of a file, in order; those with a blank text are left out.
+    source: str | Path, column: str = DEFAULT_COLUMN, target: str | None = None
+) -> Iterator[tuple[str | Chat, ...]]:
+    """The documents of a file or data set, in order.
+
+    Blank ones are left out, and with a warning those that are missing or null.
 
     Args:
-        path: a ``.jsonl`` file with a JSON object per line, a ``.parquet`` file with a document per
-            row, or a ``.txt`` file in UTF-8 with blank lines between documents.
-        column: the key or column of the text.
+        source: a file: ``.jsonl``, with a JSON object per line; ``.json``, with an array of
+            objects, or lines of them; ``.txt`` in UTF-8, with blank lines between documents; one of
+            these compressed, as ``.gz``; or ``.parquet``, with a document per row. Or a data set:
+            ``ORG/NAME``, ``ORG/NAME:SPLIT`` or ``ORG/NAME:CONFIG:SPLIT``, by default the split
+            ``train``.
+        column: the key or column of the text, or of a chat: a list of objects with ``role`` and
+            ``content``, or with ``from`` and ``value``. Where there is no ``text``, the chat in
+            ``messages`` or ``conversations`` is taken instead.
         target: that of what a decoder should write for the text; a ``.txt`` file has none.
 
     Returns:
-        (text,), or (text, target) if there is a ``target``.
+        (text or chat,), or (text, target) if there is a ``target``.
 
     Raises:
-        QMoEError: ``not-found`` if there is no such file; ``argument`` for another kind of file,
-            and, while the documents are read, for a line or row that is damaged or has no such
-            column, or if there is no text at all; ``dependency`` if pyarrow is needed but missing;
-            ``io``.
+        QMoEError: ``not-found`` if there is no such file or data set; ``argument`` for another kind
+            of file, and, while the documents are read, for a line or row that is damaged or no
+            text, or if there is no text at all; ``dependency`` if pyarrow or datasets is needed but
+            missing; ``io``.
     """
-    path = text_file(path)
-    columns = [column] if target is None else [column, target]
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise QMoEError(
-            "argument", f"{path}: is not one of {', '.join(_READERS)}", "convert or rename it"
-        )
     if column == target:
         raise QMoEError(
             "argument", f"text and target are both the column {column!r}", "name two columns"
         )
-    if target is not None and read is _read_txt:
-        raise QMoEError("argument", f"{path}: has no columns", "give a .jsonl or .parquet file")
-    if read is _read_parquet:
-        _parquet()
-    return _not_blank(read(path, columns), path)
+    columns = _columns(column, target)
+    return _documents(_rows(source, columns), source, columns)
 
 
-def text_sha256(path: str | Path) -> str:
-    """The SHA-256 of the file's bytes, in hexadecimal.
+def text_sha256(source: str | Path, column: str = DEFAULT_COLUMN, target: str | None = None) -> str:
+    """The SHA-256 of a file's bytes, or of those columns of a data set, in hexadecimal.
 
     Raises:
-        QMoEError: as from ``text_file``; ``io``.
+        QMoEError: as from ``text_file``, or as from ``read_documents``; ``io``.
     """
-    path = text_file(path)
+    if hub_data_sets.is_name(source):
+        hashed = hashlib.sha256()
+        for _, row in _rows(source, _columns(column, target)):
+            hashed.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        return hashed.hexdigest()
+    path = text_file(source)
     with os_errors(f"cannot read {path}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -78,126 +99,95 @@ def text_file(path: str | Path) -> Path:
     raise QMoEError("argument", f"{path}: is {kind}", _GIVE_TEXT)
 
 
-def _not_blank(documents: Iterator[Sequence[str]], path: Path) -> Iterator[tuple[str, ...]]:
-    empty = True
-    with os_errors(f"cannot read {path}"):
-        for document in documents:
-            if all(text and not text.isspace() for text in document):
-                empty = False
-                yield tuple(document)
-    if empty:
-        raise QMoEError("argument", f"{path}: has no text", _GIVE_TEXT)
+def check_characters(text: str, where: str) -> None:
+    """Refuse what a tokenizer cannot read.
 
-
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
-    example = ", ".join(f'"{column}": "…"' for column in columns)
-    for where, line in _lines(path):
-        if line.isspace():
-            continue
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise QMoEError(
-                "argument", f"{where}: not JSON ({error})", "correct or remove the line"
-            ) from error
-        if not isinstance(document, dict):
-            raise QMoEError(
-                "argument",
-                f"{where}: not a JSON object",
-                f"make every line one, like {{{example}}}",
-            )
-        for column in columns:
-            if column not in document:
-                raise _no_column(where, column, list(document))
-        yield [_checked(document[column], column, where) for column in columns]
-
-
-def _read_txt(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
-    paragraph: list[str] = []
-    for _, line in _lines(path):
-        if line.isspace():
-            yield ["".join(paragraph).rstrip("\n")]
-            paragraph.clear()
-        else:
-            paragraph.append(line)
-    yield ["".join(paragraph).rstrip("\n")]
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Sequence[str]]:
-    parquet = _parquet()
+    Raises:
+        QMoEError: ``argument``.
+    """
     try:
-        with parquet.ParquetFile(path) as file:
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise _no_column(str(path), column, file.schema_arrow.names)
-            row = 0
-            for batch in file.iter_batches(columns=list(columns)):
-                lists = (batch.column(column).to_pylist() for column in columns)
-                for values in zip(*lists, strict=True):
-                    row += 1
-                    where = f"{path}, row {row}"
-                    yield [
-                        _checked(value, column, where)
-                        for value, column in zip(values, columns, strict=True)
-                    ]
-    except QMoEError:
-        raise
-    except ValueError as error:  # such as pyarrow's ArrowInvalid
-        raise QMoEError(
-            "argument", f"{path}: not a parquet file of text ({error})", "download it again"
-        ) from error
-
-
-def _parquet() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise QMoEError(
-            "dependency",
-            f"a .parquet file needs the package pyarrow, which cannot be imported ({error})",
-            "run: pip install 'qmoe-format[parquet]', or convert the file to .jsonl",
-        ) from error
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Sequence[str]]]] = {
-    ".jsonl": _read_jsonl,
-    ".txt": _read_txt,
-    ".parquet": _read_parquet,
-}
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line's place, for messages, and the line, ending in a line feed."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                # Some editors on Windows begin a file with a byte order mark.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise QMoEError(
-                    "argument", f"{where}: not UTF-8 ({error.reason})", "save the file as UTF-8"
-                ) from error
-            yield where, text.rstrip("\r\n") + "\n"
-
-
-def _checked(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise QMoEError("argument", f"{where}: {column!r} is not text", "correct or remove it")
-    try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise QMoEError(
             "argument",
             f"{where}: character {error.start} is half of a surrogate pair",
             "correct or remove it",
         ) from error
-    return value
 
 
-def _no_column(where: str, column: str, columns: list[str]) -> QMoEError:
-    return QMoEError(
-        "argument",
-        f"{where}: no column {column!r}: there is {', '.join(map(repr, columns)) or 'none'}",
-        "name the right one",
-    )
+def _columns(column: str, target: str | None) -> list[list[str]]:
+    """The columns of the text and of the target, each with those to take where it is not there."""
+    if target is not None:
+        return [[column], [target]]
+    return [[column, *CHAT_COLUMNS] if column == DEFAULT_COLUMN else [column]]
+
+
+def _rows(source: str | Path, columns: Sequence[Sequence[str]]) -> Iterator[Row]:
+    if hub_data_sets.is_name(source):
+        return hub_data_sets.read_rows(str(source), columns)
+    return text_files.read_rows(text_file(source), columns)
+
+
+def _documents(
+    rows: Iterator[Row], source: str | Path, columns: Sequence[Sequence[str]]
+) -> Iterator[tuple[str | Chat, ...]]:
+    good = total = missing = 0
+    first_missing: tuple[str, list[str]] | None = None
+    with os_errors(f"cannot read {source}"):
+        for where, row in rows:
+            total += 1
+            values = [_value(row, names, len(columns) == 1, where) for names in columns]
+            document = tuple(value for value in values if value is not None)
+            if len(document) < len(columns):
+                missing += 1
+                first_missing = first_missing or (where, list(row))
+            elif not any(map(_blank, document)):
+                good += 1
+                yield document
+    if not good and first_missing:
+        where, present = first_missing
+        for names in columns:
+            if not set(names).intersection(present):
+                raise no_column(where, names[0], present)
+    if not good:
+        raise QMoEError("argument", f"{source}: has no text", _GIVE_TEXT)
+    if missing:
+        named = " or ".join(repr(names[0]) for names in columns)
+        warnings.warn(
+            f"{source}: {missing:,} of {total:,} documents have no {named} and are left out",
+            QMoEWarning,
+            stacklevel=2,
+        )
+
+
+def _blank(document: str | Chat) -> bool:
+    if isinstance(document, Chat):
+        return not document.messages
+    return not document or document.isspace()
+
+
+def _value(
+    row: Mapping[str, object], names: Sequence[str], chats: bool, where: str
+) -> str | Chat | None:
+    """The first text, or chat, that there is in the columns."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str):
+            check_characters(value, where)
+            return value
+        if isinstance(value, list) and chats:
+            messages = [_message(each) for each in value]
+            if None not in messages:
+                return Chat([each for each in messages if each], where)
+        if value is not None:
+            raise QMoEError("argument", f"{where}: {name!r} is not text", "correct or remove it")
+    return None
+
+
+def _message(value: object) -> Mapping[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    if isinstance(value.get("from"), str) and "role" not in value:
+        role = _ROLES.get(value["from"], value["from"])
+        value = {"role": role, "content": value.get("value")}
+    return value if isinstance(value.get("role"), str) else None

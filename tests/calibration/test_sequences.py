@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import QMoEError, QMoEWarning
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -34,6 +35,7 @@ from qmoe_format.calibration.sequences import (
     read_batches,
 )
 from qmoe_format.calibration.spans import corrupt, window_length
+from qmoe_format.calibration.text import Chat
 
 PAD, END, UNKNOWN, WORDS = 0, 1, 2, 3  # the word "7" is token WORDS + 7
 CAUSAL = {"model_type": "mixtral", "vocab_size": 1103, "max_position_embeddings": 512}
@@ -155,7 +157,8 @@ def test_special_tokens_are_not_counted_and_cannot_be_written(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     texts = ["5 </s> <extra_id_0> nonsense 6"]
-    (batch,) = make_batches(tokenizer, CAUSAL, texts, mask_special_tokens=True)
+    with pytest.warns(QMoEWarning, match="special tokens, such as '</s>', 2 times"):
+        (batch,) = make_batches(tokenizer, CAUSAL, texts, mask_special_tokens=True)
     # Whatever the words are as text, here unknown, they are not the special tokens.
     assert UNKNOWN in batch.inputs.ids
     assert END not in batch.inputs.ids
@@ -192,6 +195,103 @@ def test_default_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
     words = [text(*range(1000))]
     assert make_batches(tokenizer, CAUSAL, words)[0].inputs.ids.shape == (2, 512)
     assert make_batches(tokenizer, ENCODER_DECODER, words)[0].inputs.ids.shape == (4, 256)
+
+
+# --- special tokens in text, and chats ----------------------------------------------------------
+
+
+MARKS = ["<|user|>", "<|end|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|user|> ' if m.role == 'user' else '' }}{{ m.content }} "
+    "{{ raise_exception('no system') if m.role == 'system' }}<|end|> {% endfor %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Marks of chats are special tokens; so, though nobody says what for, is <|spare|>."""
+    tokenizer = make_tokenizer(sentinels=0, eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS[:1]})
+    tokenizer.add_tokens([AddedToken("<|spare|>", special=True)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def chat(*contents: str, role: str = "user") -> Chat:
+    return Chat([{"role": role, "content": each, "name": None} for each in contents], "a.jsonl, 7")
+
+
+def test_special_tokens_in_text_are_parsed_if_asked(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    user, end = chat_tokenizer.convert_tokens_to_ids(MARKS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (batch,) = make_batches(
+            chat_tokenizer, CAUSAL, ["<|user|>5<|end|>", "6", "7"], parse_special_tokens=True
+        )
+    # The end of the first document is already there.
+    expected = [user, WORDS + 5, end, WORDS + 6, end, WORDS + 7]
+    assert batch.inputs.ids.tolist() == [expected]
+
+
+def test_special_tokens_in_pairs_are_parsed_if_asked(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (batch,) = make_pair_batches(
+            tokenizer, ENCODER_DECODER, [("5 <pad> 6", "7 </s> 8")], parse_special_tokens=True
+        )
+    assert batch.targets is not None
+    assert batch.inputs.ids.tolist() == [[WORDS + 5, PAD, WORDS + 6]]
+    assert batch.targets.ids.tolist() == [[START, WORDS + 7, END, WORDS + 8]]
+
+
+def test_special_tokens_in_text_are_counted(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["1 2 3 4 <|spare|> 5 <|user|>", "6 <|spare|>", "7"]
+    with pytest.warns(QMoEWarning) as caught:
+        make_batches(chat_tokenizer, CAUSAL, texts)
+    (warning,) = caught
+    assert "such as '<|spare|>', 3 times" in str(warning.message)
+    assert "--parse-special-tokens" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_chats(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    user, end = chat_tokenizer.convert_tokens_to_ids(MARKS)
+    answer = chat("4", role="assistant")
+    documents: list[str | Chat] = [chat("1", "2"), "3", answer, chat("5")]
+    (batch,) = make_batches(chat_tokenizer, CAUSAL, documents)
+    expected = [user, WORDS + 1, end, user, WORDS + 2, end, WORDS + 3, end, WORDS + 4, end]
+    assert batch.inputs.ids.tolist() == [[*expected, user, WORDS + 5, end]]
+
+
+def test_a_chat_template_that_writes_the_date(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    date = "{% if strftime_now is defined %}{{ strftime_now('%Y') }} {% endif %}"
+    chat_tokenizer.chat_template = {"default": date + TEMPLATE, "tool_use": "no"}
+    (batch,) = make_batches(chat_tokenizer, CAUSAL, [chat("5")])
+    assert batch.inputs.ids[0, 0] == WORDS + 1  # 1 January, whenever this test runs
+
+
+def test_chats_that_cannot_be_written(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    message = refusal("argument", chat_tokenizer, CAUSAL, [chat("1", role="system")])
+    assert message.startswith("a.jsonl, 7: ")
+    assert "no system" in message
+    message = refusal("argument", chat_tokenizer, CAUSAL, [chat("1\ud800")])
+    assert message.startswith("a.jsonl, 7: character ")
+    chat_tokenizer.chat_template = None
+    message = refusal("argument", chat_tokenizer, CAUSAL, [chat("1")])
+    assert message.startswith("a.jsonl, 7: is a chat, but the tokenizer has no chat template")
+
+
+def test_chats_from_a_file(chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    line = {"conversations": [{"from": "human", "value": "5"}, {"from": "gpt", "value": "6"}]}
+    path.write_text(json.dumps(line))
+    (batch,) = read_batches(chat_tokenizer, CAUSAL, path)
+    text = chat_tokenizer.decode(batch.inputs.ids[0])
+    assert text.split() == ["<|user|>", "5", "<|end|>", "6", "<|end|>"]
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -359,7 +459,8 @@ def test_special_tokens_of_pairs_are_added_and_masked() -> None:
 
 def test_special_tokens_written_in_pairs_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = [("5 </s> 6", "7 <extra_id_0> 8")]
-    (batch,) = make_pair_batches(tokenizer, ENCODER_DECODER, pairs)
+    with pytest.warns(QMoEWarning, match="2 times.*parse_special_tokens=True"):
+        (batch,) = make_pair_batches(tokenizer, ENCODER_DECODER, pairs)
     assert batch.targets is not None
     special = set(tokenizer.all_special_ids) - {UNKNOWN}
     for tokens in (rows(batch.inputs)[0][:-1], rows(batch.targets)[0][1:]):
@@ -437,6 +538,23 @@ def test_no_end_of_sequence() -> None:
 def test_no_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
     config = {"is_encoder_decoder": True}
     assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    for config in (CAUSAL, ENCODER_DECODER):
+        message = refusal("checkpoint", tokenizer, config, ["one two three"])
+        assert "the tokenizer knows only 0 of the 3 tokens" in message
+    assert "1 of the 11" in refusal("checkpoint", tokenizer, CAUSAL, ["w " * 10 + "7"])
+    assert make_batches(tokenizer, CAUSAL, ["w " * 9 + "7"])
+    with pytest.raises(QMoEError, match="knows only 0 of the 3") as caught:
+        make_pair_batches(tokenizer, ENCODER_DECODER, [("a b", "c"), ("", "7")])
+    assert caught.value.code == "checkpoint"
+
+
+def test_a_tokenizer_that_makes_nothing_of_the_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="</s>")
+    message = refusal("checkpoint", tokenizer, CAUSAL, ["one two"])
+    assert "fetch the tokenizer's files again" in message
 
 
 def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -134,7 +134,7 @@ def test_nothing_to_predict(file: Path) -> None:
         (["generate", "no.qmoe", "x"], "not-found", "no.qmoe"),
         (["generate", "{file}", ""], "argument", "no tokens"),
         (["eval", "no.qmoe", "--text", "no.jsonl"], "not-found", "no.jsonl"),
-        (["eval", "no.qmoe", "--text", "{file}"], "argument", ".jsonl, .txt, .parquet"),
+        (["eval", "no.qmoe", "--text", "{file}"], "argument", ".jsonl, .json, .txt, .parquet"),
         (["eval", "no.qmoe", "--text", "{text}", "--target-column", "a"], "argument", "no columns"),
         (
             ["eval", "{file}", "--text", "{text}", "--sequence-length", "24", "--against", "no"],
