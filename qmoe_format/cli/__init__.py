@@ -10,12 +10,15 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from qmoe_format._version import __version__
 from qmoe_format.cli import convert, demo, eval, families, generate, inspect, unpack, verify
 from qmoe_format.cli.interruption import interruptible
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import QMoEError, QMoEWarning
 from qmoe_format.machine import out_of_memory
 
 COMMANDS = (convert, inspect, verify, unpack, generate, eval, families, demo)
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     options = _parser().parse_args(arguments)
     try:
-        with interruptible():
+        with interruptible(), _warnings_in_a_line():
             options.run(options)
             sys.stdout.flush()
     except QMoEError as error:
@@ -96,6 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show the package's own warnings like its errors, and those of others as Python does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", QMoEWarning)
+        show = warnings.showwarning
+
+        def show_line(
+            message: Warning | str, category: type[Warning], *place: Any, **more: Any
+        ) -> None:
+            if not issubclass(category, QMoEWarning):
+                show(message, category, *place, **more)
+                return
+            erase = "\r\x1b[K" if sys.stderr.isatty() else ""  # the line of progress
+            print(f"{erase}warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+        warnings.showwarning = show_line
+        yield
 
 
 def _fail(code: str, message: str) -> int:

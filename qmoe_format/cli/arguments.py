@@ -9,6 +9,11 @@ from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+# What ``calibration.text.read_documents`` reads.
+TEXT_HELP = (
+    "a .jsonl, .json, .txt (each also .gz) or .parquet file, or a data set of the Hugging Face "
+    "Hub: ORG/NAME:SPLIT or ORG/NAME:CONFIG:SPLIT"
+)
 _UNITS = {"": 1, **{c: 1000**i for i, c in enumerate("kmgt", 1)}}
 _UNITS |= {f"{c}i": 1024**i for i, c in enumerate("kmgt", 1)}
 
@@ -59,7 +64,11 @@ def add_file_argument(to: argparse._ActionsContainer) -> None:
 def add_text_options(to: argparse._ActionsContainer) -> None:
     """How a text becomes sequences of tokens."""
     to.add_argument(
-        "--text-column", metavar="NAME", help="key or column that holds the text (default: text)"
+        "--text-column",
+        metavar="NAME",
+        help="key or column that holds the text, or the messages of a chat, for which the "
+        "tokenizer's chat template is used (default: text, or where there is none, messages or "
+        "conversations)",
     )
     to.add_argument(
         "--target-column",
@@ -76,6 +85,22 @@ def add_text_options(to: argparse._ActionsContainer) -> None:
     )
     to.add_argument("--samples", type=positive, metavar="N", help="sequences to use (default: all)")
     to.add_argument("--seed", type=natural, metavar="N", help="random seed (default: 0)")
+    to.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        default=None,
+        help="read what a text spells like a special token as that token, as is always done in "
+        "chats",
+    )
+
+
+def add_trust_option(to: argparse._ActionsContainer) -> None:
+    """Whether code that comes with a model is run."""
+    to.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model if its tokenizer needs that; read it first",
+    )
 
 
 def add_model_options(to: argparse._ActionsContainer) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmoe_format.cli.arguments import (
+    TEXT_HELP,
     Commands,
     add_text_options,
+    add_trust_option,
     parse_size,
     positive,
     positive_real,
@@ -70,12 +72,11 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="replace DST if it exists; without --resume, also discard an unfinished conversion",
     )
+    add_trust_option(parser)
     group = parser.add_argument_group(
         "calibration", "run the model on text, and fit each expert to the tokens routed to it"
     )
-    group.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="text: a .jsonl, .txt or .parquet file"
-    )
+    group.add_argument("--calibration", type=Path, metavar="TEXT", help=f"the text: {TEXT_HELP}")
     add_text_options(group)
     group.add_argument(
         "--token-cap",
@@ -140,6 +141,7 @@ def run(options: argparse.Namespace) -> None:
             rate_lambda=options.rate_lambda,
             keep_native=options.keep_native,
             resume=options.resume,
+            trust_remote_code=options.trust_remote_code,
         )
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
     with container.open(path, memory_map=False) as file:

@@ -98,16 +98,17 @@ def _print(text: str) -> None:
 def _load(source: Path, target: Path) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Tokenizer and model of both, in float32: bfloat16 is slow on many CPUs."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM
 
+    from qmoe_format.checkpoints import tokenizers
     from qmoe_format.runtime import load_model, load_tokenizer
 
     # So small a model is fastest on one thread, and very slow on two if other programs are busy.
     torch.set_num_threads(1)
     original = AutoModelForSeq2SeqLM.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True
+        source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = tokenizers.load_tokenizer(source)
     compressed = load_model(target, dtype=torch.float32)
     return (tokenizer, original.eval()), (load_tokenizer(target), compressed)
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from qmoe_format.cli import downloads, models
 from qmoe_format.cli.arguments import (
+    TEXT_HELP,
     Commands,
     add_file_argument,
     add_model_options,
     add_text_options,
+    add_trust_option,
 )
 from qmoe_format.cli.formatting import table
 from qmoe_format.cli.progress_line import ProgressLine
@@ -34,9 +36,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
     )
     add_file_argument(parser)
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", required=True, help="a .jsonl, .txt or .parquet file"
-    )
+    parser.add_argument("--text", type=Path, metavar="TEXT", required=True, help=TEXT_HELP)
     parser.add_argument(
         "--against",
         metavar="SRC",
@@ -45,6 +45,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_text_options(parser)
     add_model_options(parser)
+    add_trust_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed or 0,
         batch_size=max(1, TOKENS_PER_BATCH // length),
+        parse_special_tokens=bool(options.parse_special_tokens),
     )
     original = None
     if options.against:

@@ -12,6 +12,7 @@ from qmoe_format.cli.arguments import (
     Commands,
     add_file_argument,
     add_model_options,
+    add_trust_option,
     natural,
     positive,
     positive_real,
@@ -47,6 +48,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=natural, metavar="N", help="random seed (default: 0)")
     add_model_options(parser)
+    add_trust_option(parser)
     parser.set_defaults(run=run)
 
 

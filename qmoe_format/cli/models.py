@@ -35,7 +35,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     # Many CPUs compute with bfloat16 in software. None: the dtype that the file says.
     name = options.dtype or ("float32" if options.device == "cpu" else None)
     dtype = getattr(torch, name) if name else None
-    tokenizer = load_tokenizer(options.file)
+    tokenizer = load_tokenizer(options.file, trust_remote_code=options.trust_remote_code)
     return tokenizer, load_model(options.file, device=options.device, dtype=dtype)
 
 

@@ -70,17 +70,23 @@ def convert(
     chosen = ConvertOptions(calibration=calibration, **options)
     require("torch", "safetensors", "transformers")
     from qmoe_format.checkpoints import open_checkpoint
+    from qmoe_format.checkpoints.tokenizers import warn_without_tokenizer
 
     destination = Path(destination)
     _check_destination(destination, chosen)
-    source = local_checkpoint(source, download_progress)
+    trusted = chosen.trust_remote_code
+    source = local_checkpoint(source, download_progress, code=trusted)
     threads = chosen.threads or cores()
-    with os_errors(f"cannot read {source}"), open_checkpoint(source) as checkpoint:
+    with (
+        os_errors(f"cannot read {source}"),
+        open_checkpoint(source, trust_remote_code=trusted) as checkpoint,
+    ):
         checkpoint.check_complete()
         if calibration is None:
             from qmoe_format.conversion.uncalibrated import convert_uncalibrated
 
             convert_uncalibrated(checkpoint, destination, chosen, Resources(threads), progress)
+            warn_without_tokenizer(checkpoint.folder, trust_remote_code=trusted)
         else:
             from qmoe_format.conversion.calibrated import convert_calibrated
 

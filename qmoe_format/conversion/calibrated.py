@@ -17,6 +17,7 @@ from qmoe_format.atomic_file import atomic_write
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.checkpoints import Checkpoint
+from qmoe_format.checkpoints.tokenizers import load_tokenizer
 from qmoe_format.container.writer import Writer
 from qmoe_format.conversion.block_experts import count_weights
 from qmoe_format.conversion.options import Calibration, ConvertOptions
@@ -29,7 +30,6 @@ from qmoe_format.conversion.report import REPORT_NAME, Quality, dump_report, rep
 from qmoe_format.conversion.staging import Staging
 from qmoe_format.conversion.survey import reference_energy
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
-from qmoe_format.errors import QMoEError
 from qmoe_format.machine import check_device
 from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize.rate import Rate
@@ -52,7 +52,7 @@ def convert_calibrated(
     settings = _settings(checkpoint, options, calibration)
     counter = Counter(progress, count_weights(checkpoint.stacks))
     batches = _read_batches(
-        checkpoint, calibration, lambda number: counter.enter(f"read text, document {number:,}")
+        checkpoint, options, lambda number: counter.enter(f"read text, document {number:,}")
     )
     check_passthrough(checkpoint)
     fingerprint = settings | _environment(checkpoint, options, resources)
@@ -82,13 +82,16 @@ def _settings(
     """What was asked for; the text by its hash."""
     asked = asdict(calibration)
     del asked["text"], asked["device"]
-    if not asked["all_experts"]:
-        del asked["all_experts"]  # files are as they were before there was this option
+    for option in ("all_experts", "parse_special_tokens"):
+        if not asked[option]:
+            del asked[option]  # files are as they were before there was this option
     length = calibration.sequence_length or default_sequence_length(checkpoint.config)
     return {
         "recipe": options.chosen_recipe.name,
         "profile": options.profile,
-        "text_sha256": text_sha256(calibration.text),
+        "text_sha256": text_sha256(
+            calibration.text, calibration.text_column, calibration.target_column
+        ),
         **(asked | {"sequence_length": length}),
         "bits_per_weight": options.bits_per_weight,
         "lambda": options.rate_lambda,
@@ -152,20 +155,12 @@ def _quality(
 
 
 def _read_batches(
-    checkpoint: Checkpoint, calibration: Calibration, progress: Callable[[int], None]
+    checkpoint: Checkpoint, options: ConvertOptions, progress: Callable[[int], None]
 ) -> list[Batch]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    except Exception as error:  # broken files make transformers raise almost anything
-        raise QMoEError(
-            "checkpoint",
-            f"{checkpoint.folder}: transformers cannot load its tokenizer ({error})",
-            "fetch the tokenizer's files again",
-        ) from error
+    calibration = options.calibration
+    assert calibration
     return read_batches(
-        tokenizer,
+        load_tokenizer(checkpoint.folder, trust_remote_code=options.trust_remote_code),
         checkpoint.config,
         calibration.text,
         column=calibration.text_column,
@@ -175,4 +170,5 @@ def _read_batches(
         samples=calibration.samples,
         seed=calibration.seed,
         mask_special_tokens=calibration.mask_special_tokens,
+        parse_special_tokens=calibration.parse_special_tokens,
     )

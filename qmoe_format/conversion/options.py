@@ -18,8 +18,9 @@ class Calibration:
     """Text that the model reads, so that a quantizer sees the inputs of each expert.
 
     Attributes:
-        text: a ``.jsonl``, ``.txt`` or ``.parquet`` file.
-        text_column: the key or column of the text in it.
+        text: a ``.jsonl``, ``.json``, ``.txt`` or ``.parquet`` file, or a data set of the Hub; see
+            ``qmoe_format.calibration.text.read_documents``.
+        text_column: the key or column of the text, or of chats, in it.
         target_column: the key or column of what the decoder should write for each text, for an
             encoder-decoder trained on more than filling in spans.
         sequence_length: tokens in a sequence; by default 256 for an encoder, otherwise 2048 or the
@@ -31,6 +32,8 @@ class Calibration:
         mask_special_tokens: leave special tokens, such as sentinels and ends of sequences, out of
             the Hessians, as QMoE does. The output of experts for these tokens is then not
             preserved.
+        parse_special_tokens: read what is spelled like a special token in a text as that token, as
+            it always is in chats. Otherwise it is text.
         device: where torch computes, such as ``cpu`` or ``cuda``.
         all_experts: show every expert all tokens for its Hessians, first those routed to it, then
             the others, up to ``token_cap`` (still relative to the number routed to an expert). What
@@ -48,6 +51,7 @@ class Calibration:
     mask_special_tokens: bool = False
     device: str = "cpu"
     all_experts: bool = False
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         _check_positive("token_cap", self.token_cap)
@@ -74,6 +78,8 @@ class ConvertOptions:
             instead of as bfloat16.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
             first block is quantized ``bits_per_weight`` may still change.
+        trust_remote_code: run the tokenizer's class if it is code in the checkpoint's folder, and
+            attach the code that the folder's configuration files name.
 
     Raises:
         QMoEError: ``argument`` for options that do not fit each other.
@@ -89,6 +95,7 @@ class ConvertOptions:
     rate_lambda: float | None = None
     keep_native: bool = False
     resume: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         wrong = partial(QMoEError, "argument")

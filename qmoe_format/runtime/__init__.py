@@ -13,7 +13,8 @@ from qmoe_format.machine import require
 
 require("torch", "safetensors", "transformers")
 
-from qmoe_format.runtime.loading import load_model, load_tokenizer  # noqa: E402
+from qmoe_format.runtime.loading import load_model  # noqa: E402
 from qmoe_format.runtime.plugin import QMoEConfig  # noqa: E402
+from qmoe_format.runtime.tokenizer import load_tokenizer  # noqa: E402
 
 __all__ = ["QMoEConfig", "load_model", "load_tokenizer"]
