@@ -21,6 +21,7 @@ from qmoe_format.checkpoints.families import family_for
 from qmoe_format.checkpoints.family import Family
 from qmoe_format.checkpoints.model import fill_buffers
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import out_of_memory
 
 NO_CALIBRATION = "convert the model without calibration text"
 
@@ -121,19 +122,9 @@ class ModelPart:
 
     @torch.no_grad()
     def _calls(self, states: Tensor | None) -> list[partial[Any]]:
-        """Of the blocks, with tokens of the first batch.
-
-        Raises:
-            QMoEError: ``checkpoint`` if the stage does not run without its blocks.
-        """
-        try:
+        """Of the blocks, with tokens of the first batch."""
+        with _run_by_itself(self._name):
             return self._pass_through(self.tokens[0], states, {})[0]
-        except (KeyError, TypeError, ValueError) as error:
-            raise QMoEError(
-                "checkpoint",
-                f"{self._name}: its blocks cannot be run one at a time ({error})",
-                NO_CALIBRATION,
-            ) from error
 
     def _check_blocks(self) -> None:
         """Refuse blocks that are given what other blocks have computed, beside hidden states."""
@@ -242,7 +233,7 @@ class ModelPart:
         modules = [self._model.get_submodule(each.path) for each in own]
         mappings = [each for each in call.keywords.values() if isinstance(each, Mapping)]
         before = [set(each) for each in mappings]
-        with _forward(modules, experts):
+        with _forward(modules, experts), _run_by_itself(self.blocks[number].name):
             result = call()
         if [set(each) for each in mappings] != before:
             raise self._hands_on(self.blocks[number])
@@ -336,6 +327,21 @@ def _to_meta(module: nn.Module, names: Iterable[str]) -> None:
             part._buffers[own] = getattr(part, own).to("meta")
         else:
             setattr(part, own, nn.Parameter(getattr(part, own).to("meta"), False))
+
+
+@contextmanager
+def _run_by_itself(where: str) -> Iterator[None]:
+    """Say so if transformers cannot run a stage without its blocks, or a block of it."""
+    try:
+        yield
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, QMoEError) or out_of_memory(error):
+            raise
+        raise QMoEError(
+            "checkpoint",
+            f"{where}: transformers cannot run it by itself ({error})",
+            f"correct config.json, or {NO_CALIBRATION}",
+        ) from error
 
 
 @contextmanager

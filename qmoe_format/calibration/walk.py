@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
 from qmoe_format.calibration.activations import SUFFIX, RoutedTokens, RowFile, delete_row_files
 from qmoe_format.calibration.model_part import NO_CALIBRATION, Block, ModelPart, padded
 from qmoe_format.calibration.sequences import Batch, Tokens
@@ -257,7 +258,8 @@ def _block_lists(checkpoint: Checkpoint) -> list[str]:
             for name, child in module.named_children()
             if isinstance(child, nn.ModuleList)
         ]
-    embedding = model.get_input_embeddings()
+    language: Any = model.get_submodule(family_for(model.config).language)
+    embedding = language.get_input_embeddings()
     found = dict.fromkeys(
         name
         for name, module in model.named_modules()

@@ -3,7 +3,7 @@
 Transformers writes nearly all of them alike, a module with one parameter for a matrix of all
 experts; ``families`` has the others.
 
-    gate_up_proj [experts, 2 × inner, hidden]  gate above up, or rows in turns; without a gate up_proj
+    gate_up_proj [experts, 2 × inner, hidden]  gate above up, or rows in turns; up_proj if no gate
     down_proj    [experts, hidden, inner]      both the other way round if ``is_transposed``
 
     forward(hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k])
@@ -102,7 +102,7 @@ class ExpertLayer:
         return tokens, index, weights
 
     def returned(self, outputs: Tensor, *arguments: Tensor) -> Tensor:
-        """What the module's forward returns if the weighted sums are ``outputs`` [tokens, hidden]."""
+        """What forward returns if the weighted sums are ``outputs`` [tokens, hidden]."""
         return outputs
 
     def install(self, model: Any, compressed: Any, forward: Callable[..., Tensor]) -> None:

@@ -193,7 +193,7 @@ class Places:
             if not good:
                 raise QMoEError(
                     "checkpoint",
-                    f"tensor {name!r}: transformers prepares it with {each}, which is not supported",
+                    f"tensor {name!r}: transformers prepares it with {each}, which is not known",
                     "save the model with transformers, and convert that",
                 )
         patterns = converter.source_patterns if converter else [pattern]

@@ -30,7 +30,6 @@ UNSUPPORTED: Mapping[str, str] = {
 UNCALIBRATED: Mapping[str, str] = {
     "inkling2": "a block reads what many blocks before it have returned",
     "inkling2_text": "a block reads what many blocks before it have returned",
-    "qwen3_omni_moe": "it is several models; its thinker alone can be calibrated",
     "zaya": "a router reads what the router of the block before has computed",
 }
 """Types that convert by rounding only, and the reason."""
@@ -46,7 +45,7 @@ _TEXT = re.compile(r'"text_config": SubConfigSpec\(.*model_type="(\w+)"')
 
 
 def supported_types() -> tuple[str, ...]:
-    """All that convert, in order of names: language models whose code in transformers has experts."""
+    """All that convert, in order: language models whose code in transformers has experts."""
     models = Path(transformers.__file__).parent / "models"
     sources = models.glob("*/modeling_*.py")
     modules = {path.parent.name for path in sources if _EXPERTS.search(path.read_text("utf-8"))}

@@ -36,6 +36,7 @@ from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, open_checkpoint
 from qmoe_format.checkpoints.expert_layers import ExpertLayer
 from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.checkpoints.registry import UNCALIBRATED
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.parallel import Resources
 from tests.refusals import refusal
@@ -152,6 +153,13 @@ def step(walk: Walk, checkpoint: Checkpoint) -> RoutedTokens | None:
     return routed
 
 
+def walk_to_the_end(checkpoint: Checkpoint, folder: Path) -> None:
+    walk = Walk(checkpoint, random_batches(checkpoint), folder)
+    walk.start()
+    while walk.position < len(walk.blocks):
+        step(walk, checkpoint)
+
+
 class Reference:
     """Transformers' own forward over batches; padding is left out of what it has seen.
 
@@ -161,9 +169,7 @@ class Reference:
         encoded: what the decoder was given [tokens, d].
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, blocks: Iterable[str], batches: list[Batch]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, blocks: Iterable[str], batches: list[Batch]) -> None:
         self.blocks: dict[str, Tensor] = {}
         self.experts: dict[str, Tensor] = {}
         self.encoded = torch.empty(0)
@@ -172,6 +178,7 @@ class Reference:
             model.get_submodule(name).register_forward_hook(partial(self._after_block, name))
         for layer in expert_layers(model):
             layer.module.register_forward_pre_hook(partial(self._before_experts, layer))
+        model = getattr(model, "thinker", model)  # that of Qwen3-Omni which reads text
         with torch.no_grad():
             for self.batch in batches:
                 inputs, targets = self.batch.inputs, self.batch.targets
@@ -206,11 +213,12 @@ def assert_like_the_model(
     checkpoint: Checkpoint, batches: list[Batch], folder: Path, tolerance: float
 ) -> None:
     walk = Walk(checkpoint, batches, folder)
-    reference = Reference(checkpoint, [block.name for block in walk.blocks], batches)
+    reached = [block for block in walk.blocks if not block.experts or block.experts.runs]
+    reference = Reference(checkpoint, [block.name for block in reached], batches)
     walk.start()
-    assert [block.name for block in walk.blocks] == list(reference.blocks)
-    assert {each.experts.path for each in walk.blocks if each.experts} == set(reference.experts)
-    for block in walk.blocks:
+    assert [block.name for block in reached] == list(reference.blocks)
+    assert {block.experts.path for block in reached if block.experts} == set(reference.experts)
+    for block in reached:
         routed = step(walk, checkpoint)
         assert (routed is None) == (block.experts is None)
         if routed and block.experts:
@@ -227,13 +235,40 @@ def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_
     assert_like_the_model(checkpoint, random_batches(checkpoint), tmp_path, 2e-6)
 
 
-@pytest.mark.parametrize("model_type", sorted({*CONFIGS}))
-def test_every_family(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", sorted(CONFIGS.keys() - UNCALIBRATED.keys()))
+def test_every_type(model_type: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", model_type, torch.float32)
     (tmp_path / "walk").mkdir()
     with open_checkpoint(folder) as checkpoint:
         batches = random_batches(checkpoint)
         assert_like_the_model(checkpoint, batches, tmp_path / "walk", 5e-6)
+
+
+SHARING = {**CONFIGS["mistral_large4"]["text_config"], "kv_source_layers": [0, 0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "block"),
+    [
+        ("inkling2_text", {}, "model.layers.1"),  # reads what blocks before it have returned
+        ("zaya", {}, "model"),  # returns what its router has computed
+        ("mistral_large4", {"text_config": SHARING}, "model.language_model.layers.0"),
+    ],
+)
+def test_blocks_that_hand_on_more_than_hidden_states(
+    model_type: str,
+    changes: dict[str, Any],
+    block: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused even if it were not known of their types."""
+    monkeypatch.setattr("qmoe_format.calibration.walk.check_calibrated", lambda model_type: None)
+    folder = save_model(tmp_path / "model", model_type, torch.float32, **changes)
+
+    with open_checkpoint(folder) as checkpoint:
+        said = refusal(lambda: walk_to_the_end(checkpoint, tmp_path), "checkpoint")
+    assert said.startswith(f"{block}: ")
 
 
 def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
@@ -243,13 +278,15 @@ def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         batches = random_batches(checkpoint)
         walk = Walk(checkpoint, batches, tmp_path / "walk")
-        assert [block.name for block in walk.blocks] == [f"model.layers.{n}" for n in range(3)]
+        beyond = "model.layers.2.mlp.experts"
+        names = [block.name for block in walk.blocks]
+        assert names == ["model.layers.0", "model.layers.1", beyond]
         walk.start()
         for _ in range(2):
             step(walk, checkpoint)
         end = walk.hidden().clone()
         assert walk.blocks[2].experts
-        assert walk.blocks[2].experts.path == "model.layers.2.mlp.experts"
+        assert walk.blocks[2].experts.path == beyond
         for again in (walk, Walk(checkpoint, batches, tmp_path / "walk")):
             again.start(2)
             routed = step(again, checkpoint)
@@ -258,17 +295,6 @@ def test_layers_that_the_model_does_not_run(tmp_path: Path) -> None:
             assert all(len(routed.tokens_of(expert)[0]) == 0 for expert in range(6))
             assert again.position == 3
             assert again.hidden().equal(end)
-
-    def move(state: dict[str, Tensor]) -> None:
-        for name in [name for name in state if "layers.2." in name]:
-            state[name.replace("layers.2.", "layers.7.")] = state.pop(name)
-
-    with open_checkpoint(changed(folder, tmp_path / "other", move)) as checkpoint:
-        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
-        assert "model.layers.7.mlp.experts" in said
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    assert "model.layers.2" in refusal(lambda: open_checkpoint(folder), "checkpoint")
 
 
 def test_blocks_that_are_done_keep_no_memory(tmp_path: Path) -> None:
@@ -435,10 +461,11 @@ def test_only_the_current_block_is_in_memory(
 
     def in_memory() -> set[str]:
         return {
-            f"{part._stage.stack}.{name}"
+            f"{part._name}.{name}"
             for part in walk._parts
             for name, parameter in part._module.named_parameters()
-            if not parameter.is_meta
+            # An embedding may be one number, repeated.
+            if not parameter.is_meta and parameter.untyped_storage().nbytes() > 4
         }
 
     always = in_memory()
@@ -533,53 +560,38 @@ def test_outputs_that_are_not_finite(switch: Checkpoint, tmp_path: Path, wrong: 
 def test_a_tensor_that_is_missing_or_of_another_shape(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    norm = "model.layers.1.block_sparse_moe.gate.weight"
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
     table = "model.embed_tokens.weight"
     for number, (name, change) in enumerate(
         [
-            (norm, lambda state: state.pop(norm)),
+            ("model.layers.1.mlp.gate.weight", lambda state: state.pop(gate)),
             (table, lambda state: state.pop(table)),
             (table, lambda state: state.update({table: state[table][1:].clone()})),
         ]
     ):
         folder = changed(models["mixtral"], tmp_path / str(number), change)
         with open_checkpoint(folder) as checkpoint:
-            batches = random_batches(checkpoint)
-            message = refusal(partial(Walk, checkpoint, batches, tmp_path), "checkpoint")
+            message = refusal(partial(walk_to_the_end, checkpoint, tmp_path), "checkpoint")
         assert repr(name) in message
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("model", "changes", "where"),
     [
-        ({"encoder_sparse_step": 1}, "encoder.block.0.layer.1.mlp.router"),
-        ({"decoder_sparse_step": 3}, "decoder.block.0.layer.2.mlp.wi.weight"),
-        ({"d_ff": 48}, "but by config.json experts are [4, 48, 16]"),
-        ({"num_heads": "two"}, "num_heads"),
+        ("mixtral", {"num_experts_per_tok": 99}, "model.layers.0"),
+        ("mixtral", {"num_key_value_heads": 4}, "'model.layers.0.self_attn.k_proj.weight'"),
+        ("switch", {"decoder_sparse_step": 3}, "'decoder.block.0.layer.2.mlp.wi.weight'"),
     ],
 )
 def test_a_config_of_another_model(
-    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], said: str
+    models: dict[str, Path], tmp_path: Path, model: str, changes: dict[str, Any], where: str
 ) -> None:
-    folder = changed(models["switch"], tmp_path / "model", lambda state: None)
+    folder = changed(models[model], tmp_path / "model", lambda state: None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with open_checkpoint(folder) as checkpoint:
-        batches = random_batches(checkpoint)
-        assert said in refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
-
-
-@pytest.mark.parametrize("top_k", [0, 99])
-def test_more_experts_a_token_than_there_are(
-    models: dict[str, Path], tmp_path: Path, top_k: int
-) -> None:
-    folder = changed(models["mixtral"], tmp_path / "model", lambda state: None)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top_k}))
-    with open_checkpoint(folder) as checkpoint:
-        batches = random_batches(checkpoint)
-        said = refusal(lambda: Walk(checkpoint, batches, tmp_path), "checkpoint")
-        assert f"'num_experts_per_tok' is {top_k}, of " in said
+        said = refusal(lambda: walk_to_the_end(checkpoint, tmp_path), "checkpoint")
+    assert where in said
 
 
 def test_batches_that_do_not_fit(switch: Checkpoint, tmp_path: Path) -> None:
@@ -626,18 +638,3 @@ def test_a_full_disk(switch: Checkpoint, tmp_path: Path, monkeypatch: pytest.Mon
     assert walk.position == 0
     assert walk.hidden().equal(before)
     walk.advance(None)
-
-
-def test_wiring() -> None:
-    gate, up = torch.randn(2, 3, 5)
-    relu = wiring({"model_type": "switch_transformers", "dense_act_fn": "relu"})
-    assert (relu.inputs, relu.output) == (("wi",), "wo")
-    assert relu.hidden([gate]).equal(gate.clamp(min=0))
-    silu = wiring({"model_type": "mixtral"})
-    assert (silu.inputs, silu.output) == (("w1", "w3"), "w2")
-    torch.testing.assert_close(silu.hidden([gate, up]), gate * gate.sigmoid() * up)
-    gelu = wiring({"model_type": "mixtral", "hidden_act": "gelu"})
-    torch.testing.assert_close(gelu.hidden([gate, up]), torch.nn.functional.gelu(gate) * up)
-    said = refusal(lambda: wiring({"model_type": "mixtral", "hidden_act": "mish?"}), "checkpoint")
-    assert "mish?" in said
-    assert "'bert'" in refusal(lambda: wiring({"model_type": "bert"}), "checkpoint")

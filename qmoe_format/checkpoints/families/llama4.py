@@ -12,7 +12,7 @@ from qmoe_format.checkpoints.family import Family
 
 
 class Llama4Layer(ExpertLayer):
-    """``gate_up_proj`` is [experts, hidden, 2 × inner]; forward takes [experts × tokens, hidden]."""
+    """``gate_up_proj`` [experts, hidden, 2 × inner]; forward takes [experts × tokens, hidden]."""
 
     transposed = True
 
