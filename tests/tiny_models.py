@@ -84,20 +84,26 @@ def _rename_type(path: Path, model_type: str) -> None:
     path.write_text(json.dumps(config | {"model_type": model_type, "auto_map": code}))
 
 
-def add_prediction_layer(folder: Path) -> dict[str, Tensor]:
+def add_prediction_layer(
+    folder: Path, last: str = "model.layers.1.", further: str = "model.layers.2."
+) -> dict[str, Tensor]:
     """Give a checkpoint of ``save_model`` one layer more, for multi-token prediction.
+
+    Args:
+        last: how the names in the last layer begin.
+        further: likewise, in the new one, which has the same weights.
 
     Returns:
         Its tensors by name.
     """
     state = load_file(folder / "model.safetensors")
-    further = {
-        name.replace("layers.1.", "layers.2."): tensor.clone()
+    added = {
+        f"{further}{name.removeprefix(last)}": tensor.clone()
         for name, tensor in state.items()
-        if "layers.1." in name
+        if name.startswith(last)
     }
-    save_file(state | further, folder / "model.safetensors", metadata={"format": "pt"})
-    return further
+    save_file(state | added, folder / "model.safetensors", metadata={"format": "pt"})
+    return added
 
 
 def load_config(folder: Path) -> Any:

@@ -165,8 +165,9 @@ class Places:
             for matrix in (layer.inputs, layer.output)
             for name in layer.members(matrix)[:1]
         }
-        # Layers that the model does not have end in the same names.
+        # Blocks that the model does not have end in the same names.
         self._tails = {_tail(target): target for target in self._parameters}
+        self._blocks = {_block(target) for target in self._tails.values()}
 
     def find(self, name: str) -> Place | None:
         """The place of a tensor, the first expert's if each has one; None if it is no expert's.
@@ -175,15 +176,21 @@ class Places:
             QMoEError: ``checkpoint`` if transformers does something with it that is not known here.
         """
         target, converter, pattern = self._names.parameter(name)
-        known = target if target in self._parameters else self._tails.get(_tail(target))
-        if known is None or (known != target and target in self._names.shapes):
+        if target in self._parameters:
+            known, block = target, _block(target)
+        elif target in self._names.shapes:
             return None
+        elif _tail(target) in self._tails:
+            known, block = self._tails[_tail(target)], _block(target)
+        else:  # some rules are for one part of the model: as if the block were there
+            inside = (self._names.parameter(f"{each}{_tail(name)}") for each in self._blocks)
+            found = next((each for each in inside if each[0] in self._parameters), None)
+            if found is None:
+                return None
+            known, converter, pattern = found
+            block = _block(name)
         layer, matrix = self._parameters[known]
-        path = layer.path
-        if known != target:
-            path = target.removesuffix(_tail(target)) + layer.path.removeprefix(
-                known.removesuffix(_tail(known))
-            )
+        path = f"{block}{layer.path.removeprefix(_block(known))}"
         operations = converter.operations if converter else ()
         columns = 2 if layer.transposed else 1
         for each in operations:
@@ -204,6 +211,11 @@ def _tail(target: str) -> str:
     """A parameter's name within its block: what follows the first number."""
     parts = re.split(r"(?<=\.)(\d+\.)", target, maxsplit=1)
     return parts[-1] if len(parts) > 1 else target
+
+
+def _block(target: str) -> str:
+    """What precedes the tail."""
+    return target.removesuffix(_tail(target))
 
 
 def find_layers(

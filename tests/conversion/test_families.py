@@ -27,7 +27,14 @@ from qmoe_format.checkpoints.registry import (
 )
 from qmoe_format.conversion.report import read_report
 from tests.refusals import refusal
-from tests.tiny_models import CONFIGS, add_prediction_layer, build_model, load_model, save_model
+from tests.tiny_models import (
+    CONFIGS,
+    add_prediction_layer,
+    build_model,
+    changed,
+    load_model,
+    save_model,
+)
 
 every_type = pytest.mark.parametrize("model_type", sorted(CONFIGS))
 
@@ -89,6 +96,19 @@ def test_each_layout_on_disk(model_type: str, tmp_path: Path) -> None:
             assert all(one.equal(other) for one, other in zip(experts, expected, strict=True))
 
 
+def test_a_layout_with_rows_and_columns_swapped(tmp_path: Path) -> None:
+    """Transformers reads experts of Qwen3-VL-MoE either way round."""
+    folder = save_model(tmp_path / "model", "qwen3_vl_moe")
+
+    def swap(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if ".experts." in name]:
+            state[name] = state[name].mT.contiguous()
+
+    found = expert_matrices(changed(folder, tmp_path / "swapped", swap))
+    for matrix, experts in expert_matrices(folder).items():
+        assert all(one.equal(other) for one, other in zip(found[matrix], experts, strict=True))
+
+
 @every_type
 def test_calibrated(model_type: str, converted: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", model_type)
@@ -124,16 +144,30 @@ def test_calibrated(model_type: str, converted: Callable[..., Path], tmp_path: P
             assert after[name].equal(original), name
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("model_type", "last", "further"),
+    [
+        ("deepseek_v3", "model.layers.1.", "model.layers.2."),
+        ("glm4_moe", "model.layers.1.", "model.layers.2."),
+        ("qwen3_next", "model.layers.1.", "mtp.layers.0."),
+        ("qwen3_5_moe", "model.language_model.layers.1.", "mtp.layers.0."),
+    ],
+)
+@pytest.mark.parametrize("original", [True, False], ids=["numbered", "fused"])
 def test_experts_for_multi_token_prediction(
-    model_type: str, converted: Callable[..., Path], tmp_path: Path
+    model_type: str,
+    last: str,
+    further: str,
+    original: bool,
+    converted: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Transformers does not run them, so that only their own weights can tell how to round them."""
-    folder = save_model(tmp_path / "model", model_type)
-    further = add_prediction_layer(folder)
+    folder = save_model(tmp_path / "model", model_type, original=original)
+    added = add_prediction_layer(folder, last, further)
+    assert any(name.startswith(f"{further}mlp.experts.") for name in added)
     options: dict[str, dict[str, Any]] = {
         "free.qmoe": {"calibration": None},
-        "qmoe.qmoe": {"recipe": "qmoe"},
         "rd.qmoe": {"recipe": "rd", "rate_lambda": 0.02},
     }
     for file_name, settings in options.items():
@@ -141,7 +175,7 @@ def test_experts_for_multi_token_prediction(
         unpacked = qmoe_format.unpack(file, tmp_path / f"unpacked-{file_name}")
         after = load_file(unpacked / "model-00001-of-00001.safetensors")
         assert after.keys() == load_file(folder / "model.safetensors").keys()
-        for name, original in further.items():
+        for name, original in added.items():
             if ".experts." in name:
                 error = (after[name] - original).float().square().sum()
                 assert 0 < error < 0.5 * original.float().square().sum()
@@ -150,7 +184,8 @@ def test_experts_for_multi_token_prediction(
         if settings.get("recipe"):
             with qmoe_format.open(file) as opened:
                 report = read_report(opened)
+            qmoe_format.load_model(file)
             for stack in report["stacks"]:
-                beyond = ".layers.2." in stack["name"]
+                beyond = stack["name"].startswith(further)
                 assert all((e["tokens"] == 0) >= beyond for e in stack["experts"])
                 assert all(e["fallback"] for e in stack["experts"] if beyond)
