@@ -213,3 +213,23 @@ def test_blocks_that_predict_further_tokens(tmp_path: Path, config: dict[str, An
             else:
                 said = refusals.refusal(checkpoint.check_complete, "checkpoint")
                 assert "is of a block that the model does not have" in said
+
+
+def test_a_block_that_transformers_expects_to_be_left_over(tmp_path: Path) -> None:
+    """By number, for models whose configuration does not count it."""
+    config = {
+        **CONFIGS["deepseek_v3"],
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "dtype": "float32",
+    }
+    state = random_state(config)
+    for number, good in ((61, True), (60, False)):
+        folder = tmp_path / str(number)
+        name = f"model.layers.{number}.enorm.weight"
+        write_checkpoint(folder, state | {name: torch.zeros(64)}, config)
+        with open_checkpoint(folder) as checkpoint:
+            if good:
+                checkpoint.check_complete()
+            else:
+                assert name in refusals.refusal(checkpoint.check_complete, "checkpoint")

@@ -25,6 +25,7 @@ from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.errors import QMoEError
 from tests import refusals
 from tests.conftest import MIXTRAL, State, random_state, switch_config, write_checkpoint
+from tests.tiny_models import changed, save_model
 
 Change = Callable[[State], object]
 Write = Callable[..., Path]
@@ -112,6 +113,40 @@ def test_old_names_and_new_ones(write: Write, prefix: str) -> None:
             assert checkpoint.stacks[0].name.startswith(f"{prefix}layers.0.")
     for old, new in zip(*read, strict=True):
         assert torch.equal(old, new)
+
+
+def test_gate_and_up_in_turns(tmp_path: Path) -> None:
+    """Transformers sorts their rows."""
+    read = []
+    for original in (True, False):
+        folder = save_model(tmp_path / f"{original}", "inkling2_text", original=original)
+        with open_checkpoint(folder) as checkpoint:
+            layer = checkpoint.layers[-1]
+            assert layer.interleaved is original
+            matrix = checkpoint.read_expert(*layer.inputs, 1)
+            read.append(torch.cat(list(layer.split_rows(matrix.T, 2)), -1))
+    assert torch.equal(*read)
+
+
+def test_matrices_that_transformers_transposes(tmp_path: Path) -> None:
+    """It does so if only that gives them the model's shape."""
+    folder = save_model(tmp_path / "new", "qwen3_vl_moe")
+    published = changed(
+        folder,
+        tmp_path / "published",
+        lambda state: state.update(
+            {
+                name: tensor.mT.contiguous()
+                for name, tensor in state.items()
+                if ".language_model." in name and tensor.ndim == 3
+            }
+        ),
+    )
+    with open_checkpoint(folder) as new, open_checkpoint(published) as old:
+        for stack, transposed in zip(new.stacks, old.stacks, strict=True):
+            assert (stack.transposed, transposed.transposed) == (False, True)
+            assert (stack.rows, stack.columns) == (transposed.rows, transposed.columns)
+            assert torch.equal(new.read_expert(stack, 1), old.read_expert(transposed, 1))
 
 
 def test_names_of_both_kinds(write: Write) -> None:
