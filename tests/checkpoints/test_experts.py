@@ -123,7 +123,8 @@ def test_gate_and_up_in_turns(tmp_path: Path) -> None:
         with open_checkpoint(folder) as checkpoint:
             layer = checkpoint.layers[-1]
             assert layer.interleaved is original
-            matrix = checkpoint.read_expert(*layer.inputs, 1)
+            (inputs,) = layer.inputs
+            matrix = checkpoint.read_expert(inputs, 1)
             read.append(torch.cat(list(layer.split_rows(matrix.T, 2)), -1))
     assert torch.equal(*read)
 

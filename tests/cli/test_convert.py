@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import MIXTRAL, random_state, write_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:the file cannot generate text")  # no tokenizer
 Make = Callable[..., Path]
 Change = Callable[[dict[str, Any]], object]
 PREFIX = "encoder.block.1.layer.1.mlp.experts."
