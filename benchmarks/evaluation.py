@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import math
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from torch import Tensor, nn
 
 import qmoe_format
 from benchmarks.report import DATA
-from qmoe_format.checkpoints import family_for
-from qmoe_format.checkpoints.wiring import Wiring, expert_modules, wiring
+from qmoe_format.checkpoints import LayerStacks, open_checkpoint
 from qmoe_format.dtypes import to_float32
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
@@ -71,38 +71,34 @@ class Evaluation:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
         self._batches = list(_batches(tokenizer, config, windows))
-        self._matrices = _matrices(self._model, config)
+        with open_checkpoint(folder) as checkpoint:
+            self._layers = checkpoint.layers
+        self._matrices = _matrices(self._model, self._layers)
         self.original = {name: torch.stack(w) for name, w in self._matrices.items()}
         self.sums = {
             name: Statistics.zeros(len(weights), weights.shape[2])
             for name, weights in self.original.items()
         }
-        self._run_original(config)
+        self._run_original()
 
     @property
     def windows(self) -> int:
         return sum(len(batch.targets) for batch in self._batches)
 
     @torch.no_grad()
-    def _run_original(self, config: dict[str, Any]) -> None:
+    def _run_original(self) -> None:
         """Collect the sums, and the LM head's inputs, which are smaller than its outputs."""
-        wired = wiring(config)
-        family = family_for(config)
         counted: dict[str, Tensor] = {}
 
-        def note_inputs(stack: str, prefix: str) -> Any:
-            def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                hidden, *routing = arguments
-                index, _ = family.routing(*routing)
-                for expert in range(len(self._matrices[f"{prefix}.{wired.output}"])):
-                    chosen = (index == expert).any(-1) & counted[stack]
-                    self._add(prefix, wired, expert, hidden[chosen])
-
-            return note
+        def note(layer: LayerStacks, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            tokens, index, _ = layer.layer.routing(*arguments)
+            for expert in range(layer.output.experts):
+                chosen = (index == expert).any(-1) & counted[layer.path.partition(".")[0]]
+                self._add(layer, expert, tokens[chosen])
 
         hooks = [
-            module.register_forward_pre_hook(note_inputs(stack, prefix))
-            for stack, prefix, module in _experts(self._model, config)
+            self._model.get_submodule(each.path).register_forward_pre_hook(partial(note, each))
+            for each in self._layers
         ]
         self._before_head: list[Tensor] = []
         hooks.append(
@@ -119,12 +115,12 @@ class Evaluation:
         self._losses = torch.cat(losses)
         self.cross_entropy, self.cross_entropy_error = _mean(self._losses)
 
-    def _add(self, prefix: str, wired: Wiring, expert: int, inputs: Tensor) -> None:
+    def _add(self, layer: LayerStacks, expert: int, inputs: Tensor) -> None:
         products = []
-        for matrix in wired.inputs:
-            self.sums[f"{prefix}.{matrix}"].add(expert, inputs)
-            products.append(inputs @ self.original[f"{prefix}.{matrix}"][expert].T)
-        self.sums[f"{prefix}.{wired.output}"].add(expert, wired.hidden(products))
+        for stack in layer.inputs:
+            self.sums[stack.name].add(expert, inputs)
+            products.append(inputs @ self.original[stack.name][expert].T)
+        self.sums[layer.output.name].add(expert, layer.hidden(products))
 
     def _log_probabilities(self, batch: Batch) -> Tensor:
         logits: Tensor = self._model(**batch.inputs, use_cache=False).logits
@@ -164,29 +160,19 @@ class Evaluation:
         return figures
 
 
-def _experts(model: nn.Module, config: dict[str, Any]) -> Iterator[tuple[str, str, nn.Module]]:
-    """(stack of blocks, prefix of the names of its matrices in a file, module)."""
-    family = family_for(config)
-    for path, module, *_ in expert_modules(model):
-        yield path.partition(".")[0], family.in_checkpoint(path), module
-
-
-def _matrices(model: nn.Module, config: dict[str, Any]) -> dict[str, list[Tensor]]:
+def _matrices(model: nn.Module, layers: Sequence[LayerStacks]) -> dict[str, list[Tensor]]:
     """Views of the model's parameters, one per expert, by the names of the file's stacks."""
-    wired = wiring(config)
+    parameters = dict(model.named_parameters())
     found: dict[str, list[Tensor]] = {}
-    for _, prefix, module in _experts(model, config):
-        experts: Any = module
-        if isinstance(module, nn.ModuleDict):
-            for matrix in (*wired.inputs, wired.output):
-                found[f"{prefix}.{matrix}"] = [
-                    expert.get_submodule(matrix).weight.detach() for expert in experts.values()
-                ]
-        else:  # one parameter for all experts, with gate above up
-            parts = experts.gate_up_proj.detach().chunk(len(wired.inputs), dim=1)
-            for matrix, part in zip(wired.inputs, parts, strict=True):
-                found[f"{prefix}.{matrix}"] = list(part)
-            found[f"{prefix}.{wired.output}"] = list(experts.down_proj.detach())
+    for each in layers:
+        for matrix, stacks in (
+            (each.layer.inputs, each.inputs),
+            (each.layer.output, (each.output,)),
+        ):
+            members = [parameters[name].detach() for name in each.layer.members(matrix)]
+            experts = members if len(members) > 1 else list(members[0])
+            for part, stack in enumerate(stacks):  # one matrix may have gate above up
+                found[stack.name] = [one.chunk(len(stacks))[part] for one in experts]
     return found
 
 

@@ -218,7 +218,7 @@ _QWEN3_OMNI: Config = {
     "vision_start_token_id": 58,
 }
 
-CONFIGS: Mapping[str, Config] = {
+CONFIGS: dict[str, Config] = {
     "afmoe": {
         **_DECODER,
         **_EXPERTS,
@@ -618,3 +618,17 @@ CONFIGS: Mapping[str, Config] = {
         "layer_types": ["hybrid", "hybrid_sliding"],
     },
 }
+
+WRAPPERS: dict[str, Config] = {
+    "internvl": {
+        "text_config": {"model_type": "qwen3_moe", **_QWEN3},
+        "vision_config": {**_TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
+        **_IMAGE,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral4", **CONFIGS["mistral4"]},
+        "vision_config": {"model_type": "pixtral", **_TOWER},
+        "image_token_index": 60,
+    },
+}
+"""Models that need not have experts, around one that has."""

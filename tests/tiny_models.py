@@ -16,11 +16,12 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from qmoe_format.checkpoints import model as transformers_model
 from qmoe_format.checkpoints.registry import ALIASES
-from tests.tiny_configs import CONFIGS, VOCABULARY, WORDS
+from tests.tiny_configs import CONFIGS, VOCABULARY, WORDS, WRAPPERS
 
 __all__ = [
     "CONFIGS",
     "WORDS",
+    "WRAPPERS",
     "add_prediction_layer",
     "build_model",
     "changed",
@@ -34,7 +35,8 @@ def build_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **changes:
     """Experts are unlike each other, and no weight is zero. ``changes``: of the configuration."""
     torch.manual_seed(1)
     known = ALIASES.get(model_type, model_type)
-    config = AutoConfig.for_model(known, **{**CONFIGS[model_type], **changes})
+    settings = (CONFIGS | WRAPPERS)[model_type]
+    config = AutoConfig.for_model(known, **{**settings, **changes})
     model = transformers_model.model_class(config)._from_config(config)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.startswith("talker.") and ".experts." in name:

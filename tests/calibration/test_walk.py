@@ -40,7 +40,14 @@ from qmoe_format.checkpoints.registry import UNCALIBRATED
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.parallel import Resources
 from tests.refusals import refusal
-from tests.tiny_models import CONFIGS, add_prediction_layer, changed, load_model, save_model
+from tests.tiny_models import (
+    CONFIGS,
+    WRAPPERS,
+    add_prediction_layer,
+    changed,
+    load_model,
+    save_model,
+)
 
 VOCABULARY = 50
 SWITCH: dict[str, Any] = {
@@ -235,7 +242,7 @@ def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_
     assert_like_the_model(checkpoint, random_batches(checkpoint), tmp_path, 2e-6)
 
 
-@pytest.mark.parametrize("model_type", sorted(CONFIGS.keys() - UNCALIBRATED.keys()))
+@pytest.mark.parametrize("model_type", sorted((CONFIGS | WRAPPERS).keys() - UNCALIBRATED))
 def test_every_type(model_type: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", model_type, torch.float32)
     (tmp_path / "walk").mkdir()

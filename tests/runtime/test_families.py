@@ -15,9 +15,9 @@ from qmoe_format.quantize import RECIPES
 from qmoe_format.runtime.experts import compressed_modules
 from tests.runtime.conftest import Converted
 from tests.runtime.models import from_pretrained, generated, logits
-from tests.tiny_models import CONFIGS, load_model
+from tests.tiny_models import CONFIGS, WRAPPERS, load_model
 
-every_type = pytest.mark.parametrize("model_type", sorted(CONFIGS))
+every_type = pytest.mark.parametrize("model_type", sorted(CONFIGS | WRAPPERS))
 
 
 def rounded(experts: Tensor) -> Tensor:
