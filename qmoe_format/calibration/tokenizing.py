@@ -113,9 +113,9 @@ class SpelledTokens:
         """Say how many there were, if any."""
         if self._number:
             warnings.warn(
-                f"the text spells special tokens, such as {self._example!r}, {self._number:,} "
-                "times; they are read as text unless you use --parse-special-tokens (in Python "
-                "parse_special_tokens=True)",
+                f"special tokens that are spelled in the text, such as {self._example!r}, are read "
+                f"as text ({self._number:,} in all); to read them as tokens, use "
+                "--parse-special-tokens (in Python parse_special_tokens=True)",
                 QMoEWarning,
                 stacklevel=2,
             )
@@ -131,7 +131,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
         )
     try:
         text: str = tokenizer.apply_chat_template(
-            [{k: v for k, v in each.items() if v is not None} for each in chat.messages],
+            [dict(message) for message in chat.messages],
             chat_template=_SAME_DAY + tokenizer.get_chat_template(),
             tokenize=False,
         )

@@ -157,7 +157,7 @@ def test_special_tokens_are_not_counted_and_cannot_be_written(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     texts = ["5 </s> <extra_id_0> nonsense 6"]
-    with pytest.warns(QMoEWarning, match="special tokens, such as '</s>', 2 times"):
+    with pytest.warns(QMoEWarning, match=r"'</s>', are read as text \(2 in all\)"):
         (batch,) = make_batches(tokenizer, CAUSAL, texts, mask_special_tokens=True)
     # Whatever the words are as text, here unknown, they are not the special tokens.
     assert UNKNOWN in batch.inputs.ids
@@ -218,7 +218,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chat(*contents: str, role: str = "user") -> Chat:
-    return Chat([{"role": role, "content": each, "name": None} for each in contents], "a.jsonl, 7")
+    return Chat([{"role": role, "content": each} for each in contents], "a.jsonl, 7")
 
 
 def test_special_tokens_in_text_are_parsed_if_asked(
@@ -253,7 +253,7 @@ def test_special_tokens_in_text_are_counted(chat_tokenizer: PreTrainedTokenizerF
     with pytest.warns(QMoEWarning) as caught:
         make_batches(chat_tokenizer, CAUSAL, texts)
     (warning,) = caught
-    assert "such as '<|spare|>', 3 times" in str(warning.message)
+    assert "such as '<|spare|>', are read as text (3 in all)" in str(warning.message)
     assert "--parse-special-tokens" in str(warning.message)
 
 
@@ -459,7 +459,7 @@ def test_special_tokens_of_pairs_are_added_and_masked() -> None:
 
 def test_special_tokens_written_in_pairs_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = [("5 </s> 6", "7 <extra_id_0> 8")]
-    with pytest.warns(QMoEWarning, match="2 times.*parse_special_tokens=True"):
+    with pytest.warns(QMoEWarning, match=r"\(2 in all\).*parse_special_tokens=True"):
         (batch,) = make_pair_batches(tokenizer, ENCODER_DECODER, pairs)
     assert batch.targets is not None
     special = set(tokenizer.all_special_ids) - {UNKNOWN}
