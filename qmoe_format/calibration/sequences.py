@@ -58,8 +58,16 @@ class Batch:
     targets: Tokens | None
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with the entries of its part for language, if a model reads images, too."""
+    for part in ("thinker_config", "text_config"):
+        config = {**config, **(config.get(part) or {})}
+    return config
+
+
 def default_sequence_length(config: Mapping[str, Any]) -> int:
     """256 for an encoder-decoder; otherwise 2048, or the most the model reads if that is less."""
+    config = language_config(config)
     if config.get("is_encoder_decoder"):
         return ENCODER_LENGTH
     return min(CAUSAL_LENGTH, config.get("max_position_embeddings") or CAUSAL_LENGTH)
@@ -96,6 +104,7 @@ def read_batches(
                 progress(number)
             yield document
 
+    config = language_config(config)
     read = read_documents(path, column, target_column)
     if target_column is None:
         return make_batches(tokenizer, config, (text for (text,) in documents()), **options)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from qmoe_format.checkpoints import model as models
+from qmoe_format.checkpoints.attachments import find_attachments
 from qmoe_format.checkpoints.completeness import check_complete, dense_loads, missing_weights
 from qmoe_format.checkpoints.expert_stacks import ExpertStack, find_layers
 from qmoe_format.checkpoints.families import expert_layers
@@ -20,19 +21,11 @@ from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES
 from qmoe_format.checkpoints.weight_files import Shard, open_shard
 from qmoe_format.errors import QMoEError
+from qmoe_format.hub.checkpoints import WEIGHT_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# In the order in which transformers looks for them.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-ATTACHED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-MAX_ATTACHMENT_BYTES = 1 << 28
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -90,7 +83,7 @@ class Checkpoint:
             mixed_dtype,
         )
         self.stacks = tuple(stack for layer in self.layers for stack in layer.stacks)
-        self.attachments = _attachments(folder)
+        self.attachments = find_attachments(folder, code=trust_remote_code)
         self._shards = shards
         self._release_after = release_after
         self._mapped_bytes = 0
@@ -252,38 +245,6 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 "checkpoint", f"{found}: {file!r} is not the name of a {suffix} file", _DOWNLOAD
             )
     return [folder / file for file in sorted(set(listed.values()))], listed
-
-
-def _attachments(folder: Path) -> list[Path]:
-    paths = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix in ATTACHED_SUFFIXES
-        and not path.name.endswith(".index.json")
-        # Reports of earlier conversions (``conversion.report``) that were written here.
-        and not f".{path.name}".endswith(".quality.json")
-        and not path.name.startswith(".")
-        and path.is_file()
-    ]
-    from qmoe_format.container.index import check_file_name  # here: `qmoe --help` does without
-
-    for path in paths:
-        try:
-            check_file_name(path.name)
-        except QMoEError as error:
-            raise QMoEError(
-                "checkpoint",
-                f"{path}: the name of an attached file has characters other than A-Z a-z 0-9 . _ -",
-                "rename or move it",
-            ) from error
-        if path.stat().st_size > MAX_ATTACHMENT_BYTES:
-            raise QMoEError(
-                "checkpoint",
-                f"{path}: {path.stat().st_size:,} bytes are too many for a configuration or "
-                "tokenizer file",
-                "move it elsewhere",
-            )
-    return paths
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ ELEMENT_BYTES = {name: dtype.itemsize for name, dtype in STORAGE.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the weight file number ``shard`` describes it; ``dtype`` as safetensors has it."""
+    """A tensor as weight file number ``shard`` describes it; ``dtype`` as in safetensors."""
 
     name: str
     dtype: str

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     options.file = downloads.qmoe_file(options.file)
     if options.against:
         options.against = downloads.original(options.against)
-        models.check_original(options.against, options.file)
+        models.check_original(options.against, options.file, options.trust_remote_code)
     tokenizer, model = models.load(options)
     config = model.config.to_dict()
     length = options.sequence_length or default_sequence_length(config)
@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> None:
     )
     original = None
     if options.against:
-        original = load_original(options.against, model.dtype).to(model.device)
+        original = load_original(options.against, model.dtype, options.trust_remote_code).to(
+            model.device
+        )
     with ProgressLine("eval", "tokens") as progress:
         result = evaluate(model, batches, against=original, progress=progress)
     print(json.dumps(_report(result)) if options.json else "\n".join(_tables(result)))

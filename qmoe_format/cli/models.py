@@ -35,11 +35,13 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     # Many CPUs compute with bfloat16 in software. None: the dtype that the file says.
     name = options.dtype or ("float32" if options.device == "cpu" else None)
     dtype = getattr(torch, name) if name else None
-    tokenizer = load_tokenizer(options.file, trust_remote_code=options.trust_remote_code)
-    return tokenizer, load_model(options.file, device=options.device, dtype=dtype)
+    trusted = options.trust_remote_code
+    tokenizer = load_tokenizer(options.file, trust_remote_code=trusted)
+    model = load_model(options.file, device=options.device, dtype=dtype, trust_remote_code=trusted)
+    return tokenizer, model
 
 
-def check_original(folder: Path, path: Path) -> None:
+def check_original(folder: Path, path: Path, trust_remote_code: bool) -> None:
     """Check that a checkpoint has the experts of a ``.qmoe`` file.
 
     Raises:
@@ -51,7 +53,10 @@ def check_original(folder: Path, path: Path) -> None:
     from qmoe_format import container
     from qmoe_format.checkpoints import open_checkpoint
 
-    with container.open(path) as file, open_checkpoint(folder) as checkpoint:
+    with (
+        container.open(path) as file,
+        open_checkpoint(folder, trust_remote_code=trust_remote_code) as checkpoint,
+    ):
         ours = {name: tuple(entry.shape) for name, entry in file.tensors.items() if entry.stack}
         theirs = {
             stack.name: (stack.experts, stack.rows, stack.columns) for stack in checkpoint.stacks

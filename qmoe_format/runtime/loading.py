@@ -12,12 +12,13 @@ import transformers
 from qmoe_format import container
 from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.checkpoints.model import load_config, model_class
+from qmoe_format.container.attachment_files import attached_files
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
 from qmoe_format.hub import local_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
-from qmoe_format.runtime.model_of_file import attachments, dense_state
+from qmoe_format.runtime.model_of_file import dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
 
 
@@ -26,6 +27,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> transformers.PreTrainedModel:
     """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
@@ -34,6 +36,7 @@ def load_model(
             holds one, such as ``ORG/MODEL``.
         device: where the model computes; the experts are copied to a GPU compressed.
         dtype: of everything but the experts; None: the one in ``config.json``.
+        trust_remote_code: run Python code in the file, if the configuration needs that.
 
     Returns:
         A model of transformers in evaluation mode.
@@ -53,9 +56,9 @@ def load_model(
     """
     check_device(device)
     path = local_qmoe_file(os.fspath(path))
-    with container.open(path) as file, attachments(file) as folder:
+    with container.open(path) as file, attached_files(file) as folder:
         original = read_config(file)
-        config = load_config(folder, original)
+        config = load_config(folder, original, trust_remote_code)
         config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
         kind = model_class(config)
         try:
@@ -83,12 +86,15 @@ def load_model(
     return model
 
 
-def load_original(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
+def load_original(
+    folder: str | os.PathLike[str], dtype: torch.dtype, trust_remote_code: bool = False
+) -> Any:
     """Load a checkpoint as it was published, quantized weights as what they stand for.
 
     Args:
         folder: with ``config.json`` and weights.
         dtype: of all weights; they are rounded to it once.
+        trust_remote_code: run Python code in the folder, if the configuration needs that.
 
     Returns:
         A model of transformers in evaluation mode, on the CPU.
@@ -97,7 +103,7 @@ def load_original(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
         QMoEError: the codes of ``open_checkpoint``; ``checkpoint`` if transformers cannot load it.
     """
     folder = Path(folder)
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, trust_remote_code=trust_remote_code) as checkpoint:
         config = checkpoint.model_config
 
         def weights(name: str) -> torch.Tensor:
@@ -120,33 +126,6 @@ def load_original(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
                 "fetch the original checkpoint again, or update transformers",
             ) from error
     return model.eval()
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer that is attached to a ``.qmoe`` file, named as for ``load_model``.
-
-    Raises:
-        QMoEError: the codes of ``open`` and of reading; ``not-found`` if there is none, or none
-            that transformers can load.
-
-    Example::
-
-        ids = load_tokenizer("model.qmoe")("Once upon a time").input_ids
-    """
-    with container.open(local_qmoe_file(os.fspath(path))) as file, attachments(file) as folder:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            # Without a vocabulary some classes make an empty one.
-            vocabularies = set(tokenizer.vocab_files_names.values())
-            if vocabularies and vocabularies.isdisjoint(file.attachments):
-                raise ValueError(f"there is none of {', '.join(sorted(vocabularies))}")
-        except Exception as error:  # every class of tokenizers has its own
-            raise QMoEError(
-                "not-found",
-                f"{file.path}: there is no tokenizer that transformers can load ({error})",
-                "put its files beside the checkpoint's config.json and convert it again",
-            ) from error
-    return tokenizer
 
 
 def _generation_config(folder: Path) -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from qmoe_format.checkpoints.name_map import NameMap
 from qmoe_format.checkpoints.native import PackedTensor, find_packed
 from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.torch_dtypes import TORCH_DTYPES
+from qmoe_format.container.attachment_files import attached_files
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import read_config
 
@@ -34,7 +32,7 @@ def check_model(file: container.QMoEFile, trust_remote_code: bool = False) -> No
         QMoEError: ``checkpoint`` if not; ``not-found`` without ``config.json``.
     """
     raw = read_config(file)
-    with attachments(file) as folder:
+    with attached_files(file) as folder:
         model = build(load_config(folder, raw, trust_remote_code), folder)
     names = NameMap(model)
     layers = layers_of(file, model, names)
@@ -88,15 +86,6 @@ def dense_state(file: container.QMoEFile, raw: Mapping[str, Any]) -> dict[str, t
     return {name: read(name) for name in shapes} | {
         name: each.decode(read).to(torch.bfloat16) for name, each in packed.items()
     }
-
-
-@contextmanager
-def attachments(file: container.QMoEFile) -> Iterator[Path]:
-    """A temporary folder of the attached files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in file.attachments:
-            (Path(folder) / name).write_bytes(file.attachment(name))
-        yield Path(folder)
 
 
 def _dense(
