@@ -8,10 +8,11 @@ bfloat16. Without calibration text:
     many experts     7 GiB of experts' matrices of 8 MiB, no large tensor
     large experts    matrices of 117 MB, like those of Mixtral-8x7B
     large embedding  one tensor of 2 GB outside the experts
+    FP8              6.4 G weights in FP8 blocks of 128 × 128, experts of 3 × 2048 × 1024
 
 With the demo's calibration text:
 
-    RECIPE, N × 64 experts   N layers, experts of 3 × 1024 × 1024
+    RECIPE, N × 64 experts   N layers, experts of 3 × 1024 × 1024, in bfloat16 or FP8
 
 Without text, memory is bounded by 1 GiB plus twice the largest tensor, whatever the size of the
 checkpoint. Peak memory is the process's ru_maxrss, which includes mapped pages.
@@ -40,6 +41,7 @@ from benchmarks.synthetic import MIXTRAL_LIKE, Config, write_checkpoint
 from qmoe_format.machine import cores
 
 GIB = 1 << 30
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 DEMO = Path(qmoe_format.__file__).parent / "demo"
 
 
@@ -69,19 +71,32 @@ def switch(layers: int, experts: int, hidden: int, inner: int, vocabulary: int =
     }
 
 
-def calibrated(recipe: str, layers: int) -> Case:
+def mixtral(layers: int, inner: int = 1024) -> Config:
+    """With 64 experts per layer, of 3 × 1024 × ``inner`` weights."""
+    return MIXTRAL_LIKE | {
+        "num_hidden_layers": layers,
+        "num_local_experts": 64,
+        "intermediate_size": inner,
+    }
+
+
+def calibrated(recipe: str, layers: int, config: Config | None = None) -> Case:
     """With 201 M expert weights per layer."""
-    sizes = {"num_hidden_layers": layers, "num_local_experts": 64, "intermediate_size": 1024}
     text = "--calibration", str(DEMO / "calibration.jsonl"), "--text-column", "target"
     options = "--recipe", recipe, *text
-    return Case(f"{recipe}, {layers} × 64 experts", MIXTRAL_LIKE | sizes, options)
+    name = f"{recipe}, {layers} × 64 experts"
+    if config:
+        return Case(f"{name}, FP8", config, options)
+    return Case(name, mixtral(layers), options)
 
 
 CASES = (
     Case("many experts", switch(6, 64, 1024, 4096)),
     Case("large experts", switch(1, 8, 4096, 14_336)),
     Case("large embedding", switch(1, 8, 1024, 1024, vocabulary=1_000_000)),
+    Case("FP8", mixtral(16, inner=2048) | FP8),
     calibrated("qmoe", layers=2),
+    calibrated("qmoe", layers=2, config=mixtral(2) | FP8),
     calibrated("qmoe", layers=8),
     calibrated("rd", layers=1),
 )
@@ -139,14 +154,16 @@ def run(arguments: list[str]) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, help="has room for 14 GB")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their name")
     parser.add_argument("--threads", type=int, default=cores())
     options = parser.parse_args()
     results = []
-    for case in CASES:
+    for case in (case for case in CASES if options.only in case.name):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             results.append(measure(case, Path(folder), options.threads))
         print(json.dumps(results[-1], indent=2), flush=True)
-    report.save("convert_memory", {"results": results})
+    if not options.only:
+        report.save("convert_memory", {"results": results})
     if not all(result.get("within_bound", True) for result in results):
         raise SystemExit("memory exceeds the bound")
 

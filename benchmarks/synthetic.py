@@ -16,6 +16,7 @@ from qmoe_format.export.safetensors_writer import OutputTensor, write_sharded
 from qmoe_format.progress import Counter
 
 SHARD_BYTES = 1_000_000_000
+BLOCK = 128
 POOL = from_float32(np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02, "BF16")
 
 Config = dict[str, Any]
@@ -54,10 +55,14 @@ def switch_base(experts: int) -> Config:
 
 
 def write_checkpoint(config: Config, folder: Path) -> list[OutputTensor]:
-    """Write a folder that ``transformers`` loads, in bfloat16; return its tensors."""
+    """Write a folder that ``transformers`` loads; return its tensors.
+
+    In bfloat16, but with a ``quantization_config`` experts are FP8 with a scale for each block.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    written = list(tensors(config))
+    made = tensors(config)
+    written = list(fp8_experts(made) if "quantization_config" in config else made)
     write_sharded(folder, written, SHARD_BYTES, Counter(None, 0))
     return written
 
@@ -67,7 +72,7 @@ def tensors(config: Config) -> Iterator[OutputTensor]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    made = AutoConfig.for_model(**config)
+    made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
     kind = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(made)
@@ -75,6 +80,29 @@ def tensors(config: Config) -> Iterator[OutputTensor]:
         norm = name.endswith("norm.weight")
         make = partial(ones, shape) if norm else partial(weights, shape, seed)
         yield OutputTensor(name, "BF16", shape, make)
+
+
+def fp8_experts(made: Iterable[OutputTensor]) -> Iterator[OutputTensor]:
+    """The same tensors with experts as DeepSeek-V3 stores them."""
+    for seed, each in enumerate(made):
+        if ".experts." not in each.name:
+            yield each
+            continue
+        rows, columns = (-(-side // BLOCK) for side in each.shape)
+        codes = partial(fp8_codes, each.shape, seed)
+        scales = partial(fp8_scales, (rows, columns))
+        yield OutputTensor(each.name, "F8_E4M3", each.shape, codes)
+        yield OutputTensor(f"{each.name}_scale_inv", "F32", (rows, columns), scales)
+
+
+def fp8_codes(shape: tuple[int, ...], seed: int) -> Iterable[npt.NDArray[Any]]:
+    """Positive and negative numbers from 2^-6 to 1.875, in pieces."""
+    for piece in weights(shape, seed):
+        yield (piece & 0x80 | piece % 56 + 8).astype(np.uint8)
+
+
+def fp8_scales(shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
+    yield np.full(shape, 0.01, np.float32)
 
 
 def on_disk(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
