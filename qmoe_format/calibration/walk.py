@@ -258,15 +258,13 @@ def _block_lists(checkpoint: Checkpoint) -> list[str]:
             for name, child in module.named_children()
             if isinstance(child, nn.ModuleList)
         ]
-    language: Any = model.get_submodule(family_for(model.config).language)
-    embedding = language.get_input_embeddings()
     found = dict.fromkeys(
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and any(layer.runs and layer.path.startswith(f"{name}.") for layer in checkpoint.layers)
-        and embedding in model.get_submodule(name.rpartition(".")[0]).modules()
     )
+    # The first are those of the language model, even if a model of images or sound has experts.
     return [name for name in found if not any(name.startswith(f"{each}.") for each in found)][:1]
 
 

@@ -18,7 +18,6 @@ class Family:
         it left the hidden states alone.
     kept: parameters of blocks that every forward of the model needs.
     settings: what to change in the configuration for calibration.
-    language: the path of the model that reads text, if it is a part.
     """
 
     model_types: tuple[str, ...] = ()
@@ -26,4 +25,3 @@ class Family:
     pass_through: Callable[..., Any] = lambda block, hidden, *arguments, **options: hidden
     kept: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    language: str = ""

@@ -243,7 +243,7 @@ def test_every_block_sees_what_it_sees_in_the_model(checkpoint: Checkpoint, tmp_
 
 
 @pytest.mark.parametrize("model_type", sorted((CONFIGS | WRAPPERS).keys() - UNCALIBRATED))
-def test_every_type(model_type: str, tmp_path: Path) -> None:
+def test_every_family(model_type: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", model_type, torch.float32)
     (tmp_path / "walk").mkdir()
     with open_checkpoint(folder) as checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
 from torch import Tensor
 
+from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.quantize.rate import weighted_energies
 from tests.conversion.conftest import EXPERTS, HIDDEN, TOKENS, Block
+from tests.tiny_models import save_model
 
 EVERY = range(EXPERTS)
 BLOCK = "model.layers.0.block_sparse_moe"
@@ -71,6 +74,19 @@ def test_energies_are_those_of_the_hessians(block: Block, family: str) -> None:
     for matrix, statistics in experts.statistics(weights, EVERY).items():
         expected = weighted_energies(weights[matrix], statistics)
         close(energies[matrix], expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "in_turns"),
+    [("granitemoe", False), ("gpt_oss", True), ("inkling2_text", True)],  # so on disk, in the model
+)
+def test_rows_of_gate_and_up(tmp_path: Path, model_type: str, in_turns: bool) -> None:
+    with open_checkpoint(save_model(tmp_path, model_type)) as checkpoint:
+        layer = checkpoint.layers[0]
+    product = torch.randn(3, layer.inputs[0].rows)
+    gate, up = layer.split_rows(product, 2)
+    assert gate.equal(product[:, 0::2] if in_turns else product[:, : product.shape[1] // 2])
+    assert layer.join_rows([gate, up]).equal(product)
 
 
 def test_a_few_tokens_at_a_time(block: Block) -> None:

@@ -156,17 +156,17 @@ def test_calibrated(model_type: str, converted: Callable[..., Path], tmp_path: P
         ("qwen3_5_moe", "model.language_model.layers.1.", "mtp.layers.0."),
     ],
 )
-@pytest.mark.parametrize("original", [True, False], ids=["numbered", "fused"])
+@pytest.mark.parametrize("numbered", [True, False], ids=["numbered", "fused"])
 def test_experts_for_multi_token_prediction(
     model_type: str,
     last: str,
     further: str,
-    original: bool,
+    numbered: bool,
     converted: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """Transformers does not run them, so that only their own weights can tell how to round them."""
-    folder = save_model(tmp_path / "model", model_type, original=original)
+    folder = save_model(tmp_path / "model", model_type, original=numbered)
     added = add_prediction_layer(folder, last, further)
     assert any(name.startswith(f"{further}mlp.experts.") for name in added)
     options: dict[str, dict[str, Any]] = {
