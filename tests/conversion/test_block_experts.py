@@ -78,7 +78,7 @@ def test_energies_are_those_of_the_hessians(block: Block, family: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "in_turns"),
-    [("granitemoe", False), ("gpt_oss", True), ("inkling2_text", True)],  # so on disk, in the model
+    [("granitemoe", False), ("gpt_oss", True), ("inkling2_text", True)],
 )
 def test_rows_of_gate_and_up(tmp_path: Path, model_type: str, in_turns: bool) -> None:
     with open_checkpoint(save_model(tmp_path, model_type)) as checkpoint:
