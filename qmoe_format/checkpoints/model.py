@@ -56,7 +56,10 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
             config = transformers.CONFIG_MAPPING[known].from_dict({**raw, "model_type": known})
         else:
             config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
+                folder,
+                local_files_only=True,
+                # Transformers' own class where there is one, whatever ``auto_map`` names.
+                trust_remote_code=trust_remote_code and known not in transformers.CONFIG_MAPPING,
             )
     except Exception as error:  # a wrong config.json can raise anything in transformers
         raise _refused(folder, error) from error

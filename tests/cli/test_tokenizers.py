@@ -80,6 +80,25 @@ def test_code_is_not_run_and_nobody_is_asked(
     assert not (tmp_path / "ran").exists()
 
 
+def test_trusted_code_is_run_and_travels(
+    qmoe: Run, own_code: Path, text: Path, tmp_path: Path
+) -> None:
+    file, trust = tmp_path / "m.qmoe", "--trust-remote-code"
+    done = qmoe("convert", own_code, file, "--calibration", text, trust)
+    assert (done.code, done.err) == (0, "")
+    assert (tmp_path / "ran").exists()
+    with qmoe_format.open(file) as opened:
+        assert {"tokenization_own.py", "configuration_own.py"} <= opened.attachments.keys()
+    for arguments in (
+        ["generate", file, "w1 w2", "--max-new-tokens", "2"],
+        ["eval", file, "--text", text, "--against", own_code],
+    ):
+        (tmp_path / "ran").unlink()
+        done = qmoe(*arguments, trust)
+        assert (done.code, done.err) == (0, "")
+        assert (tmp_path / "ran").exists()
+
+
 def test_a_missing_tokenizer(qmoe: Run, text: Path, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "checkpoint", "switch_transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
