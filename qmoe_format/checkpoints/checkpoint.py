@@ -74,7 +74,7 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = dict(sorted(tensors.items()))
         self.model_config = models.load_config(folder, config, trust_remote_code)
         mixed_dtype = DTYPE_NAMES.get(self.model_config.dtype, "BF16")  # before it becomes float32
-        self.model = models.build(self.model_config, folder)
+        self.model = models.build(self.model_config)
         self.names = NameMap(self.model)
         self.layers = find_layers(
             self.names,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ class Family:
     """Attributes:
     model_types: of configurations.
     layer: the class of its experts.
+    building: a context in which transformers' model is built without weights.
     pass_through: takes a block and the arguments of its forward; returns what the block would if
         it left the hidden states alone.
     kept: parameters of blocks that every forward of the model needs.
@@ -22,6 +24,7 @@ class Family:
 
     model_types: tuple[str, ...] = ()
     layer: type[ExpertLayer] = ExpertLayer
+    building: Callable[[], AbstractContextManager[None]] = nullcontext
     pass_through: Callable[..., Any] = lambda block, hidden, *arguments, **options: hidden
     kept: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from qmoe_format.checkpoints.families import family_for
 from qmoe_format.checkpoints.registry import ALIASES, check_supported
 from qmoe_format.errors import QMoEError
 
@@ -62,7 +63,7 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
                 trust_remote_code=trust_remote_code and known not in transformers.CONFIG_MAPPING,
             )
     except Exception as error:  # a wrong config.json can raise anything in transformers
-        raise _refused(folder, error) from error
+        raise _refused(error) from error
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config
@@ -106,7 +107,7 @@ def model_class(config: Any) -> Any:
     )
 
 
-def build(config: Any, folder: Path) -> Any:
+def build(config: Any) -> Any:
     """The model, all of whose parameters and buffers are on the device ``meta``.
 
     Raises:
@@ -114,10 +115,10 @@ def build(config: Any, folder: Path) -> Any:
     """
     kind = model_class(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), family_for(config).building():
             return kind._from_config(config, dtype=torch.float32).eval()
     except Exception as error:
-        raise _refused(folder, error) from error
+        raise _refused(error) from error
 
 
 def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
@@ -141,10 +142,9 @@ def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
             owner._init_weights(part)
 
 
-def _refused(folder: Path, error: Exception) -> QMoEError:
+def _refused(error: Exception) -> QMoEError:
     return QMoEError(
         "checkpoint",
-        f"{folder / 'config.json'}: transformers cannot build this model "
-        f"({' '.join(str(error).split())})",
+        f"config.json: transformers cannot build this model ({' '.join(str(error).split())})",
         "download it again or update transformers",
     )

@@ -18,7 +18,7 @@ from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
 from qmoe_format.hub import local_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
-from qmoe_format.runtime.model_of_file import dense_state
+from qmoe_format.runtime.model_of_file import check_model, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
 
 
@@ -57,6 +57,7 @@ def load_model(
     check_device(device)
     path = local_qmoe_file(os.fspath(path))
     with container.open(path) as file, attached_files(file) as folder:
+        check_model(file, trust_remote_code)
         original = read_config(file)
         config = load_config(folder, original, trust_remote_code)
         config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()

@@ -33,13 +33,16 @@ def check_model(file: container.QMoEFile, trust_remote_code: bool = False) -> No
     """
     raw = read_config(file)
     with attached_files(file) as folder:
-        model = build(load_config(folder, raw, trust_remote_code), folder)
+        try:
+            model = build(load_config(folder, raw, trust_remote_code))
+        except QMoEError as error:
+            raise error.at(file.path) from error
     names = NameMap(model)
     layers = layers_of(file, model, names)
     shapes, packed = _dense(file, raw)
     dense = shapes | {name: each.shape for name, each in packed.items()}
-    loads = dense_loads(str(file.path), names, dense)
-    check_complete(str(file.path), raw, names, layers, dense, loads)
+    loads = dense_loads(file.path, names, dense)
+    check_complete(file.path, raw, names, layers, dense, loads)
 
 
 def layers_of(file: container.QMoEFile, model: Any, names: NameMap) -> tuple[LayerStacks, ...]:
@@ -67,7 +70,7 @@ def layers_of(file: container.QMoEFile, model: Any, names: NameMap) -> tuple[Lay
     try:
         return group(found, layers)
     except QMoEError as error:
-        raise error.at(str(file.path)) from error
+        raise error.at(file.path) from error
 
 
 def dense_state(file: container.QMoEFile, raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -129,15 +129,15 @@ def test_all_small_files_travel_and_no_weights(switch: Make) -> None:
 
 def test_a_name_that_cannot_be_attached(switch: Make) -> None:
     folder = switch()
-    (folder / "my notes.txt").write_text("x")
-    assert "my notes.txt" in refusal(folder)
+    (folder / "my vocab.txt").write_text("x")
+    assert "my vocab.txt" in refusal(folder)
 
 
 def test_a_huge_text_file_is_no_tokenizer(switch: Make) -> None:
     folder = switch()
-    with (folder / "corpus.txt").open("wb") as file:
+    with (folder / "vocab.txt").open("wb") as file:
         file.truncate((1 << 28) + 1)
-    assert "corpus.txt" in refusal(folder)
+    assert "vocab.txt" in refusal(folder)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_float_weights_beside_a_stale_quantization_config(
 @pytest.fixture(scope="module")
 def names() -> NameMap:
     """Of a Mixtral."""
-    return NameMap(build(MixtralConfig.from_dict(MIXTRAL), Path("nowhere")))
+    return NameMap(build(MixtralConfig.from_dict(MIXTRAL)))
 
 
 OLD = {name: tuple(tensor.shape) for name, tensor in random_state(MIXTRAL).items()}

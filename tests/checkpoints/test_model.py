@@ -121,7 +121,7 @@ def test_code_in_the_folder_is_neither_run_nor_asked_for(tmp_path: Path) -> None
 def test_a_model_takes_no_memory(tmp_path: Path) -> None:
     config = MIXTRAL | {"hidden_size": 1 << 20, "intermediate_size": 1 << 20}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = build(load_config(tmp_path, config), tmp_path)
+    model = build(load_config(tmp_path, config))
     assert {each.device.type for each in (*model.parameters(), *model.buffers())} == {"meta"}
     assert sum(each.numel() for each in model.parameters()) > 1 << 41
     assert not model.training
@@ -130,7 +130,7 @@ def test_a_model_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_vl_moe"])
 def test_tables_are_as_transformers_computes_them(model_type: str) -> None:
     expected = build_model(model_type)
-    model = build(expected.config, Path("nowhere"))
+    model = build(expected.config)
     fill_buffers(model, model, "cpu")
     tables = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     assert tables

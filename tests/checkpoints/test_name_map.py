@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ OLD = random_state(MIXTRAL)
 
 @pytest.fixture(scope="module")
 def names() -> NameMap:
-    return NameMap(build(MixtralConfig.from_dict(MIXTRAL), Path("nowhere")))
+    return NameMap(build(MixtralConfig.from_dict(MIXTRAL)))
 
 
 # Rules of every kind: experts, of which some are transposed or take turns; convolutions below one

@@ -147,7 +147,8 @@ def test_what_is_no_expert_can_stay_as_it_is(tmp_path: Path, qmoe: Run) -> None:
     assert qmoe("convert", folder, tmp_path / "kept.qmoe", "--keep-native").code == 0
     assert qmoe("verify", "--model", tmp_path / "kept.qmoe").code == 0
     unpacked = qmoe_format.unpack(tmp_path / "kept.qmoe", tmp_path / "out")
-    before, after = load_file(folder / "model.safetensors"), {}
+    before = load_file(folder / "model.safetensors")
+    after: dict[str, Tensor] = {}
     for shard in unpacked.glob("*.safetensors"):
         after |= load_file(shard)
     for name, tensor in before.items():

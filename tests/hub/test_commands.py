@@ -15,8 +15,6 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 
 from qmoe_format import convert
-from qmoe_format.checkpoints import checkpoint as checkpoint_module
-from qmoe_format.hub import checkpoints
 from tests.conftest import Outcome
 from tests.hub_server import TOKEN, Hub
 from tests.tiny_models import save_model
@@ -42,10 +40,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def file(checkpoint: Path) -> Path:
     return convert(checkpoint, checkpoint.parent / "m.qmoe")
-
-
-def test_what_is_fetched_is_what_is_read() -> None:
-    assert checkpoints.WEIGHT_FILES == checkpoint_module.WEIGHT_FILES
 
 
 def test_convert(qmoe: Run, hub: Hub, checkpoint: Path, file: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from qmoe_format import QMoEFile, gpu
 from qmoe_format.gpu.device_stack import DeviceStack
-from qmoe_format.runtime.experts import experts_forward
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
 from qmoe_format.runtime.tuning import Tuning
@@ -94,7 +93,7 @@ def test_few_tokens_take_one_call_per_stack(
     index[-1, -1] = EXPERTS - 1
     with torch.no_grad():
         want = reference(x, index, weights)
-        y = experts_forward(layer, to_gpu(x), to_gpu(index), to_gpu(weights))
+        y = layer(to_gpu(x), to_gpu(index), to_gpu(weights))
     torch.testing.assert_close(y.as_subclass(torch.Tensor), want, rtol=1e-4, atol=1e-5)
     assert calls == ["expert_matvec"] * (len(layer.compressed.inputs) + 1)
 
@@ -106,7 +105,7 @@ def test_experts_that_do_not_exist_are_left_out(file: QMoEFile, dense: Dense, ca
     index[1], index[2, 0] = EXPERTS, EXPERTS
     with torch.no_grad():
         want = reference(x, index, weights)
-        y = experts_forward(layer, to_gpu(x), to_gpu(index), to_gpu(weights))
+        y = layer(to_gpu(x), to_gpu(index), to_gpu(weights))
     torch.testing.assert_close(y.as_subclass(torch.Tensor), want)
 
 
@@ -160,7 +159,7 @@ class TestOnAGpu:
         layer, reference = family(file, dense)
         x, (index, weights) = random(tokens, HIDDEN).to(dtype), routing(tokens)
         given = x.cuda().requires_grad_(recording)
-        y = experts_forward(layer.cuda(), given, index.cuda(), weights.cuda())
+        y = layer.cuda()(given, index.cuda(), weights.cuda())
         want = reference(x.float(), index, weights)
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype] * want.abs().max()
         assert (y.detach().cpu().float() - want).abs().max() <= tolerance

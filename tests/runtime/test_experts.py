@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig, SwitchTransformersConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -18,9 +19,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from qmoe_format import QMoEFile
-from qmoe_format.runtime.experts import CompressedExperts, experts_forward
+from qmoe_format.checkpoints.families import expert_layers
+from qmoe_format.runtime.experts import CompressedExperts
 from qmoe_format.runtime.lazy_stack import LazyStack
-from qmoe_format.runtime.switch import SwitchExperts
 from qmoe_format.runtime.tuning import Tuning
 from tests.refusals import refusal
 from tests.runtime.files import EXPERTS, HIDDEN, INNER, Dense, random
@@ -33,6 +34,18 @@ def compressed(file: QMoEFile, *inputs: str, **tuning: int) -> CompressedExperts
     return CompressedExperts(stacks, LazyStack(file, "down"), Tuning(**tuning))
 
 
+def install(module: nn.Module, config: Any, experts: CompressedExperts) -> None:
+    """Let a module of transformers compute with compressed experts."""
+    model = nn.Module()
+    model.experts, model.config = module, config
+    (layer,) = expert_layers(model)
+
+    def forward(x: Tensor, index: Tensor, weights: Tensor, *biases: Tensor) -> Tensor:
+        return experts.forward(x, index, weights, lambda y: layer.hidden([y]), *biases)
+
+    layer.install(model, experts, forward)
+
+
 def mixtral(file: QMoEFile, dense: Dense, **tuning: int) -> tuple[Any, Any]:
     """A layer of Mixtral with two stacks for gate and up, and the dense one."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
@@ -40,8 +53,7 @@ def mixtral(file: QMoEFile, dense: Dense, **tuning: int) -> tuple[Any, Any]:
     layer, reference = MixtralExperts(config), MixtralExperts(config)
     reference.gate_up_proj.data = torch.cat([dense["gate"], dense["up"]], dim=1)
     reference.down_proj.data = dense["down"]
-    del layer.gate_up_proj, layer.down_proj
-    layer.compressed = compressed(file, "gate", "up", **tuning)
+    install(layer, config, compressed(file, "gate", "up", **tuning))
     return layer, reference
 
 
@@ -55,8 +67,7 @@ def gpt_oss(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
     for name, shape in (("gate_up_proj_bias", 2 * INNER), ("down_proj_bias", HIDDEN)):
         bias = random(EXPERTS, shape, seed=7)
         getattr(layer, name).data, getattr(reference, name).data = bias, bias.clone()
-    del layer.gate_up_proj, layer.down_proj
-    layer.compressed = compressed(file, "gate_up")
+    install(layer, config, compressed(file, "gate_up"))
     return layer, reference
 
 
@@ -75,7 +86,7 @@ def test_like_transformers(
     layer, reference = family(file, dense)
     x, (index, weights) = random(tokens, HIDDEN), routing(tokens)
     with torch.no_grad():
-        y, want = experts_forward(layer, x, index, weights), reference(x, index, weights)
+        y, want = layer(x, index, weights), reference(x, index, weights)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
 
 
@@ -83,16 +94,14 @@ def test_like_transformers(
 def test_any_number_of_pairs_at_a_time(file: QMoEFile, dense: Dense, pairs: int) -> None:
     layer, reference = mixtral(file, dense, pairs=pairs)
     x, (index, weights) = random(90, HIDDEN), routing(90)
-    torch.testing.assert_close(
-        experts_forward(layer, x, index, weights), reference(x, index, weights)
-    )
+    torch.testing.assert_close(layer(x, index, weights), reference(x, index, weights))
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_bfloat16(file: QMoEFile, dense: Dense, tokens: int) -> None:
     layer, reference = mixtral(file, dense)
     x, (index, weights) = random(tokens, HIDDEN).bfloat16(), routing(tokens)
-    y = experts_forward(layer, x, index, weights)
+    y = layer(x, index, weights)
     assert y.dtype == torch.bfloat16
     want = reference(x.float(), index, weights)
     assert (y - want).abs().max() <= 0.02 * want.abs().max()
@@ -103,9 +112,9 @@ def test_gradients_of_tokens_and_of_the_routing(file: QMoEFile, dense: Dense, to
     layer, reference = gpt_oss(file, dense)
     index, weights = routing(tokens)
     results = []
-    for module, forward in ((layer, experts_forward), (reference, GptOssExperts.forward)):
+    for module in (layer, reference):
         x, w = random(tokens, HIDDEN).requires_grad_(), weights.clone().requires_grad_()
-        y = forward(module, x, index, w)
+        y = module(x, index, w)
         grads = torch.autograd.grad(
             y, [x, w, module.gate_up_proj_bias, module.down_proj_bias], random(*y.shape, seed=3)
         )
@@ -119,16 +128,16 @@ def test_experts_that_do_not_exist_are_left_out(file: QMoEFile, dense: Dense) ->
     layer, reference = mixtral(file, dense)
     x, (index, weights) = random(5, HIDDEN), routing(5)
     index[1], index[2, 0] = EXPERTS, EXPERTS
-    y = experts_forward(layer, x, index, weights)
+    y = layer(x, index, weights)
     torch.testing.assert_close(y, reference(x, index, weights))
     assert not y[1].any()
-    assert not experts_forward(layer, x, torch.full_like(index, EXPERTS), weights).any()
+    assert not layer(x, torch.full_like(index, EXPERTS), weights).any()
 
 
-def switch(file: QMoEFile, dense: Dense) -> tuple[SwitchExperts, Any]:
+def switch(file: QMoEFile, dense: Dense) -> tuple[Any, Any]:
     config = SwitchTransformersConfig(d_model=HIDDEN, d_ff=INNER, num_experts=EXPERTS)
-    layer = SwitchExperts(config, compressed(file, "up"))
-    reference = SwitchTransformersExperts(config)
+    layer, reference = SwitchTransformersExperts(config), SwitchTransformersExperts(config)
+    install(layer, config, compressed(file, "up"))
     for e in range(EXPERTS):
         reference[f"expert_{e}"].wi.weight.data = dense["up"][e]
         reference[f"expert_{e}"].wo.weight.data = dense["down"][e]

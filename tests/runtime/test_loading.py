@@ -278,27 +278,26 @@ def test_code_from_the_file_is_not_run(model: Converted, tmp_path: Path) -> None
 
 
 def test_a_family_that_cannot_be_run(model: Converted, tmp_path: Path) -> None:
-    path = rewritten(model.file, tmp_path / "m.qmoe", configured(model_type="llama4_text"))
+    path = rewritten(model.file, tmp_path / "m.qmoe", configured(model_type="jetmoe"))
     message = refusal(lambda: load_model(path), "checkpoint")
-    assert "'llama4_text'" in message
-    assert "mixtral, " in message
+    assert "'jetmoe'" in message
+    assert "its attention has experts" in message
 
 
-@pytest.mark.parametrize(("kind", "code"), [("stack", "not-found"), ("norm", "checkpoint")])
-def test_a_missing_tensor(model: Converted, tmp_path: Path, kind: str, code: str) -> None:
+@pytest.mark.parametrize("kind", ["stack", "norm"])
+def test_a_missing_tensor(model: Converted, tmp_path: Path, kind: str) -> None:
     with qmoe_format.open(model.file) as file:
-        gone = [
-            n
-            for n, entry in file.tensors.items()
-            if (entry.stack if kind == "stack" else kind in n)
-        ][-1]
+        names = [n for n, entry in file.tensors.items() if entry.stack == (kind == "stack")]
+    gone = [name for name in names if kind == "stack" or kind in name][-1]
     path = rewritten(model.file, tmp_path / "m.qmoe", lambda _, tensors: tensors.pop(gone))
-    assert gone in refusal(lambda: load_model(path), code)
+    message = refusal(lambda: load_model(path), "checkpoint")
+    assert (gone.rpartition(".")[0] in message) if kind == "stack" else (gone in message)
 
 
 def test_a_tensor_of_another_shape(model: Converted, tmp_path: Path) -> None:
     path = rewritten(model.file, tmp_path / "m.qmoe", configured(vocab_size=50))
-    assert "mismatched" in refusal(lambda: load_model(path), "checkpoint")
+    message = refusal(lambda: load_model(path), "checkpoint")
+    assert "has shape [71, 64], but by config.json its shape is [50, 64]" in message
 
 
 @pytest.mark.parametrize(
@@ -320,7 +319,8 @@ def test_stacks_in_each_others_place(
         tensors[names[place]] = tensors[names[taken]]
 
     path = rewritten(model.file, tmp_path / "m.qmoe", change)
-    assert "but by config.json experts are" in refusal(lambda: load_model(path), "checkpoint")
+    message = refusal(lambda: load_model(path), "checkpoint")
+    assert "incomplete" in message or "there twice" in message
 
 
 @pytest.mark.parametrize("layers", [1, 3, 10**9, "two"])
@@ -329,9 +329,7 @@ def test_another_number_of_layers(model: Converted, tmp_path: Path, layers: obje
         config = json.loads(file.attachment("config.json"))
     key = "num_layers" if "num_layers" in config else "num_hidden_layers"
     path = rewritten(model.file, tmp_path / "m.qmoe", configured(**{key: layers}))
-    assert f"config.json {key!r} is {layers!r}" in refusal(
-        lambda: load_model(path), "checkpoint"
-    ).replace("config.json: ", "config.json ")
+    assert str(path) in refusal(lambda: load_model(path), "checkpoint")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
@@ -343,11 +341,11 @@ def test_stacks_and_tensors_beyond_the_last_layer_are_left_out(
     converted: Callable[[str], Converted], tmp_path: Path
 ) -> None:
     """Such as those of multi-token prediction."""
-    file = converted("deepseek_v3").file
+    file = converted("mixtral").file
     with qmoe_format.open(file) as opened:
         layers = json.loads(opened.attachment("config.json"))["num_hidden_layers"]
-    path = rewritten(file, tmp_path / "m.qmoe", configured(num_hidden_layers=layers - 1))
-    loaded = load_model(path)
+    fewer = configured(num_hidden_layers=layers - 1, num_nextn_predict_layers=1)
+    loaded = load_model(rewritten(file, tmp_path / "m.qmoe", fewer))
     assert len(loaded.model.layers) == layers - 1
     assert logits(loaded).isfinite().all()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,20 @@ class SwitchLayer(ExpertLayer):
         self.module.clear()
 
 
+@contextmanager
+def _empty_modules() -> Iterator[None]:
+    """Spare the experts' modules: a Switch-C has 300,000 of them, half a minute of work."""
+    from transformers.models.switch_transformers import modeling_switch_transformers as modeling
+
+    experts: Any = modeling.SwitchTransformersExperts
+    original = experts.__init__
+    experts.__init__ = lambda self, config: nn.ModuleDict.__init__(self)
+    try:
+        yield
+    finally:
+        experts.__init__ = original
+
+
 def _pass_through(block: Any, hidden: Tensor, *arguments: Any, **_: Any) -> Any:
     """The first block computes the position bias, which each block hands to the next."""
     bias = arguments[1]
@@ -65,6 +80,7 @@ def _pass_through(block: Any, hidden: Tensor, *arguments: Any, **_: Any) -> Any:
 FAMILY = Family(
     model_types=("switch_transformers",),
     layer=SwitchLayer,
+    building=_empty_modules,
     pass_through=_pass_through,
     kept=("block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
     settings={"expert_capacity": 2**31 - 1},  # calibration drops no token
