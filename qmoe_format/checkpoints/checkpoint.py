@@ -26,6 +26,10 @@ from qmoe_format.hub.checkpoints import WEIGHT_FILES
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OTHER_FILES = (
+    "give the folder with config.json and the weights, as safetensors or .bin; GGUF files cannot be "
+    "converted, but what they were made from can"
+)
 _DOWNLOAD = "download the checkpoint again"
 
 
@@ -199,11 +203,20 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             unreadable or of a type that transformers does not know.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise QMoEError("argument", f"{folder}: is a file, not a folder", _OTHER_FILES)
     if not folder.is_dir():
         raise QMoEError(
             "not-found", f"{folder}: no such folder", "give one with config.json and the weights"
         )
     config = _read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "qmoe":
+        raise QMoEError(
+            "checkpoint",
+            f"{folder}: its experts are compressed already",
+            f"use the .qmoe file in it, {quantization.get('file')}, or convert the original",
+        )
     paths, listed = _weight_files(folder)
     shards = [open_shard(path) for path in paths]
     tensors: dict[str, TensorInfo] = {}

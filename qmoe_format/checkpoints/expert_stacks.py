@@ -239,6 +239,12 @@ def find_layers(
         QMoEError: ``checkpoint`` if there are none, if one is missing or extra, if those of a stack
             differ in shape, or if a tensor looks like an expert's but is not.
     """
+    if not layers:
+        raise QMoEError(
+            "checkpoint",
+            f"a model of type {names.model.config.model_type!r} has no experts by its config.json",
+            "give a mixture-of-experts model, of a type in `qmoe families`",
+        )
     places = Places(names, layers)
     found: list[tuple[Place, ExpertStack]] = []
     members: dict[str, dict[int, TensorInfo]] = defaultdict(dict)
@@ -278,10 +284,6 @@ def group(
             "checkpoint",
             f"experts are missing: there are none for {missing[0]!r}{instead}",
             f"{_DOWNLOAD}, or save the model with transformers",
-        )
-    if not by_path:
-        raise QMoEError(
-            "checkpoint", "this model has no experts", "give a mixture-of-experts model"
         )
     return tuple(
         sorted(

@@ -144,6 +144,17 @@ def test_no_such_folder(tmp_path: Path) -> None:
     refusals.refusal(lambda: open_checkpoint(tmp_path / "nowhere"), "not-found")
 
 
+def test_a_file_is_no_folder(switch: Make) -> None:
+    weights = switch() / "model.safetensors"
+    said = refusals.refusal(lambda: open_checkpoint(weights), "argument")
+    assert "GGUF files cannot be converted" in said
+
+
+def test_a_folder_of_compressed_experts(switch: Make) -> None:
+    quantization = {"quant_method": "qmoe", "file": "experts.qmoe"}
+    assert "experts.qmoe" in refusal(switch(config={"quantization_config": quantization}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff\xfe", '{"a":' * 100_000])
 def test_config_that_is_no_json(switch: Make, text: str) -> None:
     folder = switch()

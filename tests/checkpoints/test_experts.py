@@ -325,7 +325,7 @@ def test_one_tensor_that_is_wrong(
 
 def test_a_model_without_experts(write: Write) -> None:
     dense = {**_TEXT, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    assert "this model has no experts" in refusal(write(dense))
+    assert "'llama' has no experts" in refusal(write(dense))
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,9 @@ def test_tables_are_as_transformers_computes_them(model_type: str) -> None:
     for name, buffer in fresh.named_buffers():
         if name not in persistent:
             assert torch.equal(tables[name], buffer), name
+
+
+def test_attention_of_another_machine(tmp_path: Path) -> None:
+    raw = {**MIXTRAL, "attn_implementation": "flash_attention_2"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert build(load_config(tmp_path, raw)).config._attn_implementation == "sdpa"
