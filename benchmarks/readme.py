@@ -164,6 +164,15 @@ def conversions(found: list[dict[str, Any]]) -> str:
     return table("checkpoint | GB | largest tensor, GB | peak memory, GB", rows)
 
 
+def native_formats(formats: dict[str, Any]) -> str:
+    """Speed of decoding them."""
+    rows = [
+        [name, f"{found['weights_per_second'] / 1e9:.2f}", f"{found['vs_bf16']:.2f} ×"]
+        for name, found in formats.items()
+    ]
+    return table("format | 10⁹ weights/s | vs. bf16", rows)
+
+
 def scale(run: dict[str, Any]) -> str:
     """Speed and memory of the recipes on experts of large models."""
     rows = [
@@ -246,7 +255,7 @@ def all_figures() -> str:
     """The text of benchmarks/README.md."""
     codec, opening, memory, quantize = map(load, ("codec", "opening", "convert_memory", "quantize"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
-    kernels = load("products")["results"]
+    native, kernels = load("native_formats"), load("products")["results"]
     choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
@@ -286,9 +295,15 @@ Opening a file and reading one of 2048 experts takes {opened:.1f} ms. It touches
 index, that expert and its dictionary (`python -m benchmarks.opening`).
 
 Peak memory of conversions, including mapped pages of files (`python -m benchmarks.convert_memory`);
-the first three are by rounding, the others by a calibrated recipe:
+those with a recipe's name are calibrated, the others by rounding:
 
 {conversions(memory["results"])}
+
+Reading quantized checkpoints: a matrix of 2048 × 7168 from a warm page cache to float32, on one
+core, compared with bf16 in the same run (`python -m benchmarks.native_formats`). Much of either is
+the time of touching new memory.
+
+{native_formats(native["formats"])}
 
 ## Quantizer
 
