@@ -82,9 +82,6 @@ def _settings(
     """What was asked for; the text by its hash."""
     asked = asdict(calibration)
     del asked["text"], asked["device"]
-    for option in ("all_experts", "parse_special_tokens"):
-        if not asked[option]:
-            del asked[option]  # files are as they were before there was this option
     length = calibration.sequence_length or default_sequence_length(checkpoint.config)
     return {
         "recipe": options.chosen_recipe.name,

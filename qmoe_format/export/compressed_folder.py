@@ -56,6 +56,23 @@ def read_config(file: QMoEFile) -> dict[str, Any]:
     return config
 
 
+def read_float_config(file: QMoEFile) -> dict[str, Any]:
+    """Likewise, of a file whose weights are experts or floats: such a folder has no others.
+
+    Raises:
+        QMoEError: ``argument`` for a file with other weights; and as ``read_config``.
+    """
+    config = read_config(file)
+    if b'"quantization_config"' in file.attachment(CONFIG_FILE):
+        raise QMoEError(
+            "argument",
+            f"{file.path}: weights other than those of experts are quantized, which a folder with "
+            "compressed experts cannot hold",
+            "unpack the file without --compressed, or convert the model without --keep-native",
+        )
+    return config
+
+
 def marked_config(config: Mapping[str, Any]) -> bytes:
     """The text of ``config.json`` in such a folder, from the model's."""
     marks = {

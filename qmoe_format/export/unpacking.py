@@ -23,7 +23,12 @@ from qmoe_format.container.attachment_files import file_path
 from qmoe_format.container.entries import TensorEntry
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.export import compressed_folder, safetensors_writer
-from qmoe_format.export.compressed_folder import CONFIG_FILE, DENSE_FILE, EXPERTS_FILE, read_config
+from qmoe_format.export.compressed_folder import (
+    CONFIG_FILE,
+    DENSE_FILE,
+    EXPERTS_FILE,
+    read_float_config,
+)
 from qmoe_format.export.safetensors_writer import OutputTensor
 from qmoe_format.machine import cores
 from qmoe_format.progress import Counter, Progress
@@ -49,9 +54,10 @@ def unpack(
 
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``argument`` if ``folder`` exists and is
-            not empty; ``duplicate`` if two tensors or files would have one name; ``not-found`` if
-            the folder above does not exist, or ``config.json`` is needed and not attached;
-            ``checkpoint`` if it is needed and is not JSON; ``io``.
+            not empty, or if it would have compressed experts and other quantized weights;
+            ``duplicate`` if two tensors or files would have one name; ``not-found`` if the folder
+            above does not exist, or ``config.json`` is needed and not attached; ``checkpoint`` if
+            it is needed and is not JSON; ``io``.
 
     Example:
         >>> import tempfile
@@ -75,7 +81,7 @@ def unpack(
         total = sum(tensor.nbytes for tensor in tensors)
         changed = {}
         if compressed:
-            changed[CONFIG_FILE] = compressed_folder.marked_config(read_config(file))
+            changed[CONFIG_FILE] = compressed_folder.marked_config(read_float_config(file))
             total += sum(entry.stored_bytes for entry in file.tensors.values() if entry.stack)
         counter = Counter(progress, total)
         with _new_folder(folder) as unfinished:

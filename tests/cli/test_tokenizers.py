@@ -141,7 +141,7 @@ def test_special_tokens_in_calibration_text(qmoe: Run, tmp_path: Path) -> None:
         assert warned == (not recorded)
         with qmoe_format.open(file) as opened:
             settings = read_report(opened)["settings"]
-        recorded.append(settings.get("parse_special_tokens"))
-    assert recorded == [None, True]
+        recorded.append(settings["parse_special_tokens"])
+    assert recorded == [False, True]
     done = qmoe("eval", file, "--text", tmp_path / "chat.jsonl")
     assert (done.code, done.err) == (0, "")

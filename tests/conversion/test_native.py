@@ -39,7 +39,7 @@ def to_fp8(folder: Path) -> None:
     """Every linear layer in FP8 with a scale for each block, as DeepSeek-V3 is published."""
 
     def stored(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        if not name.endswith("proj.weight"):
+        if not name.endswith("proj.weight") or weight.ndim != 2:
             yield name, weight
             return
         rows, columns = (-(-side // BLOCK) for side in weight.shape)
@@ -169,6 +169,21 @@ def test_what_is_no_expert_can_stay_as_it_is(tmp_path: Path, qmoe: Run) -> None:
             for name in (plain.name, "kept.qmoe")
         ]
     assert logits[0].equal(logits[1])
+
+
+def test_kept_where_the_part_for_language_says_how_it_is_quantized(tmp_path: Path) -> None:
+    to_fp8(folder := save_model(tmp_path / "model", "qwen3_vl_moe"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    file = qmoe_format.convert(folder, tmp_path / "m.qmoe", keep_native=True, threads=1)
+    kept = json.loads((qmoe_format.unpack(file, tmp_path / "out") / "config.json").read_text())
+    assert "quantization_config" not in kept
+    experts = kept["text_config"]["quantization_config"]["modules_to_not_convert"]
+    assert experts == [f"model.language_model.layers.{block}.mlp.experts" for block in range(2)]
+    for name, weights in original(tmp_path / "out").items():
+        if ".experts." not in name:
+            assert weights.equal(original(folder)[name]), name
 
 
 def test_a_stale_quantization_config_is_dropped(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_without_a_configuration(tmp_path: Path) -> None:
         assert not list(tmp_path.glob(".*"))
 
 
+def test_other_weights_that_are_quantized(tmp_path: Path) -> None:
+    """Transformers would take their codes for numbers."""
+    with qmoe_format.Writer(tmp_path / "m.qmoe") as writer:
+        writer.add_attachment("config.json", b'{"quantization_config": {"quant_method": "fp8"}}')
+    call = partial(unpack, tmp_path / "m.qmoe", tmp_path / "folder", compressed=True)
+    assert "--keep-native" in refusal(call, "argument")
+    assert not (tmp_path / "folder").exists()
+    unpack(tmp_path / "m.qmoe", tmp_path / "folder")
+
+
 def test_names_that_would_collide(tmp_path: Path) -> None:
     def tensor(writer: Any) -> None:
         writer.add_tensor("__metadata__", np.zeros(1, np.float32), "F32")

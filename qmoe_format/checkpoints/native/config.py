@@ -23,11 +23,12 @@ def without_experts(config: Mapping[str, Any], experts: Sequence[str]) -> dict[s
     Args:
         experts: names of modules.
     """
-    changed = dict(config)
-    quantization = dict(config["quantization_config"])
-    key = _EXCEPT.get(quantization.get("quant_method", ""), "modules_to_not_convert")
-    quantization[key] = [*(quantization.get(key) or ()), *experts]
-    return changed | {"quantization_config": quantization}
+    quantization, text = config.get("quantization_config"), config.get("text_config")
+    if quantization:
+        key = _EXCEPT.get(quantization.get("quant_method", ""), "modules_to_not_convert")
+        changed = {**quantization, key: [*(quantization.get(key) or ()), *experts]}
+        return {**config, "quantization_config": changed}
+    return {**config, "text_config": without_experts(text, experts)} if text else dict(config)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
