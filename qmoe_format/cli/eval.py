@@ -80,9 +80,8 @@ def run(options: argparse.Namespace) -> None:
     )
     original = None
     if options.against:
-        original = load_original(options.against, model.dtype, options.trust_remote_code).to(
-            model.device
-        )
+        original = load_original(options.against, model.dtype, options.trust_remote_code)
+        original = models.text_part(original).to(model.device)
     with ProgressLine("eval", "tokens") as progress:
         result = evaluate(model, batches, against=original, progress=progress)
     print(json.dumps(_report(result)) if options.json else "\n".join(_tables(result)))

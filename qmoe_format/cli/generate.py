@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
+    from qmoe_format.checkpoints.model import running
+
     class Streamer(TextStreamer):  # type: ignore[misc] # transformers is not followed
         """Counts tokens, and notes when the first one was generated."""
 
@@ -80,12 +82,15 @@ def run(options: argparse.Namespace) -> None:
     defaults = model.generation_config
     if options.max_new_tokens or not (defaults.max_new_tokens or defaults.max_length):
         settings["max_new_tokens"] = options.max_new_tokens or NEW_TOKENS
+    if defaults.eos_token_id is None:
+        settings["eos_token_id"] = tokenizer.eos_token_id
     if options.temperature is not None:
         settings |= {"do_sample": True, "temperature": options.temperature}
     torch.manual_seed(options.seed or 0)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
-    model.generate(**encoded, **settings, streamer=streamer)
+    with running("compressed"):
+        model.generate(**encoded, **settings, streamer=streamer)
     if sys.stderr.isatty():
         seconds = time.perf_counter() - streamer.first_at
         rate = (streamer.tokens - 1) / seconds if streamer.tokens > 1 else 0

@@ -26,7 +26,7 @@ def require_transformers() -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The tokenizer and the compressed model of ``options.file``."""
+    """The tokenizer and the compressed model of ``options.file``, or its part for text."""
     require_transformers()
     import torch
 
@@ -38,7 +38,12 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     trusted = options.trust_remote_code
     tokenizer = load_tokenizer(options.file, trust_remote_code=trusted)
     model = load_model(options.file, device=options.device, dtype=dtype, trust_remote_code=trusted)
-    return tokenizer, model
+    return tokenizer, text_part(model)
+
+
+def text_part(model: Any) -> Any:
+    """What reads and writes text in a model; of all but Qwen3-Omni, which also speaks, all."""
+    return getattr(model, "thinker", model)
 
 
 def check_original(folder: Path, path: Path, trust_remote_code: bool) -> None:

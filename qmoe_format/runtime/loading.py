@@ -94,7 +94,7 @@ def load_original(
 
     Args:
         folder: with ``config.json`` and weights.
-        dtype: of all weights; they are rounded to it once.
+        dtype: of all weights but those that transformers keeps in float32; they are rounded once.
         trust_remote_code: run Python code in the folder, if the configuration needs that.
 
     Returns:
@@ -109,8 +109,9 @@ def load_original(
 
         def weights(name: str) -> torch.Tensor:
             packed = checkpoint.packed.get(name)
-            tensor = packed.decode(checkpoint.read_stored) if packed else checkpoint.read(name)
-            return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+            if packed:
+                return packed.decode(checkpoint.read_stored).to(dtype)
+            return checkpoint.read(name).clone()  # some stay in float32, as transformers knows
 
         try:
             model = model_class(config).from_pretrained(

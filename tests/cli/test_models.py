@@ -80,6 +80,18 @@ def test_eval_against_the_original(qmoe: Run, file: Path, checkpoint: Path, text
     assert all(name in shown for name in found["output_errors"])
 
 
+def test_a_model_that_speaks_has_a_part_for_text(qmoe: Run, text: Path, tmp_path: Path) -> None:
+    checkpoint = save_model(tmp_path / "checkpoint", "qwen3_omni_moe")
+    file = convert(checkpoint, tmp_path / "m.qmoe")
+    outcome = qmoe("generate", file, PROMPT, "--max-new-tokens", "3")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.strip()
+    outcome = qmoe("eval", file, "--text", text, "--against", checkpoint, "--json")
+    assert outcome.code == 0, outcome.err
+    errors = json.loads(outcome.out)["output_errors"]
+    assert list(errors) == [f"model.language_model.layers.{block}.mlp.experts" for block in (0, 1)]
+
+
 def test_eval_alone(qmoe: Run, file: Path, text: Path) -> None:
     arguments = ["eval", file, "--text", text, "--samples", "2", "--sequence-length", "24"]
     found = json.loads(qmoe(*arguments, "--json").out)

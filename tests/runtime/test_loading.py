@@ -19,6 +19,7 @@ from transformers import (
 import qmoe_format
 from qmoe_format import load_model, load_tokenizer
 from qmoe_format.container.reader import QMoEFile
+from qmoe_format.runtime.loading import load_original
 from tests.refusals import refusal
 from tests.runtime.conftest import Converted
 from tests.runtime.models import PADDED, from_pretrained, generated, logits
@@ -74,6 +75,18 @@ def test_everything_but_experts_is_loaded_and_nothing_else_is_kept(model: Conver
     expected = from_pretrained(model.dense).state_dict()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_original_is_what_transformers_loads(tmp_path: Path) -> None:
+    """It keeps some weights, such as a router's bias, in float32."""
+    folder = save_model(tmp_path / "model", "deepseek_v3", torch.float32)
+    found = load_original(folder, torch.bfloat16).state_dict()
+    expected = from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16, torch.float32}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert tensor.equal(found[name]), name
 
 
 def test_nothing_of_an_expert_is_read_before_a_token_goes_there(
