@@ -54,7 +54,7 @@ def convert_calibrated(
     batches = _read_batches(
         checkpoint, options, lambda number: counter.enter(f"read text, document {number:,}")
     )
-    check_passthrough(checkpoint)
+    check_passthrough(checkpoint, options.keep_native)
     fingerprint = settings | _environment(checkpoint, options, resources)
     work = Work(destination, fingerprint, resume=options.resume, overwrite=options.overwrite)
     with work, torch_threads(resources.threads):

@@ -18,12 +18,25 @@ if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint
 
 
-def check_passthrough(checkpoint: Checkpoint, chunk_elements: int = 1 << 20) -> None:
+def check_passthrough(
+    checkpoint: Checkpoint, keep_native: bool = False, *, chunk_elements: int = 1 << 20
+) -> None:
     """Refuse NaN and infinity in tensors that are not experts.
 
     Raises:
-        QMoEError: ``value``.
+        QMoEError: ``value``; ``argument`` for quantized ones that would be kept without a word in
+            ``config.json``.
     """
+    from qmoe_format.checkpoints.native.quantization import Quantization
+
+    kept = keep_native and any(name in checkpoint.packed for name in checkpoint.others)
+    if kept and not Quantization(checkpoint.config).settings:
+        raise QMoEError(
+            "argument",
+            f"{checkpoint.folder}: what is kept of its quantized weights could not be loaded, for "
+            "config.json has no quantization_config",
+            "leave out --keep-native",
+        )
     for name in checkpoint.others:
         tensor = checkpoint.read(name)
         if not tensor.is_floating_point():

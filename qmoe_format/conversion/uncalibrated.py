@@ -31,7 +31,7 @@ def convert_uncalibrated(
     """Convert a checkpoint; see ``convert``."""
     counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
     with Writer(destination, shard_bytes=options.shard_bytes) as writer:
-        check_passthrough(checkpoint)
+        check_passthrough(checkpoint, options.keep_native)
         write_passthrough(checkpoint, writer, counter, options.keep_native)
         for stack in checkpoint.stacks:
             with begin_stack(writer, stack) as experts:

@@ -186,6 +186,22 @@ def test_kept_where_the_part_for_language_says_how_it_is_quantized(tmp_path: Pat
             assert weights.equal(original(folder)[name]), name
 
 
+def test_what_config_json_does_not_mention_is_not_kept(
+    tmp_path: Path, qmoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older checkpoints of ModelOpt have a file of its own for that."""
+    monkeypatch.setattr(f"{__name__}.BLOCK", 8)
+    to_fp8(folder := save_model(tmp_path / "model", "deepseek_v3"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = qmoe("convert", folder, tmp_path / "m.qmoe", "--keep-native")
+    assert done.code == 1
+    assert "--keep-native" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert qmoe("convert", folder, tmp_path / "m.qmoe").code == 0
+
+
 def test_a_stale_quantization_config_is_dropped(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "deepseek_v3")
     rewrite(folder, {"quant_method": "fp8"}, load_file(folder / "model.safetensors"))

@@ -48,5 +48,5 @@ def test_others(switch: Make, dtype: torch.dtype, wrong: float) -> None:
             state["shared.weight"] = values.to(dtype)
 
         with open_checkpoint(switch(change, name=f"at-{place}")) as checkpoint:
-            said = refusal(lambda: check_passthrough(checkpoint, 3), "value")
+            said = refusal(lambda: check_passthrough(checkpoint, chunk_elements=3), "value")
             assert "tensor 'shared.weight': an element is NaN or infinite" in said
