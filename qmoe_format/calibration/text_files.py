@@ -90,9 +90,9 @@ def _read_parquet(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[Row]
                 for values in batch.to_pylist():
                     row += 1
                     yield f"{path}, row {row}", values
-    except QMoEError:
-        raise
-    except ValueError as error:  # such as pyarrow's ArrowInvalid
+    except Exception as error:  # pyarrow's own, or Python's for a value that it does not have
+        if isinstance(error, QMoEError | MemoryError) or getattr(error, "errno", None):
+            raise
         raise QMoEError(
             "argument", f"{path}: not a parquet file of text ({error})", "download it again"
         ) from error

@@ -24,13 +24,13 @@ def find_attachments(folder: Path, *, code: bool = False) -> list[Path]:
         code: also the Python files that ``auto_map`` entries name.
 
     Raises:
-        QMoEError: ``checkpoint`` for a file that cannot be attached: it is a link to nothing or a
-            pointer of Git LFS, it is too large, or its name has other characters than that of an
-            attachment may have.
+        QMoEError: ``checkpoint`` for a file that cannot be attached: it is a link to nothing, a
+            pipe, a device or a pointer of Git LFS, it is too large, or its name has other
+            characters than that of an attachment may have.
     """
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
     found = [path for path in paths if is_attached(path.relative_to(folder))]
-    found = [path for path in found if path.is_file() or not path.exists()]  # or a link to nothing
+    found = [path for path in found if not path.is_dir()]
     found += code_files(folder) if code else []
     for path in sorted(found):
         _check(path)
@@ -75,6 +75,8 @@ def _check(path: Path) -> None:
             "rename or move it",
         ) from error
     check_not_pointer(path)
+    if not path.is_file():  # reading a pipe or a device might not end
+        raise wrong("not an ordinary file", "remove it")
     if path.stat().st_size > MAX_BYTES:
         raise wrong(
             f"{path.stat().st_size:,} bytes are too many for a configuration or tokenizer file",

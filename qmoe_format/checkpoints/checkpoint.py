@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OTHER_FILES = (
-    "give the folder with config.json and the weights, as safetensors or .bin; GGUF files cannot be "
-    "converted, but what they were made from can"
+    "give the folder with config.json and the weights, as safetensors or .bin; GGUF files cannot "
+    "be converted, but what they were made from can"
 )
 _DOWNLOAD = "download the checkpoint again"
 
@@ -261,12 +261,13 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # reading a pipe or a device might not end
+        problem = "not a file" if path.exists() else "missing"
+        raise QMoEError(
+            "checkpoint", f"{path}: {problem}", "give the folder of a Hugging Face checkpoint"
+        )
     try:
         value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise QMoEError(
-            "checkpoint", f"{path}: missing", "give the folder of a Hugging Face checkpoint"
-        ) from error
     except (ValueError, RecursionError) as error:
         raise QMoEError("checkpoint", f"{path}: not JSON ({error})", _DOWNLOAD) from error
     if not isinstance(value, dict):

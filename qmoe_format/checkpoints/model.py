@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from transformers.models.auto import modeling_auto
 from qmoe_format.checkpoints.families import family_for
 from qmoe_format.checkpoints.registry import ALIASES, check_supported
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import out_of_memory
 
 MAX_COUNT = 1 << 12
-"""Of layers, or of experts in one: no model has more, and building such a model might not end."""
+"""Of layers, or of parts of one: no model has more, and building such a model might not end."""
 
-_COUNT = re.compile(r"(.*_)?(num|n)_(.*_)?(layers?|experts?)")
+_COUNT = re.compile(r"(.*_)?(layers?|depth|(num|n)_(.*_)?(experts?|groups))")
 _CLASSES = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -51,7 +54,7 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
             f"{name!r}",
             "update transformers, or see the types that convert in `qmoe families`",
         )
-    _check_counts(raw)
+    _check_values(raw)
     try:
         if name != known:
             config = transformers.CONFIG_MAPPING[known].from_dict({**raw, "model_type": known})
@@ -62,6 +65,8 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
                 # Transformers' own class where there is one, whatever ``auto_map`` names.
                 trust_remote_code=trust_remote_code and known not in transformers.CONFIG_MAPPING,
             )
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"its dtype is {config.dtype!r}")
     except Exception as error:  # a wrong config.json can raise anything in transformers
         raise _refused(error) from error
     for each in (config, config.get_text_config()):
@@ -72,18 +77,24 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
     return config
 
 
-def _check_counts(raw: Mapping[str, Any]) -> None:
+def _check_values(raw: Mapping[str, Any]) -> None:
     pending = [raw]
     while pending:
         for key, value in pending.pop().items():
-            if isinstance(value, Mapping):
+            if key == "model_type" and not isinstance(value, str | None):
+                problem = "not a name"
+            elif isinstance(value, Mapping):
                 pending.append(value)
+                continue
             elif _COUNT.fullmatch(key) and isinstance(value, int) and value > MAX_COUNT:
-                raise QMoEError(
-                    "checkpoint",
-                    f"config.json: {key!r} is {value}, which is more than {MAX_COUNT}",
-                    "download it again",
-                )
+                problem = f"more than {MAX_COUNT}"
+            else:
+                continue
+            raise QMoEError(
+                "checkpoint",
+                f"config.json: {key!r} is {shorten(str(value), 500)}, which is {problem}",
+                "download it again",
+            )
 
 
 def model_class(config: Any) -> Any:
@@ -123,6 +134,25 @@ def build(config: Any) -> Any:
         raise _refused(error) from error
 
 
+@contextmanager
+def running(whose: str) -> Iterator[None]:
+    """Say so if transformers cannot run a model that it could build.
+
+    Raises:
+        QMoEError: ``checkpoint``.
+    """
+    try:
+        yield
+    except Exception as error:  # a wrong config.json can raise anything here, too
+        if isinstance(error, QMoEError | OSError) or out_of_memory(error):
+            raise
+        raise QMoEError(
+            "checkpoint",
+            f"transformers cannot run the {whose} model ({shorten(str(error), 500)})",
+            "correct config.json and generation_config.json, or update transformers",
+        ) from error
+
+
 def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
     """Compute the tables in ``module``, a part of ``model``, that no checkpoint has.
 
@@ -147,6 +177,6 @@ def fill_buffers(model: Any, module: nn.Module, device: str) -> None:
 def _refused(error: Exception) -> QMoEError:
     return QMoEError(
         "checkpoint",
-        f"config.json: transformers cannot build this model ({' '.join(str(error).split())})",
+        f"config.json: transformers cannot build this model ({shorten(str(error), 500)})",
         "download it again or update transformers",
     )

@@ -127,6 +127,14 @@ class TorchShard(Shard):
         for name, tensor in self._file.items():
             if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
                 raise self._unknown_dtype(name, f"{tensor.dtype}, {tensor.layout}")
+            # A stride of 0 makes many elements of one, and a tensor on "meta" has none.
+            if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise QMoEError(
+                    "checkpoint",
+                    f"{self.path}: tensor {name!r} has fewer elements than its shape "
+                    f"{list(tensor.shape)}",
+                    "save the model as safetensors",
+                )
             yield name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
 
     def read(self, name: str) -> Tensor:

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
+from qmoe_format.errors import QMoEError, os_errors
+
 if TYPE_CHECKING:
     from qmoe_format.container.reader import QMoEFile
 
@@ -86,16 +88,33 @@ def file_path(name: str) -> PurePosixPath:
     return PurePosixPath(name)
 
 
+def placed(folder: Path, name: str) -> Path:
+    """Where in ``folder`` an attachment belongs; the folder that it is in is made.
+
+    Raises:
+        QMoEError: ``duplicate`` if another attachment has the name of that folder; ``io``.
+    """
+    path = folder / file_path(name)
+    with os_errors(f"cannot write {folder}"):
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise QMoEError(
+                "duplicate", f"{path.parent.name!r} is an attachment, and the folder of others"
+            ) from error
+    return path
+
+
 @contextmanager
 def attached_files(file: QMoEFile) -> Iterator[Path]:
     """A temporary folder with the attachments of ``file``, for ``from_pretrained``.
 
     Raises:
-        QMoEError: the codes of reading.
+        QMoEError: the codes of reading; ``duplicate`` if two would be one file; ``io``.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name in file.attachments:
-            path = Path(folder) / file_path(name)
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(file.attachment(name))
+            path, data = placed(Path(folder), name), file.attachment(name)
+            with os_errors(f"cannot write {path}"):
+                path.write_bytes(data)
         yield Path(folder)

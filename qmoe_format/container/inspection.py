@@ -170,12 +170,17 @@ def describe(file: QMoEFile) -> Report:
 def _read_source(file: QMoEFile) -> SourceSize:
     try:
         found = json.loads(file.attachment(SOURCE_NAME))
-        return SourceSize(
+        size = SourceSize(
             format=str(found["format"]),
             expert_bytes=int(found["expert_bytes"]),
             other_bytes=int(found["other_bytes"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+        if not size["format"].isprintable():
+            raise ValueError("'format' has control characters")
+        if not all(0 <= size[key] < 1 << 63 for key in ("expert_bytes", "other_bytes")):
+            raise ValueError("a number of bytes is out of range")
+        return size
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise QMoEError(
             "malformed",
             f"{file.path}: attachment {SOURCE_NAME!r} does not say how large the source was "

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from qmoe_format import container
 from qmoe_format.atomic_file import sync_folder
-from qmoe_format.container.attachment_files import file_path
+from qmoe_format.container.attachment_files import placed
 from qmoe_format.container.entries import TensorEntry
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.export import compressed_folder, safetensors_writer
@@ -92,9 +92,7 @@ def unpack(
                 safetensors_writer.write_sharded(unfinished, tensors, shard_bytes, counter)
             for name in file.attachments:
                 data = changed.get(name) or file.attachment(name)
-                path = unfinished / file_path(name)
-                path.parent.mkdir(exist_ok=True)
-                safetensors_writer.write_new(path, data)
+                safetensors_writer.write_new(placed(unfinished, name), data)
     return folder
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from qmoe_format.calibration.sequences import Batch
+from qmoe_format.checkpoints.model import running
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter, Progress
 from qmoe_format.runtime.experts import compressed_modules
@@ -72,8 +73,8 @@ def evaluate(
         progress: called after each batch with the number of tokens predicted and to predict.
 
     Raises:
-        QMoEError: ``argument`` if there is nothing to predict; ``value`` if a model predicts NaN;
-            the codes of reading.
+        QMoEError: ``argument`` if there is nothing to predict; ``checkpoint`` if transformers
+            cannot run a model; ``value`` if one predicts NaN; the codes of reading.
     """
     total = sum(int(_targets(batch)[1].sum()) for batch in batches)
     if not total:
@@ -82,7 +83,11 @@ def evaluate(
     rows: list[Tensor] = []
     with _output_errors(model, against) as errors:
         for batch in batches:
-            rows.append(_sums(batch, _logits(model, batch), against and _logits(against, batch)))
+            with running("compressed"):
+                found = _logits(model, batch)
+            with running("original"):
+                expected = against and _logits(against, batch)
+            rows.append(_sums(batch, found, expected))
             counter.add(int(rows[-1][:, 0].sum()))
     tokens, loss, original, kl = torch.cat(rows).unbind(1)
     for whose, sums in (("compressed", loss), ("original", original)):

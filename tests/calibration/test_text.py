@@ -292,6 +292,8 @@ def test_parquet(tmp_path: Path) -> None:
     store(answer=answers, text=[*texts])
     assert list(read_documents(path, "text", "answer")) == list(zip(texts, answers, strict=True))
     assert "not a parquet file" in refusal(write(path, b"PAR1 and so on"))
+    store(text=pyarrow.array([2**31 - 1], pyarrow.date32()))  # later than Python's last day
+    assert "not a parquet file of text" in refusal(path)
 
 
 # --- data sets of the Hub -----------------------------------------------------------------------

@@ -9,7 +9,12 @@ import pytest
 
 import qmoe_format
 from qmoe_format.checkpoints.attachments import find_attachments, tokenizer_code
-from qmoe_format.container.attachment_files import attached_files, attachment_name, file_path
+from qmoe_format.container.attachment_files import (
+    TEMPLATE_FOLDER,
+    attached_files,
+    attachment_name,
+    file_path,
+)
 from tests.refusals import refusal
 
 TRAVEL = [
@@ -123,6 +128,13 @@ def test_names_that_cannot_be_attached(tmp_path: Path) -> None:
     assert "käse.jinja" in refusal(lambda: find_attachments(folder), "checkpoint")
 
 
+def test_a_link_to_a_device(tmp_path: Path) -> None:
+    """Some tokenizers would read it without end."""
+    (tmp_path / "tekken.json").symlink_to("/dev/zero")
+    message = refusal(lambda: find_attachments(tmp_path), "checkpoint")
+    assert "tekken.json: not an ordinary file" in message
+
+
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:
     with (tmp_path / "vocab.txt").open("wb") as file:
         file.truncate((1 << 28) + 1)
@@ -188,3 +200,14 @@ def test_code_travels_if_it_is_asked_for(tmp_path: Path) -> None:
 def test_where_a_tokenizer_is_code(tmp_path: Path, auto_map: object, expected: str | None) -> None:
     write(tmp_path, "tokenizer_config.json", content=json.dumps({"auto_map": auto_map}))
     assert tokenizer_code(tmp_path) == expected
+
+
+def test_an_attachment_with_the_name_of_a_folder(tmp_path: Path) -> None:
+    with qmoe_format.Writer(tmp_path / "m.qmoe") as writer:
+        for name in (TEMPLATE_FOLDER, f"{TEMPLATE_FOLDER}--rag.jinja"):
+            writer.add_attachment(name, b"")
+    with qmoe_format.open(tmp_path / "m.qmoe") as file:
+        message = refusal(lambda: attached_files(file).__enter__(), "duplicate")
+    assert TEMPLATE_FOLDER in message
+    refusal(lambda: qmoe_format.unpack(tmp_path / "m.qmoe", tmp_path / "out"), "duplicate")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.qmoe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,14 @@ def test_no_config(switch: Make) -> None:
     assert "config.json" in refusal(folder)
 
 
+def test_config_that_is_no_file(switch: Make) -> None:
+    """Reading a pipe, or a link to /dev/zero, would not end."""
+    path = switch() / "config.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert "config.json: not a file" in refusal(path.parent)
+
+
 def test_no_weights(switch: Make) -> None:
     folder = switch()
     (folder / "model.safetensors").unlink()
@@ -241,6 +250,14 @@ def test_bin_that_is_no_state_dict(switch: Make, content: object) -> None:
     folder = switch(kind="bin")
     torch.save(content, folder / "pytorch_model.bin")
     assert "pytorch_model.bin" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(1 << 40), torch.empty(1 << 40, device="meta")]
+)
+def test_bin_with_a_tensor_that_is_larger_than_the_file(switch: Make, tensor: Any) -> None:
+    folder = switch(lambda state: state.update(huge=tensor), kind="bin")
+    assert "'huge' has fewer elements than its shape" in refusal(folder)
 
 
 def test_bin_with_code_in_it_is_not_run(switch: Make, tmp_path: Path) -> None:

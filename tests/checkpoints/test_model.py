@@ -59,6 +59,8 @@ def test_a_type_without_a_model_of_language(switch: Make) -> None:
         {"d_model": 0.5},
         {"dense_act_fn": "mish?"},
         {"dtype": "float17"},
+        {"dtype": {}},
+        {"d_model": 10**30},
     ],
 )
 def test_configurations_that_transformers_cannot_build(switch: Make, wrong: dict[str, Any]) -> None:
@@ -72,11 +74,19 @@ def test_configurations_that_transformers_cannot_build(switch: Make, wrong: dict
         ({"num_experts": MAX_COUNT + 1}, "num_experts"),
         ({"moe": {"deep": {"n_routed_experts": 10**30}}}, "n_routed_experts"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"vision_config": {"depth": 10**9}}, "depth"),
+        ({"audio_config": {"encoder_layers": 10**9}}, "encoder_layers"),
+        ({"talker_config": {"num_code_groups": 10**9}}, "num_code_groups"),
     ],
 )
 def test_counts_that_no_model_has(switch: Make, wrong: dict[str, Any], key: str) -> None:
     """Building a model of them would not end."""
     assert f"{key!r} is " in refused(switch(config=wrong))
+
+
+def test_a_type_that_is_no_name(switch: Make) -> None:
+    wrong = {"text_config": {"model_type": {"a": 1}}}
+    assert "'model_type' is {'a': 1}, which is not a name" in refused(switch(config=wrong))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,15 @@ def test_generate_writes_what_the_model_does(qmoe: Run, file: Path) -> None:
     tokens = model.generate(**encoded, max_new_tokens=9)[0]
     new = tokens if model.config.is_encoder_decoder else tokens[encoded.input_ids.shape[1] :]
     assert outcome.out.split() == tokenizer.decode(new, skip_special_tokens=True).split()
+
+
+def test_generate_refuses_settings_of_the_file(qmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"bad_words_ids": 5}')
+    outcome = qmoe("generate", convert(folder, tmp_path / "m.qmoe"), PROMPT)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error[checkpoint]: transformers cannot run the compressed model")
+    assert outcome.err.count("\n") == 1
 
 
 def test_sampling_depends_on_the_seed(qmoe: Run, file: Path) -> None:

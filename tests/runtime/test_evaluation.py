@@ -144,6 +144,18 @@ def test_nan_is_refused(models: tuple[Any, Any, Any, list[Batch]], whose: str) -
     assert f"the {whose} model predicts NaN" in message
 
 
+@pytest.mark.parametrize("whose", ["compressed", "original"])
+def test_a_model_that_cannot_be_run(models: tuple[Any, Any, Any, list[Batch]], whose: str) -> None:
+    original, compressed, _, batches = models
+
+    def fail(module: Any, arguments: Any) -> None:
+        raise RuntimeError("selected index k out of range")
+
+    with (compressed if whose == "compressed" else original).register_forward_pre_hook(fail):
+        message = refusal(lambda: evaluate(compressed, batches, against=original), "checkpoint")
+    assert f"cannot run the {whose} model (selected index k out of range)" in message
+
+
 def test_hooks_do_not_stay(models: tuple[Any, Any, Any, list[Batch]], tmp_path: Path) -> None:
     original, compressed, _, batches = models
     evaluate(compressed, batches, against=original)
