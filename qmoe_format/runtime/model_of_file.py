@@ -10,7 +10,8 @@ import torch
 
 from qmoe_format import container
 from qmoe_format.checkpoints.completeness import check_complete, dense_loads
-from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, Places, group
+from qmoe_format.checkpoints.expert_places import Places
+from qmoe_format.checkpoints.expert_stacks import ExpertStack, LayerStacks, group
 from qmoe_format.checkpoints.families import expert_layers
 from qmoe_format.checkpoints.model import build, load_config
 from qmoe_format.checkpoints.name_map import NameMap
