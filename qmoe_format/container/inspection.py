@@ -22,11 +22,13 @@ class SourceSize(TypedDict):
     Attributes:
         format: of its experts, such as ``fp8``.
         expert_bytes, other_bytes: what tensors took there, with scales.
+        other_weights: that are no experts; the file may hold several in an element, and scales.
     """
 
     format: str
     expert_bytes: int
     other_bytes: int
+    other_weights: int
 
 
 class FormatReport(TypedDict):
@@ -143,6 +145,7 @@ def describe(file: QMoEFile) -> Report:
         source = _read_source(file)
         source_format = source["format"]
         experts["source"], others["source"] = source["expert_bytes"], source["other_bytes"]
+        others["weights"] = source["other_weights"]
     return Report(
         format=FormatReport(version=".".join(map(str, file.version))),
         source_format=source_format,
@@ -174,11 +177,13 @@ def _read_source(file: QMoEFile) -> SourceSize:
             format=str(found["format"]),
             expert_bytes=int(found["expert_bytes"]),
             other_bytes=int(found["other_bytes"]),
+            other_weights=int(found["other_weights"]),
         )
         if not size["format"].isprintable():
             raise ValueError("'format' has control characters")
-        if not all(0 <= size[key] < 1 << 63 for key in ("expert_bytes", "other_bytes")):
-            raise ValueError("a number of bytes is out of range")
+        numbers = size["expert_bytes"], size["other_bytes"], size["other_weights"]
+        if not all(0 <= number < 1 << 63 for number in numbers):
+            raise ValueError("a number is out of range")
         return size
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise QMoEError(

@@ -106,5 +106,6 @@ def _source(checkpoint: Checkpoint) -> bytes:
         format=", ".join(sorted(formats)) or "float",
         expert_bytes=checkpoint.stored_bytes(names),
         other_bytes=checkpoint.stored_bytes(checkpoint.others),
+        other_weights=sum(checkpoint.tensors[name].elements for name in checkpoint.others),
     )
     return json.dumps(size, indent=1).encode() + b"\n"

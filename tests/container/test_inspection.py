@@ -11,7 +11,7 @@ import qmoe_format
 from qmoe_format.container.inspection import SOURCE_NAME, describe
 from tests.refusals import refusal
 
-GOOD = '{"format": "fp8", "expert_bytes": 0, "other_bytes": 40}'
+GOOD = '{"format": "fp8", "expert_bytes": 0, "other_bytes": 40, "other_weights": 12}'
 
 
 def write(path: Path, source: str) -> Path:
@@ -26,6 +26,7 @@ def test_the_size_of_the_source(tmp_path: Path) -> None:
         report = describe(file)
     assert report["source_format"] == "fp8"
     assert report["totals"]["others"]["source_bytes"] == 40
+    assert report["totals"]["others"]["weights"] == 12
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,9 @@ def test_what_is_no_expert_can_stay_as_it_is(tmp_path: Path, qmoe: Run) -> None:
     plain = qmoe_format.convert(folder, tmp_path / "plain.qmoe", threads=1)
     assert qmoe("convert", folder, tmp_path / "kept.qmoe", "--keep-native").code == 0
     assert qmoe("verify", "--model", tmp_path / "kept.qmoe").code == 0
+    with qmoe_format.open(plain) as one, qmoe_format.open(tmp_path / "kept.qmoe") as other:
+        weights = [describe(each)["totals"]["others"]["weights"] for each in (one, other)]
+    assert weights[0] == weights[1]
     unpacked = qmoe_format.unpack(tmp_path / "kept.qmoe", tmp_path / "out")
     before = load_file(folder / "model.safetensors")
     after: dict[str, Tensor] = {}

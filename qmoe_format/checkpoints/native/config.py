@@ -34,7 +34,7 @@ def without_experts(config: Mapping[str, Any], experts: Sequence[str]) -> dict[s
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``config.json`` for a checkpoint in float types."""
     return {
-        key: without_quantization(value) if key == "text_config" else value
+        key: without_quantization(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key != "quantization_config"
     }
