@@ -60,13 +60,15 @@ class QMoEError(ValueError):
         code: one of ``FORMAT_CODES`` or ``LIBRARY_CODES``.
         problem: what is wrong, and where.
         advice: what to do about it; by default that of the format code.
+
+    Both are one line, in which control characters are escaped.
     """
 
     def __init__(self, code: str, problem: str, advice: str = "") -> None:
         assert code in FORMAT_CODES or code in LIBRARY_CODES, f"unknown error code {code!r}"
         self.code = code
-        self.problem = problem
-        self.advice = advice or FORMAT_CODES.get(code, "")
+        self.problem = problem = _printable(problem)
+        self.advice = _printable(advice) or FORMAT_CODES.get(code, "")
         super().__init__(f"{problem}; {self.advice}" if self.advice else problem)
 
     def __reduce__(self) -> tuple[type[QMoEError], tuple[str, str, str]]:
@@ -75,6 +77,12 @@ class QMoEError(ValueError):
     def at(self, where: str) -> QMoEError:
         """The same error, saying where it happened."""
         return QMoEError(self.code, f"{where}: {self.problem}", self.advice)
+
+
+def _printable(text: str) -> str:
+    """Names in a file, and what other libraries say of them, may hold commands to a terminal."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 class QMoEWarning(UserWarning):

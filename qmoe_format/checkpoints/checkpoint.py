@@ -20,6 +20,7 @@ from qmoe_format.checkpoints.native import find_packed
 from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES
 from qmoe_format.checkpoints.weight_files import Shard, open_shard
+from qmoe_format.container.limits import DIMENSIONS
 from qmoe_format.errors import QMoEError
 from qmoe_format.hub.checkpoints import WEIGHT_FILES
 
@@ -222,6 +223,13 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     tensors: dict[str, TensorInfo] = {}
     for number, shard in enumerate(shards):
         for name, dtype, shape in shard.tensors():
+            if len(shape) > DIMENSIONS:
+                raise QMoEError(
+                    "checkpoint",
+                    f"{shard.path}: tensor {name!r} has {len(shape)} dimensions, more than the "
+                    f"{DIMENSIONS} that the format can hold",
+                    "remove or reshape it",
+                )
             # Of a tensor in two files, transformers takes the one that the index names.
             if name in tensors and listed.get(name, shard.path.name) != shard.path.name:
                 continue

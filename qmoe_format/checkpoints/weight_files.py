@@ -125,8 +125,9 @@ class TorchShard(Shard):
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         for name, tensor in self._file.items():
-            if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
-                raise self._unknown_dtype(name, f"{tensor.dtype}, {tensor.layout}")
+            layout = "nested" if tensor.is_nested else tensor.layout
+            if tensor.dtype not in DTYPE_NAMES or layout is not torch.strided:
+                raise self._unknown_dtype(name, f"{tensor.dtype}, {layout}")
             # A stride of 0 makes many elements of one, and a tensor on "meta" has none.
             if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
                 raise QMoEError(

@@ -245,6 +245,13 @@ def test_broken_index(switch: Make, weight_map: object) -> None:
     assert "index.json" in refusal(folder)
 
 
+def test_control_characters_of_a_name_are_escaped(switch: Make) -> None:
+    folder = switch(shards=2)
+    weight_map = {"a": "\n\x1b[2J.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert r"\x1b[2J.safetensors: this weight file is missing" in refusal(folder)
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"a": torch.zeros(2)}}, {1: 2}])
 def test_bin_that_is_no_state_dict(switch: Make, content: object) -> None:
     folder = switch(kind="bin")
@@ -258,6 +265,18 @@ def test_bin_that_is_no_state_dict(switch: Make, content: object) -> None:
 def test_bin_with_a_tensor_that_is_larger_than_the_file(switch: Make, tensor: Any) -> None:
     folder = switch(lambda state: state.update(huge=tensor), kind="bin")
     assert "'huge' has fewer elements than its shape" in refusal(folder)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor(switch: Make) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    folder = switch(lambda state: state.update(strange=nested), kind="bin")
+    assert "'strange' is of type torch.float32, nested" in refusal(folder)
+
+
+def test_more_dimensions_than_the_format_has(switch: Make) -> None:
+    folder = switch(lambda state: state.update(deep=torch.zeros([1] * 70)))
+    assert "'deep' has 70 dimensions" in refusal(folder)
 
 
 def test_bin_with_code_in_it_is_not_run(switch: Make, tmp_path: Path) -> None:
