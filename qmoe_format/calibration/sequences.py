@@ -59,7 +59,7 @@ class Batch:
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with the entries of its part for language, if a model reads images, too."""
+    """A configuration with the entries of its language model, if that has a part of its own."""
     for part in ("thinker_config", "text_config"):
         config = {**config, **(config.get(part) or {})}
     return config

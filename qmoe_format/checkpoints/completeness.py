@@ -17,7 +17,7 @@ def dense_loads(where: str, names: NameMap, shapes: Mapping[str, Sequence[int]])
 
     Args:
         where: the file or folder, for messages.
-        shapes: of the tensors that are no experts, by their names in the checkpoint.
+        shapes: of the tensors that are not experts, by their names in the checkpoint.
 
     Returns:
         By the model's names; weights that are tied have the same one.

@@ -12,14 +12,16 @@ from qmoe_format.checkpoints.expert_layers import ExpertLayer
 
 @dataclass(frozen=True)
 class Family:
-    """Attributes:
-    model_types: of configurations.
-    layer: the class of its experts.
-    building: a context in which transformers' model is built without weights.
-    pass_through: takes a block and the arguments of its forward; returns what the block would if
-        it left the hidden states alone.
-    kept: parameters of blocks that every forward of the model needs.
-    settings: what to change in the configuration for calibration.
+    """How a family differs from the others.
+
+    Attributes:
+        model_types: of configurations.
+        layer: the class of its experts.
+        building: a context in which transformers' model is built without weights.
+        pass_through: takes a block and the arguments of its forward; returns what the block would
+            if it left the hidden states alone.
+        kept: parameters of blocks that every forward of the model needs.
+        settings: what to change in the configuration for calibration.
     """
 
     model_types: tuple[str, ...] = ()

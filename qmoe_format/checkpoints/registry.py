@@ -59,7 +59,7 @@ def supported_types() -> tuple[str, ...]:
 
 
 def check_supported(model_type: str) -> None:
-    """Check that a type of models is none that does not convert.
+    """Refuse a type of model that does not convert.
 
     Raises:
         QMoEError: ``checkpoint``, with the reason.
@@ -73,7 +73,7 @@ def check_supported(model_type: str) -> None:
 
 
 def check_calibrated(model_type: str) -> None:
-    """Check that a type of models is none that converts by rounding only.
+    """Refuse a type of model that converts only by rounding.
 
     Raises:
         QMoEError: ``checkpoint``, with the reason.

@@ -64,8 +64,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--keep-native",
         action="store_true",
-        help="keep what is quantized in the checkpoint and no expert as it is stored there "
-        "(default: in bfloat16)",
+        help="leave quantized weights other than experts as the checkpoint stores them (default: "
+        "convert them to bfloat16)",
     )
     parser.add_argument(
         "--force",

@@ -22,7 +22,7 @@ class SourceSize(TypedDict):
     Attributes:
         format: of its experts, such as ``fp8``.
         expert_bytes, other_bytes: what tensors took there, with scales.
-        other_weights: that are no experts; the file may hold several in an element, and scales.
+        other_weights: how many are not experts; the file may pack several into an element.
     """
 
     format: str

@@ -74,8 +74,8 @@ class ConvertOptions:
         bits_per_weight: the size of the experts, scales and dictionaries included, to within
             2 percent; for recipes that weigh error against bits.
         rate_lambda: that trade-off itself, instead; see ``qmoe_format.quantize.rate.Rate``.
-        keep_native: keep what is quantized in the checkpoint and no expert as it is stored there,
-            instead of as bfloat16.
+        keep_native: leave quantized weights other than experts as the checkpoint stores them,
+            instead of converting them to bfloat16.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
             first block is quantized ``bits_per_weight`` may still change.
         trust_remote_code: run the tokenizer's class if it is code in the checkpoint's folder, and

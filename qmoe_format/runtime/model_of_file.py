@@ -75,7 +75,7 @@ def layers_of(file: container.QMoEFile, model: Any, names: NameMap) -> tuple[Lay
 
 
 def dense_state(file: container.QMoEFile, raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors that are no experts, by their names in the checkpoint.
+    """All tensors that are not experts, by their names in the checkpoint.
 
     Those that were kept in a quantized format are in bfloat16.
 
@@ -95,7 +95,7 @@ def dense_state(file: container.QMoEFile, raw: Mapping[str, Any]) -> dict[str, t
 def _dense(
     file: container.QMoEFile, raw: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, PackedTensor]]:
-    """The shapes of plain tensors that are no experts, and the quantized ones."""
+    """The shapes of plain tensors that are not experts, and the quantized ones."""
     stored = {
         name: TensorInfo(name, entry.dtype, entry.shape, 0)
         for name, entry in file.tensors.items()
