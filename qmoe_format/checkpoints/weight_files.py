@@ -7,7 +7,6 @@ A mapped page counts as resident memory until its map is dropped, so whoever rea
 from __future__ import annotations
 
 import errno
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import out_of_memory
 
 
 def open_shard(path: Path) -> Shard:
@@ -104,8 +104,9 @@ class TorchShard(Shard):
     def _open(self) -> Any:
         try:
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it seeks before 0
+        except Exception as error:  # damage can raise anything
+            seeks_before_0 = isinstance(error, OSError) and error.errno == errno.EINVAL
+            if out_of_memory(error) or (isinstance(error, OSError) and not seeks_before_0):
                 raise
             reason = str(error).partition("\n")[0]
             raise QMoEError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -257,6 +258,14 @@ def test_bin_that_is_no_state_dict(switch: Make, content: object) -> None:
     folder = switch(kind="bin")
     torch.save(content, folder / "pytorch_model.bin")
     assert "pytorch_model.bin" in refusal(folder)
+
+
+def test_bin_that_makes_no_sense_to_torch(switch: Make) -> None:
+    path = switch(kind="bin") / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/version", "3")
+        file.writestr("archive/data.pkl", b"\x80\x02ctorch\nFloatStorage\n)\x81.")
+    assert "pytorch_model.bin: torch.load cannot map it" in refusal(path.parent)
 
 
 @pytest.mark.parametrize(
