@@ -21,7 +21,7 @@ from tests.refusals import refusal
 from tests.tiny_models import WORDS, save_model
 from tests.tiny_models import load_model as load_original
 
-FAMILIES = ["mixtral", "switch_transformers"]
+FAMILIES = ["llama4_text", "mixtral", "switch_transformers"]
 TEXTS = [" ".join(WORDS[i % 60] for i in range(first, first + 50)) for first in (0, 17, 31)]
 
 

@@ -29,9 +29,8 @@ class Llama4Layer(ExpertLayer):
         """A row for each token that goes to one expert, as in all published models; otherwise
         for each token and expert."""
         (rows,) = arguments
-        experts = self.shapes[self.inputs][0]
-        by_expert = rows.view(experts, -1, rows.shape[-1])
-        chosen = by_expert.ne(0).any(-1)  # [experts, tokens]
+        by_expert, chosen = self._by_expert(rows)
+        experts = len(chosen)
         if (chosen.sum(0) > 1).any():
             numbers = torch.arange(experts, device=rows.device)[:, None]
             index = torch.where(chosen, numbers, experts).view(-1, 1)
@@ -41,10 +40,17 @@ class Llama4Layer(ExpertLayer):
         return rows, index, torch.ones_like(index, dtype=rows.dtype)
 
     def returned(self, outputs: Tensor, *arguments: Tensor) -> Tensor:
-        """The model adds up what all experts return for a token."""
+        """A row for each expert and token, zero unless it is the token's expert."""
         (rows,) = arguments
-        missing = rows.shape[0] - outputs.shape[0]
-        return torch.cat([outputs, outputs.new_zeros(missing, outputs.shape[1])])
+        if len(outputs) == len(rows):
+            return outputs
+        _, chosen = self._by_expert(rows)
+        return torch.where(chosen[..., None], outputs, 0).flatten(0, 1)
+
+    def _by_expert(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows [experts, tokens, hidden], and which are not zero, bool [experts, tokens]."""
+        by_expert = rows.view(self.shapes[self.inputs][0], -1, rows.shape[-1])
+        return by_expert, by_expert.ne(0).any(-1)
 
 
 FAMILY = Family(model_types=("llama4", "llama4_text"), layer=Llama4Layer)
