@@ -21,6 +21,7 @@ from torch import Tensor
 from qmoe_format.calibration.spans import Ids, corrupt, sentinels, window_length
 from qmoe_format.calibration.text import Chat, read_documents
 from qmoe_format.calibration.tokenizing import SpelledTokens, check_known, tokenize
+from qmoe_format.checkpoints.tokenizers import reading_text
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
@@ -210,8 +211,9 @@ def make_pair_batches(
     for text, target in pairs:
         if not parse_special_tokens:
             spelled.count(f"{text}\n{target}")
-        read = tokenizer(text, **options).input_ids
-        labels = tokenizer(text_target=target, **options).input_ids
+        with reading_text():
+            read = tokenizer(text, **options).input_ids
+            labels = tokenizer(text_target=target, **options).input_ids
         if read:
             inputs.append(np.array(read, np.int64))
             # The decoder writes the end, but does not read it.

@@ -12,6 +12,7 @@ import numpy as np
 
 from qmoe_format.calibration.spans import Ids
 from qmoe_format.calibration.text import Chat, check_characters
+from qmoe_format.checkpoints.tokenizers import reading_text
 from qmoe_format.errors import QMoEError, QMoEWarning
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def tokenize(
 
     Raises:
         QMoEError: ``argument`` if there is no text, or for a chat that the chat template cannot
-            write; ``checkpoint`` if the tokenizer knows next to nothing of the text.
+            write; ``checkpoint`` if the tokenizer cannot read the text, or knows next to nothing
+            of it.
     """
     spelled = SpelledTokens(tokenizer)
     ids = array("q")
@@ -53,9 +55,10 @@ def tokenize(
         blank = blank and (not text or text.isspace())
         begun = False
         for piece in _PIECE.findall(text):
-            tokens = tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=not parsed, verbose=False
-            ).input_ids
+            with reading_text():
+                tokens = tokenizer(
+                    piece, add_special_tokens=False, split_special_tokens=not parsed, verbose=False
+                ).input_ids
             if tokens and ids and not begun and not ended:
                 ids.append(end)
             begun = begun or bool(tokens)

@@ -19,6 +19,7 @@ from qmoe_format.checkpoints.attachments import tokenizer_code
 from qmoe_format.container.attachment_files import is_vocabulary
 from qmoe_format.errors import QMoEError, QMoEWarning
 from qmoe_format.hub import check_not_pointer
+from qmoe_format.machine import out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +60,36 @@ def load_tokenizer(
         if not _has_vocabulary(tokenizer):
             expected = " or ".join(sorted(tokenizer.vocab_files_names.values()))
             raise ValueError(f"{type(tokenizer).__name__} found no {expected or 'vocabulary'}")
-    except Exception as error:  # every class of tokenizers has its own
+    except BaseException as error:  # every class of tokenizers has its own
+        if not _of_a_library(error):
+            raise
         code, problem, advice = _reason(error, folder, trust_remote_code)
         raise QMoEError(code, f"{where}: {problem}", advice) from error
     return tokenizer
+
+
+@contextmanager
+def reading_text() -> Iterator[None]:
+    """Say so if a tokenizer that could be loaded cannot read a text.
+
+    Raises:
+        QMoEError: ``checkpoint``.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _of_a_library(error) or out_of_memory(error):
+            raise
+        raise QMoEError(
+            "checkpoint",
+            f"the tokenizer cannot read the text ({error})",
+            "fetch the tokenizer's files again",
+        ) from error
+
+
+def _of_a_library(error: BaseException) -> bool:
+    """Whether it is no interruption; what code in Rust panics with is no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def warn_without_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -73,7 +100,7 @@ def warn_without_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> 
         warnings.warn(f"the file cannot generate text: {error}", QMoEWarning, stacklevel=2)
 
 
-def _reason(error: Exception, folder: Path, trusted: bool) -> tuple[str, str, str]:
+def _reason(error: BaseException, folder: Path, trusted: bool) -> tuple[str, str, str]:
     """Code, problem and advice for what transformers raised."""
     code = tokenizer_code(folder)
     if code and "--" not in code and not (folder / code).is_file():

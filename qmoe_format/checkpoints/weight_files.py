@@ -7,6 +7,7 @@ A mapped page counts as resident memory until its map is dropped, so whoever rea
 from __future__ import annotations
 
 import errno
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,10 @@ class TorchShard(Shard):
 
     def _open(self) -> Any:
         try:
+            if zipfile.is_zipfile(self.path):
+                with zipfile.ZipFile(self.path) as archive:
+                    if any(each.compress_type for each in archive.infolist()):
+                        raise ValueError("it is compressed")  # so it may expand a thousandfold
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # damage can raise anything
             seeks_before_0 = isinstance(error, OSError) and error.errno == errno.EINVAL

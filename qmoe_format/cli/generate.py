@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from qmoe_format.checkpoints.model import running
+    from qmoe_format.checkpoints.tokenizers import reading_text
 
     class Streamer(TextStreamer):  # type: ignore[misc] # transformers is not followed
         """Counts tokens, and notes when the first one was generated."""
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
                 self.first_at = self.first_at or time.perf_counter()
             super().put(value)
 
-    encoded = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    with reading_text():
+        encoded = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     encoded.pop("token_type_ids", None)
     if not encoded.input_ids.numel():
         raise QMoEError("argument", "the prompt has no tokens", "give some text")

@@ -557,6 +557,15 @@ def test_a_tokenizer_that_makes_nothing_of_the_text() -> None:
     assert "fetch the tokenizer's files again" in message
 
 
+def test_a_tokenizer_that_fails() -> None:
+    broken = Tokenizer(WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=broken, eos_token="</s>")
+    message = refusal("checkpoint", tokenizer, CAUSAL, ["one two"])
+    assert "the tokenizer cannot read the text (WordLevel error: Missing [UNK] token" in message
+    with pytest.raises(QMoEError, match="cannot read the text"):
+        make_pair_batches(tokenizer, ENCODER_DECODER, [("one", "two")])
+
+
 def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast) -> None:
     message = refusal("checkpoint", tokenizer, CAUSAL | {"vocab_size": 600}, ["596", "597"])
     assert "gives token 600, but the model's vocabulary has 600" in message

@@ -260,6 +260,18 @@ def test_bin_that_is_no_state_dict(switch: Make, content: object) -> None:
     assert "pytorch_model.bin" in refusal(folder)
 
 
+def test_bin_that_is_compressed(switch: Make) -> None:
+    """Its pickle could expand to a thousand times its size."""
+    path = switch(kind="bin") / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as file:
+        contents = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in contents.items():
+            deflated = zipfile.ZIP_DEFLATED if name.endswith(".pkl") else zipfile.ZIP_STORED
+            file.writestr(name, content, deflated)
+    assert "(it is compressed)" in refusal(path.parent)
+
+
 def test_bin_that_makes_no_sense_to_torch(switch: Make) -> None:
     path = switch(kind="bin") / "pytorch_model.bin"
     with zipfile.ZipFile(path, "w") as file:

@@ -47,6 +47,10 @@ def fast_tokenizer() -> str:
     return str(tokenizer.to_str())
 
 
+normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+PANIC = json.dumps(json.loads(fast_tokenizer()) | {"normalizer": normalizer})
+
+
 def sentencepiece_model() -> bytes:
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     model = io.BytesIO()
@@ -181,6 +185,7 @@ def test_packages_are_looked_for() -> None:
             "T5Tokenizer found no spiece.model or tokenizer.json",
         ),
         ("mixtral", None, {"tokenizer__json": "{"}, "checkpoint", "cannot load its tokenizer"),
+        ("mixtral", None, {"tokenizer__json": PANIC}, "checkpoint", "cannot load its tokenizer"),
         ("mixtral", None, {"tokenizer__model": POINTER}, "checkpoint", "git lfs pull"),
     ],
 )
