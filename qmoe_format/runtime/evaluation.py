@@ -47,7 +47,8 @@ class Evaluation:
             that model was given.
         gap: ``cross_entropy`` minus ``original``.
         kl: KL(original ‖ compressed) of the predicted distributions.
-        output_errors: relative error of each layer's experts, by name of the module:
+        output_errors: relative error of each layer's experts that text reaches, by name of the
+            module:
             ``sum |y - y'|² / sum |y|²``, where y is the output of the original's experts and y'
             that of the compressed ones for the same input.
     """
@@ -105,7 +106,7 @@ def evaluate(
     return Evaluation(
         total,
         Mean.of(loss, tokens),
-        output_errors={name: float(error / size) for name, (error, size) in errors.items()},
+        output_errors={name: float(error / size) for name, (error, size) in errors.items() if size},
         **compared,
     )
 

@@ -119,6 +119,16 @@ def test_what_is_lost_against_the_original(models: tuple[Any, Any, Any, list[Bat
     assert 1e-3 < error / size < 3
 
 
+def test_experts_that_text_does_not_reach_have_no_error(tmp_path: Path) -> None:
+    """Those of a vision tower."""
+    source = save_model(tmp_path / "checkpoint", "dots3_note")
+    compressed = load_model(convert(source, tmp_path / "m.qmoe"), dtype=torch.float32)
+    original = load_original(source)
+    batches = make_batches(AutoTokenizer.from_pretrained(source), {}, TEXTS[:1], sequence_length=24)
+    errors = evaluate(compressed, batches, against=original).output_errors
+    assert list(errors) == [f"model.language_model.layers.{block}.mlp.experts" for block in (1, 2)]
+
+
 def test_mean_weighs_tokens() -> None:
     sums, tokens = torch.tensor([2.0, 9.0]).double(), torch.tensor([1.0, 3.0]).double()
     mean = Mean.of(sums, tokens)
