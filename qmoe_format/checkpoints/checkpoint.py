@@ -45,6 +45,7 @@ class Checkpoint:
         tensors: every tensor by name, in order of names; quantized ones as BF16.
         packed: the quantized ones among them.
         stored: every tensor as it lies in the weight files.
+        model_config: transformers' configuration, without quantization.
         model: transformers' model without weights.
         names: how ``tensors`` map to its parameters.
         layers: the layers with experts.
