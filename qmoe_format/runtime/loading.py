@@ -121,7 +121,9 @@ def load_original(
                 dtype=dtype,
                 generation_config=_generation_config(folder),
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # as above
+            if isinstance(error, QMoEError) or out_of_memory(error):
+                raise
             raise QMoEError(
                 "checkpoint",
                 f"{folder}: transformers cannot load it ({error})",

@@ -290,6 +290,13 @@ def test_code_from_the_file_is_not_run(model: Converted, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_an_original_that_cannot_be_loaded(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "mixtral")
+    (folder / "generation_config.json").write_text("[]")
+    message = refusal(lambda: load_original(folder, torch.float32), "checkpoint")
+    assert "transformers cannot load it" in message
+
+
 def test_a_family_that_cannot_be_run(model: Converted, tmp_path: Path) -> None:
     path = rewritten(model.file, tmp_path / "m.qmoe", configured(model_type="jetmoe"))
     message = refusal(lambda: load_model(path), "checkpoint")
