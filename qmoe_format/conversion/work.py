@@ -155,7 +155,7 @@ class Work:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         code = error.code if isinstance(error, QMoEError) else ""
         begun = any(self.path(f"{name}-0000.json").exists() for name in KINDS)
-        if error is None or code == "value" or not begun:
+        if error is None or code in ("checkpoint", "value") or not begun:
             with contextlib.suppress(OSError):
                 self._discard()
             self._release()

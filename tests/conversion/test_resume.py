@@ -23,6 +23,7 @@ from tests.refusals import refusal
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
+from tests.tiny_models import save_model
 
 Convert = Callable[..., Path]
 OPTIONS: dict[str, Any] = {"samples": 8, "bits_per_weight": 1.6}
@@ -97,6 +98,18 @@ def test_stopped_before_anything_is_done(
     with pytest.raises(KeyboardInterrupt) as caught:
         converted(switch_folder, recipe="qmoe", samples=3)
     assert "--resume" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_calibrated_leaves_nothing(
+    converted: Convert, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """That is found in the second block of this one, whose tokens go to two experts each."""
+    folder = tmp_path_factory.mktemp("llama4")
+    save_model(folder, "llama4_text", num_experts_per_tok=2)
+    said = refusal(lambda: converted(folder, samples=3, sequence_length=16), "checkpoint")
+    assert "cannot be calibrated" in said
+    assert "--resume" not in said
     assert not list(tmp_path.iterdir())
 
 
