@@ -321,7 +321,7 @@ def _start(config: Mapping[str, Any]) -> int:
     )
 
 
-def _required(token: int | None, missing: str) -> int:
-    if token is None:
+def _required(token: object, missing: str) -> int:
+    if not isinstance(token, int) or token < 0:
         raise QMoEError("checkpoint", missing, "add it, or download the checkpoint again")
     return token

@@ -538,6 +538,8 @@ def test_no_end_of_sequence() -> None:
 def test_no_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
     config = {"is_encoder_decoder": True}
     assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
+    config = ENCODER_DECODER | {"decoder_start_token_id": {}}
+    assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
 
 
 def test_a_tokenizer_that_knows_nothing_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
