@@ -101,7 +101,9 @@ class Places:
         for each in operations:
             good = isinstance(each, Transpose) and {each.dim0, each.dim1} == {1, 2}
             good |= isinstance(each, MergeModulelist) and each.dim == 0
-            good |= isinstance(each, Concatenate | Interleave) and each.dim == columns
+            good |= isinstance(each, Concatenate) and each.dim == columns
+            # Biases would have to be sorted likewise, but no model has both.
+            good |= isinstance(each, Interleave) and each.dim == columns and not layer.biases
             if not good:
                 raise QMoEError(
                     "checkpoint",

@@ -72,6 +72,8 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config
+    if config.dtype is not None and config.dtype.itemsize == 1:  # of codes, not of the model
+        config.dtype = torch.bfloat16
     # A choice for other machines, such as flash_attention_2: transformers' own default runs on all.
     config._attn_implementation = None
     return config

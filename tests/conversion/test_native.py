@@ -205,6 +205,17 @@ def test_what_config_json_does_not_mention_is_not_kept(
     assert qmoe("convert", folder, tmp_path / "m.qmoe").code == 0
 
 
+def test_a_dtype_of_codes_is_not_the_models(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "deepseek_v3")
+    to_fp8(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
+    file = qmoe_format.convert(folder, tmp_path / "m.qmoe", threads=1)
+    assert qmoe_format.load_model(file).dtype == torch.bfloat16
+    unpacked = qmoe_format.unpack(file, tmp_path / "out")
+    assert json.loads((unpacked / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_a_stale_quantization_config_is_dropped(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "deepseek_v3")
     rewrite(folder, {"quant_method": "fp8"}, load_file(folder / "model.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+DTYPES = ("dtype", "torch_dtype")
 # By ``quant_method``, the list of modules that are in a float type.
 _EXCEPT = {
     "awq": "modules_to_not_convert",
@@ -33,8 +34,12 @@ def without_experts(config: Mapping[str, Any], experts: Sequence[str]) -> dict[s
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``config.json`` for a checkpoint in float types."""
-    return {
+    changed = {
         key: without_quantization(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key != "quantization_config"
     }
+    eight_bits = [
+        k for k in DTYPES if str(config.get(k)).removeprefix("torch.").startswith("float8")
+    ]
+    return changed | dict.fromkeys(eight_bits, "bfloat16")
