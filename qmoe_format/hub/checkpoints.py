@@ -95,7 +95,9 @@ def _weight_files(first: Path) -> list[str]:
     """The name of ``first`` or, if that is an index, those in it; ``open_checkpoint`` checks it."""
     if first.suffix != ".json":
         return [first.name]
+    if not first.is_file():  # reading a pipe or a device might not end
+        return []
     try:
         return sorted({str(file) for file in json.loads(first.read_bytes())["weight_map"].values()})
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []

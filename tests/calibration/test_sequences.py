@@ -536,9 +536,9 @@ def test_no_end_of_sequence() -> None:
 
 
 def test_no_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = {"is_encoder_decoder": True}
+    config: dict[str, Any] = {"is_encoder_decoder": True}
     assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
-    config = ENCODER_DECODER | {"decoder_start_token_id": {}}
+    config["decoder_start_token_id"] = -1
     assert "decoder_start_token_id" in refusal("checkpoint", tokenizer, config, ["1"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def test_refusals(hub: Hub, source: str, code: str, words: str) -> None:
 
 def test_an_index_that_lists_no_files(hub: Hub) -> None:
     """``open_checkpoint`` says what is wrong with it."""
-    for index in (b"not JSON", b"[]", b"{}", b'{"weight_map": {"a": {}}}'):
+    for index in (b"not JSON", b"[]", b"{}", b'{"weight_map": {"a": {}}}', b"[" * 10**5):
         hub.add("org/model", SMALL | {"pytorch_model.bin.index.json": index})
         if b"weight_map" not in index:
             assert "pytorch_model.bin.index.json" in names(local_checkpoint("org/model"))
@@ -304,6 +305,11 @@ def test_a_clone_without_git_lfs(tmp_path: Path, name: str) -> None:
     message = refusal(lambda: local_checkpoint(tmp_path), "checkpoint")
     assert message.startswith(f"{tmp_path / name}: a pointer of Git LFS")
     assert f"run `git lfs pull` in {tmp_path}" in message
+
+
+def test_an_index_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors.index.json")  # to read it would not end
+    assert local_checkpoint(tmp_path) == tmp_path  # whatever reads it says what is wrong
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
