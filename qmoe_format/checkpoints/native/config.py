@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-DTYPES = ("dtype", "torch_dtype")
 # By ``quant_method``, the list of modules that are in a float type.
 _EXCEPT = {
     "awq": "modules_to_not_convert",
@@ -39,7 +38,5 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "quantization_config"
     }
-    eight_bits = [
-        k for k in DTYPES if str(config.get(k)).removeprefix("torch.").startswith("float8")
-    ]
-    return changed | dict.fromkeys(eight_bits, "bfloat16")
+    of_codes = [key for key in ("dtype", "torch_dtype") if "float8" in str(config.get(key))]
+    return changed | dict.fromkeys(of_codes, "bfloat16")
