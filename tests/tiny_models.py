@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from qmoe_format.checkpoints import model as transformers_model
-from qmoe_format.checkpoints.registry import ALIASES
 from tests.tiny_configs import CONFIGS, VOCABULARY, WORDS, WRAPPERS
 
 __all__ = [
@@ -34,9 +33,8 @@ __all__ = [
 def build_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """Experts are unlike each other, and no weight is zero. ``changes``: of the configuration."""
     torch.manual_seed(1)
-    known = ALIASES.get(model_type, model_type)
     settings = (CONFIGS | WRAPPERS)[model_type]
-    config = AutoConfig.for_model(known, **{**settings, **changes})
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
     model = transformers_model.model_class(config)._from_config(config)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.startswith("talker.") and ".experts." in name:
@@ -63,8 +61,6 @@ def save_model(
         original: whether under the names of published checkpoints, not those of transformers.
     """
     build_model(model_type, dtype, **changes).save_pretrained(folder, save_original_format=original)
-    if model_type in ALIASES:
-        _rename_type(folder / "config.json", model_type)
     numbers = {token: number for number, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -76,14 +72,6 @@ def save_model(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
-
-
-def _rename_type(path: Path, model_type: str) -> None:
-    """Let a configuration be of a type that only code beside the checkpoint knows."""
-    config = json.loads(path.read_text())
-    (architecture,) = config["architectures"]
-    code = {"AutoModelForCausalLM": f"modeling_deepseek.{architecture}"}
-    path.write_text(json.dumps(config | {"model_type": model_type, "auto_map": code}))
 
 
 def add_prediction_layer(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from qmoe_format.checkpoints.families import family_for
@@ -31,6 +32,22 @@ _CLASSES = (
 )
 
 
+def _register(alias: str, model_type: str) -> None:
+    """Let transformers take models of the type ``alias`` for those of another."""
+    original = transformers.CONFIG_MAPPING[model_type]
+    config = type(original.__name__, (original,), {"model_type": alias})
+    transformers.AutoConfig.register(alias, config)
+    model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[original]
+    transformers.AutoModelForCausalLM.register(config, model, exist_ok=True)
+    rules = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    conversion_mapping.register_checkpoint_conversion_mapping(alias, rules)
+
+
+for _alias, _model_type in ALIASES.items():
+    if _alias not in transformers.CONFIG_MAPPING:
+        _register(_alias, _model_type)
+
+
 def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
     """The configuration in ``folder`` as an object of transformers, of weights in a float type.
 
@@ -44,10 +61,8 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
     """
     name = raw.get("model_type")
     check_supported(str(name))
-    known = ALIASES.get(str(name), name)
-    if not isinstance(known, str) or not (
-        known in transformers.CONFIG_MAPPING or (trust_remote_code and "auto_map" in raw)
-    ):
+    known = isinstance(name, str) and name in transformers.CONFIG_MAPPING
+    if not (known or (trust_remote_code and "auto_map" in raw)):
         raise QMoEError(
             "checkpoint",
             f"config.json: transformers {transformers.__version__} does not know the model_type "
@@ -56,15 +71,12 @@ def load_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = 
         )
     _check_values(raw)
     try:
-        if name != known:
-            config = transformers.CONFIG_MAPPING[known].from_dict({**raw, "model_type": known})
-        else:
-            config = transformers.AutoConfig.from_pretrained(
-                folder,
-                local_files_only=True,
-                # Transformers' own class where there is one, whatever ``auto_map`` names.
-                trust_remote_code=trust_remote_code and known not in transformers.CONFIG_MAPPING,
-            )
+        config = transformers.AutoConfig.from_pretrained(
+            folder,
+            local_files_only=True,
+            # Transformers' own class where there is one, whatever ``auto_map`` names.
+            trust_remote_code=trust_remote_code and not known,
+        )
         if not isinstance(config.dtype, torch.dtype | None):
             raise TypeError(f"its dtype is {config.dtype!r}")
     except Exception as error:  # a wrong config.json can raise anything in transformers
