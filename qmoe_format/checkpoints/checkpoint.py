@@ -79,14 +79,13 @@ class Checkpoint:
         }
         self.tensors: Mapping[str, TensorInfo] = dict(sorted(tensors.items()))
         self.model_config = models.load_config(folder, config, trust_remote_code)
-        mixed_dtype = DTYPE_NAMES.get(self.model_config.dtype, "BF16")  # before it becomes float32
         self.model = models.build(self.model_config)
         self.names = NameMap(self.model)
         self.layers = find_layers(
             self.names,
             list(expert_layers(self.model)),
             self.tensors,
-            mixed_dtype,
+            DTYPE_NAMES.get(self.model_config.dtype, "BF16"),
         )
         self.stacks = tuple(stack for layer in self.layers for stack in layer.stacks)
         self.attachments = find_attachments(folder, code=trust_remote_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -143,7 +144,8 @@ def build(config: Any) -> Any:
     kind = model_class(config)
     try:
         with torch.device("meta"), family_for(config).building():
-            return kind._from_config(config, dtype=torch.float32).eval()
+            # A copy, for this changes the configuration's dtype.
+            return kind._from_config(deepcopy(config), dtype=torch.float32).eval()
     except Exception as error:
         raise _refused(error) from error
 

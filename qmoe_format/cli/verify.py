@@ -40,8 +40,9 @@ def run(options: argparse.Namespace) -> None:
         tensors = len(file.tensors)
         if options.model:
             require_transformers()
-            from qmoe_format.runtime.model_of_file import check_model
+            from qmoe_format.runtime.model_of_file import checked_config
 
-            check_model(file)
+            with checked_config(file):
+                pass  # to enter it is to check
     complete = ", and all that the model needs is there" if options.model else ""
     print(f"{options.file}: good, all {tensors} tensors checked{complete}")

@@ -11,14 +11,13 @@ import transformers
 
 from qmoe_format import container
 from qmoe_format.checkpoints import open_checkpoint
-from qmoe_format.checkpoints.model import load_config, model_class
-from qmoe_format.container.attachment_files import attached_files
+from qmoe_format.checkpoints.model import model_class
 from qmoe_format.errors import QMoEError
-from qmoe_format.export.compressed_folder import CONFIG_FILE, read_config
+from qmoe_format.export.compressed_folder import CONFIG_FILE
 from qmoe_format.hub import local_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.runtime.experts import compressed_modules
-from qmoe_format.runtime.model_of_file import check_model, dense_state
+from qmoe_format.runtime.model_of_file import checked_config, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
 
 
@@ -56,17 +55,14 @@ def load_model(
     """
     check_device(device)
     path = local_qmoe_file(os.fspath(path))
-    with container.open(path) as file, attached_files(file) as folder:
-        check_model(file, trust_remote_code)
-        original = read_config(file)
-        config = load_config(folder, original, trust_remote_code)
+    with container.open(path) as file, checked_config(file, trust_remote_code) as (folder, config):
         config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
         kind = model_class(config)
         try:
             model = kind.from_pretrained(
                 None,
                 config=config,
-                state_dict=dense_state(file, original),
+                state_dict=dense_state(file),
                 dtype=dtype or "auto",
                 generation_config=_generation_config(folder),
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,36 +25,45 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import read_config
 
 
-def check_model(file: container.QMoEFile, trust_remote_code: bool = False) -> None:
-    """Check that a file has every weight that transformers' model of its ``config.json`` needs.
+@contextmanager
+def checked_config(
+    file: container.QMoEFile, trust_remote_code: bool = False
+) -> Iterator[tuple[Path, Any]]:
+    """The folder of the attached files, and transformers' configuration, of a complete model.
 
     Args:
         trust_remote_code: whether code that came with the checkpoint may run.
 
     Raises:
-        QMoEError: ``checkpoint`` if not; ``not-found`` without ``config.json``.
+        QMoEError: ``checkpoint`` if the file does not have every weight that transformers' model of
+            its ``config.json`` needs; ``not-found`` without ``config.json``.
     """
     raw = read_config(file)
     with attached_files(file) as folder:
         try:
-            model = build(load_config(folder, raw, trust_remote_code))
+            config = load_config(folder, raw, trust_remote_code)
+            model = build(config)
         except QMoEError as error:
             raise error.at(file.path) from error
-    names = NameMap(model)
-    layers = layers_of(file, model, names)
+        _check_weights(file, raw, NameMap(model))
+        yield folder, config
+
+
+def _check_weights(file: container.QMoEFile, raw: Mapping[str, Any], names: NameMap) -> None:
+    layers = layers_of(file, names)
     shapes, packed = _dense(file, raw)
     dense = shapes | {name: each.shape for name, each in packed.items()}
     loads = dense_loads(file.path, names, dense)
     check_complete(file.path, raw, names, layers, dense, loads)
 
 
-def layers_of(file: container.QMoEFile, model: Any, names: NameMap) -> tuple[LayerStacks, ...]:
-    """The expert layers of a file as a ``model`` without weights has them.
+def layers_of(file: container.QMoEFile, names: NameMap) -> tuple[LayerStacks, ...]:
+    """The expert layers of a file as the model of ``names`` has them.
 
     Raises:
         QMoEError: ``checkpoint`` if they do not belong together.
     """
-    layers = list(expert_layers(model))
+    layers = list(expert_layers(names.model))
     places = Places(names, layers)
     found = []
     for name, entry in file.tensors.items():
@@ -74,18 +85,15 @@ def layers_of(file: container.QMoEFile, model: Any, names: NameMap) -> tuple[Lay
         raise error.at(file.path) from error
 
 
-def dense_state(file: container.QMoEFile, raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def dense_state(file: container.QMoEFile) -> dict[str, torch.Tensor]:
     """All tensors that are not experts, by their names in the checkpoint.
 
     Those that were kept in a quantized format are in bfloat16.
 
-    Args:
-        raw: the contents of ``config.json``.
-
     Raises:
         QMoEError: the codes of reading.
     """
-    shapes, packed = _dense(file, raw)
+    shapes, packed = _dense(file, read_config(file))
     read = partial(_tensor, file)
     return {name: read(name) for name in shapes} | {
         name: each.decode(read).to(torch.bfloat16) for name, each in packed.items()

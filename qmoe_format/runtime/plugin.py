@@ -89,7 +89,7 @@ def _download(model: str, path: Path) -> None:
 
 def _install(model: Any, file: container.QMoEFile) -> None:
     """Let every experts module of a model without weights use the stacks of ``file``."""
-    for each in layers_of(file, model, NameMap(model)):
+    for each in layers_of(file, NameMap(model)):
         if not each.runs:
             continue
         inputs = tuple(LazyStack(file, stack.name) for stack in each.inputs)
