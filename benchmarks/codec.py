@@ -2,13 +2,13 @@
 
     python -m benchmarks.codec [--quick]
 
-Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same trits;
+Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same levels;
 all speeds of one table are medians of one run, in which the schemes take turns.
 
 Sizes, in bits per weight:
 
     payload  codewords and signs (ours: with segments padded to bytes), or the packed or compressed
-             trits; no metadata
+             levels; no metadata
     total    ours: the tensor in a finished file, with its dictionary, lengths, offsets, two bf16
              scales per row and alignment; QMoE: payload, and per row 32 bits of offset and 32 of
              scales, as in its files; packed and zstd: payload and 32 bits of scales per row
@@ -33,7 +33,7 @@ import qmoe_format
 from benchmarks import qmoe_scheme, report
 from qmoe_format import codec
 
-Trits = npt.NDArray[np.int8]
+Levels = npt.NDArray[np.int8]
 
 SHARES = (0.60, 0.75, 0.85, 0.885, 0.92, 0.95)
 WIDTHS = (768, 2080, 3072, 6144)
@@ -45,27 +45,27 @@ OURS = {
 SWITCH_MINI = Path(__file__).parents[2] / "shared" / "data" / "switch-mini"
 
 
-# Sources of trits
+# Sources of levels
 
 
-def independent(rows: int, columns: int, zero_fraction: float) -> Trits:
-    """Trits drawn one by one."""
+def independent(rows: int, columns: int, zero_fraction: float) -> Levels:
+    """Levels drawn one by one."""
     rng = np.random.default_rng(0)
     signs = rng.integers(0, 2, (rows, columns), dtype=np.int8) * 2 - 1
-    trits: Trits = np.where(rng.random((rows, columns)) < zero_fraction, 0, signs)
-    return trits
+    levels: Levels = np.where(rng.random((rows, columns)) < zero_fraction, 0, signs)
+    return levels
 
 
-def gaussian(rows: int, columns: int) -> Trits:
+def gaussian(rows: int, columns: int) -> Levels:
     """Rows of normal weights, rounded at half of their largest and half of their smallest one."""
     weights = np.random.default_rng(0).standard_normal((rows, columns))
     high = weights > weights.max(axis=1, keepdims=True) / 2
     low = weights < weights.min(axis=1, keepdims=True) / 2
-    trits: Trits = high.astype(np.int8) - low.astype(np.int8)
-    return trits
+    levels: Levels = high.astype(np.int8) - low.astype(np.int8)
+    return levels
 
 
-def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
+def switch_mini() -> Iterator[tuple[str, list[Levels]]]:
     """The experts of a small trained Switch Transformer after rounding, if its folder exists."""
     if not SWITCH_MINI.is_dir():
         return
@@ -75,7 +75,7 @@ def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
         with qmoe_format.open(path) as model:
             for kind in ("wi", "wo"):
                 matrices = [
-                    codec.decode(model.encoded(name, expert).trits)
+                    codec.decode(model.encoded(name, expert).levels)
                     for name, entry in model.tensors.items()
                     if entry.stack and name.endswith(kind)
                     for expert in range(0, entry.shape[0], 4)
@@ -83,7 +83,7 @@ def switch_mini() -> Iterator[tuple[str, list[Trits]]]:
                 yield f"switch-mini {kind}", matrices
 
 
-def sources(weights: int) -> Iterator[tuple[str, list[Trits]]]:
+def sources(weights: int) -> Iterator[tuple[str, list[Levels]]]:
     """Name and matrices of everything that is measured, about ``weights`` of each."""
     for columns in WIDTHS:
         rows = weights // columns
@@ -93,43 +93,43 @@ def sources(weights: int) -> Iterator[tuple[str, list[Trits]]]:
     yield from switch_mini()
 
 
-# Other ways to store trits
+# Other ways to store levels
 
 
-def symbols(trits: Trits) -> npt.NDArray[np.uint8]:
+def symbols(levels: Levels) -> npt.NDArray[np.uint8]:
     """uint8, flat: 0 for 0, 1 for +1, 2 for -1."""
-    return np.where(trits < 0, 2, trits).astype(np.uint8).ravel()
+    return np.where(levels < 0, 2, levels).astype(np.uint8).ravel()
 
 
-def pack(trits: Trits, base: int, count: int) -> bytes:
-    """``count`` trits per byte, as digits of a number in ``base``."""
-    flat = symbols(trits)
+def pack(levels: Levels, base: int, count: int) -> bytes:
+    """``count`` levels per byte, as digits of a number in ``base``."""
+    flat = symbols(levels)
     flat = np.concatenate([flat, np.zeros(-flat.size % count, np.uint8)])
     powers = np.array([base**i for i in range(count)], np.uint8)
     return bytes((flat.reshape(-1, count) * powers).sum(axis=1, dtype=np.uint8))
 
 
 def unpacker(base: int, count: int) -> npt.NDArray[np.int8]:
-    """int8 [256, count]: the trits of a byte."""
+    """int8 [256, count]: the levels of a byte."""
     digits = np.arange(256)[:, None] // [base**i for i in range(count)] % base
-    table: Trits = np.array([0, 1, -1, 0], np.int8)[digits]
+    table: Levels = np.array([0, 1, -1, 0], np.int8)[digits]
     return table
 
 
 PACKINGS = {"2-bit": (4, 4), "base-3": (3, 5)}
 
 
-def entropy(trits: Trits) -> float:
-    """Order-0 entropy of all trits together, bits per weight."""
-    counts = np.array([np.count_nonzero(trits == value) for value in (-1, 0, 1)])
-    shares = counts[counts > 0] / trits.size
+def entropy(levels: Levels) -> float:
+    """Order-0 entropy of all levels together, bits per weight."""
+    counts = np.array([np.count_nonzero(levels == value) for value in (-1, 0, 1)])
+    shares = counts[counts > 0] / levels.size
     return float(-(shares * np.log2(shares)).sum())
 
 
 # Sizes
 
 
-def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, float]:
+def our_size(matrices: list[Levels], profile: codec.Profile) -> tuple[float, float]:
     """Payload and total bits per weight of a stack in a file."""
     rows, columns = matrices[0].shape
     scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
@@ -140,36 +140,36 @@ def our_size(matrices: list[Trits], profile: codec.Profile) -> tuple[float, floa
         shape = (len(matrices), rows, columns)
         with (
             qmoe_format.Writer(path) as writer,
-            writer.add_stack("w", shape, "BF16", "ternary-dict") as experts,
+            writer.add_stack("w", shape, "BF16", "int-dict") as experts,
         ):
-            for trits in matrices:
+            for levels in matrices:
                 matrix = codec.encode_matrix(
-                    trits, scales, width=profile.width, rows_per_segment=rows_per_segment
+                    levels, scales, width=profile.width, rows_per_segment=rows_per_segment
                 )
                 experts.append(matrix)
-                segment_bytes += matrix.trits.segment_bytes
+                segment_bytes += matrix.levels.segment_bytes
         with qmoe_format.open(path) as model:
             stored = model.tensors["w"].stored_bytes + model.dictionary_bytes
-            for expert, trits in enumerate(matrices):
-                assert np.array_equal(codec.decode(model.encoded("w", expert).trits), trits)
+            for expert, levels in enumerate(matrices):
+                assert np.array_equal(codec.decode(model.encoded("w", expert).levels), levels)
     weights = len(matrices) * rows * columns
     return 8 * segment_bytes / weights, 8 * stored / weights
 
 
-def sizes(matrices: list[Trits], quick: bool) -> dict[str, tuple[float, float]]:
+def sizes(matrices: list[Levels], quick: bool) -> dict[str, tuple[float, float]]:
     """Payload and total bits per weight of every scheme."""
-    trits = np.concatenate(matrices)
-    columns = trits.shape[1]
+    levels = np.concatenate(matrices)
+    columns = levels.shape[1]
     found = {scheme: our_size(matrices, profile) for scheme, profile in OURS.items()}
-    codewords, _ = qmoe_scheme.encode(trits)
-    qmoe = 16 * codewords.size / trits.size
+    codewords, _ = qmoe_scheme.encode(levels)
+    qmoe = 16 * codewords.size / levels.size
     found["QMoE"] = (qmoe, qmoe + 64 / columns)
     for packing, (base, count) in PACKINGS.items():
         payloads = {packing: 8 / count}
-        packed = pack(trits, base, count)
+        packed = pack(levels, base, count)
         for level in (3,) if quick else (3, 19):
             compressed = zstandard.ZstdCompressor(level).compress(packed)
-            payloads[f"zstd -{level} of {packing}"] = 8 * len(compressed) / trits.size
+            payloads[f"zstd -{level} of {packing}"] = 8 * len(compressed) / levels.size
         found |= {scheme: (bits, bits + 32 / columns) for scheme, bits in payloads.items()}
     return found
 
@@ -178,8 +178,8 @@ def measure_sizes(weights: int, quick: bool) -> list[dict[str, Any]]:
     """One record per source and width."""
     records = []
     for name, matrices in sources(weights):
-        trits = np.concatenate(matrices)
-        limit = entropy(trits)
+        levels = np.concatenate(matrices)
+        limit = entropy(levels)
         schemes = {
             scheme: {
                 "payload": payload,
@@ -191,61 +191,61 @@ def measure_sizes(weights: int, quick: bool) -> list[dict[str, Any]]:
         records.append(
             {
                 "source": name,
-                "columns": trits.shape[1],
-                "zero_fraction": 1 - np.count_nonzero(trits) / trits.size,
+                "columns": levels.shape[1],
+                "zero_fraction": 1 - np.count_nonzero(levels) / levels.size,
                 "entropy": limit,
                 "schemes": schemes,
             }
         )
         line = "  ".join(f"{scheme} {size['payload']:.4f}" for scheme, size in schemes.items())
-        print(f"{name:16} {trits.shape[1]:5}  H {limit:.4f}  {line}", flush=True)
+        print(f"{name:16} {levels.shape[1]:5}  H {limit:.4f}  {line}", flush=True)
     return records
 
 
 # Speeds
 
 
-def coding_work(trits: Trits) -> dict[str, Callable[[], Any]]:
+def coding_work(levels: Levels) -> dict[str, Callable[[], Any]]:
     """Encoding and decoding to int8 on one and two threads, beside zstd and QMoE's scheme."""
     work: dict[str, Callable[[], Any]] = {}
-    out = np.empty_like(trits)
+    out = np.empty_like(levels)
     for scheme, profile in OURS.items():
-        share = 1 - np.count_nonzero(trits) / trits.size
+        share = 1 - np.count_nonzero(levels) / levels.size
         dictionary = codec.standard_dictionary(share, profile.width)
-        rows = profile.rows_per_segment(trits.shape[1])
-        encoded = codec.encode(trits, dictionary, rows_per_segment=rows)
+        rows = profile.rows_per_segment(levels.shape[1])
+        encoded = codec.encode(levels, dictionary, rows_per_segment=rows)
         for threads in (1, 2):
             work[f"{scheme}: encode, {threads} thread"] = partial(
-                codec.encode, trits, dictionary, threads, rows
+                codec.encode, levels, dictionary, threads, rows
             )
             work[f"{scheme}: decode, {threads} thread"] = partial(
                 codec.decode, encoded, out, threads
             )
-    codewords, offsets = qmoe_scheme.encode(trits)
-    work["QMoE: encode, 1 thread"] = partial(qmoe_scheme.encode, trits)
+    codewords, offsets = qmoe_scheme.encode(levels)
+    work["QMoE: encode, 1 thread"] = partial(qmoe_scheme.encode, levels)
     work["QMoE: decode, 1 thread"] = partial(qmoe_scheme.decode, codewords, offsets, out)
     decompress = zstandard.ZstdDecompressor().decompress
 
-    def to_int8(frame: bytes, table: Trits) -> None:
+    def to_int8(frame: bytes, table: Levels) -> None:
         np.take(table, np.frombuffer(decompress(frame), np.uint8), axis=0)
 
     for packing, (base, count) in PACKINGS.items():
-        frame = zstandard.ZstdCompressor(19).compress(pack(trits, base, count))
+        frame = zstandard.ZstdCompressor(19).compress(pack(levels, base, count))
         zstd = f"zstd -19 of {packing}: decompress"
         work[f"{zstd}, still packed"] = partial(decompress, frame)
         work[f"{zstd} and unpack to int8"] = partial(to_int8, frame, unpacker(base, count))
     return work
 
 
-def product_work(trits: Trits) -> dict[str, Callable[[], Any]]:
+def product_work(levels: Levels) -> dict[str, Callable[[], Any]]:
     """y = W x from the codewords on one and two threads, beside dense matrices."""
     work: dict[str, Callable[[], Any]] = {}
-    rows, columns = trits.shape
+    rows, columns = levels.shape
     x = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
     scales = np.random.default_rng(2).random((rows, 1, 2), np.float32)
     for scheme, profile in OURS.items():
         matrix = codec.encode_matrix(
-            trits,
+            levels,
             scales,
             scale_dtype="F32",
             width=profile.width,
@@ -288,10 +288,10 @@ def measure_speeds(quick: bool) -> list[dict[str, Any]]:
         coding_shape, product_shape = ((4096, 3072), (8192, 14336))
     for share in (0.60, 0.885, 0.95):
         for make, shape in ((coding_work, coding_shape), (product_work, product_shape)):
-            trits = independent(*shape, share)
-            seconds = report.medians(make(trits), rounds=3 if quick else 9)
+            levels = independent(*shape, share)
+            seconds = report.medians(make(levels), rounds=3 if quick else 9)
             for name, taken in seconds.items():
-                rate = trits.size / taken["median"]
+                rate = levels.size / taken["median"]
                 records.append(
                     {"source": f"iid {share:g}", "shape": shape, "work": name, **taken,
                      "weights_per_second": rate}
@@ -356,7 +356,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         xlabel="share of zeros",
         ylabel="payload, % above entropy",
         ylim=(0, 40),
-        title="Independent trits, rows of 3072",
+        title="Independent levels, rows of 3072",
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,10 +1,10 @@
 // y = W x as QMoE's authors published it (arXiv 2310.16795, section 4), written from the paper:
 // one warp per row takes the row's 16-bit codewords one after another; 28 lanes unpack and multiply
-// the up to 28 trits of one codeword, while lanes 28 to 31 only help with loading.
+// the up to 28 levels of one codeword, while lanes 28 to 31 only help with loading.
 //
-//   dictionary[2 c], [2 c + 1]: codeword c, trits 0 to 13 and 14 to 27
+//   dictionary[2 c], [2 c + 1]: codeword c, levels 0 to 13 and 14 to 27
 //       bit 31                                                   4 3     0
-//       | trit 13 (27) | ... | trit 1 (15) | trit 0 (14), 2 bits  | pairs |    trit: 0 zero, 1 low, 2 high
+//       | level 13 (27) | ... | level 1 (15) | level 0 (14), 2 bits  | pairs |    level: 0 zero, 1 low, 2 high
 //
 // Its 512 KB stay in the L2 cache. WARPS, rows per block, is defined by gpu_anchor.py.
 
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
     float low = __uint_as_float(low_high[row] << 16);
     float high = __uint_as_float(low_high[row] & 0xffff0000u);
 
-    // Lanes 28 to 31 read trit 27, as lane 27 does, and their sums are dropped.
+    // Lanes 28 to 31 read level 27, as lane 27 does, and their sums are dropped.
     bool idle = lane >= 28;
     int half = lane >= 14, shift = 4 + 2 * ((idle ? 27 : lane) % 14);
     const float *x_lane = x_shared + (idle ? 0 : lane);
@@ -42,8 +42,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) anchor_matvec(
             for (int i = group; i < group + 8; i++) {  // eight look-ups in flight
                 int codeword = __shfl_sync(0xffffffffu, mine, i);
                 unsigned int word = i < count ? dictionary[2 * codeword + half] : 0;
-                unsigned int trit = word >> shift & 3;
-                float weight = trit & 1 ? low : trit & 2 ? high : 0.0f;
+                unsigned int level = word >> shift & 3;
+                float weight = level & 1 ? low : level & 2 ? high : 0.0f;
                 sum += weight * *x_lane;
                 x_lane += 2 * (word & 15);
             }

@@ -39,12 +39,12 @@ class Anchor:
     low_high: Any
 
 
-def encode(trits: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anchor:
-    """Encode trits int8 [rows, columns] with scales bf16 [rows, 2]."""
+def encode(levels: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anchor:
+    """Encode levels int8 [rows, columns] with scales bf16 [rows, 2]."""
     dictionary = qmoe_scheme.qmoe_dictionary().decoder_table()
-    codewords, offsets = qmoe_scheme.encode(trits)
+    codewords, offsets = qmoe_scheme.encode(levels)
     scales = np.ascontiguousarray(low_high, "<u2").view("<u4")[:, 0]
-    return Anchor(len(trits), trits.shape[1], dictionary, codewords, offsets.view("<u4"), scales)
+    return Anchor(len(levels), levels.shape[1], dictionary, codewords, offsets.view("<u4"), scales)
 
 
 @cache

@@ -4,7 +4,7 @@ A *work* is one way to do one call on one shape:
 
     call    one N (one matrix, N tokens), fused N (8 experts, N tokens each), decode 0
     family  ours, bf16 or anchor;  way: which of several, such as a function of torch
-    zeros   fraction of zero trits; None for bf16
+    zeros   fraction of zero levels; None for bf16
     bytes   that have to be moved: stored matrices, x and y (decode: the output)
     weights that are used
     graph, plain    seconds per call in a CUDA graph, and launched one by one: median, least, most

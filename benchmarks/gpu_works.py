@@ -27,7 +27,7 @@ class Problem:
     It is encoded once; the experts are copies of it with different scales.
 
     Attributes:
-        trits: int8 [rows, columns], on the device.
+        levels: int8 [rows, columns], on the device.
         low_high: bf16 [rows, 2], the scales of expert 0, on the device.
     """
 
@@ -39,23 +39,23 @@ class Problem:
         random = torch.Generator(device.name).manual_seed(rows + columns)
         share = torch.rand((rows, columns), generator=random, device=device.name)
         half = (1 - zeros) / 2
-        self.trits = (share < half).to(torch.int8) - (share >= 1 - half).to(torch.int8)
+        self.levels = (share < half).to(torch.int8) - (share >= 1 - half).to(torch.int8)
         scales = 0.5 + torch.rand((rows, 2), generator=random, device=device.name)
         self.low_high = (scales * torch.tensor([-1, 1], device=device.name)).bfloat16()
-        trits = self.trits.cpu().numpy()
+        levels = self.levels.cpu().numpy()
         bits = self.low_high.view(torch.int16).cpu().numpy().view(np.uint16)
         self.matrix = codec.encode_matrix(
-            trits,
+            levels,
             bits[:, None, :],
             width=profile.width,
             rows_per_segment=profile.rows_per_segment(columns),
             threads=report.machine()["cores"],
         )
-        coded = self.matrix.trits
+        coded = self.matrix.levels
         self.bytes = coded.segment_bytes + 4 * (coded.count + 1) + bits.nbytes
         self.experts = sets_of_experts(device, self.bytes) * FUSED
         self.stack = device.gpu.upload([self.expert(number) for number in range(self.experts)])
-        self.anchor = gpu_anchor.encode(trits, bits)
+        self.anchor = gpu_anchor.encode(levels, bits)
         stored = (self.anchor.codewords, self.anchor.offsets, self.anchor.low_high)
         self.anchor_bytes = sum(array.nbytes for array in stored)
 
@@ -70,11 +70,11 @@ class Problem:
         return 2.0 ** (numbers % 3)
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weights of expert 0 [rows, columns], from its trits."""
+        """The weights of expert 0 [rows, columns], from its levels."""
         scales = self.low_high.to(dtype)
         low, high = scales[:, :1], scales[:, 1:]
         zero = scales.new_zeros(())
-        return torch.where(self.trits < 0, low, torch.where(self.trits > 0, high, zero))
+        return torch.where(self.levels < 0, low, torch.where(self.levels > 0, high, zero))
 
 
 def sets_of_experts(device: Cuda, size: int) -> int:

@@ -55,12 +55,12 @@ def count(asked: set[tuple[int, int]]) -> int:
 
 def write(path: Path) -> None:
     """One stack of 2048 experts, all alike."""
-    trits = np.random.default_rng(0).choice([0, 1, -1], (ROWS, COLUMNS), p=[0.885, 0.0575, 0.0575])
+    levels = np.random.default_rng(0).choice([0, 1, -1], (ROWS, COLUMNS), p=[0.885, 0.0575, 0.0575])
     scales = np.full((ROWS, 1, 2), 0x3C00, np.uint16)
-    matrix = encode_matrix(trits.astype(np.int8), scales)
+    matrix = encode_matrix(levels.astype(np.int8), scales)
     with (
         Writer(path) as writer,
-        writer.add_stack("wi", (EXPERTS, ROWS, COLUMNS), "BF16", "ternary-dict") as experts,
+        writer.add_stack("wi", (EXPERTS, ROWS, COLUMNS), "BF16", "int-dict") as experts,
     ):
         for _ in range(EXPERTS):
             experts.append(matrix)

@@ -55,13 +55,13 @@ def main() -> None:
     for rows, columns in SHAPES:
         for share in ZEROS:
             p = [share, (1 - share) / 2, (1 - share) / 2]
-            trits = np.random.default_rng(0).choice([0, 1, -1], (rows, columns), p=p)
+            levels = np.random.default_rng(0).choice([0, 1, -1], (rows, columns), p=p)
             scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
-            matrix = codec.encode_matrix(trits.astype(np.int8), scales)
+            matrix = codec.encode_matrix(levels.astype(np.int8), scales)
             for tokens in TOKENS:
                 seconds = report.medians(kernels(matrix, tokens), ROUNDS)
                 took = {name: 1e6 * each["median"] for name, each in seconds.items()}
-                choice = choose_kernel(tokens, matrix.trits.zero_fraction, Tuning())
+                choice = choose_kernel(tokens, matrix.levels.zero_fraction, Tuning())
                 result = {
                     "shape": [rows, columns],
                     "zeros": share,

@@ -1,6 +1,6 @@
 """QMoE's own code (arXiv 2310.16795, section 4), for comparison: no ``.qmoe`` file uses it.
 
-Codewords of 16 bits stand for the 65,536 sequences of 1 to 14 pairs of trits that are most probable
+Codewords of 16 bits stand for the 65,536 sequences of 1 to 14 pairs of levels that are most probable
 at 88.5 % zeros; a row is parsed greedily, longest match first. The set contains every prefix of its
 members. This costs it 17 %, for codewords that always lose to a longer match.
 
@@ -28,7 +28,7 @@ DECODER_SHA256 = "c09862c453fe122634070a475357ff81a679aff65829d84a56f806c02a54ed
 
 @dataclass(frozen=True, slots=True)
 class QMoEDictionary:
-    """Pair k is the trits k mod 3, k div 3, with 0, 1, 2 for 0, low, high.
+    """Pair k is the levels k mod 3, k div 3, with 0, 1, 2 for 0, low, high.
 
     Attributes:
         trie: codeword + 1 after one more pair, or 0, int32 ``[entries + 1, 9]``; node 0 is the
@@ -50,10 +50,10 @@ class QMoEDictionary:
         table = np.stack(halves, axis=1) | self.counts[:, None]
         return table.astype(np.uint32).ravel()
 
-    def trits(self) -> npt.NDArray[np.int8]:
-        """The trits of each codeword, padded with zeros, int8 ``[entries, 28]``."""
-        trit = np.array([0, -1, 1], np.int8)
-        return trit[np.stack([self.pairs % 3, self.pairs // 3], axis=2)].reshape(ENTRIES, -1)
+    def levels(self) -> npt.NDArray[np.int8]:
+        """The levels of each codeword, padded with zeros, int8 ``[entries, 28]``."""
+        level = np.array([0, -1, 1], np.int8)
+        return level[np.stack([self.pairs % 3, self.pairs // 3], axis=2)].reshape(ENTRIES, -1)
 
 
 @lru_cache(maxsize=1)
@@ -84,11 +84,11 @@ def qmoe_dictionary() -> QMoEDictionary:
     return dictionary
 
 
-def encode(trits: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]:
+def encode(levels: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]:
     """Codewords of int8 ``[rows, columns]``, and the offset of each row's, int32 ``[rows + 1]``."""
-    codewords = np.empty(trits.shape[0] * ((trits.shape[1] + 1) // 2), np.uint16)
-    offsets = np.zeros(trits.shape[0] + 1, np.int32)
-    count = _encode(trits, qmoe_dictionary().trie, codewords, offsets)
+    codewords = np.empty(levels.shape[0] * ((levels.shape[1] + 1) // 2), np.uint16)
+    offsets = np.zeros(levels.shape[0] + 1, np.int32)
+    count = _encode(levels, qmoe_dictionary().trie, codewords, offsets)
     return codewords[:count].copy(), offsets
 
 
@@ -101,20 +101,20 @@ def decode(
 
 @lru_cache(maxsize=1)
 def _decoding_tables() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]]:
-    return qmoe_dictionary().trits(), 2 * qmoe_dictionary().counts
+    return qmoe_dictionary().levels(), 2 * qmoe_dictionary().counts
 
 
 @njit(cache=True)
-def _encode(trits: Any, trie: Any, codewords: Any, offsets: Any) -> Any:
-    rows, columns = trits.shape
-    symbol = np.array([0, 2, 1])  # of trits 0, +1, -1: an index of -1 is the last
+def _encode(levels: Any, trie: Any, codewords: Any, offsets: Any) -> Any:
+    rows, columns = levels.shape
+    symbol = np.array([0, 2, 1])  # of levels 0, +1, -1: an index of -1 is the last
     count = 0
     for row in range(rows):
         node = 0
         for column in range(0, columns, 2):
-            pair = symbol[trits[row, column]]
+            pair = symbol[levels[row, column]]
             if column + 1 < columns:
-                pair += 3 * symbol[trits[row, column + 1]]
+                pair += 3 * symbol[levels[row, column + 1]]
             following = trie[node, pair]
             if following == 0:
                 codewords[count] = node - 1
@@ -129,12 +129,12 @@ def _encode(trits: Any, trie: Any, codewords: Any, offsets: Any) -> Any:
 
 
 @njit(cache=True)
-def _decode(codewords: Any, offsets: Any, trits: Any, lengths: Any, out: Any) -> None:
+def _decode(codewords: Any, offsets: Any, levels: Any, lengths: Any, out: Any) -> None:
     rows, columns = out.shape
     for row in range(rows):
         column = 0
         for i in range(offsets[row], offsets[row + 1]):
-            entry = trits[codewords[i]]
+            entry = levels[codewords[i]]
             length = min(np.int64(lengths[codewords[i]]), columns - column)
             for j in range(length):
                 out[row, column + j] = entry[j]

@@ -5,7 +5,7 @@
 Writes benchmarks/results/quantize_choices.json. Each variant quantizes some experts of each stack
 of mixtral-mini at three lambdas, on one thread. Both the Hessians and the errors are those of the
 evaluation text, which has far more tokens than there are columns. Bits are the entropy of the
-trits, and the logarithm of the error is interpolated linearly in them. ``bits in classes`` is the
+levels, and the logarithm of the error is interpolated linearly in them. ``bits in classes`` is the
 entropy if a matrix's columns, sorted by their share of non-zeros, were coded in four classes with a
 dictionary each, which the format does not support.
 """
@@ -62,17 +62,17 @@ def samples(experts: int) -> list[Sample]:
     return found
 
 
-def entropy(trits: Tensor) -> float:
-    """Bits per trit."""
-    shares = [float((trits == value).double().mean()) for value in (-1, 0, 1)]
+def entropy(levels: Tensor) -> float:
+    """Bits per level."""
+    shares = [float((levels == value).double().mean()) for value in (-1, 0, 1)]
     return -sum(share * math.log2(share) for share in shares if share)
 
 
-def in_classes(trits: Tensor) -> float:
-    """Bits per trit in classes of columns."""
-    order = trits.count_nonzero(0).argsort()
-    parts = [trits[:, part] for part in order.chunk(CLASSES)]
-    return sum(entropy(part) * part.shape[1] for part in parts) / trits.shape[1]
+def in_classes(levels: Tensor) -> float:
+    """Bits per level in classes of columns."""
+    order = levels.count_nonzero(0).argsort()
+    parts = [levels[:, part] for part in order.chunk(CLASSES)]
+    return sum(entropy(part) * part.shape[1] for part in parts) / levels.shape[1]
 
 
 def point(some: list[Sample], lam: float, search: Search) -> Point:
@@ -82,8 +82,8 @@ def point(some: list[Sample], lam: float, search: Search) -> Point:
         rate = Rate(lam, reference)
         made = quantize_rd(weights, "BF16", statistics, rate, search).weights
         errors = relative_error(weights, made.dequantize(), statistics.sums).log().tolist()
-        for trits, error in zip(made.trits, errors, strict=True):
-            rows.append((entropy(trits), in_classes(trits), error))
+        for levels, error in zip(made.levels, errors, strict=True):
+            rows.append((entropy(levels), in_classes(levels), error))
     bits, classes, error = np.mean(rows, axis=0).tolist()
     return bits, classes, error
 

@@ -52,7 +52,9 @@ def sizes(records: list[dict[str, Any]]) -> str:
         figures += [schemes[QMOE]["payload"]]
         figures += [schemes[scheme]["total"] for scheme in (FAST, SIZE, QMOE)]
         rows.append((list(SOURCES.values()).index(label), [label, *(f"{f:.3f}" for f in figures)]))
-    header = "trits | entropy | fast | size | zstd | QMoE | fast, total | size, total | QMoE, total"
+    header = (
+        "levels | entropy | fast | size | zstd | QMoE | fast, total | size, total | QMoE, total"
+    )
     return table(header, [row for _, row in sorted(rows)])
 
 
@@ -285,7 +287,7 @@ greedy parsing.
 ![Payload above entropy against the share of zeros](results/codec.png)
 
 Speed of the profile `fast` on one thread, in 10⁹ weights/s and as ratios within the run. Decoding
-to int8 is compared with zstd's decompression and unpacking to int8 (zstd that leaves the trits
+to int8 is compared with zstd's decompression and unpacking to int8 (zstd that leaves the levels
 packed is {slowest} to {fastest} times as fast as ours) and with a decoder of QMoE's codewords. The
 product y = W x straight from the codewords, 8192 × 14336, is compared with `torch` and dense bf16.
 
@@ -326,7 +328,7 @@ than *at qmoe's* reuse the survey that precedes its conversion.
 
 What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
 of {tried["model"]}, one thread). Sorting an expert's columns by their share of non-zeros into four
-classes, each with a dictionary of its own, is not done; it would multiply the size of the trits by
+classes, each with a dictionary of its own, is not done; it would multiply the size of the levels by
 {classes:.3f}.
 
 {choices(tried["variants"])}

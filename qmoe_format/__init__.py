@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from qmoe_format._version import __version__
 
 if TYPE_CHECKING:
-    from qmoe_format.codec import Dictionary, EncodedMatrix, EncodedTrits
+    from qmoe_format.codec import Dictionary, EncodedLevels, EncodedMatrix
     from qmoe_format.container import QMoEFile, StackWriter, Writer, open
     from qmoe_format.container.entries import AttachmentEntry, DictionaryEntry, TensorEntry
     from qmoe_format.conversion import convert
@@ -42,8 +42,8 @@ __all__ = [
     "AttachmentEntry",
     "Dictionary",
     "DictionaryEntry",
+    "EncodedLevels",
     "EncodedMatrix",
-    "EncodedTrits",
     "QMoEError",
     "QMoEFile",
     "StackWriter",
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "codec": ("Dictionary", "EncodedMatrix", "EncodedTrits"),
+    "codec": ("Dictionary", "EncodedMatrix", "EncodedLevels"),
     "container": ("QMoEFile", "StackWriter", "Writer", "open"),
     "container.entries": ("AttachmentEntry", "DictionaryEntry", "TensorEntry"),
     "conversion": ("convert",),

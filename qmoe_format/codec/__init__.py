@@ -1,6 +1,6 @@
-"""Trits to codewords and back, and products straight from the codewords. Arrays in, arrays out.
+"""Levels to codewords and back, and products straight from the codewords. Arrays in, arrays out.
 
-    encode, decode              int8 trits <-> ``EncodedTrits``
+    encode, decode              int8 levels <-> ``EncodedLevels``
     encode_matrix, dequantize   the same with scales: ``EncodedMatrix`` -> float32
     dequantize_rows             some rows of it, into an array
     matvec, matvecs, matmul     y = W x without decoding W
@@ -13,13 +13,13 @@ from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_di
 from qmoe_format.codec.matrix import EncodedMatrix, dequantize, dequantize_rows, encode_matrix
 from qmoe_format.codec.multiply import Matvec, matmul, matvec, matvecs
 from qmoe_format.codec.profiles import PROFILES, Profile
-from qmoe_format.codec.segments import EncodedTrits, decode, encode
+from qmoe_format.codec.segments import EncodedLevels, decode, encode
 
 __all__ = [
     "PROFILES",
     "Dictionary",
+    "EncodedLevels",
     "EncodedMatrix",
-    "EncodedTrits",
     "Matvec",
     "Profile",
     "decode",

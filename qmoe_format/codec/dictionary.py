@@ -53,7 +53,7 @@ class Dictionary:
             raise QMoEError("malformed", f"a tree of {len(tree)} bytes has too many entries")
         codewords, max_length, max_nonzeros = _measure(tree, signs)
         if codewords > 1 << width or (signs == "plane" and codewords != 1 << width):
-            raise QMoEError(  # [D-4] [D-5]
+            raise QMoEError(  # [D-4] [D-X]
                 "malformed", f"dictionary has {codewords} codewords, its width makes {1 << width}"
             )
         return cls(width, signs, tree, max_length, max_nonzeros)
@@ -99,12 +99,12 @@ def fit_dictionary(
     signs: str = "plane",
     max_nonzeros: int | None = None,
 ) -> Dictionary:
-    """Fit the best dictionary for independent trits: Tunstall's construction.
+    """Fit the best dictionary for independent levels: Tunstall's construction.
 
     It splits the most probable leaf until the codewords are used up.
 
     Args:
-        zero_fraction: share of trits that are zero, between 0 and 1.
+        zero_fraction: share of levels that are zero, between 0 and 1.
         width: bits in a codeword, 8 to 16.
         signs: ``plane`` or ``codeword``.
         max_nonzeros: per entry, 1 to 16; by default the least of 4, 8 and 16 that costs at most

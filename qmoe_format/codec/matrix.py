@@ -1,4 +1,4 @@
-"""A ternary matrix as stored: encoded trits and their scales (SPEC.md sections 7.1 and 7.3)."""
+"""A ternary matrix as stored: encoded levels and their scales (SPEC.md sections 7.1 and 7.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qmoe_format.codec.arrays import check_array
 from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
 from qmoe_format.codec.profiles import FAST
-from qmoe_format.codec.segments import EncodedTrits, decode, encode, kernel_segments, run_all
+from qmoe_format.codec.segments import EncodedLevels, decode, encode, kernel_segments, run_all
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, to_float32
 from qmoe_format.errors import QMoEError
@@ -19,7 +19,7 @@ from qmoe_format.errors import QMoEError
 
 @dataclass(frozen=True, slots=True)
 class EncodedMatrix:
-    """Trits and scales; weight = row scale of its trit [x column scale].
+    """Levels and scales; weight = row scale of its level [x column scale].
 
     Attributes:
         row_scale: [rows, groups, 1] of s (low = -s, high = s), or [rows, groups, 2] of low, high.
@@ -31,7 +31,7 @@ class EncodedMatrix:
         QMoEError: ``argument`` if these do not fit each other; ``value`` if a scale is not finite.
     """
 
-    trits: EncodedTrits
+    levels: EncodedLevels
     row_scale: npt.NDArray[Any]
     column_scale: npt.NDArray[Any] | None
     scale_dtype: str
@@ -56,17 +56,17 @@ class EncodedMatrix:
             check_array(name, self.column_scale, dtype, (self.columns,))
             scales.append(self.column_scale)
         if not all(np.isfinite(to_float32(scale, self.scale_dtype)).all() for scale in scales):
-            raise QMoEError("value", "a scale is infinite or NaN")  # [E-7] [W-3]
+            raise QMoEError("value", "a scale is infinite or NaN")  # [E-8] [W-3]
 
     @property
     def rows(self) -> int:
         """R."""
-        return self.trits.rows
+        return self.levels.rows
 
     @property
     def columns(self) -> int:
         """C."""
-        return self.trits.columns
+        return self.levels.columns
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,22 +80,22 @@ class EncodedMatrix:
 
     @property
     def groups(self) -> int:
-        """G, groups of columns that share row scales ([E-2])."""
+        """G, groups of columns that share row scales ([E-X])."""
         return -(-self.columns // self.group_size) if self.group_size else 1
 
     @property
     def dictionary(self) -> Dictionary:
         """The dictionary of the codewords."""
-        return self.trits.dictionary
+        return self.levels.dictionary
 
     def low_high(self) -> npt.NDArray[np.float32]:
-        """float32 [rows, groups, 2]: the values of trits -1 and +1 ([V-1])."""
+        """float32 [rows, groups, 2]: the values of levels -1 and +1 ([V-1])."""
         scale = to_float32(self.row_scale, self.scale_dtype)
         return np.concatenate([-scale, scale], axis=2) if self.symmetric else scale
 
 
 def encode_matrix(
-    trits: npt.NDArray[np.int8],
+    levels: npt.NDArray[np.int8],
     row_scale: npt.NDArray[Any],
     column_scale: npt.NDArray[Any] | None = None,
     *,
@@ -107,10 +107,10 @@ def encode_matrix(
     rows_per_segment: int | None = None,
     threads: int = 1,
 ) -> EncodedMatrix:
-    """Encode trits and attach their scales.
+    """Encode levels and attach their scales.
 
     Args:
-        trits: int8 [rows, columns] of -1, 0, +1.
+        levels: int8 [rows, columns] of -1, 0, +1.
         row_scale: as in ``EncodedMatrix``, of the numpy type that ``scale_dtype`` is stored as.
         column_scale: likewise.
         dictionary: by default the standard one of ``width`` and ``signs`` for the share of zeros.
@@ -122,16 +122,16 @@ def encode_matrix(
 
     Example:
         >>> from qmoe_format.codec import dequantize, encode_matrix
-        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
+        >>> levels = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
         >>> row_scale = np.array([0.5, 0.25], np.float32).reshape(2, 1, 1)
-        >>> dequantize(encode_matrix(trits, row_scale, scale_dtype="F32"))
+        >>> dequantize(encode_matrix(levels, row_scale, scale_dtype="F32"))
         array([[ 0.  ,  0.  ,  0.5 ,  0.  ],
                [ 0.  , -0.25,  0.  ,  0.25]], dtype=float32)
     """
     if dictionary is None:
-        zero_fraction = 1.0 - np.count_nonzero(trits) / max(trits.size, 1)
+        zero_fraction = 1.0 - np.count_nonzero(levels) / max(levels.size, 1)
         dictionary = standard_dictionary(zero_fraction, width, signs)
-    encoded = encode(trits, dictionary, threads, rows_per_segment)
+    encoded = encode(levels, dictionary, threads, rows_per_segment)
     return EncodedMatrix(encoded, row_scale, column_scale, scale_dtype, group_size)
 
 
@@ -143,11 +143,11 @@ def dequantize(matrix: EncodedMatrix, threads: int = 1) -> npt.NDArray[np.float3
     """
     from qmoe_format.codec.kernels.decode import scale_rows
 
-    trits = decode(matrix.trits, threads=threads)
-    weights = np.empty(trits.shape, np.float32)
+    levels = decode(matrix.levels, threads=threads)
+    weights = np.empty(levels.shape, np.float32)
     scales = _scales(matrix)
     in_parts(
-        matrix.rows, threads, lambda first, last: scale_rows(first, last, trits, *scales, weights)
+        matrix.rows, threads, lambda first, last: scale_rows(first, last, levels, *scales, weights)
     )
     return weights
 
@@ -179,10 +179,10 @@ def dequantize_rows(
     if not out.size:
         return
     group_size, low_high, column_scale = _scales(matrix)
-    trits = matrix.trits
-    segments = (first // trits.rows_per_segment, -(-last // trits.rows_per_segment))
+    levels = matrix.levels
+    segments = (first // levels.rows_per_segment, -(-last // levels.rows_per_segment))
     arguments = (
-        kernel_segments(trits), tables(trits.dictionary).entries, (low_high, columns, group_size),
+        kernel_segments(levels), tables(levels.dictionary).entries, (low_high, columns, group_size),
         column_scale, first, out,
     )  # fmt: skip
     run_all([(weights_of_segments, *segments, arguments)], threads)

@@ -1,6 +1,6 @@
 """y = W x straight from the codewords, for one token or a few (SPEC.md section 7.4).
 
-Column scales are multiplied into x once; the kernels add up x over the -1 and over the +1 trits of
+Column scales are multiplied into x once; the kernels add up x over the -1 and over the +1 levels of
 each row and group, and apply the row scales to the two sums.
 """
 
@@ -43,8 +43,8 @@ def matvec(
 
     Example:
         >>> from qmoe_format.codec import encode_matrix, matvec
-        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
-        >>> matrix = encode_matrix(trits, np.ones((2, 1, 1), np.float32), scale_dtype="F32")
+        >>> levels = np.array([[0, 0, 1, 0], [0, -1, 0, 1]], np.int8)
+        >>> matrix = encode_matrix(levels, np.ones((2, 1, 1), np.float32), scale_dtype="F32")
         >>> matvec(matrix, np.array([1, 2, 3, 4], np.float32))
         array([3., 2.], dtype=float32)
     """
@@ -77,21 +77,21 @@ def matvec_call(
     from qmoe_format.codec.kernels.dot import BEYOND_X, PREFER_DENSE, dot_dense, dot_sparse
     from qmoe_format.codec.kernels.tables import tables
 
-    trits = matrix.trits
-    columns = trits.columns
+    levels = matrix.levels
+    columns = levels.columns
     padded = np.zeros(columns + BEYOND_X, np.float32)
     check_array("x", x, np.float32, (columns,))
     padded[:columns] = _scaled(matrix, x)
-    check_array("out", out, np.float32, (trits.rows,))
+    check_array("out", out, np.float32, (levels.rows,))
     if not columns:
         out[:] = 0
-    table = tables(trits.dictionary)
+    table = tables(levels.dictionary)
     kernel: Any = dot_sparse
     entries = table.entries
     if table.masks.size and (PREFER_DENSE if dense is None else dense):
         kernel, entries = dot_dense, (table.masks, table.negative, table.longest)
-    arguments = (kernel_segments(trits), entries, _row_scales(matrix), padded, out)
-    return kernel, 0, trits.count, arguments
+    arguments = (kernel_segments(levels), entries, _row_scales(matrix), padded, out)
+    return kernel, 0, levels.count, arguments
 
 
 def matmul(
@@ -117,20 +117,20 @@ def matmul(
     from qmoe_format.codec.kernels.simd import WIDTH
     from qmoe_format.codec.kernels.tables import tables
 
-    trits = matrix.trits
-    check_array("x", x, np.float32, (None, trits.columns))
+    levels = matrix.levels
+    check_array("x", x, np.float32, (None, levels.columns))
     scaled, tokens = _scaled(matrix, x), len(x)
-    out = output(out, np.float32, (tokens, trits.rows), contiguous=False)
-    tile = np.zeros((max(trits.columns, 1), WIDTH), np.float32)
-    sums = np.zeros((trits.rows, WIDTH), np.float32)
+    out = output(out, np.float32, (tokens, levels.rows), contiguous=False)
+    tile = np.zeros((max(levels.columns, 1), WIDTH), np.float32)
+    sums = np.zeros((levels.rows, WIDTH), np.float32)
     arguments = (
-        kernel_segments(trits), tables(trits.dictionary).entries, _row_scales(matrix), tile, sums
+        kernel_segments(levels), tables(levels.dictionary).entries, _row_scales(matrix), tile, sums
     )  # fmt: skip
     for first in range(0, tokens, WIDTH):
         part = slice(first, min(first + WIDTH, tokens))
         count = part.stop - first
-        tile[: trits.columns, :count] = scaled[part].T
-        run_all([(dot_tile, 0, trits.count, arguments)], threads)
+        tile[: levels.columns, :count] = scaled[part].T
+        run_all([(dot_tile, 0, levels.count, arguments)], threads)
         out[part] = sums[:, :count].T
     return out
 
@@ -140,7 +140,7 @@ def _row_scales(matrix: EncodedMatrix) -> tuple[npt.NDArray[Any], int, int]:
     values = matrix.row_scale
     if matrix.scale_dtype == "F16":
         values = values.astype(np.float32)
-    columns = matrix.trits.columns or 1  # an empty row is never reached, only divided by
+    columns = matrix.levels.columns or 1  # an empty row is never reached, only divided by
     return values, columns, matrix.group_size or columns
 
 

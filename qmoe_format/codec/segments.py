@@ -1,4 +1,4 @@
-"""Trits of a matrix to segments of a few rows each, and back (SPEC.md section 7.2)."""
+"""Levels of a matrix to segments of a few rows each, and back (SPEC.md section 7.2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ENCODE_WEIGHTS = 1 << 20  # encoded into one scratch buffer
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedTrits:
-    """The trits of a matrix [rows, columns] as stored.
+class EncodedLevels:
+    """The levels of a matrix [rows, columns] as stored.
 
     Attributes:
         rows_per_segment: rows in a segment; the last one may hold fewer.
-        nonzeros: number of trits that are not zero.
+        nonzeros: number of levels that are not zero.
         lengths: uint8, uint16 or uint32 [count], bytes of each segment above ``length_base``.
         block_offsets: uint32 [ceil(count / 32)], where every 32nd segment begins.
         segments: uint8 [segment_bytes + at least 8 guard bytes], contiguous.
@@ -69,7 +69,7 @@ class EncodedTrits:
 
     @property
     def zero_fraction(self) -> float:
-        """Share of trits that are zero; 1.0 for an empty matrix."""
+        """Share of levels that are zero; 1.0 for an empty matrix."""
         return 1.0 - self.nonzeros / max(self.rows * self.columns, 1)
 
     @property
@@ -91,15 +91,15 @@ def _check_rows_per_segment(rows: int) -> None:
 
 
 def encode(
-    trits: npt.NDArray[np.int8],
+    levels: npt.NDArray[np.int8],
     dictionary: Dictionary,
     threads: int = 1,
     rows_per_segment: int | None = None,
-) -> EncodedTrits:
-    """Encode trits.
+) -> EncodedLevels:
+    """Encode levels.
 
     Args:
-        trits: int8 [rows, columns] of -1, 0, +1.
+        levels: int8 [rows, columns] of -1, 0, +1.
         dictionary: any; one that fits the share of zeros gives the fewest bits.
         threads: do not change the result.
         rows_per_segment: by default as many as hold about 4096 weights (profile ``fast``).
@@ -109,27 +109,27 @@ def encode(
 
     Example:
         >>> from qmoe_format.codec import decode, encode, standard_dictionary
-        >>> trits = np.array([[0, 0, 1, 0], [0, -1, 0, 0]], np.int8)
-        >>> encoded = encode(trits, standard_dictionary(0.75))
+        >>> levels = np.array([[0, 0, 1, 0], [0, -1, 0, 0]], np.int8)
+        >>> encoded = encode(levels, standard_dictionary(0.75))
         >>> encoded.nonzeros, encoded.segment_bytes
         (2, 2)
-        >>> np.array_equal(decode(encoded), trits)
+        >>> np.array_equal(decode(encoded), levels)
         True
     """
     from qmoe_format.codec.kernels.encode import encode_segments
     from qmoe_format.codec.kernels.tables import tables
 
-    check_array("trits", trits, np.int8, (None, None))
-    if trits.size and (trits.min() < -1 or trits.max() > 1):
-        raise QMoEError("argument", "trits have other values than -1, 0 and +1")
-    rows, columns = trits.shape
+    check_array("levels", levels, np.int8, (None, None))
+    if levels.size and (levels.min() < -1 or levels.max() > 1):
+        raise QMoEError("argument", "levels have other values than -1, 0 and +1")
+    rows, columns = levels.shape
     if rows_per_segment is None:
         rows_per_segment = FAST.rows_per_segment(columns)
     _check_rows_per_segment(rows_per_segment)
     rows_per_segment = min(rows_per_segment, max(rows, 1))
     span = rows_per_segment * columns
     count = -(-rows // rows_per_segment)
-    flat = np.ascontiguousarray(trits).reshape(-1)
+    flat = np.ascontiguousarray(levels).reshape(-1)
     table = tables(dictionary)
     tree = (dictionary.width, dictionary.signs == "codeword", table.children, table.codewords)
     lengths = np.zeros(count, np.int64)
@@ -154,7 +154,7 @@ def encode(
     base = int(lengths.min()) if count else 0
     spread = int(lengths.max()) - base if count else 0
     narrow = np.uint8 if spread < 1 << 8 else np.uint16 if spread < 1 << 16 else np.uint32
-    return EncodedTrits(
+    return EncodedLevels(
         rows=rows,
         columns=columns,
         rows_per_segment=rows_per_segment,
@@ -169,9 +169,9 @@ def encode(
 
 
 def decode(
-    encoded: EncodedTrits, out: npt.NDArray[np.int8] | None = None, threads: int = 1
+    encoded: EncodedLevels, out: npt.NDArray[np.int8] | None = None, threads: int = 1
 ) -> npt.NDArray[np.int8]:
-    """Decode all trits and check every rule of SPEC.md section 7.2.
+    """Decode all levels and check every rule of SPEC.md section 7.2.
 
     Args:
         out: int8 [rows, columns], contiguous, to be overwritten and returned.
@@ -196,14 +196,14 @@ def decode(
         run_all([call], threads)
     arguments = (segments, table.entries, totals, flat)
     run_all([(decode_segments, 0, encoded.count, arguments)], threads)
-    if int(totals.sum()) != encoded.nonzeros:  # [E-13]
+    if int(totals.sum()) != encoded.nonzeros:  # [E-14]
         raise QMoEError(
-            "malformed", f"{totals.sum()} trits are not zero, the header says {encoded.nonzeros}"
+            "malformed", f"{totals.sum()} levels are not zero, the header says {encoded.nonzeros}"
         )
     return out
 
 
-def kernel_segments(encoded: EncodedTrits) -> tuple[Any, ...]:
+def kernel_segments(encoded: EncodedLevels) -> tuple[Any, ...]:
     """``kernels.scan.Segments`` as a plain tuple."""
     dictionary = encoded.dictionary
     return (
@@ -246,10 +246,10 @@ def _fail(segment: int, reason: int) -> NoReturn:
     from qmoe_format.codec.kernels import scan
 
     code, problem = {
-        scan.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-12]
-        scan.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-10]
-        scan.LEFT_OVER: ("malformed", "is longer than its codewords and signs"),  # [E-12]
-        scan.PADDING: ("padding", "has padding bits that are not zero"),  # [E-12]
-        scan.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),  # [D-5]
+        scan.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-13]
+        scan.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-11]
+        scan.LEFT_OVER: ("malformed", "is longer than its codewords and signs"),  # [E-13]
+        scan.PADDING: ("padding", "has padding bits that are not zero"),  # [E-13]
+        scan.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),  # [D-X]
     }[reason]
     raise QMoEError(code, f"segment {segment} {problem}")

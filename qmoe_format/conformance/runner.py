@@ -168,8 +168,8 @@ def _package_contents(file: Any) -> dict[str, Any]:
         name = tensor.name
         values = file.read(name) if expert is None else file.read_expert(name, expert)
         result = {"sha256": sha256(values.tobytes())}
-        if tensor.encoding == "ternary-dict":
-            result["trits"] = sha256(codec.decode(file.encoded(name, expert).trits).tobytes())
+        if tensor.encoding == "int-dict":
+            result["levels"] = sha256(codec.decode(file.encoded(name, expert).levels).tobytes())
         return result
 
     attachments = []
@@ -192,7 +192,7 @@ def _package_contents(file: Any) -> dict[str, Any]:
 def difference(expected: Any, found: Any, place: str = "contents") -> str | None:
     """The first place where two JSON values differ; None if they are equal.
 
-    The trits of a part are compared before its values.
+    The levels of a part are compared before its values.
     """
     if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
         pairs = [(f"{place}.{key}", key) for key in sorted(expected, reverse=True)]

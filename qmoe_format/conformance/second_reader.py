@@ -158,19 +158,19 @@ class File:
         self.extents: list[Extent] = []
         position = 64
         for length, crc32, nothing in struct.iter_unpack("<QII", table):
-            require(nothing == 0, "F-7", "padding", "in the extent table")
+            require(nothing == 0, "F-4", "padding", "in the extent table")
             offset = align(position, 64)  # [F-1]
             self.extents.append(Extent(offset, length, crc32))
             position = checked(offset + length)
         end = align(position, 64)
-        require(end == index_offset, "F-4", "malformed", f"the extents end at {end}")
+        require(end == index_offset, "F-5", "malformed", f"the extents end at {end}")
 
         self._check_index(Json(text).document())
 
     def extent(self, number: int) -> bytes:
         place = self.extents[number]
         data = self.read(place.offset, place.length)
-        require(zlib.crc32(data) == place.crc32, "F-6", "checksum", f"extent {number} is damaged")
+        require(zlib.crc32(data) == place.crc32, "F-7", "checksum", f"extent {number} is damaged")
         return data
 
     def gaps(self) -> Iterator[bytes]:
@@ -190,21 +190,21 @@ class File:
         check_order([entry.name for entry in self.attachments])
         check_order([entry.name for entry in self.tensors])
 
-        # [F-5] Sorted by first extent, each owner begins where the one before it ends.
+        # [F-6] Sorted by first extent, each owner begins where the one before it ends.
         owned = [(entry.extent, 1) for entry in self.attachments]
         owned += [(entry.extent, 1) for entry in self.dictionaries]
         owned += [(entry.extent, entry.extent_count) for entry in self.tensors]
         position = 0
         for first, count in sorted(item for item in owned if item[1] > 0):
-            require(first == position, "F-5", "malformed", f"owner of extent {position}")
+            require(first == position, "F-6", "malformed", f"owner of extent {position}")
             position = first + count
         right = position == len(self.extents)
-        require(right, "F-5", "malformed", f"{position} extents of {len(self.extents)} are owned")
+        require(right, "F-6", "malformed", f"{position} extents of {len(self.extents)} are owned")
 
         for entry in self.attachments:
             if entry.encoding == "raw":
                 right = self.extents[entry.extent].length == entry.bytes
-                require(right, "A-2", "malformed", f"length of {entry.name}")
+                require(right, "A-1", "malformed", f"length of {entry.name}")
 
     # -- Section 10 --------------------------------------------------------------------------------
 
@@ -230,9 +230,9 @@ class File:
 
     def _part(self, data: bytes, t: Tensor, tables: list[Dictionary]) -> dict[str, str]:
         shape = t.shape[1:] if t.stack else t.shape  # [T-1]
-        # [T-4] decode_bytes rejects an unknown encoding.
-        require(t.dtype in DTYPES, "T-4", "unsupported", f"dtype of {t.name}")
-        if t.encoding == "ternary-dict":
+        # [T-5] decode_bytes rejects an unknown encoding.
+        require(t.dtype in DTYPES, "T-5", "unsupported", f"dtype of {t.name}")
+        if t.encoding == "int-dict":
             return decode_ternary(data, t, shape, tables)
         return {"sha256": sha256(decode_bytes(data, t.encoding, math.prod(shape), DTYPES[t.dtype]))}
 
@@ -404,7 +404,7 @@ DTYPES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-ENCODINGS = ("raw", "zstd", "ternary-dict")
+ENCODINGS = ("raw", "zstd", "int-dict")
 COMMON = {
     "dtype": str,
     "encoding": str,
@@ -445,7 +445,7 @@ class Tensor:
 
 def tensor(value: Any) -> Tensor:
     encoding = value.get("encoding") if type(value) is dict else None
-    ternary = TERNARY if encoding == "ternary-dict" else {}
+    ternary = TERNARY if encoding == "int-dict" else {}
     if encoding in ENCODINGS:
         record(value, **COMMON, **ternary)
         common = {key: value[key] for key in COMMON}
@@ -468,9 +468,9 @@ def tensor(value: Any) -> Tensor:
     right = t.members == "" or t.members.count("{}") == 1
     require(right, "T-2", "malformed", f"members of {t.name}")
     right = not t.transposed or (t.stack and len(t.shape) >= 3)
-    require(right, "T-6", "malformed", f"{t.name} cannot be transposed")
+    require(right, "T-3", "malformed", f"{t.name} cannot be transposed")
 
-    if t.encoding == "ternary-dict":
+    if t.encoding == "int-dict":
         require(8 <= t.keys["width"] <= 16, "L-1", "limit", f"width of {t.name}")
         require(t.keys["group_size"] < 2**31, "L-1", "limit", f"group_size of {t.name}")
         right = 0 < t.keys["rows_per_segment"] < 2**31
@@ -480,9 +480,9 @@ def tensor(value: Any) -> Tensor:
         right = t.keys["scale_dtype"] in ("BF16", "F16", "F32")
         require(right, "J-4", "malformed", f"scale_dtype of {t.name}")
         right = t.dtype in ("BF16", "F16", "F32", "F64") or t.dtype not in DTYPES
-        require(right, "E-3", "malformed", f"dtype of {t.name}")
+        require(right, "E-2", "malformed", f"dtype of {t.name}")
         right = len(t.shape) == (3 if t.stack else 2)
-        require(right, "E-3", "malformed", f"dimensions of {t.name}")
+        require(right, "E-2", "malformed", f"dimensions of {t.name}")
         small = all(n < 2**31 for n in t.shape[-2:])
         require(small, "L-1", "limit", f"rows or columns of {t.name}")
     return t
@@ -493,13 +493,13 @@ def tensor(value: Any) -> Tensor:
 
 def decode_bytes(data: bytes, encoding: str, elements: int, size: int) -> bytes:
     """The bytes of a tensor; with size 1, those of an attachment or a tree."""
-    require(encoding in ("raw", "zstd"), "T-4", "unsupported", f"encoding {encoding!r}")
+    require(encoding in ("raw", "zstd"), "T-5", "unsupported", f"encoding {encoding!r}")
     if encoding == "raw":
         require(len(data) == elements * size, "R-1", "malformed", "length of a raw extent")
         return data
     shuffled = decompress(data, elements * size)
     result = bytearray(len(shuffled))
-    for b in range(size):  # [Z-4]
+    for b in range(size):  # [Z-1]
         result[b::size] = shuffled[b * elements : (b + 1) * elements]
     return bytes(result)
 
@@ -508,7 +508,7 @@ class Frame:
     """The header of a Zstandard frame, RFC 8878 section 3.1.1.1."""
 
     def __init__(self, frame: bytes) -> None:
-        require(frame[:4] == b"\x28\xb5\x2f\xfd", "Z-1", "malformed", "not a Zstandard frame")
+        require(frame[:4] == b"\x28\xb5\x2f\xfd", "Z-2", "malformed", "not a Zstandard frame")
         self.position = 4
         flags = self.integer(frame, 1)
         single_segment = bool(flags & 0x20)
@@ -523,19 +523,19 @@ class Frame:
 
     def integer(self, frame: bytes, size: int) -> int:
         data = frame[self.position : self.position + size]
-        require(len(data) == size, "Z-3", "malformed", "the frame ends within its header")
+        require(len(data) == size, "Z-4", "malformed", "the frame ends within its header")
         self.position += size
         return int.from_bytes(data, "little")
 
 
 def decompress(data: bytes, size: int) -> bytes:
     frame = Frame(data)
-    require(frame.dictionary == 0, "Z-1", "malformed", "the frame needs a dictionary")
-    require(frame.has_content_size, "Z-1", "malformed", "the frame has no content size")
-    require(frame.content_size == size, "Z-1", "malformed", "the frame's content size is wrong")
-    # [Z-2] before memory is allocated
-    require(frame.window <= 2**27, "Z-2", "limit", "the frame's window is too large")
-    require(size <= 1024 * len(data) + 2**20, "Z-2", "limit", "the frame expands too much")
+    require(frame.dictionary == 0, "Z-2", "malformed", "the frame needs a dictionary")
+    require(frame.has_content_size, "Z-2", "malformed", "the frame has no content size")
+    require(frame.content_size == size, "Z-2", "malformed", "the frame's content size is wrong")
+    # [Z-3] before memory is allocated
+    require(frame.window <= 2**27, "Z-3", "limit", "the frame's window is too large")
+    require(size <= 1024 * len(data) + 2**20, "Z-3", "limit", "the frame expands too much")
     # Walk the blocks only to find the end of the frame (3.1.1.2); a library decodes them.
     position = frame.position
     last = False
@@ -544,11 +544,11 @@ def decompress(data: bytes, size: int) -> bytes:
         last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
         position += 3 + (1 if kind == 1 else length)  # kind 1 repeats a single byte
     position += 4 if frame.has_checksum else 0
-    require(position >= len(data), "Z-1", "malformed", "there are bytes after the frame")
+    require(position >= len(data), "Z-2", "malformed", "there are bytes after the frame")
     try:
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:
-        raise Rejected("Z-3", "malformed", str(error)) from None
+        raise Rejected("Z-4", "malformed", str(error)) from None
 
 
 # -- Section 6: dictionaries -----------------------------------------------------------------------
@@ -580,8 +580,8 @@ def dictionary(tree: bytes, stated: DictionaryEntry) -> Dictionary:
         require(path != [], "D-3", "malformed", "the tree is a single leaf")
         first.append(codewords)
         entries.append(tuple(path))
-        codewords += 1 if stated.signs == "plane" else 2 ** sum(path)  # [D-4], [D-5]
-        rule = "D-4" if stated.signs == "plane" else "D-5"
+        codewords += 1 if stated.signs == "plane" else 2 ** sum(path)  # [D-4], [D-X]
+        rule = "D-4" if stated.signs == "plane" else "D-X"
         require(codewords <= 2**stated.width, rule, "malformed", "there are too many codewords")
         while path and path[-1] == 1:  # back to the last node whose second child comes next
             path.pop()
@@ -601,7 +601,7 @@ def dictionary(tree: bytes, stated: DictionaryEntry) -> Dictionary:
     return Dictionary(stated.width, stated.signs, first, entries, codewords)
 
 
-# -- Section 7: ternary-dict -----------------------------------------------------------------------
+# -- Section 7: int-dict -----------------------------------------------------------------------
 
 HEADER = struct.Struct("<IIB7sQQ")
 
@@ -611,9 +611,9 @@ def decode_ternary(
 ) -> dict[str, str]:
     rows, columns = shape
     group_size = t.keys["group_size"]
-    groups = -(-columns // group_size) if group_size else 1  # [E-2]
+    groups = -(-columns // group_size) if group_size else 1  # [E-X]
     together = t.keys["rows_per_segment"]
-    count = -(-rows // together)  # [E-15]
+    count = -(-rows // together)  # [E-3]
     symmetric, with_columns = t.keys["symmetric"], t.keys["column_scale"]
     scale_dtype = t.keys["scale_dtype"]
     scale_size = DTYPES[scale_dtype]
@@ -643,7 +643,7 @@ def decode_ternary(
     require(len(data) == end, "E-4", "malformed", f"the extent must have {end} bytes")
     gaps = [header_zero]
     gaps += [data[a:b] for a, b in zip(ends, [*starts[1:], end], strict=True)]
-    require(all(zero(gap) for gap in gaps), "E-14", "padding", "in a ternary extent")
+    require(all(zero(gap) for gap in gaps), "E-5", "padding", "in a ternary extent")
     row_bytes, column_bytes, offset_bytes, length_bytes, segments = (
         data[a:b] for a, b in zip(starts, ends, strict=True)
     )
@@ -656,87 +656,87 @@ def decode_ternary(
     row_scales = scales(row_bytes, scale_dtype)
     column_scales = scales(column_bytes, scale_dtype)
     finite = all(map(math.isfinite, row_scales)) and all(map(math.isfinite, column_scales))
-    require(finite, "E-7", "value", "a scale is not finite")
+    require(finite, "E-8", "value", "a scale is not finite")
 
     numbers = range(0, len(length_bytes), length_width)
     lengths = [int.from_bytes(length_bytes[i : i + length_width], "little") for i in numbers]
     right = sum(lengths) + count * length_base == segment_bytes
-    require(right, "E-5", "malformed", "the lengths do not add up to segment_bytes")
-    # [E-8] If the minimum of the stored lengths is 0, length_base is the minimum length.
+    require(right, "E-6", "malformed", "the lengths do not add up to segment_bytes")
+    # [E-9] If the minimum of the stored lengths is 0, length_base is the minimum length.
     right = min(lengths) == 0 if count else length_base == 0
-    require(right, "E-8", "malformed", "length_base is not the minimum length")
+    require(right, "E-9", "malformed", "length_base is not the minimum length")
     least = next(width for width in (1, 2, 4) if max(lengths, default=0) < 256**width)
-    require(length_width == least, "E-8", "malformed", "length_width is not the minimum")
+    require(length_width == least, "E-9", "malformed", "length_width is not the minimum")
     offsets = [n for (n,) in struct.iter_unpack("<I", offset_bytes)]
 
     # 7.2, 7.3
     values = hashlib.sha256()
-    all_trits = hashlib.sha256()
+    all_levels = hashlib.sha256()
     found_nonzeros = 0
     position = 0
     for number in range(count):
         if number % 32 == 0:
             right = offsets[number // 32] == position
-            require(right, "E-5", "malformed", f"offset of block {number // 32}")
+            require(right, "E-6", "malformed", f"offset of block {number // 32}")
         length = length_base + lengths[number]
         segment = segments[position : position + length]
         position += length
         first = number * together
-        trits = decode_segment(segment, (min(first + together, rows) - first) * columns, table)
-        found_nonzeros += sum(map(abs, trits))
-        all_trits.update(struct.pack(f"{len(trits)}b", *trits))
-        for place, trit in enumerate(trits):
+        levels = decode_segment(segment, (min(first + together, rows) - first) * columns, table)
+        found_nonzeros += sum(map(abs, levels))
+        all_levels.update(struct.pack(f"{len(levels)}b", *levels))
+        for place, level in enumerate(levels):
             row, column = first + place // columns, place % columns
             group = row * groups + (column // group_size if group_size else 0)
             if symmetric:
                 low, high = -row_scales[group], row_scales[group]  # [V-1]
             else:
                 low, high = row_scales[2 * group : 2 * group + 2]
-            value = {0: 0.0, 1: high, -1: low}[trit]
-            if with_columns and trit:
+            value = {0: 0.0, 1: high, -1: low}[level]
+            if with_columns and level:
                 # [V-2] The product is exact in binary64: one rounding, to binary32.
                 value = rounded(value * column_scales[column], "<f")
             values.update(element(value, t.dtype))
     right = found_nonzeros == nonzeros
-    require(right, "E-13", "malformed", f"there are {found_nonzeros} nonzeros, not {nonzeros}")
-    return {"sha256": values.hexdigest(), "trits": all_trits.hexdigest()}
+    require(right, "E-14", "malformed", f"there are {found_nonzeros} nonzeros, not {nonzeros}")
+    return {"sha256": values.hexdigest(), "levels": all_levels.hexdigest()}
 
 
 def decode_segment(segment: bytes, weights: int, table: Dictionary) -> list[int]:
     width, plane = table.width, table.signs == "plane"
     bits = 8 * len(segment)
     enough = len(segment) >= -(-width * -(-weights // 255) // 8)
-    require(enough, "E-6", "malformed", "a segment is too short for its weights")
+    require(enough, "E-7", "malformed", "a segment is too short for its weights")
     s = int.from_bytes(segment, "little")
-    trits: list[int] = []
+    levels: list[int] = []
     signs = 0  # bits of signs used so far, from the low end
     used = 0  # bits of codewords used so far, from the high end
-    while len(trits) < weights:  # [E-9]
+    while len(levels) < weights:  # [E-10]
         used += width
-        require(used <= bits, "E-12", "malformed", "a segment has too few codewords")
+        require(used <= bits, "E-13", "malformed", "a segment has too few codewords")
         codeword = s >> (bits - used) & (2**width - 1)
         exists = codeword < table.codewords
-        require(exists, "D-5", "malformed", f"codeword {codeword} is not in the dictionary")
+        require(exists, "D-X", "malformed", f"codeword {codeword} is not in the dictionary")
         leaf = bisect_right(table.first, codeword) - 1
-        sign_bits = codeword - table.first[leaf]  # [D-5]
+        sign_bits = codeword - table.first[leaf]  # [D-X]
         for weight in table.entries[leaf]:
             if not weight:
-                trits.append(0)
+                levels.append(0)
                 continue
-            inside = len(trits) < weights
-            require(inside, "E-10", "malformed", "a weight after the last row is not zero")
-            if plane:  # [E-11]
+            inside = len(levels) < weights
+            require(inside, "E-11", "malformed", "a weight after the last row is not zero")
+            if plane:  # [E-12]
                 negative = s >> signs & 1
                 signs += 1
             else:
                 negative = sign_bits & 1
                 sign_bits >>= 1
-            trits.append(-1 if negative else 1)  # [D-6]
+            levels.append(-1 if negative else 1)  # [E-12]
     left = bits - used - signs
-    require(left >= 0, "E-12", "malformed", "codewords and signs overlap")
-    require(left < 8, "E-12", "malformed", "a segment is longer than necessary")
-    require(s >> signs & (2**left - 1) == 0, "E-12", "padding", "between codewords and signs")
-    return trits[:weights]
+    require(left >= 0, "E-13", "malformed", "codewords and signs overlap")
+    require(left < 8, "E-13", "malformed", "a segment is longer than necessary")
+    require(s >> signs & (2**left - 1) == 0, "E-13", "padding", "between codewords and signs")
+    return levels[:weights]
 
 
 # 7.3. All values are Python floats: binary64, which represents every binary32 number exactly.

@@ -40,7 +40,7 @@ class Item:
         Raises:
             QMoEError: ``unsupported`` if the dtype is unknown.
         """
-        if self.dtype not in STORAGE:  # [T-4]
+        if self.dtype not in STORAGE:  # [T-5]
             raise QMoEError("unsupported", f"element type {self.dtype!r} is unknown")
         return STORAGE[self.dtype].itemsize
 

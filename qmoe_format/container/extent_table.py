@@ -47,7 +47,7 @@ class ExtentTable:
             QMoEError: ``padding``, ``limit``, ``malformed``.
         """
         records = table.view(_RECORD)
-        if records["zero"].any():  # [F-7]
+        if records["zero"].any():  # [F-4]
             raise QMoEError("padding", "the extent table has spare bytes that are not zero")
         stored = records["length"]
         # The exact sum in 32-bit halves: 2^24 lengths of 64 bits wrap around in one integer. [N-2]
@@ -59,7 +59,7 @@ class ExtentTable:
         lengths = stored.astype(np.int64)
         ends = np.cumsum((lengths + (ALIGNMENT - 1)) & -ALIGNMENT) + FIRST_EXTENT
         offsets = np.append(np.int64(FIRST_EXTENT), ends)
-        if offsets[-1] != index_offset:  # [F-1] [F-4]
+        if offsets[-1] != index_offset:  # [F-1] [F-5]
             raise _not_contiguous()
         return cls(offsets[:-1], lengths, records["crc32"].astype(np.uint32))
 

@@ -168,14 +168,14 @@ def _tensor(record: Any, lengths: Lengths | None) -> TensorEntry:
         raise QMoEError("malformed", "a stack without dimensions")
     if members and not (stack and members.count("{}") == 1):  # [T-2]
         raise QMoEError("malformed", f"{members[:80]!r} cannot be its members")
-    if transposed and not (stack and len(shape) >= 3):  # [T-6]
+    if transposed and not (stack and len(shape) >= 3):  # [T-3]
         raise QMoEError("malformed", "transposed, but not a stack of at least three dimensions")
     first, count = record["extent"], shape[0] if stack else 1
     stored = 0
     if count == 0 and first != 0:  # [T-1]
         raise QMoEError("malformed", "a stack without experts must have extent 0")
     if lengths is not None:
-        if first + count > len(lengths):  # [F-5]
+        if first + count > len(lengths):  # [F-6]
             raise QMoEError("malformed", "its extents are not in the file")
         stored = int(lengths[first : first + count].sum()) if stack else int(lengths[first])
     further = {key: record[key] for key in record if key not in _TENSOR}
@@ -219,12 +219,12 @@ def _attachment(record: Any, lengths: Lengths) -> AttachmentEntry:
     fields(record, "an attachment", _ATTACHMENT)
     check_file_name(record["name"])
     name, size, extent = record["name"], record["bytes"], record["extent"]
-    if extent >= len(lengths):  # [F-5]
+    if extent >= len(lengths):  # [F-6]
         raise QMoEError("malformed", f"attachment {name!r}: its extent is not in the file")
     entry = AttachmentEntry(name, size, record["encoding"], extent, int(lengths[extent]))
     if encoding := ENCODINGS.get(entry.encoding):
         with located(entry.label()):
-            encoding.check_length(entry.stored_bytes, entry.item)  # [A-2]
+            encoding.check_length(entry.stored_bytes, entry.item)  # [A-1]
     return entry
 
 
@@ -251,7 +251,7 @@ def _by_name(entries: list[Named], what: str) -> Mapping[str, Named]:
 
 
 def _check_owners(owners: Sequence[Entry], extent_count: int) -> None:
-    """Each extent has one owner: their ranges follow each other without a gap. [F-5]"""
+    """Each extent has one owner: their ranges follow each other without a gap. [F-6]"""
     end = 0
     for each in owners:
         if each.extent_count and each.extent != end:

@@ -26,7 +26,7 @@ NAME = 512  # [J-6]; a longer name is malformed, not beyond a limit
 
 
 def zstd_content(frame: int) -> int:
-    """The most content, in bytes, of a Zstandard frame of ``frame`` bytes ([Z-2])."""
+    """The most content, in bytes, of a Zstandard frame of ``frame`` bytes ([Z-3])."""
     return 1024 * frame + 2**20
 
 

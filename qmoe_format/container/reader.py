@@ -179,7 +179,7 @@ class QMoEFile:
 
         Returns:
             What ``StackWriter.append`` stores again as it is: an ``EncodedMatrix`` of views for
-            ``ternary-dict``, of which all but the segments has been checked (the codec checks these
+            ``int-dict``, of which all but the segments has been checked (the codec checks these
             when it decodes them); the array that ``read`` returns for other encodings.
 
         Raises:

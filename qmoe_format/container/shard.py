@@ -166,7 +166,7 @@ class Shard:
         return int(self._table.offsets[extent]), int(self._table.lengths[extent])
 
     def _extent(self, extent: int) -> Bytes:
-        """An extent's bytes, checked when they are used the first time. [F-6]"""
+        """An extent's bytes, checked when they are used the first time. [F-7]"""
         if not self._checked[extent]:
             self._check_crc(extent)
         return self._source.view(*self._bounds(extent))
@@ -200,7 +200,7 @@ class Shard:
 
 
 def _encoding(entry: Entry) -> Encoding:
-    """The entry's encoding, if it is known and can store such a thing. [T-4]"""
+    """The entry's encoding, if it is known and can store such a thing. [T-5]"""
     encoding = encoding_of(entry.encoding)
     if encoding.defaults and not isinstance(entry, TensorEntry):
         raise QMoEError("unsupported", f"encoding {encoding.name!r} is for tensors only")

@@ -59,13 +59,13 @@ class Writer:
         >>> import numpy as np
         >>> from qmoe_format import Writer
         >>> from qmoe_format.codec import encode_matrix
-        >>> trits = np.array([[0, 1, 0, -1], [0, 0, 1, 0]], np.int8)
+        >>> levels = np.array([[0, 1, 0, -1], [0, 0, 1, 0]], np.int8)
         >>> low_high = np.array([[[-0.5, 0.25]], [[-1, 2]]], np.float32)  # [rows, groups, 2]
-        >>> matrix = encode_matrix(trits, low_high, scale_dtype="F32")
+        >>> matrix = encode_matrix(levels, low_high, scale_dtype="F32")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with Writer(folder + "/model.qmoe") as writer:
         ...         writer.add_tensor("norm.weight", np.ones(4, np.float32), "F32")
-        ...         with writer.add_stack("experts", (2, 2, 4), "F32", "ternary-dict") as stack:
+        ...         with writer.add_stack("experts", (2, 2, 4), "F32", "int-dict") as stack:
         ...             stack.append(matrix)
         ...             stack.append(matrix)
         ...     [path.name for path in writer.files]
@@ -110,9 +110,9 @@ class Writer:
         Args:
             name: of the tensor.
             value: an array in storage form (BF16 as uint16), or an ``EncodedMatrix`` for
-                ``ternary-dict``.
+                ``int-dict``.
             dtype: element type, such as ``BF16``.
-            encoding: ``raw``, ``zstd`` (``raw`` where that saves nothing) or ``ternary-dict``.
+            encoding: ``raw``, ``zstd`` (``raw`` where that saves nothing) or ``int-dict``.
 
         Raises:
             QMoEError: ``argument``; ``duplicate``; ``limit``; ``io``.
@@ -279,7 +279,7 @@ class StackWriter:
         """Write the next expert.
 
         Args:
-            value: an array in storage form, or an ``EncodedMatrix`` for ``ternary-dict``.
+            value: an array in storage form, or an ``EncodedMatrix`` for ``int-dict``.
 
         Raises:
             QMoEError: ``argument`` if it does not fit the stack; ``limit``; ``io``.

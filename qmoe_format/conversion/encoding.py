@@ -9,60 +9,60 @@ import numpy as np
 
 from qmoe_format.codec import Dictionary, EncodedMatrix, Profile, encode_matrix
 from qmoe_format.codec.dictionary import on_grid
-from qmoe_format.container.encodings import TERNARY_DICT, ZSTD
-from qmoe_format.container.encodings.ternary_dict import extent_length
+from qmoe_format.container.encodings import INT_DICT, ZSTD
+from qmoe_format.container.encodings.int_dict import extent_length
 from qmoe_format.container.entries import Item
 from qmoe_format.container.writer import StackWriter, Writer
 
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import ExpertStack
-    from qmoe_format.quantize.ternary import TernaryWeights
+    from qmoe_format.quantize.level_weights import LevelWeights
 
 
 def begin_stack(writer: Writer, stack: ExpertStack) -> StackWriter:
     """Open a stack of ``writer`` for the encoded experts of a checkpoint's."""
     shape = (stack.experts, stack.rows, stack.columns)
     return writer.add_stack(
-        stack.name, shape, stack.dtype, "ternary-dict", stack.members, transposed=stack.transposed
+        stack.name, shape, stack.dtype, "int-dict", stack.members, transposed=stack.transposed
     )
 
 
 def encode(
-    ternary: TernaryWeights, place: int, scale_dtype: str, profile: Profile, threads: int
+    ternary: LevelWeights, place: int, scale_dtype: str, profile: Profile, threads: int
 ) -> EncodedMatrix:
     """Encode the matrix of one expert, the batch's number ``place``."""
     from qmoe_format.checkpoints.torch_dtypes import to_storage
 
     column_scale = ternary.column_scale
     return encode_matrix(
-        ternary.trits[place].cpu().numpy(),
+        ternary.levels[place].cpu().numpy(),
         to_storage(ternary.row_scale[place].cpu()),
         None if column_scale is None else to_storage(column_scale[place].cpu()),
         scale_dtype=scale_dtype,
         width=profile.width,
-        rows_per_segment=profile.rows_per_segment(ternary.trits.shape[2]),
+        rows_per_segment=profile.rows_per_segment(ternary.levels.shape[2]),
         threads=threads,
     )
 
 
 def stored_bytes(matrix: EncodedMatrix) -> int:
     """The length of a matrix's extent."""
-    item = Item("F32", (matrix.rows, matrix.columns), TERNARY_DICT.parameters_of(matrix))
-    return extent_length(item, matrix.trits.lengths.itemsize, matrix.trits.segment_bytes)
+    item = Item("F32", (matrix.rows, matrix.columns), INT_DICT.parameters_of(matrix))
+    return extent_length(item, matrix.levels.lengths.itemsize, matrix.levels.segment_bytes)
 
 
 def expected_bytes(sample: EncodedMatrix, rows: int, profile: Profile) -> int:
     """Estimate the length of a matrix's extent from ``sample``, some of its ``rows``."""
-    parameters = TERNARY_DICT.parameters_of(sample)
+    parameters = INT_DICT.parameters_of(sample)
     parameters["rows_per_segment"] = min(profile.rows_per_segment(sample.columns), rows)
-    segment_bytes = sample.trits.segment_bytes * rows // max(sample.rows, 1)
+    segment_bytes = sample.levels.segment_bytes * rows // max(sample.rows, 1)
     item = Item("F32", (rows, sample.columns), parameters)
-    return extent_length(item, sample.trits.lengths.itemsize, segment_bytes)
+    return extent_length(item, sample.levels.lengths.itemsize, segment_bytes)
 
 
 def grid_step(matrix: EncodedMatrix) -> int:
     """The zero fraction of a matrix's dictionary, in steps; it determines the dictionary."""
-    return round(on_grid(matrix.trits.zero_fraction))
+    return round(on_grid(matrix.levels.zero_fraction))
 
 
 @cache

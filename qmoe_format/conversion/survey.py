@@ -194,7 +194,7 @@ def _with_sizes(
     return replace(
         survey,
         sizes=list(accumulate(sizes, min)),  # less for a greater lambda, whatever samples say
-        grid_steps=[_mean(on_grid(each.trits.zero_fraction) for each in part) for part in parts],
+        grid_steps=[_mean(on_grid(each.levels.zero_fraction) for each in part) for part in parts],
         dictionary_bytes=_mean(dictionary_bytes(each.dictionary) for each in matrices),
     )
 

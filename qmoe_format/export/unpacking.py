@@ -122,7 +122,7 @@ def _tensors(file: container.QMoEFile, compressed: bool) -> Iterator[OutputTenso
         if compressed:
             continue
         count, *shape = entry.shape
-        if entry.transposed:  # [T-6]
+        if entry.transposed:  # [T-3]
             shape[-2:] = reversed(shape[-2:])
         if not entry.members:
             parts = partial(_experts, file, entry, range(count))

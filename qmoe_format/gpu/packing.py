@@ -131,7 +131,7 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
                 )
         _check_segments(number, matrix)
     matrix = matrices[0]
-    trits = matrix.trits
+    levels = matrix.levels
     experts, rows, columns = len(matrices), matrix.rows, matrix.columns
     dictionaries = _dictionaries(matrices)
     entry = _entry_form(dictionaries)
@@ -139,12 +139,12 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
     scale, words = matrix.row_scale.dtype, _entry_words(entry, slots)
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "segments": (np.uint8, (_bases(matrices)[1],)),
-        "offsets": (np.uint32, (experts, trits.count + 1)),
+        "offsets": (np.uint32, (experts, levels.count + 1)),
         "bases": (np.uint64, (experts,)),
         "row_scale": (scale, (experts, *matrix.row_scale.shape)),
         "column_scale": (scale, (experts, 0 if matrix.column_scale is None else columns)),
         "table_of": (np.int32, (experts,)),
-        "tables": (np.uint32, (len(dictionaries), 1 << trits.dictionary.width, words)),
+        "tables": (np.uint32, (len(dictionaries), 1 << levels.dictionary.width, words)),
     }
     places, end = {}, 0
     for name, (dtype, shape) in shapes.items():
@@ -154,9 +154,9 @@ def layout(matrices: Sequence[EncodedMatrix]) -> Layout:
         experts=experts,
         rows=rows,
         columns=columns,
-        rows_per_segment=min(trits.rows_per_segment, max(rows, 1)),
-        width=trits.dictionary.width,
-        signs=trits.dictionary.signs,
+        rows_per_segment=min(levels.rows_per_segment, max(rows, 1)),
+        width=levels.dictionary.width,
+        signs=levels.dictionary.signs,
         scales=matrix.row_scale.shape[2],
         scale_dtype=matrix.scale_dtype,
         group_size=matrix.group_size,
@@ -184,10 +184,10 @@ def pieces(
         entries = _entries(dictionary, layout.entry, layout.entry_bytes // 4)
         yield where["tables"] + number * size, _bytes(entries)
     for e, (matrix, base) in enumerate(zip(matrices, bases, strict=True)):
-        trits = matrix.trits
-        yield where["segments"] + base, trits.segments[: trits.segment_bytes]
+        levels = matrix.levels
+        yield where["segments"] + base, levels.segments[: levels.segment_bytes]
         for name, array in (
-            ("offsets", trits.offsets().astype(np.uint32)),
+            ("offsets", levels.offsets().astype(np.uint32)),
             ("row_scale", matrix.row_scale),
             ("column_scale", matrix.column_scale),
         ):
@@ -202,7 +202,7 @@ def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 def _common(matrix: EncodedMatrix) -> dict[str, Any]:
     return {
         "shape": (matrix.rows, matrix.columns),
-        "rows per segment": matrix.trits.rows_per_segment,
+        "rows per segment": matrix.levels.rows_per_segment,
         "codeword width": matrix.dictionary.width,
         "sign mode": matrix.dictionary.signs,
         "number of scales per row": matrix.row_scale.shape[2],
@@ -213,9 +213,9 @@ def _common(matrix: EncodedMatrix) -> dict[str, Any]:
 
 
 def _check_segments(number: int, matrix: EncodedMatrix) -> None:
-    trits = matrix.trits
-    weights = min(trits.rows_per_segment, trits.rows) * trits.columns
-    longest = int(trits.lengths.max()) + trits.length_base if trits.count else 0
+    levels = matrix.levels
+    weights = min(levels.rows_per_segment, levels.rows) * levels.columns
+    longest = int(levels.lengths.max()) + levels.length_base if levels.count else 0
     if weights > MAX_SEGMENT_WEIGHTS or longest > MAX_SEGMENT_BYTES:
         raise QMoEError(
             "limit",
@@ -234,7 +234,7 @@ def _bases(matrices: Sequence[EncodedMatrix]) -> tuple[list[int], int]:
     bases, end = [], GUARD
     for matrix in matrices:
         bases.append(end)
-        end = _align(end + matrix.trits.segment_bytes, 16)
+        end = _align(end + matrix.levels.segment_bytes, 16)
     return bases, end + GUARD
 
 
@@ -245,11 +245,11 @@ def _dictionaries(matrices: Sequence[EncodedMatrix]) -> dict[Dictionary, int]:
 
 def _mean_codewords(matrices: Sequence[EncodedMatrix]) -> int:
     """Codewords per segment: the bits that are not signs."""
-    trits = [matrix.trits for matrix in matrices]
-    bits = sum(8 * t.segment_bytes for t in trits)
-    if trits[0].dictionary.signs == "plane":
-        bits -= sum(t.nonzeros for t in trits)
-    return bits // max(sum(t.count for t in trits) * trits[0].dictionary.width, 1)
+    levels = [matrix.levels for matrix in matrices]
+    bits = sum(8 * t.segment_bytes for t in levels)
+    if levels[0].dictionary.signs == "plane":
+        bits -= sum(t.nonzeros for t in levels)
+    return bits // max(sum(t.count for t in levels) * levels[0].dictionary.width, 1)
 
 
 def _entry_form(dictionaries: Iterable[Dictionary]) -> str:

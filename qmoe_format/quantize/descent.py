@@ -7,7 +7,7 @@ least at the real values
     x = q_B + H_BB^-1 G_B,
 
 which are rounded one after the other as in GPTQ, with the group's own Hessian. A row accepts its
-new trits only if they lower error + price x non-zeros, so that the sum never rises; G is then
+new levels only if they lower error + price x non-zeros, so that the sum never rises; G is then
 updated. Groups of one column would be ordinary coordinate descent; larger ones also find moves that
 only pay off together.
 """
@@ -22,7 +22,7 @@ from qmoe_format.quantize.hessian import inverse_factor
 
 
 def descend(
-    trits: Tensor,
+    levels: Tensor,
     gradient: Tensor,
     hessian: Tensor,
     scale: Tensor,
@@ -30,19 +30,19 @@ def descend(
     price: Tensor,
     group: int = GROUP,
 ) -> None:
-    """Sweep over the columns once, changing ``trits`` and ``gradient`` in place.
+    """Sweep over the columns once, changing ``levels`` and ``gradient`` in place.
 
     Args:
-        trits: float ``[experts, columns, rows]``.
+        levels: float ``[experts, columns, rows]``.
         gradient: G, ``[experts, columns, rows]``.
         hessian: H, ``[experts, columns, columns]``.
-        scale: the value of trit 1 before its column's scale, ``[experts, rows]``.
+        scale: the value of level 1 before its column's scale, ``[experts, rows]``.
         column_scale: ``[experts, columns]``.
         price: of a non-zero over a zero, in units of the error, ``[experts, rows]``.
         group: number of columns that are decided together.
     """
-    moves = torch.empty_like(trits)
-    experts, columns, _ = trits.shape
+    moves = torch.empty_like(levels)
+    experts, columns, _ = levels.shape
     factors = _group_factors(hessian, group)
 
     def columns_of(groups: slice) -> slice:
@@ -52,7 +52,7 @@ def descend(
         own = columns_of(part)
         if other is None:
             moves[:, own] = _move(
-                trits[:, own],
+                levels[:, own],
                 gradient[:, own],
                 hessian[:, own, own],
                 factors[part.start],
@@ -83,7 +83,7 @@ def _group_factors(hessian: Tensor, group: int) -> list[Tensor]:
 
 
 def _move(
-    trits: Tensor,
+    levels: Tensor,
     gradient: Tensor,
     hessian: Tensor,
     factor: Tensor,
@@ -91,16 +91,16 @@ def _move(
     column_scale: Tensor,
     price: Tensor,
 ) -> Tensor:
-    """Set the trits of one group, ``[experts, group, rows]``; return the change of its values."""
+    """Set the levels of one group, ``[experts, group, rows]``; return the change of its values."""
     value = scale[:, None] * column_scale[:, :, None]
-    now = trits * value
+    now = levels * value
     pairs = zip(factor, gradient, strict=True)
     best = now + torch.stack([u.T @ (u @ g) for u, g in pairs])
     new = gptq(best, factor, None, scale, column_scale, price)
     move = new * value - now
     curved = torch.stack([h @ m for h, m in zip(hessian, move, strict=True)])
     error = (move * (curved - 2 * gradient)).sum(1)
-    nonzeros = (new.abs() - trits.abs()).sum(1)
+    nonzeros = (new.abs() - levels.abs()).sum(1)
     better = (error + price * nonzeros < 0)[:, None]
-    trits.copy_(torch.where(better, new, trits))
+    levels.copy_(torch.where(better, new, levels))
     return torch.where(better, move, 0.0)

@@ -33,9 +33,9 @@ def gptq(
     price: Tensor | None = None,
     group: int = GROUP,
 ) -> Tensor:
-    """Trits of a batch of matrices on a given grid, float ``[experts, columns, rows]``.
+    """Levels of a batch of matrices on a given grid, float ``[experts, columns, rows]``.
 
-    With x the weight plus the errors it compensates for, v = high and h = 1 / U_ii^2, a trit of +1
+    With x the weight plus the errors it compensates for, v = high and h = 1 / U_ii^2, a level of +1
     costs h (x - v)^2 + price and one of 0 costs h x^2. So it is +1 where
 
         x > v / 2 + price / (2 h v),
@@ -45,15 +45,15 @@ def gptq(
     Args:
         weights: float ``[experts, columns, rows]``; not changed.
         factor: U, ``inverse_factor`` of each Hessian, ``[experts, columns, columns]``.
-        low: values of trit -1, <= 0, ``[experts, rows]``; None for -high.
-        high: values of trit +1, >= 0, ``[experts, rows]``.
+        low: values of level -1, <= 0, ``[experts, rows]``; None for -high.
+        high: values of level +1, >= 0, ``[experts, rows]``.
         column_scale: multiplies low and high, ``[experts, columns]``; or None.
         price: of a non-zero over a zero, ``[experts, rows]``, in units of the error
             tr((W-Q) H (W-Q)^T); or None.
         group: number of columns that are not halved further; affects rounding errors only.
     """
     rest = weights.clone()
-    trits = torch.empty_like(weights)
+    levels = torch.empty_like(weights)
     errors = torch.empty_like(weights)
     spread = factor.diagonal(dim1=1, dim2=2)
 
@@ -71,14 +71,14 @@ def gptq(
         down = up if low is None else -low[:, None] * scales
         top = threshold(up, d)
         bottom = -(top if low is None else threshold(down, d))
-        for i, trit in enumerate(trits[:, part].unbind(1)):
-            torch.gt(x[:, i], top[:, i], out=trit)
-            minus = torch.lt(x[:, i], bottom[:, i], out=torch.empty_like(trit))
+        for i, level in enumerate(levels[:, part].unbind(1)):
+            torch.gt(x[:, i], top[:, i], out=level)
+            minus = torch.lt(x[:, i], bottom[:, i], out=torch.empty_like(level))
             if low is None:
-                rounded = trit.sub_(minus) * up[:, i]
+                rounded = level.sub_(minus) * up[:, i]
             else:
-                rounded = trit * up[:, i] - minus * down[:, i]
-                trit -= minus
+                rounded = level * up[:, i] - minus * down[:, i]
+                level -= minus
             torch.div(x[:, i] - rounded, d[:, i], out=error[:, i])
             x[:, i + 1 :].sub_(factors[:, i, i + 1 :] * error[:, i, None])
 
@@ -88,7 +88,7 @@ def gptq(
         elif part.start < other.start:
             for expert, u in enumerate(factor):
                 rest[expert, other].addmm_(u[part, other].T, errors[expert, part], alpha=-1)
-    return trits
+    return levels
 
 
 def by_halves(start: int, end: int, most: int) -> Iterator[tuple[slice, slice | None]]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qmoe_format.quantize.gptq import gptq
 from qmoe_format.quantize.hessian import Statistics, factored
+from qmoe_format.quantize.level_weights import LevelWeights, Quantized, check_weights, normalized
 from qmoe_format.quantize.rtn import min_max, quantize_rtn
-from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, normalized
 
 DAMPING = 0.1
 
@@ -27,6 +27,6 @@ def quantize_qmoe(weights: Tensor, scale_dtype: str, statistics: Statistics) -> 
     ready = factored(statistics, torch.full((len(weights),), DAMPING))
     scaled, largest = normalized(weights)  # the unit changes no decision of GPTQ
     low, high = (scales.double() / largest[:, None, None]).float().unbind(2)
-    trits = gptq(scaled, ready.factor, low.contiguous(), high.contiguous())
-    trits = trits.transpose(1, 2).to(torch.int8).contiguous()
-    return Quantized(TernaryWeights(trits, scales[:, :, None]), ready.damping, ready.fallback)
+    levels = gptq(scaled, ready.factor, low.contiguous(), high.contiguous())
+    levels = levels.transpose(1, 2).to(torch.int8).contiguous()
+    return Quantized(LevelWeights(levels, scales[:, :, None]), ready.damping, ready.fallback)

@@ -70,11 +70,11 @@ def weighted_energies(weights: Tensor, statistics: Statistics) -> Tensor:
     return energies * statistics.importance()
 
 
-def nonzero_bits(trits: Tensor) -> Tensor:
+def nonzero_bits(levels: Tensor) -> Tensor:
     """Bits that a non-zero costs more than a zero: log2(p0 / p1) + 1 for its sign.
 
-    float32 ``[experts, 1]``, from trits ``[experts, columns, rows]``.
+    float32 ``[experts, 1]``, from levels ``[experts, columns, rows]``.
     """
-    size = trits[0].numel()
-    nonzero = trits.count_nonzero(dim=(1, 2)).double()
+    size = levels[0].numel()
+    nonzero = levels.count_nonzero(dim=(1, 2)).double()
     return (torch.log2((size - nonzero + 0.5) / (nonzero + 0.5)) + 1).clamp(min=0).float()[:, None]

@@ -1,8 +1,8 @@
 """The recipe ``rd``: the least error for the bits.
 
-The file codes a trit in about -log2 of its frequency, so that a matrix costs error + price x bits,
+The file codes a level in about -log2 of its frequency, so that a matrix costs error + price x bits,
 and every decision weighs one against the other (entropy-constrained quantization). Weights are row
-scale x trit x column scale: scales of columns let those that matter little get few bits (WaterSIC,
+scale x level x column scale: scales of columns let those that matter little get few bits (WaterSIC,
 arXiv 2603.04956).
 
 1. GPTQ passes at a fraction of the price find a start.
@@ -25,10 +25,10 @@ from torch import Tensor
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.gptq import GROUP, gptq
 from qmoe_format.quantize.hessian import Factored, Statistics, factored
+from qmoe_format.quantize.level_weights import Quantized, check_weights, scale_type
 from qmoe_format.quantize.rate import Rate, nonzero_bits, row_prices
 from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.solution import Problem, Solution, finished
-from qmoe_format.quantize.ternary import Quantized, check_weights, scale_type
 
 FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
 
@@ -85,8 +85,8 @@ def quantize_rd(
         solution = solution.reordered(order)
         raised = 1 + (search.first_price - 1) * max(0.0, 1 - 2 * (step + 1) / search.rounds)
         descend(
-            solution.trits, solution.gradient, problem.hessian, solution.scale,
-            solution.column_scale, raised * price * nonzero_bits(solution.trits), search.group,
+            solution.levels, solution.gradient, problem.hessian, solution.scale,
+            solution.column_scale, raised * price * nonzero_bits(solution.levels), search.group,
         )  # fmt: skip
         solution = solution.rows_refitted()
         if (step + 1) % search.columns_every == 0:
@@ -117,11 +117,11 @@ def _start(problem: Problem, factor: Tensor, price: Tensor, search: Search) -> S
     scale = scale * (2.2 + 0.8 * torch.log10(relative / 0.05)).clamp(1.0, 2.2)
     bits: Tensor | float = FIRST_BITS
     for step in range(search.passes):
-        trits = gptq(
+        levels = gptq(
             problem.weights, factor, None, scale, columns, search.start_price * price * bits
         )
-        bits = nonzero_bits(trits)
-        solution = Solution.fit(problem, trits, scale, columns)
+        bits = nonzero_bits(levels)
+        solution = Solution.fit(problem, levels, scale, columns)
         if step:
             solution = solution.columns_refitted(problem)
         scale, columns = solution.scale, solution.column_scale

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qmoe_format.quantize.hessian import Statistics
+    from qmoe_format.quantize.level_weights import Quantized
     from qmoe_format.quantize.rate import Rate
-    from qmoe_format.quantize.ternary import Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def recipe(name: str) -> Recipe:
     Example:
         >>> import torch
         >>> weights = torch.tensor([[[0.9, 0.1, -1.0, 0.2]]])
-        >>> recipe("rtn").quantize(weights, "BF16").weights.trits.tolist()
+        >>> recipe("rtn").quantize(weights, "BF16").weights.levels.tolist()
         [[[1, 0, -1, 0]]]
     """
     if name not in RECIPES:

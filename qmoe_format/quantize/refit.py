@@ -1,4 +1,4 @@
-"""Least-squares scales for given trits.
+"""Least-squares scales for given levels.
 
 With Q = diag(r) T diag(c), the error tr((W-Q) H (W-Q)^T) is quadratic in r for fixed c, and in c
 for fixed r. Both are solved with a small ridge toward the current values, and a scale that would
@@ -27,7 +27,7 @@ def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
 
 
 def refit_columns(
-    trits: Tensor,
+    levels: Tensor,
     hessian: Tensor,
     target: Tensor,
     scale: Tensor,
@@ -41,14 +41,14 @@ def refit_columns(
     diagonal as preconditioner, are as good as an exact solution and much faster.
 
     Args:
-        trits: ``[columns, rows]``.
+        levels: ``[columns, rows]``.
         hessian: ``[columns, columns]``.
         target: H W^T, or another target in its place, ``[columns, rows]``.
         scale: ``[rows]``.
         column_scale: the current ones, ``[columns]``.
         steps: of conjugate gradients.
     """
-    a = trits * scale
+    a = levels * scale
     normal = (a @ a.T).mul_(hessian)
     aim = (a * target).sum(1)
     diagonal = normal.diagonal()

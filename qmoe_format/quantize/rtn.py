@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize.ternary import Quantized, TernaryWeights, check_weights, scale_type
+from qmoe_format.quantize.level_weights import LevelWeights, Quantized, check_weights, scale_type
 
 BLOCK_ELEMENTS = 1 << 18  # float32 values that fit in the cache
 
@@ -29,7 +29,7 @@ def quantize_rtn(weights: Tensor, scale_dtype: str) -> Quantized:
     return Quantized(ternary, [None] * len(weights), [None] * len(weights))
 
 
-def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeights:
+def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> LevelWeights:
     """Round a batch of matrices; each row independently, so batching changes nothing.
 
     Args:
@@ -37,7 +37,7 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeigh
         scale_dtype: ``BF16``, ``F16`` or ``F32``.
 
     Returns:
-        Trits and scales, one group per row. An all-zero row has scales and trits of 0.
+        Levels and scales, one group per row. An all-zero row has scales and levels of 0.
 
     Raises:
         QMoEError: ``argument`` for another shape or dtype; ``value`` if a weight is NaN, infinite,
@@ -46,15 +46,15 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> TernaryWeigh
     check_weights(weights)
     scales = min_max(weights, scale_dtype)
     experts, rows, columns = weights.shape
-    trits = weights.new_empty((experts, rows, columns), dtype=torch.int8)
+    levels = weights.new_empty((experts, rows, columns), dtype=torch.int8)
     # float32 holds every bfloat16 and float16 value and its half.
     wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
     block = max(1, BLOCK_ELEMENTS // max(1, columns))
     for expert in range(experts):
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            _round(weights[expert, part].to(wide), scales[expert, part], trits[expert, part])
-    return TernaryWeights(trits, scales[:, :, None])
+            _round(weights[expert, part].to(wide), scales[expert, part], levels[expert, part])
+    return LevelWeights(levels, scales[:, :, None])
 
 
 def min_max(weights: Tensor, scale_dtype: str) -> Tensor:
@@ -84,12 +84,12 @@ def min_max(weights: Tensor, scale_dtype: str) -> Tensor:
     return scales
 
 
-def _round(w: Tensor, scales: Tensor, trits: Tensor) -> None:
-    """Fill int8 ``trits`` [rows, columns] from ``w`` [rows, columns] and ``scales`` [rows, 2]."""
+def _round(w: Tensor, scales: Tensor, levels: Tensor) -> None:
+    """Fill int8 ``levels`` [rows, columns] from ``w`` [rows, columns] and ``scales`` [rows, 2]."""
     low, high = scales.to(w.dtype).unbind(1)
-    # Where a scale has been rounded to 0, its trit would be worth nothing.
+    # Where a scale has been rounded to 0, its level would be worth nothing.
     low = torch.where(low < 0, low / 2, -torch.inf)
     high = torch.where(high > 0, high / 2, torch.inf)
     # torch compares several times faster into int8 than into bool.
-    torch.gt(w, high[:, None], out=trits)
-    trits -= torch.lt(w, low[:, None], out=torch.empty_like(trits))
+    torch.gt(w, high[:, None], out=levels)
+    levels -= torch.lt(w, low[:, None], out=torch.empty_like(levels))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Factored
+from qmoe_format.quantize.level_weights import LevelWeights, normalized
 from qmoe_format.quantize.refit import refit_columns, refit_rows
-from qmoe_format.quantize.ternary import TernaryWeights, normalized
 
 MAX_LENGTHEN = 0.8  # of what a row falls short
 MAX_STRETCH = 1.3  # a row with hardly any non-zeros may have any length
@@ -88,22 +88,22 @@ class Solution:
     """A quantization of a problem, with the columns in the same order.
 
     Attributes:
-        trits: T^T, ``[experts, columns, rows]``.
+        levels: T^T, ``[experts, columns, rows]``.
         scale: ``[experts, rows]``.
         column_scale: ``[experts, columns]``.
         target: H W^T and a little of ``Problem.seen``, see ``fit``.
         gradient: target - H Q^T.
     """
 
-    trits: Tensor
+    levels: Tensor
     scale: Tensor
     column_scale: Tensor
     target: Tensor
     gradient: Tensor
 
     @classmethod
-    def fit(cls, problem: Problem, trits: Tensor, scale: Tensor, column_scale: Tensor) -> Solution:
-        """Refit the scales of the rows to trits and column scales, for a target that fits these.
+    def fit(cls, problem: Problem, levels: Tensor, scale: Tensor, column_scale: Tensor) -> Solution:
+        """Refit the scales of the rows to levels and column scales, for a target that fits these.
 
         The least error for a number of bits makes Q too short (reverse water-filling, Cover and
         Thomas, Elements of Information Theory, 10.3.3): along an eigenvector of H with eigenvalue
@@ -113,22 +113,22 @@ class Solution:
         H W^T + k ``seen``, with k proportional to D / s^2, which leaves small errors alone, and
         limited by the share 1 - w.q / w.w that the row falls short.
         """
-        quantized = _values(trits, scale, column_scale)
+        quantized = _values(levels, scale, column_scale)
         product = _products(problem.hessian, quantized)
         own, aim = _dots(quantized, product), _dots(quantized, problem.exact)
-        error = problem.energy * trits.shape[1] - 2 * aim + own
+        error = problem.energy * levels.shape[1] - 2 * aim + own
         short = 1 - _dots(quantized, problem.weights) / problem.square
         longer = torch.minimum(problem.lengthen * error / problem.square, MAX_LENGTHEN * short)
         longer = longer.clamp(min=0)
         ratio = refit_rows(own, aim + longer * _dots(quantized, problem.seen))
         target = (longer[:, None] * problem.seen).add_(problem.exact)
         gradient = torch.sub(target, product.mul_(ratio[:, None]), out=product)
-        return cls(trits, scale * ratio, column_scale, target, gradient)
+        return cls(levels, scale * ratio, column_scale, target, gradient)
 
     def reordered(self, order: Tensor) -> Solution:
         """A copy with the columns in another order."""
         return Solution(
-            self.trits.index_select(1, order),
+            self.levels.index_select(1, order),
             self.scale,
             self.column_scale.index_select(1, order),
             self.target.index_select(1, order),
@@ -137,7 +137,7 @@ class Solution:
 
     def rows_refitted(self) -> Solution:
         """With least-squares scales of rows, for the same target."""
-        quantized = _values(self.trits, self.scale, self.column_scale)
+        quantized = _values(self.levels, self.scale, self.column_scale)
         aim = _dots(quantized, self.target)
         ratio = refit_rows(aim - _dots(quantized, self.gradient), aim)
         # target - ratio (target - gradient)
@@ -147,12 +147,12 @@ class Solution:
 
     def columns_refitted(self, problem: Problem) -> Solution:
         """With least-squares scales of columns, then of rows."""
-        parts = (self.trits, problem.hessian, self.target, self.scale, self.column_scale)
+        parts = (self.levels, problem.hessian, self.target, self.scale, self.column_scale)
         columns = torch.stack([refit_columns(*each) for each in zip(*parts, strict=True)])
-        return Solution.fit(problem, self.trits, self.scale, columns)
+        return Solution.fit(problem, self.levels, self.scale, columns)
 
 
-def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> TernaryWeights:
+def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> LevelWeights:
     """Round the column scales, refit the row scales to them, and round those.
 
     Row scales are stretched so that q.Hw = w.Hw. Least squares leaves q.Hw = q.Hq = (1 - e) w.Hw,
@@ -164,12 +164,12 @@ def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> Ternar
         QMoEError: ``value`` if a scale is out of the dtype's range.
     """
     columns = solution.column_scale.to(dtype).float()
-    solution = Solution.fit(problem, solution.trits, solution.scale, columns)
-    aim = problem.energy * solution.trits.shape[1]
+    solution = Solution.fit(problem, solution.levels, solution.scale, columns)
+    aim = problem.energy * solution.levels.shape[1]
     found = (problem.weights * (solution.target - solution.gradient)).sum(1)
     stretch = torch.nan_to_num(aim / torch.where(found > 0, found, aim), nan=1.0)
     scale = solution.scale * stretch.clamp(1 / MAX_STRETCH, MAX_STRETCH)
-    used = solution.trits.any(1) & (scale > 0)
+    used = solution.levels.any(1) & (scale > 0)
     rows = (torch.where(used, scale, 0.0).double() * problem.largest[:, None]).to(dtype)
     bad = ~torch.isfinite(rows.float() * columns.amax(1, keepdim=True).clamp(min=1.0))
     if bad.any():
@@ -181,12 +181,12 @@ def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> Ternar
             "rescale the model",
         )
     alive = (rows > 0)[:, None] & (columns > 0)[:, :, None]
-    trits = torch.where(alive, solution.trits, 0.0).transpose(1, 2).to(torch.int8)
-    return TernaryWeights(trits.contiguous(), rows[:, :, None, None], columns.to(dtype))
+    levels = torch.where(alive, solution.levels, 0.0).transpose(1, 2).to(torch.int8)
+    return LevelWeights(levels.contiguous(), rows[:, :, None, None], columns.to(dtype))
 
 
-def _values(trits: Tensor, scale: Tensor, column_scale: Tensor) -> Tensor:
-    return trits * scale[:, None] * column_scale[:, :, None]
+def _values(levels: Tensor, scale: Tensor, column_scale: Tensor) -> Tensor:
+    return levels * scale[:, None] * column_scale[:, :, None]
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:

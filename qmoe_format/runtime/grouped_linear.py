@@ -93,7 +93,7 @@ def _on_cpu(
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             matrix = stack.matrix(expert)
-            kernel = choose_kernel(last - first, matrix.trits.zero_fraction, tuning)
+            kernel = choose_kernel(last - first, matrix.levels.zero_fraction, tuning)
             if kernel == "matvec":
                 singles += [(matrix, x_array[i], y_array[i, columns]) for i in range(first, last)]
             elif kernel == "matmul":

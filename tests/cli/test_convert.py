@@ -88,7 +88,7 @@ def test_zero_rows_and_zero_experts(switch: Make, tmp_path: Path) -> None:
     file = convert(switch(change), tmp_path / "m.qmoe")
     with qmoe_format.open(file) as opened:
         opened.verify()
-        assert opened.encoded(PREFIX + "wi", 0).trits.nonzeros == 0
+        assert opened.encoded(PREFIX + "wi", 0).levels.nonzeros == 0
     assert_unpacks_to(file, kept, tmp_path / "unpacked")
 
 

@@ -167,7 +167,7 @@ def test_json_has_exactly_the_documented_keys(converted: Converted, qmoe_process
             assert tensor["total_bits_per_weight"] == pytest.approx(
                 8 * entry.stored_bytes / weights
             )
-            if tensor["encoding"] != "ternary-dict":
+            if tensor["encoding"] != "int-dict":
                 assert tensor["zero_fraction"] is None
                 continue
             assert tensor["payload_bits_per_weight"] < tensor["total_bits_per_weight"] < 2

@@ -1,4 +1,4 @@
-"""Trits and dictionaries of every kind, for property tests."""
+"""Levels and dictionaries of every kind, for property tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy.typing as npt
 from qmoe_format.codec import Dictionary, fit_dictionary
 
 
-def random_trits(
+def random_levels(
     rows: int, columns: int, zero_fraction: float, seed: int = 0
 ) -> npt.NDArray[np.int8]:
-    """Independent trits int8 [rows, columns]."""
+    """Independent levels int8 [rows, columns]."""
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, (rows, columns), dtype=np.int8) * 2 - 1
     return np.where(rng.random((rows, columns)) < zero_fraction, 0, signs).astype(np.int8)
@@ -36,11 +36,11 @@ dictionaries = st.builds(
 
 
 @st.composite
-def trits(draw: Any, max_rows: int = 70, max_columns: int = 600) -> npt.NDArray[np.int8]:
+def levels(draw: Any, max_rows: int = 70, max_columns: int = 600) -> npt.NDArray[np.int8]:
     """Any shape, empty ones included; any share of zeros, runs and constant rows included."""
     rows = draw(st.integers(0, max_rows))
     columns = draw(st.integers(0, max_columns))
-    matrix = random_trits(
+    matrix = random_levels(
         rows,
         columns,
         draw(st.sampled_from([0.0, 0.1, 0.6, 0.9, 0.99, 1.0])),

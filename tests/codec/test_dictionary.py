@@ -11,11 +11,11 @@ from hypothesis import given
 from qmoe_format.codec import Dictionary, encode, fit_dictionary, standard_dictionary
 from qmoe_format.errors import QMoEError
 
-from .strategies import random_trits
+from .strategies import random_levels
 
 
 def entropy(zero_fraction: float) -> float:
-    """Bits per trit, signs even."""
+    """Bits per level, signs even."""
     q = 1 - zero_fraction
     return -zero_fraction * math.log2(zero_fraction) - q * math.log2(q) + q
 
@@ -61,8 +61,8 @@ def test_damaged_trees(change: object, code: str) -> None:
 
 @pytest.mark.parametrize(("width", "within"), [(8, 1.045), (12, 1.033), (16, 1.028)])
 def test_rate_is_near_the_entropy(width: int, within: float) -> None:
-    trits = random_trits(200, 3072, 0.885)
-    encoded = encode(trits, standard_dictionary(0.885, width))
+    levels = random_levels(200, 3072, 0.885)
+    encoded = encode(levels, standard_dictionary(0.885, width))
     assert encoded.payload_bits_per_weight < within * entropy(encoded.zero_fraction)
 
 
@@ -73,9 +73,9 @@ def test_there_is_a_standard_dictionary_for_any_share_of_zeros(zero_fraction: fl
 
 def test_the_grid_of_standard_dictionaries_costs_little() -> None:
     for zero_fraction in (0.62, 0.873, 0.934):
-        trits = random_trits(100, 3072, zero_fraction)
-        fitted = encode(trits, fit_dictionary(zero_fraction, 12)).segment_bytes
-        assert encode(trits, standard_dictionary(zero_fraction, 12)).segment_bytes < 1.003 * fitted
+        levels = random_levels(100, 3072, zero_fraction)
+        fitted = encode(levels, fit_dictionary(zero_fraction, 12)).segment_bytes
+        assert encode(levels, standard_dictionary(zero_fraction, 12)).segment_bytes < 1.003 * fitted
 
 
 def test_impossible_limits_are_refused() -> None:

@@ -28,7 +28,7 @@ from qmoe_format.codec.segments import run_all
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
 
-from .strategies import dictionaries, dictionary, random_trits, trits
+from .strategies import dictionaries, dictionary, levels, random_levels
 
 
 def encoded(coded: np.ndarray, **options: Any) -> EncodedMatrix:
@@ -40,7 +40,7 @@ def encoded(coded: np.ndarray, **options: Any) -> EncodedMatrix:
 @st.composite
 def matrices(draw: st.DrawFn) -> EncodedMatrix:
     """Every combination of scales: types, symmetric or not, per row or group, per column."""
-    coded = draw(trits())
+    coded = draw(levels())
     rows, columns = coded.shape
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
@@ -92,7 +92,7 @@ def test_small_integers_are_exact(matrix: EncodedMatrix, tokens: int) -> None:
     row_scale = powers(matrix.row_scale)
     assert row_scale is not None
     exact = EncodedMatrix(
-        matrix.trits, row_scale, powers(matrix.column_scale), matrix.scale_dtype, matrix.group_size
+        matrix.levels, row_scale, powers(matrix.column_scale), matrix.scale_dtype, matrix.group_size
     )
     x = rng.integers(-8, 9, (tokens, matrix.columns)).astype(np.float32)
     expected = x.astype(np.float64) @ dequantize(exact).astype(np.float64).T
@@ -105,7 +105,7 @@ def test_small_integers_are_exact(matrix: EncodedMatrix, tokens: int) -> None:
 def test_dequantized_values_by_the_letter(matrix: EncodedMatrix) -> None:
     """[V-1] and [V-2], weight by weight."""
     weights = dequantize(matrix)
-    coded = decode(matrix.trits)
+    coded = decode(matrix.levels)
     scale = to_float32(matrix.row_scale, matrix.scale_dtype)
     size = matrix.group_size or max(matrix.columns, 1)
     for row, column in [(r, c) for r in range(matrix.rows)[:3] for c in range(matrix.columns)]:
@@ -128,7 +128,7 @@ def test_some_rows_are_those_of_the_whole(matrix: EncodedMatrix, data: st.DataOb
 
 
 def test_rows_that_do_not_exist() -> None:
-    matrix = encoded(random_trits(10, 64, 0.885))
+    matrix = encoded(random_levels(10, 64, 0.885))
     for first, out in (
         (-1, np.empty((2, 64), np.float32)),
         (9, np.empty((2, 64), np.float32)),
@@ -153,7 +153,7 @@ def test_both_kernels_of_short_entries(dense: bool, signs: str, group_size: int)
         groups = -(-columns // group_size) if group_size else 1
         scale = np.random.default_rng(0).standard_normal((rows, groups, 2)).astype(np.float32)
         matrix = encode_matrix(
-            random_trits(rows, columns, 0.6),
+            random_levels(rows, columns, 0.6),
             scale,
             scale_dtype="F32",
             group_size=group_size,
@@ -173,7 +173,7 @@ def test_several_at_once() -> None:
     x = np.random.default_rng(0).standard_normal(300).astype(np.float32)
     products = []
     for rows, columns in ((40, 64), (1, 300), (0, 5), (7, 0), (333, 96)):
-        matrix = encoded(random_trits(rows, columns, 0.885), rows_per_segment=3)
+        matrix = encoded(random_levels(rows, columns, 0.885), rows_per_segment=3)
         products.append((matrix, x[:columns], np.full(rows, np.nan, np.float32)))
     for threads in (1, 3):
         matvecs(products, threads)
@@ -188,7 +188,7 @@ def test_rows_longer_than_a_chunk(signs: str) -> None:
     scale = np.ones((5, 1, 2), np.float32)
     scale[..., 0] = -0.5
     matrix = encode_matrix(
-        random_trits(5, 70_000, 0.9),
+        random_levels(5, 70_000, 0.9),
         scale,
         scale_dtype="F32",
         dictionary=dictionary(0.885, 12, signs),
@@ -205,14 +205,14 @@ def test_rows_longer_than_a_chunk(signs: str) -> None:
 def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
     """Codewords may promise more non-zeros than the segment has bits left: no read beyond it."""
     whole = encoded(np.ones((1, 4000), np.int8), dictionary=dictionary(0.3, 8, "plane"))
-    codewords = whole.trits.segments[500 : whole.trits.segment_bytes]
+    codewords = whole.levels.segments[500 : whole.levels.segment_bytes]
     cut = replace(
-        whole.trits,
+        whole.levels,
         length_base=codewords.size,
         segments=np.concatenate([codewords, np.zeros(8, np.uint8)]),
         segment_bytes=codewords.size,
     )
-    matrix = replace(whole, trits=cut)
+    matrix = replace(whole, levels=cut)
     x = np.ones((2, 4000), np.float32)
     calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, x[0]),
@@ -230,7 +230,7 @@ def test_entries_of_many_nonzeros(zero_fraction: float) -> None:
     """Entries of more than four, and of more than eight, non-zeros take several stores."""
     chosen = fit_dictionary(zero_fraction, 16)
     assert chosen.max_nonzeros > 8
-    matrix = encoded(random_trits(40, 999, zero_fraction), dictionary=chosen)
+    matrix = encoded(random_levels(40, 999, zero_fraction), dictionary=chosen)
     x = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
     assert within_tolerance(matrix, x, matmul(matrix, x))
     assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
@@ -238,7 +238,7 @@ def test_entries_of_many_nonzeros(zero_fraction: float) -> None:
 
 def test_into_a_given_array() -> None:
     """Which is returned; x stays as it is."""
-    coded = random_trits(10, 64, 0.885)
+    coded = random_levels(10, 64, 0.885)
     ones, by_column = np.ones((10, 1, 1), np.float16), np.full(64, 4.0, np.float16)
     matrix = encode_matrix(coded, ones, by_column, scale_dtype="F16")
     x, out = np.ones(64, np.float32), np.empty(10, np.float32)
@@ -248,7 +248,7 @@ def test_into_a_given_array() -> None:
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    coded = random_trits(10, 64, 0.885)
+    coded = random_levels(10, 64, 0.885)
     one = np.ones((10, 1, 1), np.float32)
     matrix = encoded(coded)
     calls: list[Callable[[], Any]] = [
@@ -270,7 +270,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_scales_are_finite(bad: float) -> None:
-    coded = random_trits(10, 64, 0.885)
+    coded = random_levels(10, 64, 0.885)
     one = np.ones((10, 1, 1), np.float32)
     spoiled = one.copy()
     spoiled[3] = bad

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from qmoe_format.codec import Dictionary, EncodedTrits, decode, encode, fit_dictionary
+from qmoe_format.codec import Dictionary, EncodedLevels, decode, encode, fit_dictionary
 from qmoe_format.errors import QMoEError
 
-from .strategies import dictionaries, dictionary, random_trits, trits
+from .strategies import dictionaries, dictionary, levels, random_levels
 
 
-@given(trits(), dictionaries, st.sampled_from([None, 1, 2, 7, 1000]))
+@given(levels(), dictionaries, st.sampled_from([None, 1, 2, 7, 1000]))
 @settings(deadline=None)
 def test_round_trip(matrix: npt.NDArray[np.int8], chosen: Dictionary, together: int | None) -> None:
     encoded = encode(matrix, chosen, rows_per_segment=together)
@@ -32,14 +32,14 @@ def test_round_trip(matrix: npt.NDArray[np.int8], chosen: Dictionary, together: 
 @pytest.mark.parametrize("signs", ["plane", "codeword"])
 def test_rows_longer_than_a_chunk(columns: int, signs: str) -> None:
     for zero_fraction in (0.1, 0.9, 1.0):
-        matrix = random_trits(3, columns, zero_fraction)
+        matrix = random_levels(3, columns, zero_fraction)
         assert np.array_equal(decode(encode(matrix, dictionary(0.885, 12, signs))), matrix)
 
 
 @pytest.mark.parametrize("width", [8, 12, 15, 16])
 @pytest.mark.parametrize("signs", ["plane", "codeword"])
 def test_threads_do_not_change_the_bytes(width: int, signs: str) -> None:
-    matrix = random_trits(1000, 3000, 0.885)
+    matrix = random_levels(1000, 3000, 0.885)
     chosen = fit_dictionary(0.885, width, signs)
     one, two = encode(matrix, chosen), encode(matrix, chosen, threads=2)
     assert one.segments.tobytes() == two.segments.tobytes()
@@ -50,7 +50,7 @@ def test_threads_do_not_change_the_bytes(width: int, signs: str) -> None:
 
 def test_rows_together_are_one_long_row() -> None:
     """A segment of k rows is the segment of one row k times as long."""
-    matrix = random_trits(7, 100, 0.885)
+    matrix = random_levels(7, 100, 0.885)
     chosen = dictionary(0.885, 8, "plane")
     together = encode(matrix, chosen, rows_per_segment=7)
     assert together.segments.tobytes() == encode(matrix.reshape(1, 700), chosen).segments.tobytes()
@@ -94,22 +94,22 @@ def test_segments_read_by_the_letter(signs: str) -> None:
         for code in range(1 << sum(entry) if signs == "codeword" else 1)
         for minus in [iter([code >> k & 1 for k in range(sum(entry))])]
     ]
-    matrix = random_trits(1, 500, 0.6)
+    matrix = random_levels(1, 500, 0.6)
     encoded = encode(matrix, chosen)
     number = int.from_bytes(encoded.segments[: encoded.segment_bytes].tobytes(), "little")
     place = 8 * encoded.segment_bytes
-    trits: list[int] = []
-    while len(trits) < 500:
+    levels: list[int] = []
+    while len(levels) < 500:
         place -= 9
-        trits += book[number >> place & 511]
+        levels += book[number >> place & 511]
     if signs == "plane":
-        plane = iter([number >> k & 1 for k in range(sum(trits[:500]))])
-        trits = [-1 if trit and next(plane) else trit for trit in trits]
-    assert trits[:500] == matrix[0].tolist()
-    assert not any(trits[500:])
+        plane = iter([number >> k & 1 for k in range(sum(levels[:500]))])
+        levels = [-1 if level and next(plane) else level for level in levels]
+    assert levels[:500] == matrix[0].tolist()
+    assert not any(levels[500:])
 
 
-def damaged(encoded: EncodedTrits, row: int, change: Any) -> EncodedTrits:
+def damaged(encoded: EncodedLevels, row: int, change: Any) -> EncodedLevels:
     """``encoded``, of one row a segment, with one segment replaced by ``change`` of it."""
     offsets = encoded.offsets()
     parts = [encoded.segments[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
@@ -135,7 +135,7 @@ def widened(segment: bytes, signs: int) -> bytes:
 
 def test_damage_is_named() -> None:
     chosen = dictionary(0.885, 8, "plane")
-    encoded = encode(random_trits(40, 300, 0.885), chosen, rows_per_segment=1)
+    encoded = encode(random_levels(40, 300, 0.885), chosen, rows_per_segment=1)
     offsets = encoded.offsets()
     with_gap = next(  # a row whose codewords and signs leave padding bits
         row for row in range(40) if np.count_nonzero(decode(encoded)[row]) % 8 in range(1, 7)
@@ -190,7 +190,7 @@ def test_a_codeword_that_the_dictionary_lacks_is_refused() -> None:
 @settings(deadline=None)
 def test_any_bytes_decode_or_are_refused(data: bytes, columns: int, chosen: Dictionary) -> None:
     """No crash, no write outside: and what decodes is canonical, so it encodes to the same."""
-    encoded = EncodedTrits(
+    encoded = EncodedLevels(
         rows=1,
         columns=columns,
         rows_per_segment=1,
@@ -214,7 +214,7 @@ def test_any_bytes_decode_or_are_refused(data: bytes, columns: int, chosen: Dict
     "matrix",
     [np.zeros((2, 2), np.int16), np.zeros(4, np.int8), np.full((2, 2), 2, np.int8)],
 )
-def test_what_is_not_trits_is_refused(matrix: npt.NDArray[Any]) -> None:
+def test_what_is_not_levels_is_refused(matrix: npt.NDArray[Any]) -> None:
     with pytest.raises(QMoEError) as error:
         encode(matrix, dictionary(0.885, 8, "plane"))
     assert error.value.code == "argument"

@@ -27,8 +27,8 @@ REDUNDANT = {
     "the frame needs a dictionary": "the library rejects it, too",
     "the frame has no content size": "the library rejects it, too",
     "the tree is a single leaf": "no max_length of [D-1] fits it",
-    "length_width {length_width}": "[E-8] allows no others; this check bounds memory",
-    "a segment is too short for its weights": "[E-12] finds it; this check bounds memory",
+    "length_width {length_width}": "[E-9] allows no others; this check bounds memory",
+    "a segment is too short for its weights": "[E-13] finds it; this check bounds memory",
 }
 
 

@@ -88,11 +88,11 @@ def test_the_stage_is_compared_if_the_reader_gives_it() -> None:
 
 
 def test_the_first_difference_is_reported() -> None:
-    expected = {"parts": [{"sha256": "a", "trits": "b"}], "shape": [2, 3]}
-    found = {"parts": [{"sha256": "x", "trits": "y"}], "shape": [2, 3]}
+    expected = {"parts": [{"sha256": "a", "levels": "b"}], "shape": [2, 3]}
+    found = {"parts": [{"sha256": "x", "levels": "y"}], "shape": [2, 3]}
     assert difference(expected, expected) is None
     text = difference(expected, found)
-    assert text == 'contents.parts[0].trits: "b" expected, "y"'
+    assert text == 'contents.parts[0].levels: "b" expected, "y"'
     assert difference({"stack": False}, {"stack": 0}) is not None
 
 

@@ -54,7 +54,7 @@ TERNARY = [
     vector
     for vector in VECTORS.values()
     if vector.stage is None
-    and any(tensor["encoding"] == "ternary-dict" for tensor in vector.contents["tensors"])
+    and any(tensor["encoding"] == "int-dict" for tensor in vector.contents["tensors"])
     and not vector.path.read_bytes().startswith(SHARDS)
 ]
 
@@ -79,7 +79,7 @@ def test_the_pseudocode_decodes(vector: Vector, decoder: dict[str, Any]) -> None
             for d in file.dictionaries
         ]
         for tensor in file.tensors:
-            if tensor.encoding != "ternary-dict":
+            if tensor.encoding != "int-dict":
                 continue
             keys = {"dtype": tensor.dtype, **tensor.keys}
             for expert, part in enumerate(expected[tensor.name]):

@@ -187,12 +187,12 @@ def matrix(
     """A random ternary matrix with BF16 scales; ``values``: 2 for low and high, 1 for symmetric."""
     rng = np.random.default_rng(seed)
     other = (1 - zeros) / 2
-    trits = rng.choice(np.array([0, 1, -1], np.int8), (rows, columns), p=[zeros, other, other])
+    levels = rng.choice(np.array([0, 1, -1], np.int8), (rows, columns), p=[zeros, other, other])
     groups = -(-columns // group_size) if group_size else 1
     scale = rng.integers(0x3C00, 0x3E00, (rows, groups, values)).astype(np.uint16)
     column = rng.integers(0x3F00, 0x4000, columns).astype(np.uint16) if columns_scaled else None
     options |= {"group_size": group_size, "rows_per_segment": rows_per_segment}
-    return encode_matrix(trits, scale, column, **options)
+    return encode_matrix(levels, scale, column, **options)
 
 
 def sample() -> bytes:
@@ -203,7 +203,7 @@ def sample() -> bytes:
             writer.add_attachment("config.json", b'{"model_type":"sample"}' * 5)
             writer.add_attachment("vocab.txt", b"xyz")
             with writer.add_stack(
-                "moe.experts.wi", (2, 5, 33), "BF16", "ternary-dict", transposed=True
+                "moe.experts.wi", (2, 5, 33), "BF16", "int-dict", transposed=True
             ) as stack:
                 for expert in range(2):
                     stack.append(matrix(5, 33, seed=expert, width=8))
@@ -223,5 +223,5 @@ def ternary(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ternary.qmoe"
         with Writer(path) as writer:
-            writer.add_tensor("w", value, "F32", "ternary-dict")
+            writer.add_tensor("w", value, "F32", "int-dict")
         return *take_apart(path.read_bytes()), value

@@ -40,7 +40,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     value = matrix(40, 300)
     with Writer(path) as writer:
         writer.add_tensor("first", np.arange(5000, dtype=np.uint16), "U16")
-        with writer.add_stack("s", (EXPERTS, 40, 300), "BF16", "ternary-dict") as experts:
+        with writer.add_stack("s", (EXPERTS, 40, 300), "BF16", "int-dict") as experts:
             for _ in range(EXPERTS):
                 experts.append(value)
         with writer.add_stack("raw", (EXPERTS, 64), "BF16", "raw") as experts:

@@ -119,7 +119,7 @@ def test_extents_swapped() -> None:
 
 
 def test_reading_finds_what_it_touches_and_nothing_else() -> None:
-    """One bad extent does not hide the others. [F-6]"""
+    """One bad extent does not hide the others. [F-7]"""
     index, extents = take_apart(SAMPLE)
     stack = next(each for each in index["tensors"] if each["name"] == "moe.experts.wi")
     at = sum(-(-len(extent) // 64) * 64 for extent in extents[: stack["extent"] + 1]) + 64

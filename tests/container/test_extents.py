@@ -58,7 +58,7 @@ def raw_blocks(*blocks: tuple[int, bytes | int], size: int, header: bytes = b"\x
 @pytest.mark.parametrize("encoding", ["raw", "zstd"])
 @pytest.mark.parametrize("dtype", ["U8", "BF16", "F64"])
 def test_the_length_has_to_fit_the_shape(encoding: str, dtype: str) -> None:
-    """[R-1] [Z-1]"""
+    """[R-1] [Z-2]"""
     size = {"U8": 3, "BF16": 6, "F64": 24}[dtype]
     for stored, expected in ((size, None), (size - 1, "malformed"), (size + 1, "malformed")):
         extent = bytes(stored)
@@ -71,7 +71,7 @@ def test_the_length_has_to_fit_the_shape(encoding: str, dtype: str) -> None:
 
 
 def test_bytes_are_shuffled_by_significance() -> None:
-    """[Z-4]"""
+    """[Z-1]"""
     frame = compressed(bytes([0x01, 0x03, 0x02, 0x04]))
     data = assemble(index_of(tensors=[tensor(encoding="zstd", dtype="U16", shape=[2])]), [frame])
     found = read_all(data)["t"]
@@ -83,7 +83,7 @@ def test_bytes_are_shuffled_by_significance() -> None:
     "content", [bytes(100), bytes(range(100)), np.random.default_rng(0).bytes(100)]
 )
 def test_one_frame_exactly(content: bytes) -> None:
-    """[Z-1] [Z-3]"""
+    """[Z-2] [Z-4]"""
     frame = compressed(content)
     assert code_of_zstd(frame) is None
     assert code_of_zstd(compressed(content, write_checksum=True)) is None
@@ -142,7 +142,7 @@ def test_a_frame_that_needs_a_dictionary() -> None:
 
 
 def test_the_window() -> None:
-    """[Z-2] and its limit, on both sides"""
+    """[Z-3] and its limit, on both sides"""
     blocks = ((0, bytes(100)),)
     most = 17 << 3  # 2^(10 + 17) bytes
     assert code_of_zstd(raw_blocks(*blocks, size=100, header=bytes([0xC0, most]))) is None
@@ -168,7 +168,7 @@ def test_every_form_of_the_content_size(size: int) -> None:
 
 
 def test_the_ratio_of_content_to_frame() -> None:
-    """[Z-2] and its limit, on both sides"""
+    """[Z-3] and its limit, on both sides"""
     count = 9
     length = 14 + 4 * count
     most = 1024 * length + 2**20
@@ -227,22 +227,22 @@ def nothing(_: bytearray) -> None:
 
 def test_the_extent_is_laid_out_as_the_tests_below_think() -> None:
     _, extents, value = ternary(ROWS, COLUMNS, columns_scaled=True)
-    extent, trits = extents[0], value.trits
+    extent, levels = extents[0], value.levels
     assert get(extent, DICTIONARY, "I") == 0
-    assert get(extent, BASE, "I") == trits.length_base
+    assert get(extent, BASE, "I") == levels.length_base
     assert extent[WIDTH] == 1
-    assert get(extent, NONZEROS, "Q") == trits.nonzeros
-    assert get(extent, SEGMENT_BYTES, "Q") == trits.segment_bytes
+    assert get(extent, NONZEROS, "Q") == levels.nonzeros
+    assert get(extent, SEGMENT_BYTES, "Q") == levels.segment_bytes
     assert value.column_scale is not None
     for at, array in (
         (ROW_SCALES, value.row_scale),
         (COLUMN_SCALES, value.column_scale),
-        (OFFSETS, trits.block_offsets),
-        (LENGTHS, trits.lengths),
-        (SEGMENTS, trits.segments[: trits.segment_bytes]),
+        (OFFSETS, levels.block_offsets),
+        (LENGTHS, levels.lengths),
+        (SEGMENTS, levels.segments[: levels.segment_bytes]),
     ):
         assert extent[at : at + array.nbytes] == array.tobytes()
-    assert len(extent) == align(SEGMENTS + trits.segment_bytes + 8, 16)
+    assert len(extent) == align(SEGMENTS + levels.segment_bytes + 8, 16)
     assert code_of_extent(nothing) is None
 
 
@@ -263,25 +263,25 @@ def test_the_extent_is_laid_out_as_the_tests_below_think() -> None:
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 2**32), "limit"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 2**64 - 1), "limit"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 0), "malformed"),
-        ("E-14", lambda e: put(e, SPARE, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, SPARE + 6, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, OFFSETS - 1, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, LENGTHS - 1, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, SEGMENTS - 1, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, len(e) - 1, "B", 1), "padding"),
-        ("E-14", lambda e: put(e, len(e) - 8, "B", 1), "padding"),
-        ("E-5", lambda e: put(e, BASE, "I", get(e, BASE, "I") + 1), "malformed"),
-        ("E-5", lambda e: put(e, BASE, "I", 2**32 - 1), "malformed"),
-        ("E-5", lambda e: put(e, OFFSETS, "I", 1), "malformed"),
-        ("E-5", lambda e: put(e, OFFSETS + 4, "I", get(e, OFFSETS + 4, "I") + 1), "malformed"),
-        ("E-5", lambda e: put(e, OFFSETS + 4, "I", 2**32 - 1), "malformed"),
-        ("E-7", lambda e: put(e, ROW_SCALES, "H", 0x7F80), "value"),
-        ("E-7", lambda e: put(e, ROW_SCALES + 2, "H", 0xFF80), "value"),
-        ("E-7", lambda e: put(e, COLUMN_SCALES - 4, "H", 0x7FC0), "value"),
-        ("E-7", lambda e: put(e, COLUMN_SCALES + 2 * COLUMNS - 2, "H", 0x7F80), "value"),
-        ("E-7", lambda e: put(e, ROW_SCALES, "H", 0x7F7F), None),
-        ("E-13", lambda e: put(e, NONZEROS, "Q", get(e, NONZEROS, "Q") + 1), "malformed"),
-        ("E-13", lambda e: put(e, NONZEROS, "Q", 2**64 - 1), "malformed"),
+        ("E-5", lambda e: put(e, SPARE, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SPARE + 6, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, OFFSETS - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, LENGTHS - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SEGMENTS - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, len(e) - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, len(e) - 8, "B", 1), "padding"),
+        ("E-6", lambda e: put(e, BASE, "I", get(e, BASE, "I") + 1), "malformed"),
+        ("E-6", lambda e: put(e, BASE, "I", 2**32 - 1), "malformed"),
+        ("E-6", lambda e: put(e, OFFSETS, "I", 1), "malformed"),
+        ("E-6", lambda e: put(e, OFFSETS + 4, "I", get(e, OFFSETS + 4, "I") + 1), "malformed"),
+        ("E-6", lambda e: put(e, OFFSETS + 4, "I", 2**32 - 1), "malformed"),
+        ("E-8", lambda e: put(e, ROW_SCALES, "H", 0x7F80), "value"),
+        ("E-8", lambda e: put(e, ROW_SCALES + 2, "H", 0xFF80), "value"),
+        ("E-8", lambda e: put(e, COLUMN_SCALES - 4, "H", 0x7FC0), "value"),
+        ("E-8", lambda e: put(e, COLUMN_SCALES + 2 * COLUMNS - 2, "H", 0x7F80), "value"),
+        ("E-8", lambda e: put(e, ROW_SCALES, "H", 0x7F7F), None),
+        ("E-14", lambda e: put(e, NONZEROS, "Q", get(e, NONZEROS, "Q") + 1), "malformed"),
+        ("E-14", lambda e: put(e, NONZEROS, "Q", 2**64 - 1), "malformed"),
     ],
 )  # fmt: skip
 def test_one_change_of_a_ternary_extent(
@@ -308,12 +308,12 @@ def test_one_change_of_a_ternary_extent(
     ],
 )
 def test_an_entry_that_does_not_fit_its_extent(keys: dict[str, Any]) -> None:
-    """[E-1] [E-4] [E-9] to [E-12]"""
+    """[E-1] [E-4] [E-10] to [E-13]"""
     assert code_of_extent(nothing, **keys) in ("malformed", "padding")
 
 
 def test_lengths_that_balance_each_other_are_found_by_the_block_offsets() -> None:
-    """[E-5] The sum is right; row 0 is one byte longer at the cost of row 39."""
+    """[E-6] The sum is right; row 0 is one byte longer at the cost of row 39."""
 
     def change(extent: bytearray) -> None:
         lengths = extent[LENGTHS : LENGTHS + ROWS]
@@ -343,7 +343,7 @@ def rebuilt(base: int, kind: str, lengths: list[int], rows: int, columns: int) -
 
 
 def test_lengths_in_another_form_than_the_shortest() -> None:
-    """[E-8]; the segments are not looked at before"""
+    """[E-9]; the segments are not looked at before"""
 
     def message(data: bytes) -> str:
         with pytest.raises(QMoEError) as caught, opened(data) as file:
@@ -351,7 +351,7 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
         return f"{caught.value.code}: {caught.value}"
 
     with opened(rebuilt(7, "B", [0, 1, 255], 3, 50)) as file:
-        assert file.encoded("w").trits.lengths.tolist() == [0, 1, 255]
+        assert file.encoded("w").levels.lengths.tolist() == [0, 1, 255]
     for data in (
         rebuilt(6, "B", [1, 2, 3], 3, 50),
         rebuilt(7, "H", [0, 1, 255], 3, 50),
@@ -366,11 +366,11 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
     extents[0] = extents[0][:8] + b"\3" + extents[0][9:]  # of which there are none
     assert "lengths have 3 bytes" in message(assemble(index, extents))
     with opened(rebuilt(7, "H", [0, 1, 256], 3, 50)) as file:
-        assert file.encoded("w").trits.lengths.dtype == np.uint16
+        assert file.encoded("w").levels.lengths.dtype == np.uint16
 
 
 def test_a_segment_too_short_for_the_row_is_found_before_anything_is_decoded() -> None:
-    """[E-6]: 1020 columns need 4 codewords, 1021 need 5"""
+    """[E-7]: 1020 columns need 4 codewords, 1021 need 5"""
     for columns, base, expected in ((1020, 4, None), (1021, 4, "malformed"), (1021, 5, None)):
         with opened(rebuilt(base, "B", [0], 1, columns)) as file:
             if expected is None:
@@ -395,12 +395,12 @@ def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], segm
     assert found.shape == tuple(shape)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "zstd", "ternary-dict"])
+@pytest.mark.parametrize("encoding", ["raw", "zstd", "int-dict"])
 def test_reading_a_tensor_of_an_unknown_type(encoding: str) -> None:
-    """[T-4]"""
+    """[T-5]"""
     index, extents, _ = ternary(3, 20)
     record = index["tensors"][0] | {"dtype": "F4"}
-    if encoding != "ternary-dict":
+    if encoding != "int-dict":
         record = tensor(name="w", dtype="F4", encoding=encoding)
     data = assemble({**index, "tensors": [record]}, extents)
     with opened(data) as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qmoe_format.container.encodings.ternary_dict import TernaryDict
+from qmoe_format.container.encodings.int_dict import IntDict
 from tests.container.files import (
     assemble,
     code_at_opening,
@@ -32,7 +32,7 @@ DICTIONARY: dict[str, Any] = {
 TERNARY: dict[str, Any] = {
     "column_scale": False,
     "dtype": "BF16",
-    "encoding": "ternary-dict",
+    "encoding": "int-dict",
     "group_size": 0,
     "rows_per_segment": 1,
     "scale_dtype": "BF16",
@@ -156,7 +156,7 @@ def test_keys_that_a_tensor_must_not_have(encoding: str) -> None:
 
 
 def test_an_unknown_encoding_or_dtype_leaves_the_file_readable() -> None:
-    """[T-4]"""
+    """[T-5]"""
     for keys in (
         {"encoding": "new"},
         {"encoding": "int-group", "bits": 4, "nested": {"a": [1, True, "x"]}},
@@ -236,23 +236,23 @@ def test_order_of_names(names: list[str], expected: str | None) -> None:
     ],
 )
 def test_attachments(keys: dict[str, Any], expected: str | None) -> None:
-    """[J-4] [J-6] [A-2] [F-5]"""
+    """[J-4] [J-6] [A-1] [F-6]"""
     record = {"bytes": 2, "encoding": "raw", "extent": 0, "name": "a"} | keys
     assert code_at_opening(assemble(index_of(attachments=[record]), [b"ab"])) == expected
 
 
-@pytest.mark.parametrize("encoding", ["new", "ternary-dict"])
+@pytest.mark.parametrize("encoding", ["new", "int-dict"])
 def test_an_attachment_of_an_unknown_encoding(encoding: str) -> None:
-    """[T-4]; ``ternary-dict`` is for tensors only."""
+    """[T-5]; ``int-dict`` is for tensors only."""
     record = {"bytes": 64, "encoding": encoding, "extent": 0, "name": "a"}
     data = assemble(index_of(attachments=[record]), [bytes(64)])
     assert code_at_opening(data) is None
     assert code_of(data) == "unsupported"
 
 
-@pytest.mark.parametrize("encoding", ["new", "ternary-dict"])
+@pytest.mark.parametrize("encoding", ["new", "int-dict"])
 def test_a_dictionary_of_an_unknown_encoding(encoding: str) -> None:
-    """[T-4]"""
+    """[T-5]"""
     data = assemble(index_of(dictionaries=[DICTIONARY | {"encoding": encoding}]), [bytes(64)])
     assert code_at_opening(data) is None
     assert code_of(data) == "unsupported"
@@ -279,7 +279,7 @@ def test_a_dictionary_of_an_unknown_encoding(encoding: str) -> None:
     ],
 )
 def test_dictionaries(keys: dict[str, Any], expected: str | None) -> None:
-    """[D-1] [F-5]; whether the tree is so is seen when it is read."""
+    """[D-1] [F-6]; whether the tree is so is seen when it is read."""
     record = DICTIONARY | keys
     data = assemble(index_of(dictionaries=[record]), [b"ab"])
     assert code_at_opening(data) == expected
@@ -323,7 +323,7 @@ def test_dictionaries(keys: dict[str, Any], expected: str | None) -> None:
     ],
 )
 def test_shapes_and_stacks(keys: dict[str, Any], expected: str | None) -> None:
-    """[T-1] [T-2] [T-6] [F-5] and the limits, on both sides"""
+    """[T-1] [T-2] [T-3] [F-6] and the limits, on both sides"""
     assert code_of_tensor(**keys) == expected
 
 
@@ -366,11 +366,11 @@ def test_a_stack_without_experts_has_extent_0() -> None:
     ],
 )
 def test_entries_of_ternary_matrices(keys: dict[str, Any], expected: str | None) -> None:
-    """[J-4] [E-3] and the limits, on both sides"""
+    """[J-4] [E-2] and the limits, on both sides"""
     assert code_of_tensor(**{**TERNARY, **keys}) == expected
 
 
-@pytest.mark.parametrize("key", sorted(TernaryDict.defaults))
+@pytest.mark.parametrize("key", sorted(IntDict.defaults))
 def test_entries_of_ternary_matrices_need_every_key(key: str) -> None:
     record = tensor(**{name: TERNARY[name] for name in TERNARY if name != key})
     assert code_at_opening(assemble(index_of(tensors=[record]), [b"ab"])) == "malformed"
@@ -387,7 +387,7 @@ def test_entries_of_ternary_matrices_need_every_key(key: str) -> None:
     ],
 )
 def test_each_extent_has_one_owner(extents_of: list[int], expected: str | None) -> None:
-    """[F-5]"""
+    """[F-6]"""
     attachments = [
         {"bytes": 2, "encoding": "raw", "extent": extent, "name": f"a{number}"}
         for number, extent in enumerate(extents_of)

@@ -111,8 +111,8 @@ def test_ternary_matrices(tmp_path: Path, dtype: str, **options: Any) -> None:
     value = matrix(**options)
     path = tmp_path / "file.qmoe"
     with qmoe_format.Writer(path) as writer:
-        writer.add_tensor("w", value, dtype, "ternary-dict")
-        with writer.add_stack("s", (2, value.rows, value.columns), dtype, "ternary-dict") as stack:
+        writer.add_tensor("w", value, dtype, "int-dict")
+        with writer.add_stack("s", (2, value.rows, value.columns), dtype, "int-dict") as stack:
             stack.append(value)
             stack.append(value)
     with qmoe_format.open(path) as file:
@@ -132,13 +132,13 @@ def test_ternary_matrices(tmp_path: Path, dtype: str, **options: Any) -> None:
 def test_every_type_of_scale(tmp_path: Path, scale_dtype: str) -> None:
     from qmoe_format.codec import encode_matrix
 
-    trits = np.array([[0, 1, -1], [1, 0, 0]], np.int8)
+    levels = np.array([[0, 1, -1], [1, 0, 0]], np.int8)
     row = from_float32(np.array([[[-1.5, 2.25]], [[0.125, 3.0]]], np.float32), scale_dtype)
     column = from_float32(np.array([1.0, 0.5, 4.0], np.float32), scale_dtype)
-    value = encode_matrix(trits, row, column, scale_dtype=scale_dtype)
+    value = encode_matrix(levels, row, column, scale_dtype=scale_dtype)
     path = tmp_path / "file.qmoe"
     with qmoe_format.Writer(path) as writer:
-        writer.add_tensor("w", value, "F32", "ternary-dict")
+        writer.add_tensor("w", value, "F32", "int-dict")
     with qmoe_format.open(path) as file:
         assert file.read("w").tolist() == [[0.0, 1.125, -6.0], [3.0, 0.0, 0.0]]
 
@@ -150,11 +150,11 @@ def assert_same(found: EncodedMatrix, value: EncodedMatrix) -> None:
     assert (found.column_scale is None) == (value.column_scale is None)
     if found.column_scale is not None and value.column_scale is not None:
         assert bits(found.column_scale) == bits(value.column_scale)
-    size = value.trits.segment_bytes
-    assert bits(found.trits.segments[:size]) == bits(value.trits.segments[:size])
-    assert bits(found.trits.lengths) == bits(value.trits.lengths)
-    assert bits(found.trits.block_offsets) == bits(value.trits.block_offsets)
-    assert found.trits.nonzeros == value.trits.nonzeros
+    size = value.levels.segment_bytes
+    assert bits(found.levels.segments[:size]) == bits(value.levels.segments[:size])
+    assert bits(found.levels.lengths) == bits(value.levels.lengths)
+    assert bits(found.levels.block_offsets) == bits(value.levels.block_offsets)
+    assert found.levels.nonzeros == value.levels.nonzeros
     assert (found.scale_dtype, found.group_size) == (value.scale_dtype, value.group_size)
 
 
@@ -165,8 +165,8 @@ def test_arrays_of_the_file_are_read_only_and_outlive_it(tmp_path: Path) -> None
         norm = file.read("norm")
         encoded = file.encoded("moe.experts.wi", 1)
     assert norm.tolist() == [0, 1, 2, 3, 4, 5]
-    assert encoded.trits.segments.sum() > 0
-    for array in (norm, encoded.row_scale, encoded.trits.segments):
+    assert encoded.levels.segments.sum() > 0
+    for array in (norm, encoded.row_scale, encoded.levels.segments):
         assert not array.flags.writeable
         assert not array.flags.owndata
 

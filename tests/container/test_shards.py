@@ -21,7 +21,7 @@ def write(path: Path, shard_bytes: int | None) -> Writer:
         for number in range(6):
             writer.add_tensor(f"t{number}", np.full(1000, number, np.uint8), "U8", "raw")
         for name in ("a", "b"):
-            with writer.add_stack(name, (4, 30, 200), "BF16", "ternary-dict") as stack:
+            with writer.add_stack(name, (4, 30, 200), "BF16", "int-dict") as stack:
                 for expert in range(4):
                     stack.append(matrix(30, 200, seed=expert, width=8))
     return writer

@@ -48,7 +48,7 @@ def test_the_number_of_threads_does_not_matter(tmp_path: Path) -> None:
         path = tmp_path / "model.qmoe"
         with Writer(path) as writer:
             value = matrix(300, 500, threads=threads)
-            writer.add_tensor("w", value, "BF16", "ternary-dict")
+            writer.add_tensor("w", value, "BF16", "int-dict")
         files.append(path.read_bytes())
     assert files[0] == files[1]
 
@@ -123,7 +123,7 @@ def test_a_full_disk(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with Writer(target) as writer:
             writer.add_attachment("config.json", b"{}")
             writer.add_tensor("t", np.arange(99, dtype=np.uint16), "U16")
-            with writer.add_stack("s", (2, 3, 40), "BF16", "ternary-dict") as stack:
+            with writer.add_stack("s", (2, 3, 40), "BF16", "int-dict") as stack:
                 stack.append(matrix(3, 40, width=8))
                 stack.append(matrix(3, 40, width=8, seed=1))
 
@@ -284,7 +284,7 @@ def test_zstd_becomes_raw_where_it_saves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_dullest_content_stays_within_the_ratio(tmp_path: Path) -> None:
-    """[Z-2] 48 MB of zeros take less than 6 KB at once: too few for a reader."""
+    """[Z-3] 48 MB of zeros take less than 6 KB at once: too few for a reader."""
     array = np.zeros(12 << 20, np.float32)
     path = tmp_path / "model.qmoe"
     with Writer(path) as writer:
@@ -314,13 +314,13 @@ def test_dictionaries_are_shared_and_do_not_cut_a_stack(tmp_path: Path) -> None:
     """[T-1] An expert with a dictionary of its own, in the middle of a stack."""
     path = tmp_path / "model.qmoe"
     dictionaries = [fit_dictionary(share, 8) for share in (0.5, 0.9, 0.5)]
-    trits = np.zeros((4, 30), np.int8)
+    levels = np.zeros((4, 30), np.int8)
     scale = np.zeros((4, 1, 2), np.uint16)
     with Writer(path) as writer:
         for name in ("a", "b"):
-            with writer.add_stack(name, (3, 4, 30), "BF16", "ternary-dict") as stack:
+            with writer.add_stack(name, (3, 4, 30), "BF16", "int-dict") as stack:
                 for dictionary in dictionaries:
-                    stack.append(encode_matrix(trits, scale, dictionary=dictionary))
+                    stack.append(encode_matrix(levels, scale, dictionary=dictionary))
     with qmoe_format.open(path) as file:
         file.verify()
         assert list(file.dictionaries) == dictionaries[:2]
@@ -350,10 +350,10 @@ U8 = np.zeros(2, np.uint8)
         (lambda w: w.add_tensor("t", U8.astype(">u2"), "U16"), "argument"),
         (lambda w: w.add_tensor("t", [1, 2], "U8"), "argument"),
         (lambda w: w.add_tensor("t", U8, "U8", "new"), "argument"),
-        (lambda w: w.add_tensor("t", U8, "F32", "ternary-dict"), "argument"),
-        (lambda w: w.add_tensor("t", U8.reshape(1, 2), "F32", "ternary-dict"), "argument"),
+        (lambda w: w.add_tensor("t", U8, "F32", "int-dict"), "argument"),
+        (lambda w: w.add_tensor("t", U8.reshape(1, 2), "F32", "int-dict"), "argument"),
         (lambda w: w.add_tensor("t", matrix(2, 2), "F32"), "argument"),
-        (lambda w: w.add_tensor("t", matrix(2, 2), "U8", "ternary-dict"), "argument"),
+        (lambda w: w.add_tensor("t", matrix(2, 2), "U8", "int-dict"), "argument"),
         (lambda w: w.add_tensor("t", np.zeros((1,) * 9, np.uint8), "U8"), "limit"),
         (lambda w: w.add_stack("s", (), "U8"), "argument"),
         (lambda w: w.add_stack("s", (2**41,), "U8"), "limit"),
@@ -363,10 +363,10 @@ U8 = np.zeros(2, np.uint8)
         (lambda w: w.add_stack("s", (1, 2), "U8", transposed=True), "argument"),
         (lambda w: w.add_stack("s", (1, 2, 2), "U8", transposed=1), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "U8", "raw", width=8), "argument"),
-        (lambda w: w.add_stack("s", (1, 2), "F32", "ternary-dict"), "argument"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "ternary-dict", width=7), "limit"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "ternary-dict", widht=8), "argument"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "ternary-dict", width="8"), "argument"),
+        (lambda w: w.add_stack("s", (1, 2), "F32", "int-dict"), "argument"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", width=7), "limit"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", widht=8), "argument"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", width="8"), "argument"),
     ],
 )  # fmt: skip
 def test_a_call_that_is_refused_changes_nothing(
@@ -389,7 +389,7 @@ def test_a_call_that_is_refused_changes_nothing(
 
 def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
     with Writer(tmp_path / "model.qmoe") as writer:
-        stack = writer.add_stack("s", (2, 3, 40), "BF16", "ternary-dict", scale_dtype="BF16")
+        stack = writer.add_stack("s", (2, 3, 40), "BF16", "int-dict", scale_dtype="BF16")
         for wrong in (
             np.zeros((3, 40), np.uint16),
             matrix(3, 41),
@@ -566,7 +566,7 @@ def test_the_number_of_attachments_and_dictionaries(
         assert caught.value.code == "limit"
     assert code_of(target.read_bytes()) is None
     writer = Writer(target)
-    stack = writer.add_stack("s", (3, 2, 9), "BF16", "ternary-dict")
+    stack = writer.add_stack("s", (3, 2, 9), "BF16", "int-dict")
     values = [
         encode_matrix(
             np.zeros((2, 9), np.int8),

@@ -401,7 +401,7 @@ def test_other_element_types(
         opened.verify()
         for entry in opened.tensors.values():
             assert entry.dtype == name
-            if entry.encoding == "ternary-dict":
+            if entry.encoding == "int-dict":
                 assert entry.parameters["scale_dtype"] == scale
     for stack in report_of(file)["stacks"]:
         assert all(0 < each["relative_error"] < 0.5 for each in stack["experts"])

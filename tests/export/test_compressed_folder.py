@@ -28,7 +28,7 @@ def layer(tmp_path: Path) -> Path:
         writer.add_attachment("config.json", b'{"model_type": "mixtral"}')
         writer.add_attachment("tokenizer.json", b"{}")
         writer.add_tensor("norm", np.array([0x3F80, 0x4000], np.uint16), "BF16")
-        with writer.add_stack("w1", (2, 3, 3), "F32", "ternary-dict", "e.{}.w1") as stack:
+        with writer.add_stack("w1", (2, 3, 3), "F32", "int-dict", "e.{}.w1") as stack:
             for e in range(2):
                 stack.append(encode_matrix(np.roll(np.eye(3, dtype=np.int8), e, 0), scales))
         with writer.add_stack("w2", (2, 3, 64), "F32", "zstd", transposed=True) as stack:

@@ -57,7 +57,7 @@ def test_all_elements_are_aligned_and_the_library_reads_them(fused: Path, tmp_pa
 def test_the_index_alone_says_what_to_transpose(
     tmp_path: Path, shape: tuple[int, ...], members: str, transposed: bool
 ) -> None:
-    """[T-6], whatever is attached."""
+    """[T-3], whatever is attached."""
     experts = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     path = tmp_path / "model.qmoe"
     with qmoe_format.Writer(path) as writer:

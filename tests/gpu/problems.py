@@ -18,7 +18,7 @@ from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack
-from tests.codec.strategies import dictionary, random_trits
+from tests.codec.strategies import dictionary, random_levels
 from tests.gpu import shim
 
 Floats = npt.NDArray[np.float32]
@@ -124,7 +124,7 @@ def matrix(kind: Kind, shape: Shape, seed: int = 0) -> EncodedMatrix:
 
     signs, zeros, width = kind.dictionary
     return encode_matrix(
-        random_trits(shape.rows, shape.columns, shape.zeros, seed),
+        random_levels(shape.rows, shape.columns, shape.zeros, seed),
         scale(shape.rows, groups, kind.scales),
         scale(shape.columns) if kind.column_scale else None,
         scale_dtype=kind.scale_dtype,

@@ -24,15 +24,15 @@ def bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
 )
 def test_product(rows: int, columns: int, warps: int, zeros: float) -> None:
     rng = np.random.default_rng(rows)
-    trits = rng.choice([-1, 0, 1], (rows, columns), p=[(1 - zeros) / 2, zeros, (1 - zeros) / 2])
+    levels = rng.choice([-1, 0, 1], (rows, columns), p=[(1 - zeros) / 2, zeros, (1 - zeros) / 2])
     low_high = bf16(rng.random((rows, 2)) * [-1, 1])
     x = bf16(rng.standard_normal(columns))
     y = np.full(rows, 0x7FC0, np.uint16)
-    anchor = gpu_anchor.encode(trits.astype(np.int8), low_high)
+    anchor = gpu_anchor.encode(levels.astype(np.int8), low_high)
     shim.execute(gpu_anchor.matvec(anchor, x, y, warps))
 
     low, high = to_float32(low_high, "BF16").astype(np.float64).T[:, :, None]
-    weights = np.where(trits < 0, low, np.where(trits > 0, high, 0))
+    weights = np.where(levels < 0, low, np.where(levels > 0, high, 0))
     vector = to_float32(x, "BF16").astype(np.float64)
     exact, terms = weights @ vector, np.abs(weights) @ np.abs(vector)
     half = np.where(exact == 0, 0, np.ldexp(1.0, np.frexp(exact)[1] - 9))  # of a last place of bf16

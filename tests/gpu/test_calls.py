@@ -11,7 +11,7 @@ from qmoe_format import gpu
 from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.gpu import packing
-from tests.codec.strategies import random_trits
+from tests.codec.strategies import random_levels
 from tests.gpu import shim
 from tests.gpu.fake_cupy import FakeCupy
 
@@ -23,7 +23,7 @@ EXPERTS, ROWS, COLUMNS = 4, 6, 200
 def member(seed: int = 0) -> EncodedMatrix:
     """A matrix whose products with small integers are exact in every dtype."""
     return encode_matrix(
-        random_trits(ROWS, COLUMNS, 0.885, seed),
+        random_levels(ROWS, COLUMNS, 0.885, seed),
         from_float32(np.array([[[-0.5, 2.0]]] * ROWS, np.float32), "BF16"),
     )
 

@@ -194,7 +194,7 @@ def test_a_stack_of_more_than_4_gib() -> None:
     shape = Shape(4096, 4096, 0.6, None, 0, exact=True)
     coded = matrix(BF16, shape)
     other = replace(coded, row_scale=(coded.row_scale ^ np.uint16(0x8000)))
-    experts = (4 << 30) // coded.trits.segment_bytes + 2
+    experts = (4 << 30) // coded.levels.segment_bytes + 2
     if gpu.require().cuda.runtime.memGetInfo()[0] < 6 << 30:
         pytest.skip("the GPU has less than 6 GiB free")
     stack = gpu.upload([coded] * (experts - 1) + [other])

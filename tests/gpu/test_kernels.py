@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 
 import qmoe_format
-from qmoe_format.codec import EncodedMatrix, EncodedTrits, dequantize
+from qmoe_format.codec import EncodedLevels, EncodedMatrix, dequantize
 from qmoe_format.conformance import runner
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu.packing import PackedStack, pack
@@ -167,7 +167,7 @@ VECTORS = [
     vector
     for vector in runner.corpus()
     if vector.outcome == "accept"
-    and any(tensor["encoding"] == "ternary-dict" for tensor in vector.contents["tensors"])
+    and any(tensor["encoding"] == "int-dict" for tensor in vector.contents["tensors"])
 ]
 
 
@@ -186,7 +186,7 @@ def test_conformance(vector: runner.Vector, checked: dict[str, Future[None]]) ->
 def check_vector(vector: runner.Vector) -> None:
     with qmoe_format.open(vector.path) as file:
         for name, tensor in file.tensors.items():
-            if tensor.encoding != "ternary-dict":
+            if tensor.encoding != "int-dict":
                 continue
             experts = list(range(tensor.shape[0])) if tensor.stack else [None]
             if members := [file.encoded(name, expert) for expert in experts]:
@@ -218,17 +218,17 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
 def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMatrix:
     """Segments of random lengths, of random bytes or of one byte repeated."""
     coded = matrix(kind, Shape(30, 90, kind.dictionary[1], 4, 0))
-    lengths = rng.integers(0, 130, coded.trits.count, np.uint8)
+    lengths = rng.integers(0, 130, coded.levels.count, np.uint8)
     size = int(lengths.sum())
     bytes_ = rng.integers(0, 256, size, np.uint8) if fill is None else np.full(size, fill, np.uint8)
-    trits: EncodedTrits = replace(
-        coded.trits,
+    levels: EncodedLevels = replace(
+        coded.levels,
         length_base=0,
         lengths=lengths,
         segments=np.concatenate([bytes_, np.zeros(8, np.uint8)]),
         segment_bytes=size,
     )
-    return replace(coded, trits=trits)
+    return replace(coded, levels=levels)
 
 
 def run_everything(kind: Kind, stack: PackedStack) -> None:

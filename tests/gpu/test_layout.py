@@ -13,7 +13,7 @@ from qmoe_format.codec import Dictionary, EncodedMatrix, encode_matrix, fit_dict
 from qmoe_format.codec.kernels.tables import tables
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import packing
-from tests.codec.strategies import dictionaries, dictionary, random_trits
+from tests.codec.strategies import dictionaries, dictionary, random_levels
 
 
 def matrix(
@@ -24,7 +24,7 @@ def matrix(
     groups = -(-columns // options["group_size"]) if options.get("group_size") else 1
     column_scale = rng.random(columns).astype(np.float16) if options.pop("columns_too", 0) else None
     return encode_matrix(
-        random_trits(rows, columns, zeros, seed),
+        random_levels(rows, columns, zeros, seed),
         rng.random((rows, groups, options.pop("scales", 2))).astype(np.float16),
         column_scale,
         scale_dtype="F16",
@@ -38,16 +38,16 @@ def test_arrays_of_a_stack() -> None:
     layout, arrays = stack.layout, stack.arrays
     assert (layout.experts, layout.rows, layout.columns, layout.scales) == (3, 5, 300, 2)
     for e, member in enumerate(members):
-        trits = member.trits
+        levels = member.levels
         base = int(arrays.bases[e])
         assert base % 16 == 0
-        here = arrays.segments[base : base + trits.segment_bytes]
-        assert np.array_equal(here, trits.segments[: trits.segment_bytes])
-        assert np.array_equal(arrays.offsets[e], trits.offsets())
+        here = arrays.segments[base : base + levels.segment_bytes]
+        assert np.array_equal(here, levels.segments[: levels.segment_bytes])
+        assert np.array_equal(arrays.offsets[e], levels.offsets())
         assert np.array_equal(arrays.row_scale[e], member.row_scale)
         assert member.column_scale is not None
         assert np.array_equal(arrays.column_scale[e], member.column_scale)
-    used = sum(member.trits.segment_bytes for member in members)
+    used = sum(member.levels.segment_bytes for member in members)
     assert np.count_nonzero(arrays.segments) <= used
     assert not arrays.segments[: packing.GUARD].any()
     assert not arrays.segments[-packing.GUARD :].any()

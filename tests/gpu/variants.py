@@ -35,11 +35,11 @@ def stack(
 ) -> PackedStack:
     """Two equal experts."""
     half = (1 - zeros) / 2
-    trits = np.random.default_rng(0).choice([-1, 0, 1], (rows, columns), p=[half, zeros, half])
+    levels = np.random.default_rng(0).choice([-1, 0, 1], (rows, columns), p=[half, zeros, half])
     dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
     groups = -(-columns // group_size) if group_size else 1
     matrix = codec.encode_matrix(
-        trits.astype(np.int8),
+        levels.astype(np.int8),
         np.ones((rows, groups, scales), dtype),
         np.ones(columns, dtype) if column_scales else None,
         scale_dtype=scale_dtype,

@@ -53,20 +53,20 @@ def energy(weights: Array, sums: Array) -> Array:
     return result
 
 
-def entropy(trits: Tensor) -> float:
-    """Bits per trit, if coded by their own frequencies."""
-    share = np.array([float((trits == t).float().mean()) for t in (-1, 0, 1)])
+def entropy(levels: Tensor) -> float:
+    """Bits per level, if coded by their own frequencies."""
+    share = np.array([float((levels == t).float().mean()) for t in (-1, 0, 1)])
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Input of ``descend`` and ``refit``: transposed, in float32, with trits from rounding."""
+    """Input of ``descend`` and ``refit``: transposed, in float32, with levels from rounding."""
 
     weights: Tensor
     hessian: Tensor
-    trits: Tensor
+    levels: Tensor
     scale: Tensor
     column_scale: Tensor
 
@@ -79,12 +79,12 @@ class Batch:
         column_scale = random(experts, columns, seed=seed + 51).mul(0.3).exp()
         scale = 1.2 * random(experts, rows, seed=seed + 52).mul(0.2).exp()
         value = scale[:, None] * column_scale[:, :, None]
-        trits = (weights / value).round().clamp(-1, 1)
-        return cls(weights, hessian, trits, scale, column_scale)
+        levels = (weights / value).round().clamp(-1, 1)
+        return cls(weights, hessian, levels, scale, column_scale)
 
     @property
     def quantized(self) -> Tensor:
-        return self.trits * self.scale[:, None] * self.column_scale[:, :, None]
+        return self.levels * self.scale[:, None] * self.column_scale[:, :, None]
 
     @property
     def target(self) -> Tensor:
@@ -94,10 +94,10 @@ class Batch:
     def gradient(self) -> Tensor:
         return self.hessian @ (self.weights - self.quantized)
 
-    def errors(self, trits: Tensor, scale: Tensor, column_scale: Tensor) -> Array:
+    def errors(self, levels: Tensor, scale: Tensor, column_scale: Tensor) -> Array:
         """``[experts, rows]`` in float64."""
         value = array(scale)[:, None] * array(column_scale)[:, :, None]
-        off = array(self.weights) - array(trits) * value
+        off = array(self.weights) - array(levels) * value
         result: Array = (off * (array(self.hessian) @ off)).sum(1)
         return result
 
@@ -107,11 +107,11 @@ class Plain:
     """What a plain GPTQ returns for one matrix.
 
     Attributes:
-        trits: ``[rows, columns]``.
+        levels: ``[rows, columns]``.
         margin: of each decision, the distance to the nearest threshold over high - low.
     """
 
-    trits: npt.NDArray[np.int8]
+    levels: npt.NDArray[np.int8]
     margin: Array
 
 
@@ -131,7 +131,7 @@ def plain_gptq(
     rows, columns = weights.shape
     rest = weights.copy()
     inverse = np.linalg.inv(hessian)
-    trits = np.zeros((rows, columns), np.int8)
+    levels = np.zeros((rows, columns), np.int8)
     margin = np.full((rows, columns), np.inf)
     for column in range(columns):
         d = inverse[0, 0]
@@ -142,7 +142,7 @@ def plain_gptq(
         for row in range(rows):
             choices = sorted([1, 0, 2], key=lambda k, row=row: costs[row, k])  # type: ignore[misc]
             best = choices[0]
-            trits[row, column] = best - 1
+            levels[row, column] = best - 1
             # The costs of two values are equal at a threshold; each step away from it changes their
             # difference by twice the distance of the values.
             for other in choices[1:]:
@@ -151,16 +151,16 @@ def plain_gptq(
                     step = (costs[row, other] - costs[row, best]) / (2 * apart)
                     span = values[row, 2] - values[row, 0]
                     margin[row, column] = min(margin[row, column], step / span)
-        wrong = rest[:, column] - np.take_along_axis(values, trits[:, column, None] + 1, 1)[:, 0]
+        wrong = rest[:, column] - np.take_along_axis(values, levels[:, column, None] + 1, 1)[:, 0]
         rest[:, column + 1 :] -= wrong[:, None] * (inverse[0, 1:] / d)
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:] / d)
-    return Plain(trits, margin)
+    return Plain(levels, margin)
 
 
-def check_agrees(trits: Tensor, plain: Plain, tolerance: float = 1e-4) -> None:
-    """The same trits, but for a few rows that differ from a near-tie on."""
-    assert trits.shape == plain.trits.shape
-    differ = trits.numpy() != plain.trits
+def check_agrees(levels: Tensor, plain: Plain, tolerance: float = 1e-4) -> None:
+    """The same levels, but for a few rows that differ from a near-tie on."""
+    assert levels.shape == plain.levels.shape
+    differ = levels.numpy() != plain.levels
     apart = differ.any(1)
     for row in np.flatnonzero(apart):
         column = int(differ[row].argmax())

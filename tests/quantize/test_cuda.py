@@ -30,14 +30,14 @@ def statistics_on(device: str) -> Statistics:
 
 @pytest.mark.parametrize("name", ["qmoe", "rd"])
 def test_as_good_as_on_the_cpu(name: str) -> None:
-    """Products round in another order, so a few trits near a threshold may differ."""
+    """Products round in another order, so a few levels near a threshold may differ."""
     weights = random(EXPERTS, ROWS, COLUMNS)
     rate = Rate(0.03, 300.0)
     ours = recipe(name).quantize(weights.to(DEVICE), "BF16", statistics_on(DEVICE), rate)
     wanted = recipe(name).quantize(weights, "BF16", statistics_on("cpu"), rate)
-    assert ours.weights.trits.device.type == DEVICE
+    assert ours.weights.levels.device.type == DEVICE
     assert ours.fallback == wanted.fallback == [None, None, "no tokens"]
-    same = (ours.weights.trits.cpu() == wanted.weights.trits).double().mean()
+    same = (ours.weights.levels.cpu() == wanted.weights.levels).double().mean()
     assert same > (0.999 if name == "qmoe" else 0.9)
     sums = statistics_on("cpu").sums[:-1]
     found, expected = (
@@ -52,8 +52,8 @@ def test_the_other_experts_do_not_matter(name: str) -> None:
     weights = random(EXPERTS, ROWS, COLUMNS).to(DEVICE)
     statistics = statistics_on(DEVICE)
     rate = Rate(0.03, 300.0)
-    together = recipe(name).quantize(weights, "BF16", statistics, rate).weights.trits
+    together = recipe(name).quantize(weights, "BF16", statistics, rate).weights.levels
     for expert in range(EXPERTS):
         one = slice(expert, expert + 1)
         alone = recipe(name).quantize(weights[one], "BF16", statistics.of(one), rate).weights
-        assert torch.equal(alone.trits, together[one])
+        assert torch.equal(alone.levels, together[one])

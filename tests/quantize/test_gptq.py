@@ -59,7 +59,7 @@ def test_qmoe_agrees_with_the_plain_one(
     assert result.damping == pytest.approx([0.1] * experts)
     assert result.fallback == [None] * experts
     for expert in range(experts):
-        check_agrees(result.weights.trits[expert], paper(weights[expert], inputs[expert]))
+        check_agrees(result.weights.levels[expert], paper(weights[expert], inputs[expert]))
 
 
 @pytest.mark.parametrize("which", REAL)
@@ -67,11 +67,11 @@ def test_qmoe_agrees_on_real_matrices(shared_data: Path, which: str) -> None:
     weights, inputs = real(shared_data, which, rows=24, columns=300, tokens=1200)
     result = quantize_qmoe(weights, "BF16", calibrated(inputs))
     assert torch.equal(result.weights.row_scale, round_to_nearest(weights).row_scale)
-    assert not torch.equal(result.weights.trits, round_to_nearest(weights).trits)
+    assert not torch.equal(result.weights.levels, round_to_nearest(weights).levels)
     for expert in range(len(weights)):
         # The sums are in float32 here.
         plain = paper(weights[expert], inputs[expert])
-        check_agrees(result.weights.trits[expert], plain, tolerance=1e-3)
+        check_agrees(result.weights.levels[expert], plain, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("columns", [1, 2, GROUP, GROUP + 1, 5 * GROUP + 3])
@@ -80,7 +80,7 @@ def test_with_column_scales_and_prices(columns: int) -> None:
     low, high = -0.8 * batch.scale, 1.1 * batch.scale
     price = 0.2 * batch.scale
     before = batch.weights.clone()
-    trits = gptq(batch.weights, factor_of(batch.hessian), low, high, batch.column_scale, price)
+    levels = gptq(batch.weights, factor_of(batch.hessian), low, high, batch.column_scale, price)
     assert torch.equal(batch.weights, before), "weights are not changed"
     for expert in range(2):
         plain = plain_gptq(
@@ -91,16 +91,16 @@ def test_with_column_scales_and_prices(columns: int) -> None:
             array(batch.column_scale[expert]),
             array(price[expert]),
         )
-        check_agrees(trits[expert].T.to(torch.int8), plain)
-        assert plain.trits.any()
+        check_agrees(levels[expert].T.to(torch.int8), plain)
+        assert plain.levels.any()
 
 
 def test_a_huge_price_leaves_nothing() -> None:
     batch = Batch.of(1, 5, 70, seed=3)
     price = torch.full_like(batch.scale, 1e9)
     factor = factor_of(batch.hessian)
-    trits = gptq(batch.weights, factor, -batch.scale, batch.scale, None, price)
-    assert not trits.any()
+    levels = gptq(batch.weights, factor, -batch.scale, batch.scale, None, price)
+    assert not levels.any()
 
 
 @pytest.mark.parametrize("group", [1, 7, 150, 1000])
@@ -123,8 +123,8 @@ def test_low_is_minus_high_if_not_given() -> None:
 
 
 def one(x: float, low: float | None, high: float, price: float | None) -> int:
-    """The trit of a 1 x 1 matrix, with a Hessian of 1."""
-    trits = gptq(
+    """The level of a 1 x 1 matrix, with a Hessian of 1."""
+    levels = gptq(
         torch.tensor([[[x]]]),
         torch.ones(1, 1, 1),
         None if low is None else torch.tensor([[low]]),
@@ -132,7 +132,7 @@ def one(x: float, low: float | None, high: float, price: float | None) -> int:
         None,
         None if price is None else torch.tensor([[price]]),
     )
-    return int(trits)
+    return int(levels)
 
 
 @given(
@@ -149,9 +149,9 @@ def test_the_choice_is_the_cheapest(
     costs = [(x - value) ** 2 for value in values]
     costs[0] += price or 0
     costs[2] += price or 0
-    trit = one(x, None if low is None else -low, high, price)
-    assert costs[trit + 1] <= min(costs) + 1e-5
-    assert trit == 0 or values[trit + 1] != 0, "the value 0 is trit 0"
+    level = one(x, None if low is None else -low, high, price)
+    assert costs[level + 1] <= min(costs) + 1e-5
+    assert level == 0 or values[level + 1] != 0, "the value 0 is level 0"
 
 
 def test_ties_of_the_choice_go_to_zero() -> None:
@@ -173,8 +173,8 @@ def test_without_tokens_it_is_rounding(dtype: torch.dtype) -> None:
     assert result.fallback == ["no tokens", None, "no tokens"]
     assert result.damping[0] is None
     assert result.damping[2] is None
-    assert torch.equal(result.weights.trits[::2], rounded.trits[::2])
-    assert not torch.equal(result.weights.trits[1], rounded.trits[1])
+    assert torch.equal(result.weights.levels[::2], rounded.levels[::2])
+    assert not torch.equal(result.weights.levels[1], rounded.levels[1])
     assert torch.equal(result.weights.row_scale, rounded.row_scale)
 
 
@@ -187,14 +187,14 @@ def test_it_is_better_than_rounding() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
-def test_units_change_no_trit(factor: float) -> None:
+def test_units_change_no_level(factor: float) -> None:
     weights, inputs = random(2, 9, 30, seed=10), [correlated(90, 30), correlated(5, 30, 7)]
     usual = quantize_qmoe(weights, "BF16", calibrated(inputs, torch.float64))
     scaled = quantize_qmoe(weights * factor, "BF16", calibrated(inputs, torch.float64))
-    assert torch.equal(scaled.weights.trits, usual.weights.trits)
+    assert torch.equal(scaled.weights.levels, usual.weights.levels)
     assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale * factor)
     large = calibrated([each.double() * factor for each in inputs], torch.float64)
-    assert torch.equal(quantize_qmoe(weights, "BF16", large).weights.trits, usual.weights.trits)
+    assert torch.equal(quantize_qmoe(weights, "BF16", large).weights.levels, usual.weights.levels)
 
 
 def test_zero_matrices_rows_and_columns() -> None:
@@ -202,10 +202,10 @@ def test_zero_matrices_rows_and_columns() -> None:
     weights[0] = 0
     weights[1, 2] = 0
     weights[1, :, 3] = 0
-    trits = quantize_qmoe(weights, "BF16", calibrated([correlated(50, 20)] * 2)).weights.trits
-    assert not trits[0].any()
-    assert not trits[1, 2].any()
-    assert trits[1].any()
+    levels = quantize_qmoe(weights, "BF16", calibrated([correlated(50, 20)] * 2)).weights.levels
+    assert not levels[0].any()
+    assert not levels[1, 2].any()
+    assert levels[1].any()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
@@ -216,5 +216,5 @@ def test_the_other_experts_do_not_matter(rows: int) -> None:
     for some in ([0], [3], [4, 2], [1, 0, 4]):
         statistics = calibrated([inputs[e] for e in some])
         part = quantize_qmoe(weights[some], "BF16", statistics).weights
-        assert torch.equal(part.trits, together.trits[some])
+        assert torch.equal(part.levels, together.levels[some])
         assert torch.equal(part.row_scale, together.row_scale[some])

@@ -17,10 +17,10 @@ from tests.quantize.problems import array, calibrated, correlated, energy, rando
 
 def test_bits_of_a_nonzero() -> None:
     """The difference of the code lengths, and a sign."""
-    trits = torch.zeros(2, 100, 10)
-    trits[0, :20, 5], trits[0, :20, :5] = 1, -1
-    trits[1] = 1
-    often, always = nonzero_bits(trits)[:, 0].tolist()
+    levels = torch.zeros(2, 100, 10)
+    levels[0, :20, 5], levels[0, :20, :5] = 1, -1
+    levels[1] = 1
+    often, always = nonzero_bits(levels)[:, 0].tolist()
     assert often == pytest.approx(math.log2(0.88 / 0.12) + 1, rel=0.01)
     assert always == 0
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Statistics
+from qmoe_format.quantize.level_weights import Quantized
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rate import Rate, weighted_energies
 from qmoe_format.quantize.rd import Search, quantize_rd
-from qmoe_format.quantize.ternary import Quantized
 from tests.quantize.problems import (
     REAL,
     array,
@@ -39,21 +39,21 @@ def check(result: Quantized, weights: Tensor) -> Tensor:
     """Check what holds for any input; return the values."""
     ternary = result.weights
     experts, rows, columns = weights.shape
-    assert ternary.trits.dtype == torch.int8
-    assert ternary.trits.shape == weights.shape
+    assert ternary.levels.dtype == torch.int8
+    assert ternary.levels.shape == weights.shape
     assert ternary.row_scale.shape == (experts, rows, 1, 1)
     assert ternary.column_scale is not None
     assert ternary.column_scale.shape == (experts, columns)
-    assert torch.isin(ternary.trits, torch.tensor([-1, 0, 1])).all()
+    assert torch.isin(ternary.levels, torch.tensor([-1, 0, 1])).all()
     for scale in (ternary.row_scale, ternary.column_scale):
         assert torch.isfinite(scale).all()
         assert not torch.signbit(scale).any()
     assert (ternary.column_scale > 0).all()
-    # Only rows without trits have a scale of 0.
-    assert (ternary.row_scale[:, :, 0, 0] > 0)[(ternary.trits != 0).any(2)].all()
+    # Only rows without levels have a scale of 0.
+    assert (ternary.row_scale[:, :, 0, 0] > 0)[(ternary.levels != 0).any(2)].all()
     values = ternary.dequantize()
     assert torch.isfinite(values).all()
-    assert torch.equal(values != 0, ternary.trits != 0)
+    assert torch.equal(values != 0, ternary.levels != 0)
     assert len(result.damping) == len(result.fallback) == experts
     for damping, why in zip(result.damping, result.fallback, strict=True):
         assert (damping is None) == (why is not None)
@@ -82,7 +82,7 @@ def test_prices_of_odd_rows_are_bounded() -> None:
     usual = rate_of(weights, statistics, 0.03).reference
     for far in (1e8, 1e-8):
         near, further = (
-            quantize_rd(weights, "BF16", statistics, Rate(0.03, usual * far**k)).weights.trits
+            quantize_rd(weights, "BF16", statistics, Rate(0.03, usual * far**k)).weights.levels
             for k in (1, 2)
         )
         assert near.equal(further)
@@ -95,7 +95,7 @@ def test_bits_fall_as_lambda_rises() -> None:
     for lam in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
         result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, lam))
         errors.append(error(weights, check(result, weights), statistics))
-        bits.append(entropy(result.weights.trits))
+        bits.append(entropy(result.weights.levels))
     for k in range(1, len(bits)):
         assert bits[k] < 1.01 * bits[k - 1]
         assert errors[k] > 0.99 * errors[k - 1]
@@ -107,20 +107,20 @@ def test_an_enormous_lambda_leaves_nothing() -> None:
     weights, statistics = example()
     result = quantize_rd(weights, "BF16", statistics, Rate(1e9, 1.0))
     check(result, weights)
-    assert not result.weights.trits.any()
+    assert not result.weights.levels.any()
 
 
 def error_at(
     bits: float, weights: Tensor, statistics: Statistics, search: Search = DEFAULT
 ) -> float:
-    """The error with at most these bits per trit, by bisection."""
+    """The error with at most these bits per level, by bisection."""
     low, high = 1e-3, 1.0
     best = 1.0
     for _ in range(6):
         lam = math.sqrt(low * high)
         rate = rate_of(weights, statistics, lam)
         result = quantize_rd(weights, "BF16", statistics, rate, search)
-        if entropy(result.weights.trits) <= bits:
+        if entropy(result.weights.levels) <= bits:
             high = lam
             best = min(best, error(weights, result.weights.dequantize(), statistics))
         else:
@@ -129,9 +129,9 @@ def error_at(
 
 
 def baseline(weights: Tensor, statistics: Statistics) -> tuple[float, float]:
-    """Bits per trit and error of the paper's recipe."""
+    """Bits per level and error of the paper's recipe."""
     paper = quantize_qmoe(weights, "BF16", statistics).weights
-    return entropy(paper.trits), error(weights, paper.dequantize(), statistics)
+    return entropy(paper.levels), error(weights, paper.dequantize(), statistics)
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
@@ -193,7 +193,7 @@ def test_more_important_rows_get_more_bits() -> None:
     statistics.weigh(0, importance)
     result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.2))
     check(result, weights)
-    share = (result.weights.trits[0] != 0).float().mean(1)
+    share = (result.weights.levels[0] != 0).float().mean(1)
     assert share[:20].mean() > 1.5 * share[20:].mean()
 
 
@@ -202,7 +202,7 @@ def test_experts_with_more_energy_get_more_bits() -> None:
     inputs = correlated(300, 48)
     statistics = calibrated([inputs, 10 * inputs])
     result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.1))
-    share = (result.weights.trits != 0).float().mean((1, 2))
+    share = (result.weights.levels != 0).float().mean((1, 2))
     assert share[1] > 1.2 * share[0]
 
 
@@ -263,19 +263,19 @@ def test_an_all_zero_matrix() -> None:
     weights[1] = 0
     result = quantize_rd(weights, "BF16", statistics, Rate(0.1, 1.0))
     check(result, weights)
-    assert not result.weights.trits[1].any()
-    assert result.weights.trits[0].any()
+    assert not result.weights.levels[1].any()
+    assert result.weights.levels[0].any()
     zeros, statistics = torch.zeros(1, 8, 12), calibrated([correlated(9, 12)])
     result = quantize_rd(zeros, "BF16", statistics, Rate(0.0, 0.0))
     check(result, zeros)
-    assert not result.weights.trits.any()
+    assert not result.weights.levels.any()
 
 
 def test_an_all_zero_matrix_without_tokens() -> None:
     weights = torch.zeros(1, 4, 6)
     result = quantize_rd(weights, "BF16", Statistics.zeros(1, 6), Rate(0.1, 1.0))
     check(result, weights)
-    assert not result.weights.trits.any()
+    assert not result.weights.levels.any()
 
 
 def test_all_zero_rows_and_columns() -> None:
@@ -284,9 +284,9 @@ def test_all_zero_rows_and_columns() -> None:
     weights[0, :, 5] = 0
     result = quantize_rd(weights, "BF16", statistics, rate_of(weights, statistics, 0.03))
     check(result, weights)
-    assert not result.weights.trits[0, 2].any()
+    assert not result.weights.levels[0, 2].any()
     rest = [row for row in range(8) if row != 2]
-    assert result.weights.trits[0, rest].any()
+    assert result.weights.levels[0, rest].any()
 
 
 @pytest.mark.parametrize("value", [1.5, -0.25])
@@ -306,7 +306,7 @@ def test_a_matrix_of_rank_one_is_almost_exact() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
-def test_units_change_no_trit(factor: float) -> None:
+def test_units_change_no_level(factor: float) -> None:
     """About 1e30 and 1e-30; ``Rate.reference`` is in the same units."""
     weights, inputs = random(2, 9, 30, seed=1), [correlated(90, 30).double()] * 2
     statistics = calibrated(inputs, torch.float64)
@@ -320,11 +320,11 @@ def test_units_change_no_trit(factor: float) -> None:
         large = (weights.double() * factor).to(dtype)
         scaled = quantize_rd(large, "BF16", statistics, rate)
         check(scaled, large)
-        assert torch.equal(scaled.weights.trits, usual.weights.trits)
+        assert torch.equal(scaled.weights.levels, usual.weights.levels)
         assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale * factor)
     other = calibrated([each * factor for each in inputs], torch.float64)
     scaled = quantize_rd(weights, "BF16", other, rate)
-    assert torch.equal(scaled.weights.trits, usual.weights.trits)
+    assert torch.equal(scaled.weights.levels, usual.weights.levels)
     assert torch.equal(scaled.weights.row_scale, usual.weights.row_scale)
 
 
@@ -335,7 +335,7 @@ def test_huge_and_tiny_inputs_in_float32(factor: float) -> None:
     result = quantize_rd(weights, "BF16", statistics, Rate(0.05, 1.0))
     check(result, weights)
     assert result.fallback == ["Hessian is not finite" if factor > 1 else "inputs are all zero"]
-    assert result.weights.trits.any()
+    assert result.weights.levels.any()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 1000, 100_000])
@@ -343,7 +343,7 @@ def test_tokens_from_none_to_many(tokens: int) -> None:
     weights, statistics = random(1, 12, 20), calibrated([correlated(tokens, 20)])
     result = quantize_rd(weights, "BF16", statistics, Rate(0.03, 100.0 * max(tokens, 1)))
     check(result, weights)
-    assert result.weights.trits.any()
+    assert result.weights.levels.any()
     if tokens:
         assert result.fallback == [None]
         assert result.damping == [pytest.approx(max(0.1, 0.05 * 20 / tokens))]
@@ -357,7 +357,7 @@ def test_without_tokens_bits_fall_too() -> None:
     for lam in (0.01, 0.3, 1.0):
         result = quantize_rd(weights, "BF16", Statistics.zeros(1, 64), Rate(lam, 1.0))
         check(result, weights)
-        bits.append(entropy(result.weights.trits))
+        bits.append(entropy(result.weights.levels))
     assert bits == sorted(bits, reverse=True)
     assert bits[0] > 1.5 * bits[-1]
 
@@ -371,14 +371,14 @@ def test_the_type_of_a_checkpoint_does_not_matter() -> None:
         check(usual, small)
         for dtype in (torch.float32, torch.float64):
             wide = quantize_rd(small.to(dtype), "BF16", statistics, rate)
-            assert torch.equal(wide.weights.trits, usual.weights.trits)
+            assert torch.equal(wide.weights.levels, usual.weights.levels)
             assert torch.equal(wide.weights.row_scale, usual.weights.row_scale)
 
 
 @pytest.mark.parametrize("lam", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
 def test_weights_at_the_end_of_the_range(dtype: torch.dtype, name: str, lam: float) -> None:
-    """Scales are finite or refused; a row without trits needs none."""
+    """Scales are finite or refused; a row without levels needs none."""
     weights = (random(1, 8, 12).clamp(-1, 1) * LARGEST[dtype]).to(dtype)
     statistics = calibrated([correlated(60, 12)])
     try:
@@ -445,7 +445,7 @@ def test_the_other_experts_do_not_matter(shape: tuple[int, int]) -> None:
         ours, all_of_them = result.weights, together.weights
         assert ours.column_scale is not None
         assert all_of_them.column_scale is not None
-        assert torch.equal(ours.trits, all_of_them.trits[some])
+        assert torch.equal(ours.levels, all_of_them.levels[some])
         assert torch.equal(ours.row_scale, all_of_them.row_scale[some])
         assert torch.equal(ours.column_scale, all_of_them.column_scale[some])
         assert result.damping == [together.damping[e] for e in some]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize.hessian import Statistics, relative_error
+from qmoe_format.quantize.level_weights import LevelWeights, Quantized
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rate import Rate
 from qmoe_format.quantize.rd import quantize_rd
 from qmoe_format.quantize.rtn import quantize_rtn, round_to_nearest
-from qmoe_format.quantize.ternary import Quantized, TernaryWeights
 from tests.quantize.problems import calibrated, correlated, random
 from tests.refusals import refusal
 
@@ -32,7 +32,7 @@ def same(one: Quantized, other: Quantized) -> bool:
         columns = a.column_scale is b.column_scale
     else:
         columns = torch.equal(a.column_scale, b.column_scale)
-    return columns and torch.equal(a.trits, b.trits) and torch.equal(a.row_scale, b.row_scale)
+    return columns and torch.equal(a.levels, b.levels) and torch.equal(a.row_scale, b.row_scale)
 
 
 def test_names() -> None:
@@ -79,9 +79,9 @@ def test_shapes_and_types(name: str, scale_dtype: str) -> None:
     result = recipe(name).quantize(random(3, 5, 7), scale_dtype, statistics, RATE)
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[scale_dtype]
     weights = result.weights
-    assert weights.trits.dtype == torch.int8
-    assert weights.trits.shape == (3, 5, 7)
-    assert weights.trits.is_contiguous()
+    assert weights.levels.dtype == torch.int8
+    assert weights.levels.shape == (3, 5, 7)
+    assert weights.levels.is_contiguous()
     assert weights.row_scale.dtype == dtype
     assert weights.row_scale.shape == (3, 5, 1, 1 if name == "rd" else 2)
     if name == "rd":
@@ -102,7 +102,7 @@ def test_empty_matrices(name: str, shape: tuple[int, int, int]) -> None:
     experts, _, columns = shape
     statistics = Statistics.zeros(experts, columns)
     result = recipe(name).quantize(torch.zeros(shape), "BF16", statistics, RATE)
-    assert result.weights.trits.shape == shape
+    assert result.weights.levels.shape == shape
     assert len(result.fallback) == shape[0]
 
 
@@ -180,7 +180,7 @@ def test_zeros_stay_zeros(name: str, lam: float, importance: float | None) -> No
 def test_rtn_as_a_recipe() -> None:
     weights = random(2, 5, 7)
     result = quantize_rtn(weights, "F16")
-    assert torch.equal(result.weights.trits, round_to_nearest(weights, "F16").trits)
+    assert torch.equal(result.weights.levels, round_to_nearest(weights, "F16").levels)
     assert result.damping == [None, None]
     assert result.fallback == [None, None]
 
@@ -192,19 +192,19 @@ def test_scale_types() -> None:
 
 
 def test_dequantize_low_and_high() -> None:
-    trits = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
+    levels = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
     scales = torch.tensor([[[[-0.5, 2.0]], [[-3.0, 0.25]]]], dtype=torch.bfloat16)
-    values = TernaryWeights(trits, scales).dequantize()
+    values = LevelWeights(levels, scales).dequantize()
     assert values.dtype == torch.float32
     assert values.tolist() == [[[2, 0, -0.5], [-3, 0.25, 0.25]]]
 
 
 def test_dequantize_rows_and_columns() -> None:
-    trits = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
+    levels = torch.tensor([[[1, 0, -1], [-1, 1, 1]]], dtype=torch.int8)
     rows = torch.tensor([[[[2.0]], [[0.5]]]], dtype=torch.float16)
-    assert TernaryWeights(trits, rows).dequantize().tolist() == [[[2, 0, -2], [-0.5, 0.5, 0.5]]]
+    assert LevelWeights(levels, rows).dequantize().tolist() == [[[2, 0, -2], [-0.5, 0.5, 0.5]]]
     columns = torch.tensor([[1.0, 4.0, 0.5]], dtype=torch.float16)
-    values = TernaryWeights(trits, rows, columns).dequantize()
+    values = LevelWeights(levels, rows, columns).dequantize()
     assert values.tolist() == [[[2, 0, -1], [-0.5, 2, 0.25]]]
 
 

@@ -23,7 +23,7 @@ def rows_of(batch: Batch) -> torch.Tensor:
 
 
 def columns_of(batch: Batch, steps: int = 8) -> torch.Tensor:
-    parts = (batch.trits, batch.hessian, batch.target, batch.scale, batch.column_scale)
+    parts = (batch.levels, batch.hessian, batch.target, batch.scale, batch.column_scale)
     return torch.stack([refit_columns(*each, steps) for each in zip(*parts, strict=True)])
 
 
@@ -39,13 +39,13 @@ def test_rows_are_the_least_squares(shape: tuple[int, int, int]) -> None:
     assert scale.shape == batch.scale.shape
     for expert in range(shape[0]):
         factor = root(batch.hessian[expert]).T
-        a = factor @ (array(batch.trits[expert]) * array(batch.column_scale[expert])[:, None])
+        a = factor @ (array(batch.levels[expert]) * array(batch.column_scale[expert])[:, None])
         w = factor @ array(batch.weights[expert])
         own = (a**2).sum(0) * array(batch.scale[expert]) ** 2
         ridges = np.sqrt(ROW_RIDGE * (own + own.mean()))
         for row in range(shape[1]):
             old, new = float(batch.scale[expert, row]), float(scale[expert, row])
-            if batch.trits[expert, :, row].any():
+            if batch.levels[expert, :, row].any():
                 design = np.append(a[:, row], ridges[row] / old)[:, None]
                 best = np.linalg.lstsq(design, np.append(w[:, row], ridges[row]), rcond=None)[0][0]
                 sane = 0.05 < best / old < 20
@@ -63,7 +63,7 @@ def test_columns_are_the_least_squares(shape: tuple[int, int, int]) -> None:
     for expert in range(shape[0]):
         # One equation for each element of L^T (W - Q), and one for each ridge.
         factor = root(batch.hessian[expert])
-        a = array(batch.trits[expert]) * array(batch.scale[expert])
+        a = array(batch.levels[expert]) * array(batch.scale[expert])
         design = np.zeros((columns * rows, columns))
         for i in range(columns):
             design[:, i] = np.outer(factor[i], a[i]).ravel()
@@ -84,7 +84,7 @@ def test_few_steps_for_columns_are_nearly_as_good() -> None:
     batch = Batch.of(2, 90, 70, seed=3)
 
     def error(columns: torch.Tensor) -> float:
-        return float(batch.errors(batch.trits, batch.scale, columns).sum())
+        return float(batch.errors(batch.levels, batch.scale, columns).sum())
 
     before, few, least = map(
         error, (batch.column_scale, columns_of(batch), columns_of(batch, steps=200))
@@ -104,8 +104,8 @@ def test_rows_never_make_the_error_larger(rows: int, columns: int, away: float, 
     batch.scale.mul_(10**away)
     scale = rows_of(batch)
     assert (scale > 0).all()
-    before = batch.errors(batch.trits, batch.scale, batch.column_scale)
-    after = batch.errors(batch.trits, scale, batch.column_scale)
+    before = batch.errors(batch.levels, batch.scale, batch.column_scale)
+    after = batch.errors(batch.levels, scale, batch.column_scale)
     assert (after <= before * (1 + 1e-4) + 1e-5).all()
 
 
@@ -123,8 +123,8 @@ def test_columns_never_make_the_error_larger(
     batch.column_scale.mul_(10**away)
     new = columns_of(batch)
     assert (new > 0).all()
-    before = batch.errors(batch.trits, batch.scale, batch.column_scale).sum(1)
-    after = batch.errors(batch.trits, batch.scale, new).sum(1)
+    before = batch.errors(batch.levels, batch.scale, batch.column_scale).sum(1)
+    after = batch.errors(batch.levels, batch.scale, new).sum(1)
     assert (after <= before * (1 + 1e-4) + 1e-5).all()
 
 
@@ -132,12 +132,12 @@ def test_a_column_whose_best_scale_is_negative_does_not_make_the_error_larger() 
     # Least squares is c = (2, -0.9); with the second at 0.3, 2 is not the best for the first.
     hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     weights = torch.tensor([[2.0], [-0.9]])
-    trits, scale, old = torch.ones(2, 1), torch.ones(1), torch.tensor([1.0, 0.3])
-    new = refit_columns(trits, hessian, hessian @ weights, scale, old)
+    levels, scale, old = torch.ones(2, 1), torch.ones(1), torch.tensor([1.0, 0.3])
+    new = refit_columns(levels, hessian, hessian @ weights, scale, old)
     assert (new > 0).all()
 
     def error(column_scale: torch.Tensor) -> float:
-        off = weights - trits * column_scale[:, None]
+        off = weights - levels * column_scale[:, None]
         return float((off * (hessian @ off)).sum())
 
     assert error(new) <= error(old) * 1.001
@@ -145,14 +145,14 @@ def test_a_column_whose_best_scale_is_negative_does_not_make_the_error_larger() 
 
 def test_unused_rows_and_columns_keep_their_scales() -> None:
     batch = Batch.of(1, 6, 8, seed=2)
-    batch.trits[:, 3] = 0
-    batch.trits[:, :, 4] = 0
+    batch.levels[:, 3] = 0
+    batch.levels[:, :, 4] = 0
     scale = rows_of(batch)
     assert scale[0, 4] == batch.scale[0, 4]
     assert (scale != batch.scale).sum() == 5
     new = columns_of(batch)
     assert new[0, 3] == pytest.approx(float(batch.column_scale[0, 3]), rel=1e-6)
-    batch.trits[:] = 0
+    batch.levels[:] = 0
     scale = rows_of(batch)
     assert torch.equal(scale, batch.scale)
     assert torch.equal(columns_of(batch), batch.column_scale)

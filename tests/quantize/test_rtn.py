@@ -28,15 +28,15 @@ def to_bf16(value: float) -> float:
 
 def expected(row: list[float]) -> tuple[list[int], float, float]:
     low, high = to_bf16(min([*row, 0.0])), to_bf16(max([*row, 0.0]))
-    trits = []
+    levels = []
     for w in row:
         if high > 0 and w > high / 2:
-            trits.append(1)
+            levels.append(1)
         elif low < 0 and w < low / 2:
-            trits.append(-1)
+            levels.append(-1)
         else:
-            trits.append(0)
-    return trits, low, high
+            levels.append(0)
+    return levels, low, high
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,15 +45,15 @@ def test_is_the_formula(dtype: str, shape: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
     weights = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
     result = round_to_nearest(weights)
-    assert result.trits.dtype == torch.int8
-    assert result.trits.shape == shape
+    assert result.levels.dtype == torch.int8
+    assert result.levels.shape == shape
     assert result.row_scale.dtype == torch.bfloat16
     assert result.row_scale.shape == (*shape[:2], 1, 2)
     assert result.column_scale is None
     for e in range(shape[0]):
         for r in range(shape[1]):
-            trits, low, high = expected(weights[e, r].tolist())
-            assert result.trits[e, r].tolist() == trits
+            levels, low, high = expected(weights[e, r].tolist())
+            assert result.levels[e, r].tolist() == levels
             assert result.row_scale[e, r, 0].tolist() == [low, high]
 
 
@@ -66,19 +66,19 @@ def test_every_weight_goes_to_the_nearest_stored_value(dtype: str) -> None:
     low, high = result.row_scale[0, :, 0].double().numpy().T
     values = np.stack([low, 0 * low, high], axis=-1)[:, None, :]
     distances = np.abs(w - values)
-    chosen = np.take_along_axis(distances, result.trits[0].numpy()[..., None].astype(int) + 1, 2)
+    chosen = np.take_along_axis(distances, result.levels[0].numpy()[..., None].astype(int) + 1, 2)
     np.testing.assert_array_equal(chosen[..., 0], distances.min(2))
 
 
 def test_a_tie_goes_to_zero() -> None:
     weights = torch.tensor([[[4.0, 2.0, -2.0, -1.0, 2.015625, -1.0078125]]])
-    assert round_to_nearest(weights).trits.tolist() == [[[1, 0, -1, 0, 1, -1]]]
+    assert round_to_nearest(weights).levels.tolist() == [[[1, 0, -1, 0, 1, -1]]]
 
 
 def test_rows_without_one_sign_and_zero_rows() -> None:
     weights = torch.tensor([[[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0], [0.0, -0.0, 0.0], [-0.0] * 3]])
     result = round_to_nearest(weights)
-    assert result.trits.tolist() == [[[0, 1, 1], [0, -1, -1], [0, 0, 0], [0, 0, 0]]]
+    assert result.levels.tolist() == [[[0, 1, 1], [0, -1, -1], [0, 0, 0], [0, 0, 0]]]
     assert result.row_scale[0, :, 0].tolist() == [[0, 3], [-3, 0], [0, 0], [0, 0]]
     bits = result.row_scale.view(torch.int16)
     assert not ((result.row_scale == 0) & (bits != 0)).any(), "a stored zero is +0"
@@ -88,8 +88,8 @@ def test_no_trit_has_a_scale_that_bfloat16_rounds_to_zero() -> None:
     weights = torch.tensor([[[1e-41, -1e-44, 0.0], [1e-39, 1e-45, -3e-45]]])
     result = round_to_nearest(weights)
     values = result.row_scale.float()
-    assert not result.trits[0, 0].any()
-    assert result.trits[0, 1].tolist() == [1, 0, 0]
+    assert not result.levels[0, 0].any()
+    assert result.levels[0, 1].tolist() == [1, 0, 0]
     assert values[0, 1, 0, 1] > 0
 
 
@@ -105,7 +105,7 @@ def test_blocks_and_batches_change_nothing() -> None:
     whole = round_to_nearest(weights)
     for expert, row in [(0, 0), (0, 599), (1, 261), (1, 262), (1, 263), (1, 400)]:
         one = round_to_nearest(weights[expert, row][None, None])
-        assert torch.equal(one.trits[0, 0], whole.trits[expert, row])
+        assert torch.equal(one.levels[0, 0], whole.levels[expert, row])
         assert torch.equal(one.row_scale[0, 0], whole.row_scale[expert, row])
 
 
@@ -113,7 +113,7 @@ def test_a_view_that_is_not_contiguous() -> None:
     weights = torch.randn((2, 8, 5), generator=torch.Generator().manual_seed(3))
     transposed = weights.transpose(1, 2)
     assert torch.equal(
-        round_to_nearest(transposed).trits, round_to_nearest(transposed.clone()).trits
+        round_to_nearest(transposed).levels, round_to_nearest(transposed.clone()).levels
     )
 
 

@@ -13,7 +13,7 @@ from tests.quantize.problems import calibrated, correlated, random
 
 
 def check(problem: Problem, solution: Solution) -> None:
-    quantized = solution.trits * solution.scale[:, None] * solution.column_scale[:, :, None]
+    quantized = solution.levels * solution.scale[:, None] * solution.column_scale[:, :, None]
     product = problem.hessian @ quantized
     gradient = solution.target - product
     torch.testing.assert_close(solution.gradient, gradient, rtol=1e-4, atol=1e-4)
@@ -26,8 +26,8 @@ def test_refits_and_reordering() -> None:
     statistics = calibrated([correlated(400, 40, seed) for seed in (0, 10, 20)])
     ready = factored(statistics, torch.full((3,), 0.1))
     problem = Problem.of(random(3, 20, 40), ready, ready.hessian, lengthen=8.0)
-    trits = torch.where(problem.weights.abs() > 0.3, problem.weights.sign(), 0.0)
-    solution = Solution.fit(problem, trits, torch.ones(3, 20), torch.ones(3, 40))
+    levels = torch.where(problem.weights.abs() > 0.3, problem.weights.sign(), 0.0)
+    solution = Solution.fit(problem, levels, torch.ones(3, 20), torch.ones(3, 40))
     check(problem, solution)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
     problem, solution = problem.reordered(order), solution.reordered(order)

@@ -10,7 +10,7 @@ import torch
 import qmoe_format
 from qmoe_format.codec import dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32
-from tests.codec.strategies import random_trits
+from tests.codec.strategies import random_levels
 
 EXPERTS, HIDDEN, INNER = 6, 48, 40
 SHAPES = {  # experts, rows, columns
@@ -37,13 +37,13 @@ def write_stacks(path: Path) -> Dense:
             experts, rows, columns = shape
             matrices = [
                 encode_matrix(
-                    random_trits(rows, columns, 0.6, 100 * number + expert),
+                    random_levels(rows, columns, 0.6, 100 * number + expert),
                     from_float32(rng.random((rows, 1, 2), np.float32) * low_high, "BF16"),
                     from_float32(0.5 + rng.random(columns, np.float32), "BF16"),
                 )
                 for expert in range(experts)
             ]
-            with writer.add_stack(name, shape, "BF16", "ternary-dict") as stack:
+            with writer.add_stack(name, shape, "BF16", "int-dict") as stack:
                 for matrix in matrices:
                     stack.append(matrix)
             weights[name] = torch.from_numpy(np.stack([dequantize(each) for each in matrices]))

@@ -25,7 +25,7 @@ def linear(stack: LazyStack, x: torch.Tensor, expert: int, **tuning: int) -> tor
 
 
 def test_these_tokens_take_all_kernels(file: QMoEFile) -> None:
-    zeros = LazyStack(file, "gate").matrix(0).trits.zero_fraction
+    zeros = LazyStack(file, "gate").matrix(0).levels.zero_fraction
     assert [choose_kernel(n, zeros, Tuning()) for n in TOKENS] == ["matvec", "matmul", "dense"]
 
 
@@ -33,7 +33,7 @@ def test_a_stack_is_views_of_the_file(file: QMoEFile) -> None:
     stack = LazyStack(file, "gate")
     assert stack.shape == (EXPERTS, INNER, HIDDEN)
     assert stack.matrix(1) is stack.matrix(1)
-    assert stack.matrix(1).trits.segments.base is not None  # a view
+    assert stack.matrix(1).levels.segments.base is not None  # a view
 
 
 def test_only_used_experts_are_read(file: QMoEFile, monkeypatch: pytest.MonkeyPatch) -> None:

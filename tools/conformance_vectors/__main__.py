@@ -21,15 +21,15 @@ from qmoe_format.conformance.runner import HERE
 from tools.conformance_vectors import (
     file_vectors,
     index_vectors,
+    int_dict_vectors,
     shard_vectors,
     tensor_vectors,
-    ternary_vectors,
 )
 from tools.conformance_vectors.file_builder import canonical, sha256
 from tools.conformance_vectors.vector import Vector
 
 SPEC_VERSION = "0.2"
-MODULES = (file_vectors, index_vectors, tensor_vectors, ternary_vectors, shard_vectors)
+MODULES = (file_vectors, index_vectors, tensor_vectors, int_dict_vectors, shard_vectors)
 
 
 def vectors() -> Iterator[Vector]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from tools.conformance_vectors.ternary_builder import Book, Matrix, patched
+from tools.conformance_vectors.int_dict_builder import Book, Matrix, patched
 
 SIGNATURE = b"\x8fQMOE\r\n\x1a"
 
@@ -147,7 +147,7 @@ class Content:
     ) -> Self:
         """``dictionaries`` are used in turn; ``defects`` go to the last matrix's extent."""
         first = matrices[0] if matrices else Matrix([], [])
-        own = (len(first.trits), first.columns)
+        own = (len(first.levels), first.columns)
         if stack is None:
             stack = len(matrices) != 1
         numbers = [dictionaries[i % len(dictionaries)] for i in range(len(matrices))]
@@ -161,7 +161,7 @@ class Content:
             shape or ((len(matrices), *own) if stack else own),
             *[matrix.values(dtype) for matrix in matrices],
             stored=stored,
-            encoding="ternary-dict",
+            encoding="int-dict",
             stack=stack,
             members=members,
             transposed=transposed,
@@ -174,8 +174,8 @@ class Content:
             width=book.width,
         )
         for part, matrix in zip(self.expected["tensors"][-1]["parts"], matrices, strict=True):
-            trits = [trit for row in matrix.trits for trit in row]
-            part["trits"] = sha256(struct.pack(f"{len(trits)}b", *trits))
+            levels = [level for row in matrix.levels for level in row]
+            part["levels"] = sha256(struct.pack(f"{len(levels)}b", *levels))
         return self
 
     def extent(self, *data: bytes) -> Self:

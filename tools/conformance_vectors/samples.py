@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.conformance_vectors.file_builder import Content, canonical
-from tools.conformance_vectors.ternary_builder import Book, Matrix, bits_of, tunstall
+from tools.conformance_vectors.int_dict_builder import Book, Matrix, bits_of, tunstall
 
 ONE = 0x3F80  # 1 as BF16
 TINY = Book(8, "codeword", [[], []])  # entries 0 and 1: three codewords, a tree of one byte
@@ -35,10 +35,10 @@ def ternary(matrix: Matrix, book: Book = PLANE8, dtype: str = "F32", **defects: 
     return Content().dictionary(book).ternary("w", dtype, matrix, defects=defects)
 
 
-def symmetric(*trits: Sequence[int], rows_per_segment: int = 1) -> Matrix:
+def symmetric(*levels: Sequence[int], rows_per_segment: int = 1) -> Matrix:
     """A matrix with a scale of 1 for each row."""
-    scales = [ONE] * len(trits)
-    return Matrix(trits, scales, symmetric=True, rows_per_segment=rows_per_segment)
+    scales = [ONE] * len(levels)
+    return Matrix(levels, scales, symmetric=True, rows_per_segment=rows_per_segment)
 
 
 def with_text(content: Content, old: str, new: str) -> bytes:
@@ -49,7 +49,7 @@ def with_text(content: Content, old: str, new: str) -> bytes:
 
 
 def noise(count: int, zeros_in_16: int, seed: int) -> list[int]:
-    """Trits from a small generator that any language has: x -> 1664525 x + 1013904223 mod 2^32."""
+    """Levels from a small generator that any language has: x -> 1664525 x + 1013904223 mod 2^32."""
     result = []
     for _ in range(count):
         seed = (1664525 * seed + 1013904223) % 2**32
@@ -57,9 +57,9 @@ def noise(count: int, zeros_in_16: int, seed: int) -> list[int]:
     return result
 
 
-def rows(trits: Sequence[int], columns: int) -> list[list[int]]:
-    """``trits`` cut into rows."""
-    return [list(trits[at : at + columns]) for at in range(0, len(trits), columns)]
+def rows(levels: Sequence[int], columns: int) -> list[list[int]]:
+    """``levels`` cut into rows."""
+    return [list(levels[at : at + columns]) for at in range(0, len(levels), columns)]
 
 
 def bf16(*values: float) -> list[int]:

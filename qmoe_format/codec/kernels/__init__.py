@@ -1,7 +1,7 @@
-"""Numba kernels: encode trits, decode them, multiply without decoding them.
+"""Numba kernels: encode levels, decode them, multiply without decoding them.
 
-    encode     trits to segments
-    decode     segments to trits, and to weights
+    encode     levels to segments
+    decode     segments to levels, and to weights
     dot        segments times vectors
 
 and what they are made of:

@@ -1,4 +1,4 @@
-"""Kernels that decode: segments to trits, and to weights."""
+"""Kernels that decode: segments to levels, and to weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qmoe_format.codec.kernels.scan import (
     as_entries,
     as_segments,
     beginning,
-    find_trits,
+    find_levels,
     first_at,
 )
 from qmoe_format.codec.kernels.unaligned import advance, load16, load32, pointer
@@ -32,7 +32,7 @@ from qmoe_format.codec.kernels.unaligned import advance, load16, load32, pointer
 
 @kernel
 def decode_segments(first, last, segments, entries, totals, out):
-    """Decode into ``out``, int8, flat; check everything about the segments ([E-9] to [E-12]).
+    """Decode into ``out``, int8, flat; check everything about the segments ([E-10] to [E-13]).
 
     ``totals`` int64: receives the number of non-zeros of each segment.
     """
@@ -52,7 +52,7 @@ def decode_segments(first, last, segments, entries, totals, out):
         while place < weights:
             limit = min(weights - place, CHUNK)
             lists = pointer(found), pointer(signs)
-            left, passed, count = find_trits(segments, entries, lists, data, left, limit, seen)
+            left, passed, count = find_levels(segments, entries, lists, data, left, limit, seen)
             if passed < limit:
                 return segment * 8 + ENDS_EARLY
             if count > 0 and place + np.uint64(found[count - ONE]) >= weights:
@@ -74,7 +74,7 @@ def decode_segments(first, last, segments, entries, totals, out):
 
 @kernel
 def find_unused_codeword(first, last, segments, weights, steps):
-    """Look for a codeword that the dictionary does not have ([D-5]); ``weights``: of the matrix."""
+    """Look for a codeword that the dictionary does not have ([D-X]); ``weights``: of the matrix."""
     segments = as_segments(*segments)
     width, span = segments.width, segments.span
     mask = (ONE << width) - ONE
@@ -95,8 +95,8 @@ def find_unused_codeword(first, last, segments, weights, steps):
 
 
 @kernel
-def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
-    """``out`` float32 [rows, columns]: each trit's value times its column's scale ([V-1], [V-2]).
+def scale_rows(first, last, levels, group_size, low_high, column_scale, out):
+    """``out`` float32 [rows, columns]: each level's value times its column's scale ([V-1], [V-2]).
 
     ``low_high`` float32 [rows, groups, 2]. No reordering here: one rounding, and +0 for zero.
     """
@@ -104,7 +104,7 @@ def scale_rows(first, last, trits, group_size, low_high, column_scale, out):
         for group in range(low_high.shape[1]):
             low, high = low_high[row, group]
             start = group * group_size
-            coded = trits[row, start : start + group_size]
+            coded = levels[row, start : start + group_size]
             scale = column_scale[start : start + group_size]
             target = out[row, start : start + group_size]
             for c in range(coded.size):
@@ -152,7 +152,7 @@ def weights_of_segments(first, last, segments, entries, scales, column_scale, fi
         out.shape[0], pointer(out),
     )  # fmt: skip
     return for_each_run(
-        find_trits, _write, _finish, _store, (0,), first, last, as_segments(*segments),
+        find_levels, _write, _finish, _store, (0,), first, last, as_segments(*segments),
         as_entries(*entries), Scales(*scales), (pointer(found), pointer(signs)), target, out,
         (found, signs),
     )  # fmt: skip

@@ -29,8 +29,8 @@ from qmoe_format.codec.kernels.scan import (
     ZERO,
     as_entries,
     as_segments,
+    find_levels,
     find_positions,
-    find_trits,
     first_at,
 )
 from qmoe_format.codec.kernels.tables import MASK_LENGTH
@@ -256,7 +256,7 @@ def dot_tile(first, last, segments, entries, scales, x, out):
     """
     found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
     return for_each_run(
-        find_trits, _add_tile, _finish_four, _store_tile, _zero_four(), first, last,
+        find_levels, _add_tile, _finish_four, _store_tile, _zero_four(), first, last,
         as_segments(*segments), as_entries(*entries), Scales(*scales),
         (pointer(found), pointer(signs)), pointer(x), pointer(out), (found, signs),
     )  # fmt: skip

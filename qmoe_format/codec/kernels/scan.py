@@ -168,7 +168,7 @@ def find_positions(segments, entries, found, data, left, limit, seen):
 
 
 @inlined
-def find_trits(segments, entries, lists, data, left, limit, seen):
+def find_levels(segments, entries, lists, data, left, limit, seen):
     """``find_positions``, and a second list with the signs of the non-zeros."""
     found, signs = lists
     left, passed, count = find_positions(segments, entries, found, data, left, limit, seen)

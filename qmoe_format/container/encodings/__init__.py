@@ -7,20 +7,20 @@ stack) into bytes and back. To add one, write the class and list it in ``ENCODIN
 from __future__ import annotations
 
 from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink
+from qmoe_format.container.encodings.int_dict import IntDict
 from qmoe_format.container.encodings.raw import Raw
-from qmoe_format.container.encodings.ternary_dict import TernaryDict
 from qmoe_format.container.encodings.zstd import Zstd
 from qmoe_format.errors import QMoEError
 
 RAW = Raw()
 ZSTD = Zstd()
-TERNARY_DICT = TernaryDict()
-ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, TERNARY_DICT)}
+INT_DICT = IntDict()
+ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, INT_DICT)}
 
 __all__ = [
     "ENCODINGS",
+    "INT_DICT",
     "RAW",
-    "TERNARY_DICT",
     "ZSTD",
     "Encoding",
     "GetDictionary",
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def encoding_of(name: str) -> Encoding:
-    """The encoding of this name. [T-4]
+    """The encoding of this name. [T-5]
 
     Raises:
         QMoEError: ``unsupported`` if it is unknown.

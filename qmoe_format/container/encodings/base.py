@@ -69,7 +69,7 @@ class Encoding(ABC):
         """
 
     def check_length(self, length: int, item: Item) -> None:  # noqa: B027
-        """Check an attachment's extent by its ``length`` in bytes, when a file is opened. [A-2]
+        """Check an attachment's extent by its ``length`` in bytes, when a file is opened. [A-1]
 
         Raises:
             QMoEError: ``malformed``.

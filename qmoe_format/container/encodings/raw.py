@@ -18,7 +18,7 @@ class Raw(Encoding):
     name = "raw"
 
     def check_length(self, length: int, item: Item) -> None:
-        if length != item.size:
+        if length != item.size:
             raise QMoEError("malformed", f"{length} bytes are stored, not {item.size}")
 
     def decode(

@@ -22,7 +22,7 @@ from qmoe_format.errors import QMoEError
 # at 1.
 LEVEL = 1
 _CHUNK = 1 << 20  # elements shuffled at a time: the memory needed beyond the input
-# A block for every 2 KiB keeps the frame of all zeros above 1/512 of its content, see [Z-2].
+# A block for every 2 KiB keeps the frame of all zeros above 1/512 of its content, see [Z-3].
 _SMALL_BLOCK = 2048
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _HEADER = 18  # bytes of the longest frame header
@@ -58,13 +58,13 @@ class Zstd(Encoding):
     def encode(self, value: npt.NDArray[Any], item: Item, sink: Sink) -> None:
         data = as_bytes(value).reshape(-1, item.element_size)
         _compress(data, sink, _CHUNK)
-        if data.size > limits.zstd_content(sink.length):  # [Z-2]
+        if data.size > limits.zstd_content(sink.length):  # [Z-3]
             sink.restart()
             _compress(data, sink, _SMALL_BLOCK)
 
 
 def _check_frame(stored: Bytes, size: int) -> None:
-    """Check the frame's header before anything is allocated: [Z-1], [Z-2], [N-3].
+    """Check the frame's header before anything is allocated: [Z-2], [Z-3], [N-3].
 
     RFC 8878, section 3.1.1.1, parsed here because the library does not tell a window that is too
     large from other errors. The library finds a header that is cut off or has a reserved bit set.
@@ -105,10 +105,10 @@ def _decompress(stored: Bytes, size: int) -> bytes:
         stream = decompressor.decompressobj(read_across_frames=False)
         for start in range(0, stored.size, 64):
             if stream.decompress(stored[start : start + 64].data) or stream.unused_data:
-                raise QMoEError("malformed", "the Zstandard frame is not empty")  # [Z-1]
+                raise QMoEError("malformed", "the Zstandard frame is not empty")  # [Z-2]
         if not stream.eof:
-            raise QMoEError("malformed", "the Zstandard frame is cut off")  # [Z-3]
-    except zstandard.ZstdError as error:  # [Z-1] [Z-3]
+            raise QMoEError("malformed", "the Zstandard frame is cut off")  # [Z-4]
+    except zstandard.ZstdError as error:  # [Z-2] [Z-4]
         raise QMoEError("malformed", f"the Zstandard frame is damaged ({error})") from error
     return b""
 

@@ -17,7 +17,7 @@
 constexpr int STEP_BITS = 32 * CODEWORDS * WIDTH;  // codeword bits of one step of a warp
 constexpr u32 MASK = (1u << WIDTH) - 1;
 
-// The values of trits -1 and +1 [V-1].
+// The values of levels -1 and +1 [V-1].
 struct Values {
     float low, high;
 };

@@ -77,10 +77,10 @@ class Book:
         while column < len(row):
             node, entry, own = self.root, list[int](), list[int]()
             while node:
-                trit = row[column] if column < len(row) else 0
-                node = node[abs(trit)]
-                entry.append(abs(trit))
-                own += [int(trit < 0)] if trit else []
+                level = row[column] if column < len(row) else 0
+                node = node[abs(level)]
+                entry.append(abs(level))
+                own += [int(level < 0)] if level else []
                 column += 1
             codewords.append(self.first[tuple(entry)])
             if self.signs == "plane":
@@ -183,7 +183,7 @@ def bits_of(value: float, dtype: str) -> int:
 class Matrix:
     """Scales are bits of ``scale_dtype``: rows × groups × (s, or low and high), flat."""
 
-    trits: Sequence[Sequence[int]]
+    levels: Sequence[Sequence[int]]
     row_scales: Sequence[int]
     column_scales: Sequence[int] | None = None
     scale_dtype: str = "BF16"
@@ -193,21 +193,21 @@ class Matrix:
     rows_per_segment: int = 1
 
     def __post_init__(self) -> None:
-        self.columns = len(self.trits[0]) if self.trits else self.columns
+        self.columns = len(self.levels[0]) if self.levels else self.columns
         self.groups = -(-self.columns // self.group_size) if self.group_size else 1
-        scales = len(self.trits) * self.groups * (1 if self.symmetric else 2)
+        scales = len(self.levels) * self.groups * (1 if self.symmetric else 2)
         assert len(self.row_scales) == scales
         assert self.column_scales is None or len(self.column_scales) == self.columns
 
     def value(self, row: int, column: int) -> Number:
         """Section 7.3."""
-        trit = self.trits[row][column]
-        if trit == 0:
+        level = self.levels[row][column]
+        if level == 0:
             return 0, Fraction(0)
         group = row * self.groups + (column // self.group_size if self.group_size else 0)
-        place = group if self.symmetric else 2 * group + (trit > 0)
+        place = group if self.symmetric else 2 * group + (level > 0)
         sign, magnitude = number(self.row_scales[place], self.scale_dtype)
-        sign ^= self.symmetric and trit < 0
+        sign ^= self.symmetric and level < 0
         if self.column_scales is None:
             return sign, magnitude
         other_sign, other = number(self.column_scales[column], self.scale_dtype)
@@ -218,7 +218,7 @@ class Matrix:
             return b""
         return b"".join(
             nearest(self.value(row, column), dtype).to_bytes(SIZES[dtype], "little")
-            for row in range(len(self.trits))
+            for row in range(len(self.levels))
             for column in range(self.columns)
         )
 
@@ -232,9 +232,9 @@ class Matrix:
                 4, the guard; everything else replaces a field of the header.
         """
         parts = []
-        for first in range(0, len(self.trits), self.rows_per_segment):  # [E-15]
-            rows = self.trits[first : first + self.rows_per_segment]
-            codewords, signs = book.parse([trit for row in rows for trit in row])
+        for first in range(0, len(self.levels), self.rows_per_segment):  # [E-3]
+            rows = self.levels[first : first + self.rows_per_segment]
+            codewords, signs = book.parse([level for row in rows for level in row])
             parts.append(segment(codewords, book.width, signs))
         parts = replaced(parts, defects.pop("segments", {}))
         base = defects.get("length_base", min(map(len, parts), default=0))
@@ -258,7 +258,7 @@ class Matrix:
             "length_base": base,
             "length_width": width,
             "zero": bytes(7),
-            "nonzeros": sum(trit != 0 for row in self.trits for trit in row),
+            "nonzeros": sum(level != 0 for row in self.levels for level in row),
             "segment_bytes": len(sections[-1]),
         } | defects
         result = struct.pack("<IIB7sQQ", *header.values())

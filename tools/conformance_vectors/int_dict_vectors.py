@@ -9,6 +9,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tools.conformance_vectors.file_builder import Content
+from tools.conformance_vectors.int_dict_builder import (
+    SIZES,
+    Book,
+    Matrix,
+    bits_of,
+    comb,
+    patched,
+    segment,
+    tunstall,
+)
 from tools.conformance_vectors.samples import (
     CODEWORD8,
     ONE,
@@ -19,16 +29,6 @@ from tools.conformance_vectors.samples import (
     rows,
     symmetric,
     ternary,
-)
-from tools.conformance_vectors.ternary_builder import (
-    SIZES,
-    Book,
-    Matrix,
-    bits_of,
-    comb,
-    patched,
-    segment,
-    tunstall,
 )
 from tools.conformance_vectors.vector import Vector, accept, reject, reject_extent
 
@@ -41,20 +41,20 @@ def section_7_scales() -> Iterator[Vector]:
     groups = bf16(*[value / 8 for value in range(1, 13)])
     columns = bf16(1, -2, 0.5, 3, 0.7)
     for name, needed, what, matrix in (
-        ("", "E-1 E-4 E-14 V-1 V-3", "Low and high of each row", Matrix(BASE, LOW_HIGH)),
+        ("", "E-1 E-4 E-5 V-1 V-3", "Low and high of each row", Matrix(BASE, LOW_HIGH)),
         ("-symmetric", "V-1", "One scale a row", Matrix(BASE, bf16(0.5, 3), symmetric=True)),
-        ("-groups", "E-2 V-1", "Groups of two columns, the last of one",
+        ("-groups", "E-X V-1", "Groups of two columns, the last of one",
          Matrix(BASE, groups, group_size=2)),
-        ("-groups-symmetric", "E-2 V-1", "Groups of two columns, the last of one",
+        ("-groups-symmetric", "E-X V-1", "Groups of two columns, the last of one",
          Matrix(BASE, groups[:6], group_size=2, symmetric=True)),
-        ("-group-1", "E-2", "Groups of one column",
+        ("-group-1", "E-X", "Groups of one column",
          Matrix([[1] * 3], bf16(1, 2, 3), group_size=1, symmetric=True)),
-        ("-group-5", "E-2", "Groups of 5 columns where there are 5",
+        ("-group-5", "E-X", "Groups of 5 columns where there are 5",
          Matrix(BASE, LOW_HIGH, group_size=5)),
-        ("-group-6", "E-2", "Groups of 6 columns where there are 5",
+        ("-group-6", "E-X", "Groups of 6 columns where there are 5",
          Matrix(BASE, LOW_HIGH, group_size=6)),
         ("-columns", "V-2 E-4", "A scale for each column", Matrix(BASE, LOW_HIGH, columns)),
-        ("-columns-groups", "V-2 E-2", "Column scales, groups, symmetric",
+        ("-columns-groups", "V-2 E-X", "Column scales, groups, symmetric",
          Matrix(BASE, groups[:6], columns, group_size=2, symmetric=True)),
     ):
         yield accept(f"ternary{name}", needed, what, ternary(matrix))
@@ -64,7 +64,7 @@ def section_7_scales() -> Iterator[Vector]:
             matrix = Matrix(BASE, scales, scales + scales[:1], scale_dtype)
             name = f"ternary-{scale_dtype.lower()}-{dtype.lower()}"
             what = f"Scales of {scale_dtype}, elements of {dtype}"
-            yield accept(name, "V-1 V-2 V-3 E-3", what, ternary(matrix, dtype=dtype))
+            yield accept(name, "V-1 V-2 V-3 E-2", what, ternary(matrix, dtype=dtype))
 
 
 def section_7_3() -> Iterator[Vector]:
@@ -96,17 +96,17 @@ def section_7_3() -> Iterator[Vector]:
         ("twice", "F16", (0x3F801001, 0x3F801001), (0x3F7FFFFF, 0x3F800000),
          "Rounded to binary32 and then to F16, as the text says"),
     ):
-        trits = [[1] * len(columns), [-1] * len(columns)]
-        matrix = Matrix(trits, scales, columns, "F32", symmetric=True)
+        levels = [[1] * len(columns), [-1] * len(columns)]
+        matrix = Matrix(levels, scales, columns, "F32", symmetric=True)
         yield accept(f"value-{name}", "V-2 V-3", what, ternary(matrix, TINY, dtype))
-    trits = [[1, -1, 0, 1, -1]] * 3
+    levels = [[1, -1, 0, 1, -1]] * 3
     least = (0x0000, 0x8000, 0x8001, 0x0001)
     for scale_dtype, dtype, greatest in (("F16", "F32", 0x7BFF), ("BF16", "F16", 0x7F7F)):
-        matrix = Matrix(trits, [*least, greatest, greatest | 0x8000], None, scale_dtype)
+        matrix = Matrix(levels, [*least, greatest, greatest | 0x8000], None, scale_dtype)
         what = f"Zero, minus zero, subnormal and greatest scales of {scale_dtype}; low above high"
         name = f"value-{scale_dtype.lower()}-scales"
         yield accept(name, "V-1 V-3", what, ternary(matrix, TINY, dtype))
-    matrix = Matrix(trits, [0x8000, 0x0000, 0xBF80], symmetric=True)
+    matrix = Matrix(levels, [0x8000, 0x0000, 0xBF80], symmetric=True)
     what = "Symmetric scales of minus zero, zero and -1"
     yield accept("value-sign", "V-1", what, ternary(matrix, TINY))
     matrix = Matrix([[0, 1, -1]], bf16(-1, 2), [*bf16(-1, 0), 0x8000])
@@ -115,7 +115,7 @@ def section_7_3() -> Iterator[Vector]:
 
 
 def section_7_shapes() -> Iterator[Vector]:
-    for name, trits, what in (
+    for name, levels, what in (
         ("1x1", [[-1]], "A matrix of one weight"),
         ("1x1-zero", [[0]], "A matrix of one zero"),
         ("column", [[1], [0], [-1]], "A matrix of one column"),
@@ -126,69 +126,69 @@ def section_7_shapes() -> Iterator[Vector]:
         ("overrun", [[0, 0], [1, 0], [0, -1]], "Rows shorter than their entries"),
     ):
         for signs, book in BOOKS:
-            content = ternary(Matrix(trits, bf16(-2, 3) * len(trits)), book)
-            yield accept(f"shape-{name}-{signs}", "E-9 E-10 E-12 E-13", what, content)
+            content = ternary(Matrix(levels, bf16(-2, 3) * len(levels)), book)
+            yield accept(f"shape-{name}-{signs}", "E-10 E-11 E-13 E-14", what, content)
     for name, needed, what, matrix in (
-        ("no-columns", "E-4 E-6 E-8", "Three rows of no columns, one group",
+        ("no-columns", "E-4 E-7 E-9", "Three rows of no columns, one group",
          Matrix([[], [], []], bf16(1, 2, 3), symmetric=True)),
-        ("no-columns-groups", "E-2 E-4", "Two rows of no columns and no groups",
+        ("no-columns-groups", "E-X E-4", "Two rows of no columns and no groups",
          Matrix([[], []], [], group_size=4)),
-        ("no-rows", "E-4 E-8", "Seven columns without rows", Matrix([], [], columns=7)),
-        ("no-rows-columns", "E-4 E-8", "The same with column scales",
+        ("no-rows", "E-4 E-9", "Seven columns without rows", Matrix([], [], columns=7)),
+        ("no-rows-columns", "E-4 E-9", "The same with column scales",
          Matrix([], [], bf16(*range(7)), columns=7)),
-        ("nothing", "E-4 E-8", "No rows and no columns", Matrix([], [])),
+        ("nothing", "E-4 E-9", "No rows and no columns", Matrix([], [])),
     ):
         yield accept(f"shape-{name}", needed, what, ternary(matrix))
     content = Content().dictionary(PLANE8)
     content.ternary("w", "BF16", shape=[0, 4, 5], stack=True, members="w.{}")
     yield accept("shape-no-experts", "T-1", "A ternary stack without experts", content)
     for count in (31, 32, 33, 65):
-        trits = rows(noise(count * 9, 12, count), 9)
-        matrix = Matrix(trits, [ONE + i for i in range(count)], symmetric=True)
+        levels = rows(noise(count * 9, 12, count), 9)
+        matrix = Matrix(levels, [ONE + i for i in range(count)], symmetric=True)
         what = f"{count} rows: {-(-count // 32)} blocks"
-        yield accept(f"rows-{count}", "E-5", what, ternary(matrix))
+        yield accept(f"rows-{count}", "E-6", what, ternary(matrix))
 
 
 def section_7_rows_per_segment() -> Iterator[Vector]:
-    """[E-15], and the room that [E-6] demands."""
+    """[E-3], and the room that [E-7] demands."""
     for together in (2, 3, 7, 8, 100):
-        trits = rows(noise(7 * 50, 6, together), 50)
+        levels = rows(noise(7 * 50, 6, together), 50)
         matrix = Matrix(
-            trits, [ONE + i for i in range(7)], symmetric=True, rows_per_segment=together)
+            levels, [ONE + i for i in range(7)], symmetric=True, rows_per_segment=together)
         what = f"Seven rows in segments of {together}"
         for signs, book in BOOKS:
             name = f"rows-together-{together}-{signs}"
-            yield accept(name, "E-15 E-9 E-10", what, ternary(matrix, book))
-    trits = rows(noise(70 * 9, 4, 1), 9)
+            yield accept(name, "E-3 E-10 E-11", what, ternary(matrix, book))
+    levels = rows(noise(70 * 9, 4, 1), 9)
     scales = [ONE + i for i in range(140)]
-    matrix = Matrix(trits, scales, group_size=5, symmetric=True, rows_per_segment=2)
+    matrix = Matrix(levels, scales, group_size=5, symmetric=True, rows_per_segment=2)
     what = "35 segments of two rows, two groups a row"
-    yield accept("rows-together-blocks", "E-15 E-5 E-2", what, ternary(matrix))
+    yield accept("rows-together-blocks", "E-3 E-6 E-X", what, ternary(matrix))
     matrix = Matrix([[]] * 5, bf16(*range(5)), symmetric=True, rows_per_segment=2)
     what = "Three segments of nothing"
-    yield accept("rows-together-no-columns", "E-15 E-6", what, ternary(matrix))
-    content = ternary(Matrix(trits, scales[:70], symmetric=True)).change(rows_per_segment=0)
-    yield reject("rows-per-segment-0", "E-15 L-1", "limit", "No rows in a segment", content)
+    yield accept("rows-together-no-columns", "E-3 E-7", what, ternary(matrix))
+    content = ternary(Matrix(levels, scales[:70], symmetric=True)).change(rows_per_segment=0)
+    yield reject("rows-per-segment-0", "E-3 L-1", "limit", "No rows in a segment", content)
     content.change(rows_per_segment=2**31)
     what = "2^31 rows in a segment, one more than the most"
-    yield reject("rows-per-segment-2147483648", "E-15 L-1", "limit", what, content)
+    yield reject("rows-per-segment-2147483648", "E-3 L-1", "limit", what, content)
     content.change(rows_per_segment=2)
     what = "Segments of two rows by the index, of one in the extent"
-    yield reject_extent("rows-per-segment-2", "E-15 E-4", "malformed", what, content)
-    content = ternary(Matrix(trits, scales[:70], symmetric=True, rows_per_segment=70))
+    yield reject_extent("rows-per-segment-2", "E-3 E-4", "malformed", what, content)
+    content = ternary(Matrix(levels, scales[:70], symmetric=True, rows_per_segment=70))
     content.change(rows_per_segment=2**31 - 1)
     what = "2^31 - 1 rows in a segment, the most, where there are 70"
-    yield accept("rows-per-segment-most", "E-15 L-1", what, content)
+    yield accept("rows-per-segment-most", "E-3 L-1", what, content)
     # Two segments of 2 x 510 weights, which take 4 codewords each, and one of 510.
     longest = Book(8, "plane", comb([0] * 255, 256))
     zeros = symmetric(*[[0] * 510] * 5, rows_per_segment=2)
     for place, least in ((0, 4), (2, 2)):
         content = ternary(zeros, longest, segments={place: bytes(least)})
         what = f"Segment {place} has just as many bytes as there are entries of 255 zeros"
-        yield accept(f"segment-room-{place}", "E-6 E-15", what, content)
+        yield accept(f"segment-room-{place}", "E-7 E-3", what, content)
         content = ternary(zeros, longest, segments={place: bytes(least - 1)})
         what = f"Segment {place} has one byte less than that"
-        yield reject_extent(f"segment-room-{place}-less", "E-6 E-15", "malformed", what, content)
+        yield reject_extent(f"segment-room-{place}-less", "E-7 E-3", "malformed", what, content)
 
 
 def section_7_stacks() -> Iterator[Vector]:
@@ -205,7 +205,7 @@ def section_7_stacks() -> Iterator[Vector]:
     line = noise(90, 2, 5)
     lines = [symmetric(line[:i] + [0] * (90 - i)) for i in range(0, 90, 5)]
     content = Content().dictionary(PLANE8).ternary("w", "BF16", *lines)
-    yield accept("stack-guards", "E-4 E-14", "Segments and guards of many lengths", content)
+    yield accept("stack-guards", "E-4 E-5", "Segments and guards of many lengths", content)
     content = Content().dictionary(TINY).dictionary(PLANE8).dictionary(CODEWORD8)
     for number, name in enumerate("abc"):
         content.ternary(name, "F32", symmetric([1, 0]), dictionaries=(number,))
@@ -213,7 +213,7 @@ def section_7_stacks() -> Iterator[Vector]:
 
 
 def segment_lengths(matrix: Matrix) -> list[int]:
-    codes = [PLANE8.parse(row) for row in matrix.trits]
+    codes = [PLANE8.parse(row) for row in matrix.levels]
     return [len(segment(codewords, 8, signs)) for codewords, signs in codes]
 
 
@@ -223,7 +223,7 @@ def section_7_lengths() -> Iterator[Vector]:
         least, most = segment_lengths(matrix)
         assert most - least == difference
         what = f"Two segments that differ by {difference} bytes: length_width 1, or 2"
-        yield accept(f"length-{difference}", "E-8", what, ternary(matrix))
+        yield accept(f"length-{difference}", "E-9", what, ternary(matrix))
 
 
 def bad(
@@ -253,17 +253,17 @@ def section_7_dictionary() -> Iterator[Vector]:
 
 
 def section_7_index() -> Iterator[Vector]:
-    """[E-3], [J-4]"""
+    """[E-2], [J-4]"""
     def change(name: str, needed: str, what: str, **keys: Any) -> Vector:
         content = ternary(symmetric([1]), TINY).change(**keys)
         return reject(f"ternary-{name}", needed, "malformed", what, content)
 
     for dtype in ("U8", "I32", "F8_E4M3", "BOOL"):
-        yield change(f"dtype-{dtype.lower()}", "E-3", f"A ternary tensor of {dtype}", dtype=dtype)
+        yield change(f"dtype-{dtype.lower()}", "E-2", f"A ternary tensor of {dtype}", dtype=dtype)
     for shape, stack in (([1], False), ([1, 1, 1], False), ([1, 1], True), ([1, 1, 1, 1], True)):
         kind = "stack" if stack else "tensor"
         what = f"A ternary {kind} of {len(shape)} dimensions"
-        yield change(f"{kind}-{len(shape)}", "E-3", what, shape=shape, stack=stack)
+        yield change(f"{kind}-{len(shape)}", "E-2", what, shape=shape, stack=stack)
     for key, other in (
         ("signs", "none"), ("signs", ""), ("scale_dtype", "F64"), ("scale_dtype", ""),
     ):
@@ -272,7 +272,7 @@ def section_7_index() -> Iterator[Vector]:
 
 
 def section_7_1_sections() -> Iterator[Vector]:
-    """[E-4], [E-14]"""
+    """[E-4], [E-5]"""
     good = ternary(Matrix(BASE, LOW_HIGH)).extents[1]
     for name, what, data in (
         ("empty", "The extent is empty", b""),
@@ -312,11 +312,11 @@ def section_7_1_sections() -> Iterator[Vector]:
         content = ternary(symmetric([1]), TINY)
         content.extents[1] = patched(content.extents[1], {8: value})
         what = f"length_width is {value}"
-        yield reject_extent(f"extent-length-width-{value}", "E-4 E-8", "malformed", what, content)
+        yield reject_extent(f"extent-length-width-{value}", "E-4 E-9", "malformed", what, content)
     for place in (0, 6):
         what = f"Byte {9 + place} of the header is not zero"
         zero = patched(bytes(7), {place: 1})
-        yield bad(f"header-{9 + place}", "E-14", "padding", what, zero=zero)
+        yield bad(f"header-{9 + place}", "E-5", "padding", what, zero=zero)
     full = Matrix(BASE, LOW_HIGH, bf16(1, 1, 1, 1, 1))
     for place, (name, section) in enumerate((
         ("scales", "the row scales"), ("scales-columns", "the column scales"),
@@ -325,11 +325,11 @@ def section_7_1_sections() -> Iterator[Vector]:
         for end, at in (("first", 0), ("last", -1)):
             what = f"The {end} zero byte after {section} is not zero"
             gaps = {place: {at: 1}}
-            yield bad(f"gap-{name}-{end}", "E-14", "padding", what, full, gaps=gaps)
+            yield bad(f"gap-{name}-{end}", "E-5", "padding", what, full, gaps=gaps)
 
 
 def section_7_1_lengths() -> Iterator[Vector]:
-    """[E-5], [E-8]"""
+    """[E-6], [E-9]"""
     two = Matrix([[0] * 5, BASE[1]], LOW_HIGH)
     least, most = segment_lengths(two)
     more = most - least
@@ -338,36 +338,36 @@ def section_7_1_lengths() -> Iterator[Vector]:
     nothing = Matrix([], [], columns=3)
     defects: dict[str, Any]
     for name, needed, what, matrix, defects in (
-        ("row-length-more", "E-5", "A length is too great", two, {"lengths": {1: more + 1}}),
-        ("row-length-less", "E-5", "A length is too small", two, {"lengths": {1: more - 1}}),
-        ("segment-bytes-1", "E-5", "segment_bytes is one more than the lengths", two,
+        ("row-length-more", "E-6", "A length is too great", two, {"lengths": {1: more + 1}}),
+        ("row-length-less", "E-6", "A length is too small", two, {"lengths": {1: more - 1}}),
+        ("segment-bytes-1", "E-6", "segment_bytes is one more than the lengths", two,
          {"segment_bytes": least + most + 1}),
-        ("length-base-sum", "E-5", "length_base is one too great", two,
+        ("length-base-sum", "E-6", "length_base is one too great", two,
          {"length_base": least + 1, "lengths": {0: 0, 1: more}}),
-        ("offset-first", "E-5", "The first block begins at 1", many, {"offsets": {0: 1}}),
-        ("offset-second", "E-5", "The second block begins at 0", many, {"offsets": {1: 0}}),
-        ("offset-huge", "E-5", "The second block begins at 2^32 - 1", many,
+        ("offset-first", "E-6", "The first block begins at 1", many, {"offsets": {0: 1}}),
+        ("offset-second", "E-6", "The second block begins at 0", many, {"offsets": {1: 0}}),
+        ("offset-huge", "E-6", "The second block begins at 2^32 - 1", many,
          {"offsets": {1: 2**32 - 1}}),
-        ("length-base", "E-8", "length_base is 0 where the least length is 1", two,
+        ("length-base", "E-9", "length_base is 0 where the least length is 1", two,
          {"length_base": 0}),
-        ("length-width-wide-2", "E-8", "length_width is 2 where 1 is enough", two,
+        ("length-width-wide-2", "E-9", "length_width is 2 where 1 is enough", two,
          {"length_width": 2}),
-        ("length-width-wide-4", "E-8", "length_width is 4 where 1 is enough", two,
+        ("length-width-wide-4", "E-9", "length_width is 4 where 1 is enough", two,
          {"length_width": 4}),
-        ("length-width-wide-2-4", "E-8", "length_width is 4 where 2 is enough", wide,
+        ("length-width-wide-2-4", "E-9", "length_width is 4 where 2 is enough", wide,
          {"length_width": 4}),
-        ("length-base-no-rows", "E-8", "length_base is 1 of no rows", nothing, {"length_base": 1}),
-        ("length-width-no-rows-2", "E-8", "length_width is 2 of no rows", nothing,
+        ("length-base-no-rows", "E-9", "length_base is 1 of no rows", nothing, {"length_base": 1}),
+        ("length-width-no-rows-2", "E-9", "length_width is 2 of no rows", nothing,
          {"length_width": 2}),
-        ("length-width-no-rows-4", "E-8", "length_width is 4 of no rows", nothing,
+        ("length-width-no-rows-4", "E-9", "length_width is 4 of no rows", nothing,
          {"length_width": 4}),
-        ("segments-no-rows", "E-5", "segment_bytes is 1 of no rows", nothing, {"segment_bytes": 1}),
+        ("segments-no-rows", "E-6", "segment_bytes is 1 of no rows", nothing, {"segment_bytes": 1}),
     ):
         yield bad(name, needed, "malformed", what, matrix, **defects)
 
 
 def section_7_1_numbers() -> Iterator[Vector]:
-    """[E-7], [E-13]"""
+    """[E-8], [E-14]"""
     for dtype, infinity in (("BF16", 0x7F80), ("F16", 0x7C00), ("F32", 0x7F800000)):
         minus = 1 << (8 * SIZES[dtype] - 1)
         one = bits_of(1, dtype)
@@ -377,13 +377,13 @@ def section_7_1_numbers() -> Iterator[Vector]:
         ):
             matrix = Matrix([[0, 1]], [one, bits], scale_dtype=dtype)
             what = f"A row scale of {name} in {dtype}"
-            yield bad(f"scale-{dtype.lower()}-{name}", "E-7", "value", what, matrix)
+            yield bad(f"scale-{dtype.lower()}-{name}", "E-8", "value", what, matrix)
         matrix = Matrix([[0, 1]], [one, one], [infinity + 1, one], dtype)
         what = f"A column scale of NaN in {dtype}, of a column of zeros"
-        yield bad(f"scale-column-{dtype.lower()}", "E-7", "value", what, matrix)
+        yield bad(f"scale-column-{dtype.lower()}", "E-8", "value", what, matrix)
     for value in (0, 4, 6, 2**64 - 1):
         what = f"nonzeros is {value}, there are 5"
-        yield bad(f"nonzeros-{value}", "E-13", "malformed", what, nonzeros=value)
+        yield bad(f"nonzeros-{value}", "E-14", "malformed", what, nonzeros=value)
 
 
 def bad_segment(
@@ -403,44 +403,44 @@ def section_7_2() -> Iterator[Vector]:
     nine_codewords, nine_signs = nine.parse(row)
     ten = Book(10, "codeword", [[], []])
     right = segment(codewords, 8, signs)
-    for name, needed, code, what, trits, wrong, book in (
-        ("least", "E-6 E-12", "malformed",
+    for name, needed, code, what, levels, wrong, book in (
+        ("least", "E-7 E-13", "malformed",
          "Two bytes for 600 columns, which no three entries can fill",
          zeros, segment(few, 8, [])[:2], PLANE8),
-        ("none", "E-6 E-12 N-3", "malformed", "No bytes for 5 columns", [0] * 5, b"", PLANE8),
-        ("cut", "E-9 E-12", "malformed", "The last codeword of a row is missing",
+        ("none", "E-7 E-13 N-3", "malformed", "No bytes for 5 columns", [0] * 5, b"", PLANE8),
+        ("cut", "E-10 E-13", "malformed", "The last codeword of a row is missing",
          zeros, segment(few[:-1], 8, []), PLANE8),
-        ("codeword-more", "E-9 E-12", "malformed", "A codeword more than the row needs",
+        ("codeword-more", "E-10 E-13", "malformed", "A codeword more than the row needs",
          zeros, segment([*few, 0], 8, []), PLANE8),
-        ("overlap", "E-12", "malformed", "A segment without its signs",
+        ("overlap", "E-13", "malformed", "A segment without its signs",
          row, segment(codewords, 8, []), PLANE8),
-        ("byte-more", "E-12", "malformed", "A zero byte between codewords and signs",
+        ("byte-more", "E-13", "malformed", "A zero byte between codewords and signs",
          row, segment(codewords, 8, signs, 1), PLANE8),
-        ("bit-first", "E-12", "padding", "The first bit between signs and codewords is set",
+        ("bit-first", "E-13", "padding", "The first bit between signs and codewords is set",
          row, segment(codewords, 8, signs, 0, 1), PLANE8),
-        ("bit-last", "E-12", "padding", "The last bit between signs and codewords is set",
+        ("bit-last", "E-13", "padding", "The last bit between signs and codewords is set",
          row, segment(codewords, 8, signs, 0, 1 << 5), PLANE8),
-        ("bit-9", "E-12", "padding", "A bit between 9-bit codewords and signs is set",
+        ("bit-9", "E-13", "padding", "A bit between 9-bit codewords and signs is set",
          row, segment(nine_codewords, 9, nine_signs, 0, 1), nine),
-        ("codeword-byte-more", "E-11 E-12", "malformed",
+        ("codeword-byte-more", "E-12 E-13", "malformed",
          "Signs in the codewords, and a zero byte after them",
          row, segment(CODEWORD8.parse(row)[0], 8, [], 1), CODEWORD8),
-        ("codeword-bit", "E-12", "padding",
+        ("codeword-bit", "E-13", "padding",
          "Signs in the codewords of 10 bits, and one of the two bits after them set",
          [0, 1, -1], segment(ten.parse([0, 1, -1])[0], 10, [], 0, 1), ten),
     ):
         assert not name.startswith("bit-") or len(wrong) == len(right) or book is nine
-        yield bad_segment(name, needed, code, what, trits, wrong, book)
-    for signs_in, book in BOOKS:  # [E-10]
+        yield bad_segment(name, needed, code, what, levels, wrong, book)
+    for signs_in, book in BOOKS:  # [E-11]
         entry = next(e for e in book.entries if len(e) > 3 and sum(e) == 1 and e[-1] == 1)
         row = [0] * (len(entry) - 1)
         wrong = segment([book.first[entry]], 8, [0] if signs_in == "plane" else [])
         what = f"The last weight of an entry, beyond the row, is not zero ({signs_in})"
-        yield bad_segment(f"overrun-{signs_in}", "E-10", "malformed", what, row, wrong, book)
+        yield bad_segment(f"overrun-{signs_in}", "E-11", "malformed", what, row, wrong, book)
         what = f"The same with nonzeros one greater ({signs_in})"
         yield bad_segment(
-            f"overrun-counted-{signs_in}", "E-10", "malformed", what, row, wrong, book, nonzeros=1)
+            f"overrun-counted-{signs_in}", "E-11", "malformed", what, row, wrong, book, nonzeros=1)
     for codeword in (TINY.codewords, 255):
         what = f"Codeword {codeword} of a dictionary that ends at 2"
         wrong = bytes([codeword])
-        yield bad_segment(f"codeword-{codeword}", "D-5", "malformed", what, [1], wrong, TINY)
+        yield bad_segment(f"codeword-{codeword}", "D-X", "malformed", what, [1], wrong, TINY)

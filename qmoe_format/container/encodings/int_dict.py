@@ -1,4 +1,4 @@
-"""Encoding ``ternary-dict``: the extent of a ternary matrix (SPEC.md section 7.1).
+"""Encoding ``int-dict``: the extent of a ternary matrix (SPEC.md section 7.1).
 
 The extent is the arrays of an ``EncodedMatrix`` one after the other, so ``encoded`` copies nothing;
 the codec knows what the segments mean.
@@ -31,16 +31,16 @@ from qmoe_format.errors import QMoEError
 if TYPE_CHECKING:
     from qmoe_format.codec import EncodedMatrix
 
-DTYPES = ("BF16", "F16", "F32", "F64")  # [E-3]
+DTYPES = ("BF16", "F16", "F32", "F64")  # [E-2]
 _ALIGNMENT = 16
 # dictionary, length base, length width, zeros, non-zeros, segment bytes
 _HEADER = struct.Struct("<IIB7sQQ")
 
 
-class TernaryDict(Encoding):
-    """Trits in codewords of a dictionary, values from scales of rows, groups and columns."""
+class IntDict(Encoding):
+    """Levels in codewords of a dictionary, values from scales of rows, groups and columns."""
 
-    name = "ternary-dict"
+    name = "int-dict"
     defaults = {  # noqa: RUF012 -- never changed
         "column_scale": False,
         "group_size": 0,
@@ -55,9 +55,9 @@ class TernaryDict(Encoding):
 
     def check_entry(self, item: Item) -> None:
         p = item.parameters
-        if item.dtype not in DTYPES and item.dtype in STORAGE:  # [E-3]
+        if item.dtype not in DTYPES and item.dtype in STORAGE:  # [E-2]
             raise QMoEError("malformed", f"a ternary matrix cannot be {item.dtype}")
-        if len(item.shape) != 2:  # [E-3]
+        if len(item.shape) != 2:  # [E-2]
             raise QMoEError("malformed", f"a matrix has 2 dimensions, not {len(item.shape)}")
         for side in item.shape:
             limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
@@ -91,7 +91,7 @@ class TernaryDict(Encoding):
                 "malformed", f"{stored.size} bytes are stored, the header describes {end}"
             )
         gaps = zip(sections, [*(each.start for each in sections[1:]), end], strict=True)
-        if any(zeros) or any(stored[each.stop : next_].any() for each, next_ in gaps):  # [E-14]
+        if any(zeros) or any(stored[each.stop : next_].any() for each, next_ in gaps):  # [E-5]
             raise QMoEError("padding", "bytes between the sections of a matrix are not zero")
         row_scale, column_scale, *rest = (stored[each] for each in sections)
         offsets = rest[0].view("<u4")
@@ -106,8 +106,8 @@ class TernaryDict(Encoding):
                 "tensor's entry in the index",
             )
         scale = STORAGE[p["scale_dtype"]]
-        return codec.EncodedMatrix(  # checks [E-7]
-            trits=codec.EncodedTrits(
+        return codec.EncodedMatrix(  # checks [E-8]
+            levels=codec.EncodedLevels(
                 rows=rows,
                 columns=columns,
                 rows_per_segment=p["rows_per_segment"],
@@ -131,7 +131,7 @@ class TernaryDict(Encoding):
         matrix = self._of_known_type(stored, item, dictionary)
         if not item.elements:
             # A matrix of 0 rows, in a few bytes, may have 2^31 groups of columns: do not walk them.
-            codec.decode(matrix.trits, threads=threads)
+            codec.decode(matrix.levels, threads=threads)
             return np.empty(item.shape, STORAGE[item.dtype])
         return from_float32(codec.dequantize(matrix, threads), item.dtype)  # [V-3]
 
@@ -139,11 +139,11 @@ class TernaryDict(Encoding):
         self, stored: Bytes, item: Item, dictionary: GetDictionary, threads: int = 1
     ) -> None:
         matrix = self._of_known_type(stored, item, dictionary)
-        codec.decode(matrix.trits, threads=threads)
+        codec.decode(matrix.levels, threads=threads)
 
     def _of_known_type(self, stored: Bytes, item: Item, dictionary: GetDictionary) -> EncodedMatrix:
         """``encoded``, of an element type that can be decoded to."""
-        if item.dtype not in STORAGE:  # [T-4]
+        if item.dtype not in STORAGE:  # [T-5]
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
         return self.encoded(stored, item, dictionary)
 
@@ -157,7 +157,7 @@ class TernaryDict(Encoding):
         return {
             "column_scale": value.column_scale is not None,
             "group_size": value.group_size,
-            "rows_per_segment": value.trits.rows_per_segment,
+            "rows_per_segment": value.levels.rows_per_segment,
             "scale_dtype": value.scale_dtype,
             "signs": value.dictionary.signs,
             "symmetric": value.symmetric,
@@ -177,17 +177,17 @@ class TernaryDict(Encoding):
                 )
 
     def encode(self, value: EncodedMatrix, item: Item, sink: Sink) -> None:
-        trits = value.trits
-        length_width = trits.lengths.itemsize
-        sections, end = _layout(item, length_width, trits.segment_bytes)
+        levels = value.levels
+        length_width = levels.lengths.itemsize
+        sections, end = _layout(item, length_width, levels.segment_bytes)
         extent = np.zeros(end, np.uint8)
         _HEADER.pack_into(
-            extent.data, 0, sink.dictionary_number(trits.dictionary), trits.length_base,
-            length_width, bytes(7), trits.nonzeros, trits.segment_bytes,
+            extent.data, 0, sink.dictionary_number(levels.dictionary), levels.length_base,
+            length_width, bytes(7), levels.nonzeros, levels.segment_bytes,
         )  # fmt: skip
-        segments = trits.segments[: trits.segment_bytes]
+        segments = levels.segments[: levels.segment_bytes]
         arrays = (
-            value.row_scale, value.column_scale, trits.block_offsets, trits.lengths, segments
+            value.row_scale, value.column_scale, levels.block_offsets, levels.lengths, segments
         )  # fmt: skip
         for section, array in zip(sections, arrays, strict=True):
             if array is not None:
@@ -203,7 +203,7 @@ def _layout(item: Item, length_width: int, segment_bytes: int) -> tuple[list[sli
     rows, columns = item.shape
     p = item.parameters
     scale = STORAGE[p["scale_dtype"]].itemsize
-    segments = -(-rows // p["rows_per_segment"])  # [E-15]
+    segments = -(-rows // p["rows_per_segment"])  # [E-3]
     end = _HEADER.size
     sections = []
     for length in (
@@ -220,7 +220,7 @@ def _layout(item: Item, length_width: int, segment_bytes: int) -> tuple[list[sli
 
 
 def _groups(item: Item) -> int:
-    """G, the number of column groups. [E-2]"""
+    """G, the number of column groups. [E-X]"""
     size: int = item.parameters["group_size"]
     return -(-item.shape[1] // size) if size else 1
 
@@ -231,7 +231,7 @@ def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
 
 
 def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
-    """A codeword has at most 255 weights, which bounds a segment's bytes from below. [E-6]"""
+    """A codeword has at most 255 weights, which bounds a segment's bytes from below. [E-7]"""
     rows, columns = item.shape
     together = item.parameters["rows_per_segment"]
     width: int = item.parameters["width"]
@@ -255,10 +255,10 @@ def _check_lengths(
     count = lengths.size
     spread = int(lengths.max()) if count else 0
     narrowest = 1 if spread < 1 << 8 else 2 if spread < 1 << 16 else 4
-    if lengths.itemsize != narrowest or (int(lengths.min()) if count else base):  # [E-8]
+    if lengths.itemsize != narrowest or (int(lengths.min()) if count else base):  # [E-9]
         raise QMoEError("malformed", "segment lengths are not stored in the shortest form")
     total = int(lengths.sum(dtype=np.uint64)) + count * base
-    if total != segment_bytes:  # [E-5]
+    if total != segment_bytes:  # [E-6]
         raise QMoEError(
             "malformed", f"the segments have {total} bytes, the header says {segment_bytes}"
         )
@@ -267,5 +267,5 @@ def _check_lengths(
         blocks = np.add.reduceat(lengths, np.arange(0, count, BLOCK), dtype=np.int64)[:-1]
         expected = np.zeros(offsets.size, np.int64)
         np.cumsum(blocks + BLOCK * base, out=expected[1:])
-        if not np.array_equal(expected, offsets):  # [E-5]
+        if not np.array_equal(expected, offsets):  # [E-6]
             raise QMoEError("malformed", "the offset of a block of segments is wrong")

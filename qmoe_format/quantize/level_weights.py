@@ -13,17 +13,17 @@ SCALE_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float3
 
 
 @dataclass(frozen=True, slots=True)
-class TernaryWeights:
-    """A batch of quantized matrices: weight = row scale of its trit [x column scale].
+class LevelWeights:
+    """A batch of quantized matrices: weight = row scale of its level [x column scale].
 
     Attributes:
-        trits: int8 ``[experts, rows, columns]`` of -1, 0 and 1; 0 wherever the value is 0.
+        levels: int8 ``[experts, rows, columns]`` of -1, 0 and 1; 0 wherever the value is 0.
         row_scale: in the scale dtype, ``[experts, rows, 1, 2]`` of low <= 0 and high >= 0, or
             ``[experts, rows, 1, 1]`` of s >= 0 (low = -s, high = s).
         column_scale: in the scale dtype, ``[experts, columns]``, or None.
     """
 
-    trits: Tensor
+    levels: Tensor
     row_scale: Tensor
     column_scale: Tensor | None = None
 
@@ -32,7 +32,7 @@ class TernaryWeights:
         scales = self.row_scale[:, :, 0].float()
         high = scales[..., -1:]
         low = scales[..., :1] if scales.shape[-1] == 2 else -high
-        weights = torch.where(self.trits > 0, high, 0.0) + torch.where(self.trits < 0, low, 0.0)
+        weights = torch.where(self.levels > 0, high, 0.0) + torch.where(self.levels < 0, low, 0.0)
         if self.column_scale is None:
             return weights
         return weights * self.column_scale[:, None].float()
@@ -48,7 +48,7 @@ class Quantized:
         fallback: why an expert was quantized without its Hessian, or None.
     """
 
-    weights: TernaryWeights
+    weights: LevelWeights
     damping: list[float | None]
     fallback: list[str | None]
 
