@@ -35,7 +35,6 @@ STORAGE: dict[str, np.dtype[Any]] = {
         "F64": "<f8",
     }.items()
 }
-SCALE_DTYPES = ("BF16", "F16", "F32")
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

@@ -1,16 +1,25 @@
 """Levels to codewords and back, and products straight from the codewords. Arrays in, arrays out.
 
-    encode, decode              int8 levels <-> ``EncodedLevels``
+    encode, decode              int8 levels <-> ``EncodedLevels``, of ``EncodedBits``
     encode_matrix, dequantize   the same with scales: ``EncodedMatrix`` -> float32
-    dequantize_rows             some rows of it, into an array
+    pack_groups, unpack_groups  uint8 integers of few bits <-> ``GroupedMatrix``, with scales
+    dequantize_rows             some rows of a matrix, into an array
     matvec, matvecs, matmul     y = W x without decoding W
     fit_dictionary, standard_dictionary
 
 Numba is loaded by the first call that encodes, decodes or multiplies.
 """
 
+from qmoe_format.codec.bit_string import EncodedBits
 from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
-from qmoe_format.codec.matrix import EncodedMatrix, dequantize, dequantize_rows, encode_matrix
+from qmoe_format.codec.int_group import GroupedMatrix, pack_groups, unpack_groups
+from qmoe_format.codec.matrix import (
+    EncodedMatrix,
+    Matrix,
+    dequantize,
+    dequantize_rows,
+    encode_matrix,
+)
 from qmoe_format.codec.multiply import Matvec, matmul, matvec, matvecs
 from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedLevels, decode, encode
@@ -18,8 +27,11 @@ from qmoe_format.codec.segments import EncodedLevels, decode, encode
 __all__ = [
     "PROFILES",
     "Dictionary",
+    "EncodedBits",
     "EncodedLevels",
     "EncodedMatrix",
+    "GroupedMatrix",
+    "Matrix",
     "Matvec",
     "Profile",
     "decode",
@@ -31,5 +43,7 @@ __all__ = [
     "matmul",
     "matvec",
     "matvecs",
+    "pack_groups",
     "standard_dictionary",
+    "unpack_groups",
 ]

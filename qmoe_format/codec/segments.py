@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.arrays import check_array, output
-from qmoe_format.codec.dictionary import Dictionary
+from qmoe_format.codec.bit_string import GUARD, EncodedBits
+from qmoe_format.codec.dictionary import Dictionary, standard_dictionary
 from qmoe_format.codec.profiles import FAST
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.errors import QMoEError
 
-GUARD = 8  # zero bytes after the segments, so that kernels may load 8 bytes anywhere
-BLOCK = 32  # segments per stored offset
+MOST = 127  # the largest magnitude of a level
 _ENCODE_WEIGHTS = 1 << 20  # encoded into one scratch buffer
 
 
@@ -26,10 +26,8 @@ class EncodedLevels:
 
     Attributes:
         rows_per_segment: rows in a segment; the last one may hold fewer.
-        nonzeros: number of levels that are not zero.
-        lengths: uint8, uint16 or uint32 [count], bytes of each segment above ``length_base``.
-        block_offsets: uint32 [ceil(count / 32)], where every 32nd segment begins.
-        segments: uint8 [segment_bytes + at least 8 guard bytes], contiguous.
+        mask: where levels are not zero, and their signs.
+        refinement: how large they are; None if none is beyond -1 to 1.
 
     Raises:
         QMoEError: ``argument`` or ``malformed`` if these do not fit each other.
@@ -38,29 +36,23 @@ class EncodedLevels:
     rows: int
     columns: int
     rows_per_segment: int
-    dictionary: Dictionary
-    nonzeros: int
-    length_base: int
-    lengths: npt.NDArray[Any]
-    block_offsets: npt.NDArray[np.uint32]
-    segments: npt.NDArray[np.uint8]
-    segment_bytes: int
+    mask: EncodedBits
+    refinement: EncodedBits | None
 
     def __post_init__(self) -> None:
-        """Check what the kernels rely on: the segments lie within their array."""
+        """Check that both strings have all segments."""
         _check_rows_per_segment(self.rows_per_segment)
-        lengths, segments = self.lengths, self.segments
-        if lengths.shape != (self.count,) or lengths.dtype not in (np.uint8, np.uint16, np.uint32):
-            wrong = f"{lengths.dtype} {list(lengths.shape)} lengths for {self.count} segments"
-            raise QMoEError("malformed", wrong)
-        needed = self.segment_bytes + GUARD
-        if segments.dtype != np.uint8 or segments.size < needed or not segments.flags.c_contiguous:
-            wrong = f"{segments.dtype} {list(segments.shape)} segments, not {needed} adjacent bytes"
-            raise QMoEError("malformed", wrong)
-        total = int(lengths.sum(dtype=np.int64)) + self.count * self.length_base
-        if total != self.segment_bytes:
-            wrong = f"segment lengths add up to {total} bytes, not {self.segment_bytes}"
-            raise QMoEError("malformed", wrong)
+        for bits in self.strings:
+            if bits.lengths.size != self.count:
+                wrong = f"{bits.lengths.size} lengths for {self.count} segments"
+                raise QMoEError("malformed", wrong)
+        if self.refinement is not None and self.refinement.ones == 0:  # [E-16]
+            raise QMoEError("malformed", "the refinement refines nothing")
+
+    @property
+    def strings(self) -> tuple[EncodedBits, ...]:
+        """Mask and, where there is one, refinement."""
+        return (self.mask,) if self.refinement is None else (self.mask, self.refinement)
 
     @property
     def count(self) -> int:
@@ -68,21 +60,25 @@ class EncodedLevels:
         return -(-self.rows // self.rows_per_segment)
 
     @property
+    def nonzeros(self) -> int:
+        """Number of levels that are not zero."""
+        return self.mask.ones
+
+    @property
     def zero_fraction(self) -> float:
         """Share of levels that are zero; 1.0 for an empty matrix."""
         return 1.0 - self.nonzeros / max(self.rows * self.columns, 1)
 
     @property
+    def dictionary(self) -> Dictionary:
+        """The dictionary of the mask."""
+        return self.mask.dictionary
+
+    @property
     def payload_bits_per_weight(self) -> float:
         """Bits of codewords, signs and padding to bytes, without lengths and scales."""
-        return 8.0 * self.segment_bytes / max(self.rows * self.columns, 1)
-
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """int64 [count + 1]: where each segment begins, and where the last one ends."""
-        offsets = np.zeros(self.count + 1, np.int64)
-        np.cumsum(self.lengths, dtype=np.int64, out=offsets[1:])
-        offsets[1:] += self.length_base * np.arange(1, self.count + 1)
-        return offsets
+        stored = sum(each.segment_bytes for each in self.strings)
+        return 8.0 * stored / max(self.rows * self.columns, 1)
 
 
 def _check_rows_per_segment(rows: int) -> None:
@@ -92,80 +88,94 @@ def _check_rows_per_segment(rows: int) -> None:
 
 def encode(
     levels: npt.NDArray[np.int8],
-    dictionary: Dictionary,
     threads: int = 1,
+    *,
+    width: int = FAST.width,
     rows_per_segment: int | None = None,
+    dictionary: Dictionary | None = None,
+    refinement_dictionary: Dictionary | None = None,
 ) -> EncodedLevels:
     """Encode levels.
 
     Args:
-        levels: int8 [rows, columns] of -1, 0, +1.
-        dictionary: any; one that fits the share of zeros gives the fewest bits.
+        levels: int8 [rows, columns] of -127 to 127.
         threads: do not change the result.
+        width: bits in a codeword of those dictionaries that are not given.
         rows_per_segment: by default as many as hold about 4096 weights (profile ``fast``).
+        dictionary: by default the standard one for the share of zeros.
+        refinement_dictionary: by default the standard one for the share of zeros in the refinement.
 
     Raises:
         QMoEError: ``argument`` for another dtype, shape or value; ``limit`` beyond 4 GiB.
 
     Example:
-        >>> from qmoe_format.codec import decode, encode, standard_dictionary
-        >>> levels = np.array([[0, 0, 1, 0], [0, -1, 0, 0]], np.int8)
-        >>> encoded = encode(levels, standard_dictionary(0.75))
-        >>> encoded.nonzeros, encoded.segment_bytes
+        >>> from qmoe_format.codec import decode, encode
+        >>> levels = np.array([[0, 0, 3, 0], [0, -1, 0, 0]], np.int8)
+        >>> encoded = encode(levels)
+        >>> encoded.nonzeros, encoded.refinement.ones
         (2, 2)
         >>> np.array_equal(decode(encoded), levels)
         True
     """
-    from qmoe_format.codec.kernels.encode import encode_segments
-    from qmoe_format.codec.kernels.tables import tables
+    from qmoe_format.codec.kernels.encode import encode_masks, encode_refinements
 
     check_array("levels", levels, np.int8, (None, None))
-    if levels.size and (levels.min() < -1 or levels.max() > 1):
-        raise QMoEError("argument", "levels have other values than -1, 0 and +1")
+    least, greatest = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
+    if least < -MOST:
+        raise QMoEError("argument", f"a level is {least}, below -{MOST}")
     rows, columns = levels.shape
     if rows_per_segment is None:
         rows_per_segment = FAST.rows_per_segment(columns)
     _check_rows_per_segment(rows_per_segment)
     rows_per_segment = min(rows_per_segment, max(rows, 1))
-    span = rows_per_segment * columns
-    count = -(-rows // rows_per_segment)
     flat = np.ascontiguousarray(levels).reshape(-1)
-    table = tables(dictionary)
-    tree = (dictionary.width, dictionary.signs == "codeword", table.children, table.codewords)
-    lengths = np.zeros(count, np.int64)
-    totals = np.zeros(count, np.int64)
-    most = (span * (dictionary.width + 1) + 7) // 8 + 1  # bytes of one segment, in the worst case
+    span = rows_per_segment * columns
+    nonzeros = int(np.count_nonzero(flat))
+
+    def encoded(kernel: Any, dictionary: Dictionary | None, zeros: int, bits: int) -> EncodedBits:
+        if dictionary is None:
+            dictionary = standard_dictionary(zeros / max(bits, 1), width)
+        return _encode(kernel, flat, span, -(-rows // rows_per_segment), dictionary, threads)
+
+    mask = encoded(encode_masks, dictionary, flat.size - nonzeros, flat.size)
+    refinement = None
+    if least < -1 or greatest > 1:
+        magnitudes = int(np.abs(flat).sum(dtype=np.int64))
+        refinement = encoded(encode_refinements, refinement_dictionary, nonzeros, magnitudes)
+    return EncodedLevels(rows, columns, rows_per_segment, mask, refinement)
+
+
+def _encode(
+    kernel: Any,
+    levels: npt.NDArray[np.int8],
+    span: int,
+    count: int,
+    dictionary: Dictionary,
+    threads: int,
+) -> EncodedBits:
+    """Encode one string of ``count`` segments of ``span`` levels."""
+    from qmoe_format.codec.kernels.tables import tables
+
+    tree = (dictionary.width, tables(dictionary).children)
+    lengths, totals = np.zeros(count, np.int64), np.zeros(count, np.int64)
     step = max(1, _ENCODE_WEIGHTS // max(span, 1))
 
     def work(first: int, last: int) -> list[npt.NDArray[np.uint8]]:
         parts = []
         for start in range(first, last, step):
             stop = min(start + step, last)
-            out = np.zeros((stop - start) * most + 2 * GUARD, np.uint8)
-            written = encode_segments(start, stop, flat, span, tree, out, lengths, totals)
+            some = levels[start * span : stop * span]
+            # In the worst case each bit takes a codeword; a mask has one a weight, and a sign.
+            bits = max(some.size, int(np.abs(some).sum(dtype=np.int64)))
+            most = (bits * (dictionary.width + 1) + 7) // 8 + stop - start
+            out = np.zeros(most + 2 * GUARD, np.uint8)
+            written = kernel(start, stop, levels, span, tree, out, lengths, totals)
             parts.append(out[:written].copy())
         return parts
 
     parts = [part for thread in in_parts(count, threads, work) for part in thread]
     segments = np.concatenate([*parts, np.zeros(GUARD, np.uint8)])
-    segment_bytes = segments.size - GUARD
-    if segment_bytes >= 1 << 32:
-        raise QMoEError("limit", "the codewords of one matrix exceed 4 GiB", "split the matrix")
-    base = int(lengths.min()) if count else 0
-    spread = int(lengths.max()) - base if count else 0
-    narrow = np.uint8 if spread < 1 << 8 else np.uint16 if spread < 1 << 16 else np.uint32
-    return EncodedLevels(
-        rows=rows,
-        columns=columns,
-        rows_per_segment=rows_per_segment,
-        dictionary=dictionary,
-        nonzeros=int(totals.sum()),
-        length_base=base,
-        lengths=(lengths - base).astype(narrow),
-        block_offsets=(np.cumsum(lengths) - lengths)[::BLOCK].astype(np.uint32),
-        segments=segments,
-        segment_bytes=segment_bytes,
-    )
+    return EncodedBits.from_lengths(dictionary, int(totals.sum()), lengths, segments)
 
 
 def decode(
@@ -177,43 +187,41 @@ def decode(
         out: int8 [rows, columns], contiguous, to be overwritten and returned.
 
     Returns:
-        int8 [rows, columns] of -1, 0, +1.
+        int8 [rows, columns] of -127 to 127.
 
     Raises:
-        QMoEError: ``malformed`` or ``padding``, with the number of the segment; ``argument`` for
-            another ``out``.
+        QMoEError: ``malformed``, ``padding`` or ``limit``, with the number of the segment;
+            ``argument`` for another ``out``.
     """
-    from qmoe_format.codec.kernels.decode import decode_segments, find_unused_codeword
-    from qmoe_format.codec.kernels.tables import tables
+    from qmoe_format.codec.kernels.decode import decode_segments
 
     out = output(out, np.int8, (encoded.rows, encoded.columns), contiguous=True)
-    flat = out.reshape(-1)
-    totals = np.zeros(encoded.count, np.int64)
-    table = tables(encoded.dictionary)
-    segments = kernel_segments(encoded)
-    if table.used < 1 << encoded.dictionary.width:
-        call = (find_unused_codeword, 0, encoded.count, (segments, flat.size, table.steps))
-        run_all([call], threads)
-    arguments = (segments, table.entries, totals, flat)
+    totals = np.zeros((encoded.count, 2), np.int64)
+    arguments = (*kernel_strings(encoded), totals, out.reshape(-1))
     run_all([(decode_segments, 0, encoded.count, arguments)], threads)
-    if int(totals.sum()) != encoded.nonzeros:  # [E-14]
-        raise QMoEError(
-            "malformed", f"{totals.sum()} levels are not zero, the header says {encoded.nonzeros}"
-        )
+    for bits, total in zip(encoded.strings, totals.sum(axis=0), strict=False):
+        if total != bits.ones:  # [E-14]
+            raise QMoEError("malformed", f"a string has {total} ones, not {bits.ones}")
     return out
 
 
-def kernel_segments(encoded: EncodedLevels) -> tuple[Any, ...]:
-    """``kernels.scan.Segments`` as a plain tuple."""
-    dictionary = encoded.dictionary
+def kernel_strings(encoded: EncodedLevels) -> tuple[Any, ...]:
+    """What most kernels take first: weights of a segment, mask, its entries, refinement."""
+    from qmoe_format.codec.kernels.tables import by_zeros, tables
+
+    refinement = encoded.refinement
     return (
-        encoded.segments,
-        encoded.lengths,
-        np.uint64(encoded.length_base),
-        np.uint64(dictionary.width),
-        dictionary.signs == "codeword",
-        encoded.rows_per_segment * encoded.columns,
+        min(encoded.rows_per_segment, encoded.rows) * encoded.columns,
+        kernel_segments(encoded.mask),
+        tables(encoded.dictionary).entries,
+        refinement and (kernel_segments(refinement), by_zeros(refinement.dictionary)),
     )
+
+
+def kernel_segments(bits: EncodedBits) -> tuple[Any, ...]:
+    """``kernels.scan.Segments`` as a plain tuple."""
+    base, width = np.uint64(bits.length_base), np.uint64(bits.dictionary.width)
+    return bits.segments, bits.lengths, base, width
 
 
 Call = tuple[Any, int, int, tuple[Any, ...]]
@@ -239,17 +247,19 @@ def run_all(calls: Sequence[Call], threads: int) -> None:
 
     for status in in_parts(parts, parts, work):
         if status >= 0:
-            _fail(*divmod(status, 8))
+            _fail(status)
 
 
-def _fail(segment: int, reason: int) -> NoReturn:
+def _fail(status: int) -> NoReturn:
     from qmoe_format.codec.kernels import scan
 
+    segment, reason = divmod(status, scan.REASONS)
     code, problem = {
         scan.ENDS_EARLY: ("malformed", "ends before its last weight"),  # [E-13]
-        scan.BEYOND_END: ("malformed", "has a non-zero beyond its last row"),  # [E-11]
+        scan.BEYOND_END: ("malformed", "has a one beyond its end"),  # [E-11]
         scan.LEFT_OVER: ("malformed", "is longer than its codewords and signs"),  # [E-13]
         scan.PADDING: ("padding", "has padding bits that are not zero"),  # [E-13]
-        scan.NO_CODEWORD: ("malformed", "has a codeword that its dictionary lacks"),  # [D-X]
-    }[reason]
-    raise QMoEError(code, f"segment {segment} {problem}")
+        scan.TOO_LARGE: ("limit", f"has a level beyond {MOST}"),  # [E-15]
+    }[reason % scan.REFINEMENT]
+    what = "the refinement of segment" if reason >= scan.REFINEMENT else "segment"
+    raise QMoEError(code, f"{what} {segment} {problem}")

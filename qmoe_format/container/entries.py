@@ -131,9 +131,8 @@ class DictionaryEntry(_ByteEntry):
     encoding: str
     extent: int
     width: int
-    signs: str
     max_length: int
-    max_nonzeros: int
+    max_ones: int
 
     def label(self, _: int = 0) -> str:
         """What an error message calls it."""

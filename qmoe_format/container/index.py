@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_format.codec.dictionary import SIGN_MODES
 from qmoe_format.container import canonical_json, limits
 from qmoe_format.container.encodings import ENCODINGS, Encoding
 from qmoe_format.container.entries import (
@@ -36,8 +35,7 @@ _DICTIONARY = {
     "encoding": str,
     "extent": int,
     "max_length": int,
-    "max_nonzeros": int,
-    "signs": str,
+    "max_ones": int,
     "width": int,
 }
 _TENSOR = {
@@ -50,8 +48,8 @@ _TENSOR = {
     "stack": bool,
     "transposed": bool,
 }
-_NAME = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,512}")
-_FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,512}")
+_NAME = re.compile(rf"[\x21\x23-\x5b\x5d-\x7e]{{1,{limits.NAME}}}")
+_FILE_NAME = re.compile(rf"(?!\.)[A-Za-z0-9._-]{{1,{limits.FILE_NAME}}}")
 
 Named = TypeVar("Named", TensorEntry, AttachmentEntry)
 Record = dict[str, Any]
@@ -233,9 +231,7 @@ def _dictionary(number: int, record: Any) -> DictionaryEntry:
     limits.check("bytes of a dictionary", record["bytes"], *limits.TREE_BYTES)
     limits.check("width of a dictionary", record["width"], *limits.WIDTH)  # [D-1]
     limits.check("max_length of a dictionary", record["max_length"], *limits.ENTRY_LENGTH)
-    limits.check("max_nonzeros of a dictionary", record["max_nonzeros"], 0, limits.ENTRY_NONZEROS)
-    if record["signs"] not in SIGN_MODES:  # [D-1]
-        raise QMoEError("malformed", f"signs of a dictionary are {record['signs'][:80]!r}")
+    limits.check("max_ones of a dictionary", record["max_ones"], 0, limits.ENTRY_ONES)
     further = {key: value for key, value in record.items() if key != "bytes"}
     return DictionaryEntry(number=number, size=record["bytes"], **further)
 

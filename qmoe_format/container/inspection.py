@@ -37,16 +37,30 @@ class FormatReport(TypedDict):
     version: str
 
 
-class TensorReport(TypedDict):
+class PayloadReport(TypedDict):
+    """What holds the weights themselves.
+
+    Attributes:
+        payload_bits_per_weight: of codewords, signs and the rounding of segments to bytes; None if
+            there are no weights.
+        zero_fraction: of the weights; None if the encoding does not tell.
+        refinement_bits_per_weight: the part of the payload for magnitudes above 1.
+        refinement_zero_fraction: of the bits that this part encodes; None without any.
+    """
+
+    payload_bits_per_weight: float | None
+    zero_fraction: float | None
+    refinement_bits_per_weight: float | None
+    refinement_zero_fraction: float | None
+
+
+class TensorReport(PayloadReport):
     """One tensor or stack of experts.
 
     Attributes:
         bytes: its extents, without alignment.
-        payload_bits_per_weight: of codewords, signs and the rounding of segments to bytes. This and
-            the next are None if there are no weights.
         total_bits_per_weight: of all ``bytes``, with scales and lengths, but without the
-            dictionary, which tensors share.
-        zero_fraction: None if the encoding does not tell.
+            dictionary, which tensors share; None if there are no weights.
     """
 
     name: str
@@ -54,9 +68,7 @@ class TensorReport(TypedDict):
     shape: list[int]
     dtype: str
     bytes: int
-    payload_bits_per_weight: float | None
     total_bits_per_weight: float | None
-    zero_fraction: float | None
 
 
 class PartReport(TypedDict):
@@ -77,11 +89,8 @@ class PartReport(TypedDict):
     total_bits_per_weight: float | None
 
 
-class ExpertReport(PartReport):
+class ExpertReport(PartReport, PayloadReport):
     """The expert weights; ``bytes`` and total bits include the dictionaries."""
-
-    payload_bits_per_weight: float | None
-    zero_fraction: float | None
 
 
 class TotalsReport(TypedDict):
@@ -120,14 +129,21 @@ def describe(file: QMoEFile) -> Report:
     others: Counter[str] = Counter()
     dtypes: set[str] = set()
     for name, entry in file.tensors.items():
-        weights, (payload, nonzeros) = entry.elements, file.payload(name)
-        part = experts if entry.stack or nonzeros is not None else others
-        part.update(weights=weights, bytes=entry.stored_bytes, payload=payload)
-        part.update(source=_element_bytes(entry.dtype) * weights)
+        weights, payload = entry.elements, file.payload(name)
+        held = Counter(
+            weights=weights,
+            payload=payload.bytes,
+            refinement=payload.refinement_bytes,
+            refinement_zeros=payload.refinement_zeros,
+            refinement_ones=payload.refinement_ones,
+        )
+        if payload.nonzeros is not None:
+            held.update(nonzeros=payload.nonzeros, of=weights)
+        part = experts if entry.stack or payload.nonzeros is not None else others
+        part.update(held)
+        part.update(bytes=entry.stored_bytes, source=_element_bytes(entry.dtype) * weights)
         if part is experts:
             dtypes.add(entry.dtype)
-        if nonzeros is not None:
-            part.update(nonzeros=nonzeros, of=weights)
         tensors.append(
             TensorReport(
                 name=name,
@@ -135,9 +151,8 @@ def describe(file: QMoEFile) -> Report:
                 shape=list(entry.shape),
                 dtype=entry.dtype,
                 bytes=entry.stored_bytes,
-                payload_bits_per_weight=_ratio(8 * payload, weights),
                 total_bits_per_weight=_ratio(8 * entry.stored_bytes, weights),
-                zero_fraction=None if nonzeros is None else _zeros(nonzeros, weights),
+                **_payload(held),
             )
         )
     source_format = ", ".join(sorted(dtypes))
@@ -155,8 +170,7 @@ def describe(file: QMoEFile) -> Report:
                 **_part(
                     experts["weights"], experts["bytes"] + file.dictionary_bytes, experts["source"]
                 ),
-                payload_bits_per_weight=_ratio(8 * experts["payload"], experts["weights"]),
-                zero_fraction=_zeros(experts["nonzeros"], experts["of"]),
+                **_payload(experts),
             ),
             others=_part(others["weights"], others["bytes"], others["source"]),
             dictionary_bytes=file.dictionary_bytes,
@@ -209,8 +223,14 @@ def _part(weights: int, stored: int, source: int) -> PartReport:
     )
 
 
-def _zeros(nonzeros: int, weights: int) -> float | None:
-    return 1 - nonzeros / weights if weights else None
+def _payload(held: Counter[str]) -> PayloadReport:
+    weights, zeros = held["weights"], held["refinement_zeros"]
+    return PayloadReport(
+        payload_bits_per_weight=_ratio(8 * held["payload"], weights),
+        zero_fraction=_ratio(held["of"] - held["nonzeros"], held["of"]),
+        refinement_bits_per_weight=_ratio(8 * held["refinement"], weights),
+        refinement_zero_fraction=_ratio(zeros, zeros + held["refinement_ones"]),
+    )
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -1,8 +1,8 @@
-"""The table of limits (SPEC.md section 9)."""
+"""The table of limits (SPEC.md section 10)."""
 
 from __future__ import annotations
 
-from qmoe_format.codec.dictionary import MAX_LENGTH, MAX_NONZEROS, MAX_WIDTH, MIN_WIDTH
+from qmoe_format.codec.dictionary import MAX_LENGTH, MAX_ONES, MAX_WIDTH, MIN_WIDTH
 from qmoe_format.errors import QMoEError
 
 INTEGER = 2**53 - 1  # any integer of the index ([J-2]); length of a file; bytes of a tensor
@@ -18,11 +18,11 @@ MATRIX_SIDE = 2**31 - 1
 SEGMENT_BYTES = 2**32 - 1
 WIDTH = (MIN_WIDTH, MAX_WIDTH)
 ENTRY_LENGTH = (1, MAX_LENGTH)
-ENTRY_NONZEROS = MAX_NONZEROS
-GROUP_SIZE = 2**31 - 1
+ENTRY_ONES = MAX_ONES
 ROWS_PER_SEGMENT = (1, 2**31 - 1)
 ZSTD_WINDOW = 2**27
 NAME = 512  # [J-6]; a longer name is malformed, not beyond a limit
+FILE_NAME = 255  # [J-6]; likewise
 
 
 def zstd_content(frame: int) -> int:

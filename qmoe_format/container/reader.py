@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy.typing as npt
 
 from qmoe_format.container import limits
+from qmoe_format.container.encodings import Payload
 from qmoe_format.container.entries import AttachmentEntry, TensorEntry
 from qmoe_format.container.file_source import FileSource
 from qmoe_format.container.preamble import PREAMBLE_LENGTH, VERSION
@@ -153,7 +154,7 @@ class QMoEFile:
         return found
 
     def read(self, name: str, threads: int = 1) -> npt.NDArray[Any]:
-        """Read a tensor; ternary ones are dequantized.
+        """Read a tensor; quantized ones are dequantized.
 
         Returns:
             The tensor in storage form: BF16 as uint16, 8-bit floats as uint8.
@@ -189,15 +190,11 @@ class QMoEFile:
         shard, entry = self._find(name, expert)
         return shard.encoded(entry, expert or 0)
 
-    def payload(self, name: str) -> tuple[int, int | None]:
+    def payload(self, name: str) -> Payload:
         """What the headers of a tensor's extents tell; no checksum is checked.
 
-        Returns:
-            The bytes that hold weights: not scales, lengths or headers. The number of weights that
-            are not zero, or None if the encoding does not tell.
-
         Raises:
-            QMoEError: ``malformed``; ``io``.
+            QMoEError: ``malformed``; ``limit``; ``io``.
         """
         return self._home[name].payload(self.tensors[name])
 

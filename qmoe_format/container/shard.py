@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec
-from qmoe_format.container.encodings import ENCODINGS, Encoding, encoding_of
+from qmoe_format.container.encodings import ENCODINGS, Encoding, Payload, encoding_of
 from qmoe_format.container.entries import DictionaryEntry, Entry, TensorEntry
 from qmoe_format.container.extent_table import ALIGNMENT, FIRST_EXTENT, ExtentTable, align
 from qmoe_format.container.file_source import FileSource
@@ -95,24 +95,20 @@ class Shard:
             stored = self._extent(entry.extent + expert)
             return _encoding(entry).encoded(stored, entry.item, self.dictionary)
 
-    def payload(self, entry: TensorEntry) -> tuple[int, int | None]:
+    def payload(self, entry: TensorEntry) -> Payload:
         """See ``QMoEFile.payload``."""
         encoding = ENCODINGS.get(entry.encoding)
         if not encoding or not encoding.header_bytes:
-            return entry.stored_bytes, None
+            return Payload(entry.stored_bytes)
+        total = Payload(0, 0)
         with located(self._where(entry)):
-            payload = nonzeros = 0
             for extent in range(entry.extent, entry.extent + entry.extent_count):
                 offset, length = self._bounds(extent)
-                if length < encoding.header_bytes:
-                    raise QMoEError("malformed", f"extent {extent} has no header")
-                header = self._source.view(offset, encoding.header_bytes).tobytes()
-                more, more_nonzeros = encoding.payload(header)
-                payload += more
-                nonzeros += more_nonzeros
-            if payload > entry.stored_bytes or nonzeros > entry.elements:
+                header = self._source.view(offset, min(length, encoding.header_bytes))
+                total += encoding.payload(header, entry.item)
+            if total.bytes > entry.stored_bytes or (total.nonzeros or 0) > entry.elements:
                 raise QMoEError("malformed", "the headers contradict the index")
-            return payload, nonzeros
+        return total
 
     def dictionary(self, number: int) -> Dictionary:
         """Dictionary ``number``, parsed once; ``malformed`` if there is none. [E-1]"""
@@ -188,13 +184,13 @@ class Shard:
 
     def _parse(self, entry: DictionaryEntry, stored: Bytes) -> Dictionary:
         tree = self._decode(entry, stored).tobytes()
-        dictionary = _parse_tree(entry.width, entry.signs, tree)
-        longest, most = dictionary.max_length, dictionary.max_nonzeros
-        if (longest, most) != (entry.max_length, entry.max_nonzeros):  # [D-1]
+        dictionary = _parse_tree(entry.width, tree)
+        longest, most = dictionary.max_length, dictionary.max_ones
+        if (longest, most) != (entry.max_length, entry.max_ones):  # [D-1]
             raise QMoEError(
                 "malformed",
-                f"the entries have up to {longest} weights and {most} non-zeros, the index says "
-                f"{entry.max_length} and {entry.max_nonzeros}",
+                f"the entries have up to {longest} bits and {most} ones, the index says "
+                f"{entry.max_length} and {entry.max_ones}",
             )
         return dictionary
 
@@ -208,6 +204,6 @@ def _encoding(entry: Entry) -> Encoding:
 
 
 @lru_cache(maxsize=64)
-def _parse_tree(width: int, signs: str, tree: bytes) -> Dictionary:
+def _parse_tree(width: int, tree: bytes) -> Dictionary:
     """Cached: few dictionaries serve many files, and parsing one is most of opening a file."""
-    return codec.Dictionary.from_tree(width, signs, tree)
+    return codec.Dictionary.from_tree(width, tree)

@@ -1,4 +1,4 @@
-"""The text file that names the shards of a model (SPEC.md section 8)."""
+"""The text file that names the shards of a model (SPEC.md section 9)."""
 
 from __future__ import annotations
 

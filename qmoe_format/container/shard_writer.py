@@ -85,8 +85,7 @@ class ShardWriter:
             entry = {
                 **self._put_bytes(dictionary.tree),
                 "max_length": dictionary.max_length,
-                "max_nonzeros": dictionary.max_nonzeros,
-                "signs": dictionary.signs,
+                "max_ones": dictionary.max_ones,
                 "width": dictionary.width,
             }
             self._dictionaries.append(entry)

@@ -60,8 +60,8 @@ class Writer:
         >>> from qmoe_format import Writer
         >>> from qmoe_format.codec import encode_matrix
         >>> levels = np.array([[0, 1, 0, -1], [0, 0, 1, 0]], np.int8)
-        >>> low_high = np.array([[[-0.5, 0.25]], [[-1, 2]]], np.float32)  # [rows, groups, 2]
-        >>> matrix = encode_matrix(levels, low_high, scale_dtype="F32")
+        >>> low_high = np.array([[0xBF00, 0x3E80], [0xBF80, 0x4000]], np.uint16)  # bf16
+        >>> matrix = encode_matrix(levels, low_high)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with Writer(folder + "/model.qmoe") as writer:
         ...         writer.add_tensor("norm.weight", np.ones(4, np.float32), "F32")

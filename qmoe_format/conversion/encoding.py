@@ -36,9 +36,8 @@ def encode(
     column_scale = ternary.column_scale
     return encode_matrix(
         ternary.levels[place].cpu().numpy(),
-        to_storage(ternary.row_scale[place].cpu()),
+        to_storage(ternary.row_scale[place].cpu()).reshape(ternary.levels.shape[1], -1),
         None if column_scale is None else to_storage(column_scale[place].cpu()),
-        scale_dtype=scale_dtype,
         width=profile.width,
         rows_per_segment=profile.rows_per_segment(ternary.levels.shape[2]),
         threads=threads,
@@ -48,16 +47,20 @@ def encode(
 def stored_bytes(matrix: EncodedMatrix) -> int:
     """The length of a matrix's extent."""
     item = Item("F32", (matrix.rows, matrix.columns), INT_DICT.parameters_of(matrix))
-    return extent_length(item, matrix.levels.lengths.itemsize, matrix.levels.segment_bytes)
+    strings = matrix.levels.strings
+    return extent_length(item, [(each.lengths.itemsize, each.segment_bytes) for each in strings])
 
 
 def expected_bytes(sample: EncodedMatrix, rows: int, profile: Profile) -> int:
     """Estimate the length of a matrix's extent from ``sample``, some of its ``rows``."""
     parameters = INT_DICT.parameters_of(sample)
     parameters["rows_per_segment"] = min(profile.rows_per_segment(sample.columns), rows)
-    segment_bytes = sample.levels.segment_bytes * rows // max(sample.rows, 1)
     item = Item("F32", (rows, sample.columns), parameters)
-    return extent_length(item, sample.levels.lengths.itemsize, segment_bytes)
+    strings = [
+        (each.lengths.itemsize, each.segment_bytes * rows // max(sample.rows, 1))
+        for each in sample.levels.strings
+    ]
+    return extent_length(item, strings)
 
 
 def grid_step(matrix: EncodedMatrix) -> int:

@@ -7,15 +7,17 @@
 and what they are made of:
 
     scan       the chunks of a segment as lists of non-zeros
-    cursor     the rows and groups of a chunk
+    refinement the magnitudes of a segment's non-zeros
+    cursor     the rows of a chunk
     tables     look-up tables of a dictionary
     unaligned, simd    memory and vector instructions that Numba lacks
     jit        how all of it is compiled and cached
 
 Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or
-``segment * 8 + reason``. None reads or writes outside its arrays whatever the segments hold, given
-that ``lengths`` and ``length_base`` add up to the bytes of ``segments`` and at least 8 more follow.
+``segment * REASONS + reason``. None reads or writes outside its arrays whatever the segments hold,
+given that ``lengths`` and ``length_base`` add up to the bytes of ``segments`` and at least 8 more
+follow.
 
-Kernels take plain tuples and give their elements names inside (``as_segments``, ``as_entries``,
-``Scales``): Numba finds the type of a NamedTuple in Python, 3 microseconds each in every call.
+Kernels take plain tuples and give their elements names inside (``as_segments``, ``as_entries``):
+Numba finds the type of a NamedTuple in Python, 3 microseconds each in every call.
 """

@@ -4,155 +4,142 @@ from __future__ import annotations
 
 import numpy as np
 
-from qmoe_format.codec.kernels.cursor import Scales, for_each_run
-from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.cursor import for_each_run
+from qmoe_format.codec.kernels.jit import inlined, kernel, optional
+from qmoe_format.codec.kernels.refinement import (
+    as_refinement,
+    beginning_of,
+    check_magnitudes,
+    find_magnitudes,
+    magnitudes_of,
+)
 from qmoe_format.codec.kernels.scan import (
     BEYOND_END,
     CHUNK,
     EIGHT,
     ENDS_EARLY,
-    LANE,
-    LEFT_OVER,
     LIST_LENGTH,
-    NO_CODEWORD,
     OK,
     ONE,
-    PADDING,
-    SEVEN,
-    THREE,
+    REASONS,
+    REFINEMENT,
     ZERO,
     as_entries,
     as_segments,
     beginning,
+    check_rest,
     find_levels,
     first_at,
+    segment_length,
 )
-from qmoe_format.codec.kernels.unaligned import advance, load16, load32, pointer
+from qmoe_format.codec.kernels.unaligned import advance, pointer
 
 
 @kernel
-def decode_segments(first, last, segments, entries, totals, out):
-    """Decode into ``out``, int8, flat; check everything about the segments ([E-10] to [E-13]).
+def decode_segments(first, last, span, mask, entries, refinement, totals, out):
+    """Decode into ``out``, int8, flat; check everything about the segments ([E-10] to [E-15]).
 
-    ``totals`` int64: receives the number of non-zeros of each segment.
+    ``totals`` int64 [segments, 2]: receives the ones of each mask and of each refinement.
     """
-    segments, entries = as_segments(*segments), as_entries(*entries)
-    span = segments.span
-    found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
-    begin = beginning(segments, first)
+    mask, entries = as_segments(*mask), as_entries(*entries)
+    refinement = as_refinement(refinement, span)
+    found, levels = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    begin, refined_begin = beginning(mask, first), beginning_of(refinement, first)
     for segment in range(first, last):
         target = out[segment * span : (segment + 1) * span]
         target[:] = 0
         weights = np.uint64(target.size)
-        data = advance(segments.data, begin)
-        length = segments.length_base + np.uint64(segments.lengths[segment])
+        lists = pointer(found), pointer(levels), magnitudes_of(refinement)
+        refined_begin, known = find_magnitudes(refinement, segment, refined_begin, weights)
+        data = advance(mask.data, begin)
+        length = segment_length(mask, segment)
         begin += length
         left = EIGHT * length
         place = seen = ZERO
         while place < weights:
             limit = min(weights - place, CHUNK)
-            lists = pointer(found), pointer(signs)
-            left, passed, count = find_levels(segments, entries, lists, data, left, limit, seen)
+            left, passed, count = find_levels(mask, entries, lists, data, left, limit, seen)
             if passed < limit:
-                return segment * 8 + ENDS_EARLY
+                return segment * REASONS + ENDS_EARLY
             if count > 0 and place + np.uint64(found[count - ONE]) >= weights:
-                return segment * 8 + BEYOND_END
+                return segment * REASONS + BEYOND_END
             here = target[np.int64(place) :]
             for j in range(count):
-                here[np.uint64(found[j])] = signs[j]
+                here[np.uint64(found[j])] = levels[j]
             place += passed
             seen += count
-        totals[segment] = seen
-        used = ZERO if segments.signed else seen
-        if left - used >= EIGHT:
-            return segment * 8 + LEFT_OVER
-        gap = load16(data, used >> THREE) >> (used & SEVEN)
-        if gap & ((ONE << (left - used)) - ONE):
-            return segment * 8 + PADDING
+        reason = check_rest(data, left, seen)
+        if reason >= 0:
+            return segment * REASONS + reason
+        ones, reason = check_magnitudes(refinement, segment, known, seen)
+        if reason >= 0:
+            return segment * REASONS + REFINEMENT + reason
+        totals[segment, 0], totals[segment, 1] = seen, ones
     return OK
 
 
 @kernel
-def find_unused_codeword(first, last, segments, weights, steps):
-    """Look for a codeword that the dictionary does not have ([D-X]); ``weights``: of the matrix."""
-    segments = as_segments(*segments)
-    width, span = segments.width, segments.span
-    mask = (ONE << width) - ONE
-    begin = beginning(segments, first)
-    for segment in range(first, last):
-        data = advance(segments.data, begin)
-        length = segments.length_base + np.uint64(segments.lengths[segment])
-        begin += length
-        left = EIGHT * length
-        ahead = min(span, weights - segment * span)
-        while ahead > 0 and left >= width:
-            left -= width
-            step = steps[(load32(data, left >> THREE) >> (left & SEVEN)) & mask]
-            if step == 0:
-                return segment * 8 + NO_CODEWORD
-            ahead -= np.int64(step & LANE)
-    return OK
-
-
-@kernel
-def scale_rows(first, last, levels, group_size, low_high, column_scale, out):
+def scale_rows(first, last, levels, low_high, column_scale, out):
     """``out`` float32 [rows, columns]: each level's value times its column's scale ([V-1], [V-2]).
 
-    ``low_high`` float32 [rows, groups, 2]. No reordering here: one rounding, and +0 for zero.
+    ``low_high`` float32 [rows, 2]. No reordering here: one rounding, and +0 for zero.
     """
     for row in range(first, last):
-        for group in range(low_high.shape[1]):
-            low, high = low_high[row, group]
-            start = group * group_size
-            coded = levels[row, start : start + group_size]
-            scale = column_scale[start : start + group_size]
-            target = out[row, start : start + group_size]
-            for c in range(coded.size):
-                value = (high if coded[c] > 0 else low) * scale[c]
-                target[c] = value if coded[c] != 0 else np.float32(0)
+        low, high = low_high[row]
+        for c in range(levels.shape[1]):
+            level = levels[row, c]
+            value = (high if level > 0 else low) * np.float32(abs(level)) * column_scale[c]
+            out[row, c] = value if level != 0 else np.float32(0)
 
 
 @inlined
-def _write(run, sums, segments, lists, target):
-    found, signs = lists
-    low_high, groups, columns, column_scale, first_row, rows, weights = target
+def _write(run, sums, lists, target):
+    found, levels, magnitudes = lists
+    low_high, columns, column_scale, first_row, rows, weights = target
     start, stop = np.uint64(run.start), first_at(found, run.start, run.count, run.end)
     row = run.row - first_row
     if 0 <= row < rows:
-        scale = 2 * (run.row * groups + run.group)
-        low, high = low_high[scale], low_high[scale + 1]
+        low, high = low_high[2 * run.row], low_high[2 * run.row + 1]
         place = np.uint64(row * columns)
         for j in range(start, np.uint64(stop)):
             c = run.column + np.uint64(found[j])
-            weights[place + c] = (high if signs[j] > 0 else low) * column_scale[c]
+            value = _times(magnitudes, high if levels[j] > 0 else low, levels[j])
+            weights[place + c] = value * column_scale[c]
     return sums, stop, run.seen + np.uint64(stop) - start
 
 
-@inlined
-def _finish(total, sums, scales, row, group):
-    return total
+@optional(lambda magnitudes, value, level: value)
+def _times(magnitudes, value, level):
+    return value * np.float32(abs(level))
 
 
 @inlined
-def _store(out, row, total):
+def _store(out, row, sums, scales):
     pass
 
 
 @kernel
-def weights_of_segments(first, last, segments, entries, scales, column_scale, first_row, out):
+def weights_of_segments(
+    first, last, span, mask, entries, refinement, low_high, column_scale, first_row, out
+):
     """Weights ([V-1], [V-2]) of as many rows as ``out`` has, float32 [rows, columns], zeroed.
 
     ``out`` begins at row ``first_row``; the segments may have rows before it and after its end.
-    ``scales``: low and high, contiguous.
+    ``low_high`` float32 [rows of the matrix, 2], contiguous.
     """
-    found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
-    low_high, columns, _ = scales
+    found, levels = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    refinement = as_refinement(refinement, span)
+    columns = out.shape[1]
+    lists = pointer(found), pointer(levels), magnitudes_of(refinement)
     target = (
-        pointer(low_high), low_high.shape[1], columns, pointer(column_scale), first_row,
-        out.shape[0], pointer(out),
-    )  # fmt: skip
+        pointer(low_high),
+        columns,
+        pointer(column_scale),
+        first_row,
+        out.shape[0],
+        pointer(out),
+    )
     return for_each_run(
-        find_levels, _write, _finish, _store, (0,), first, last, as_segments(*segments),
-        as_entries(*entries), Scales(*scales), (pointer(found), pointer(signs)), target, out,
-        (found, signs),
+        find_levels, _write, _store, (0,), first, last, span, as_segments(*mask),
+        as_entries(*entries), refinement, columns, low_high, lists, target, out, (found, levels),
     )  # fmt: skip

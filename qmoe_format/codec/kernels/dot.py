@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmoe_format.codec.kernels import simd
-from qmoe_format.codec.kernels.cursor import Scales, for_each_run
-from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.cursor import for_each_run
+from qmoe_format.codec.kernels.jit import inlined, kernel, optional
+from qmoe_format.codec.kernels.refinement import as_refinement, magnitudes_of
 from qmoe_format.codec.kernels.scan import (
     LIST_LENGTH,
     ONE,
@@ -50,11 +51,10 @@ ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
 @inlined
-def _low_high(scales, row, group):
-    values = scales.values
-    high = simd.as_float32(values[row, group, values.shape[2] - 1])
-    low = simd.as_float32(values[row, group, 0])
-    return -low if values.shape[2] == 1 else low, high
+def _low_high(scales, row):
+    high = simd.from_bf16(scales[row, scales.shape[1] - 1])
+    low = simd.from_bf16(scales[row, 0])
+    return -low if scales.shape[1] == 1 else low, high
 
 
 @inlined
@@ -68,30 +68,34 @@ def _zero_four():
 
 
 @inlined
-def _finish_two(total, sums, scales, row, group):
+def _sum_two(sums, scales, row):
     plus, minus = sums
-    low, high = _low_high(scales, row, group)
-    return simd.add_scaled(simd.add_scaled(total, plus, high), minus, low)
+    low, high = _low_high(scales, row)
+    return simd.add_scaled(simd.add_scaled(simd.zero_vector(), plus, high), minus, low)
 
 
 @inlined
-def _finish_four(total, sums, scales, row, group):
+def _sum_four(sums, scales, row):
     plus_a, plus_b, minus_a, minus_b = sums
-    low, high = _low_high(scales, row, group)
-    total = simd.add_scaled(simd.add_scaled(total, plus_a, high), plus_b, high)
-    return simd.add_scaled(simd.add_scaled(total, minus_a, low), minus_b, low)
+    low, high = _low_high(scales, row)
+    total = _sum_two((plus_a, minus_a), scales, row)
+    return simd.add_scaled(simd.add_scaled(total, plus_b, high), minus_b, low)
 
 
 @inlined
-def _store_sum(out, row, total):
-    out[row] = simd.vector_sum(total)
+def _store_two(out, row, sums, scales):
+    out[row] = simd.vector_sum(_sum_two(sums, scales, row))
+
+
+@inlined
+def _store_four(out, row, sums, scales):
+    out[row] = simd.vector_sum(_sum_four(sums, scales, row))
 
 
 class Masks(NamedTuple):
-    """What each codeword stands for: pointers to the arrays of ``Tables``; the longest entry."""
+    """What each codeword stands for: pointer to ``Tables.masks``; the longest entry."""
 
     masks: Any
-    negative: Any
     longest: Any
 
 
@@ -137,30 +141,22 @@ def _mark(width, masks, longest, bits, data, left, limit):
 
 
 @inlined
-def _find_bits(segments, masks, lists, data, left, limit, seen):
-    bits, minus = lists
-    if segments.signed:
-        _mark(segments.width, masks.negative, masks.longest, minus, data, left, limit)
-    left, passed = _mark(segments.width, masks.masks, masks.longest, bits, data, left, limit)
+def _find_bits(mask, masks, bits, data, left, limit, seen):
+    left, passed = _mark(mask.width, masks.masks, masks.longest, bits, data, left, limit)
     return left, passed, passed
 
 
 @inlined
-def _add_bits(run, sums, segments, lists, x):
+def _add_bits(run, sums, bits, x):
     plus_a, plus_b, minus_a, minus_b = sums
-    bits, minus = lists
     data, left, seen, column = run.data, run.left, run.seen, run.column
     start, stop = np.uint64(run.start), np.uint64(min(run.end, run.count))
     while start < stop and seen <= left:
         these = ALL_ONES >> (LAST - min(stop - start, THIRTY_TWO) + ONE)
         mask = (load64(bits, start >> THREE) >> (start & SEVEN)) & these
-        if segments.signed:
-            negatives = load64(minus, start >> THREE) >> (start & SEVEN)
-            negatives &= mask
-        else:
-            signs = load64(data, seen >> THREE) >> (seen & SEVEN)
-            negatives = simd.deposit(signs, mask)
-            seen += simd.popcount(mask)
+        signs = load64(data, seen >> THREE) >> (seen & SEVEN)
+        negatives = simd.deposit(signs, mask)
+        seen += simd.popcount(mask)
         positives = mask ^ negatives
         plus_a = simd.add_loaded(plus_a, x, column + start, positives)
         plus_b = simd.add_loaded(plus_b, x, column + start + SIXTEEN, positives >> SIXTEEN)
@@ -171,62 +167,79 @@ def _add_bits(run, sums, segments, lists, x):
 
 
 @kernel
-def dot_dense(first, last, segments, masks, scales, x, out):
-    """Multiply rows of short entries with one token: a masked addition for every 16 weights.
+def dot_dense(first, last, span, mask, masks, scales, x, out):
+    """Multiply ternary rows of short entries with one token: an addition for every 16 weights.
 
     Args:
         x: float32 [columns + ``BEYOND_X``], contiguous.
         out: float32 [rows].
     """
-    nonzero, negative, longest = masks
-    bits, minus = np.zeros(CHUNK_WORDS, np.uint64), np.zeros(CHUNK_WORDS, np.uint64)
+    entries, longest = masks
+    bits = np.zeros(CHUNK_WORDS, np.uint64)
     return for_each_run(
-        _find_bits, _add_bits, _finish_four, _store_sum, _zero_four(), first, last,
-        as_segments(*segments), Masks(pointer(nonzero), pointer(negative), longest),
-        Scales(*scales), (pointer(bits), pointer(minus)), pointer(x), out, (bits, minus),
+        _find_bits, _add_bits, _store_four, _zero_four(), first, last, span, as_segments(*mask),
+        Masks(pointer(entries), longest), None, x.size - BEYOND_X, scales, pointer(bits),
+        pointer(x), out, bits,
     )  # fmt: skip
 
 
 @inlined
-def _add_gathered(run, sums, segments, found, x):
+def _add_gathered(run, sums, lists, x):
     plus, minus = sums
+    found, magnitudes = lists
     start, stop = run.start, first_at(found, run.start, run.count, run.end)
     sign = run.seen - np.uint64(start)
     while start < stop:
         these = ALL_ONES >> (LAST - np.uint64(min(stop - start, 16)) + ONE)
-        if segments.signed:
-            negatives = simd.high_bits(found, np.uint64(start)) & these
-        else:
-            bit = sign + np.uint64(start)
-            negatives = (load64(run.data, bit >> THREE) >> (bit & SEVEN)) & these
+        bit = sign + np.uint64(start)
+        negatives = (load64(run.data, bit >> THREE) >> (bit & SEVEN)) & these
         some = simd.gather(x, run.column, found, np.uint64(start), these)
+        some = _times(magnitudes, some, bit)
         plus = simd.add_masked(plus, some, these ^ negatives)
         minus = simd.add_masked(minus, some, negatives)
         start += 16
     return (plus, minus), stop, sign + np.uint64(stop)
 
 
+@optional(lambda magnitudes, some, start: some)
+def _times(magnitudes, some, start):
+    return simd.multiply_bytes(some, magnitudes, start)
+
+
 @kernel
-def dot_sparse(first, last, segments, entries, scales, x, out):
-    """``dot_dense`` for long entries: a gather of ``x`` at the non-zeros, sixteen at a time."""
+def dot_sparse(first, last, span, mask, entries, refinement, scales, x, out):
+    """``dot_dense`` for any rows: a gather of ``x`` at the non-zeros, sixteen at a time."""
     found = np.empty(LIST_LENGTH, np.uint16)
+    refinement = as_refinement(refinement, span)
     return for_each_run(
-        find_positions, _add_gathered, _finish_two, _store_sum, _zero_two(), first, last,
-        as_segments(*segments), as_entries(*entries), Scales(*scales), pointer(found), pointer(x),
-        out, found,
+        find_positions, _add_gathered, _store_two, _zero_two(), first, last, span,
+        as_segments(*mask), as_entries(*entries), refinement, x.size - BEYOND_X, scales,
+        (pointer(found), magnitudes_of(refinement)), pointer(x), out, found,
     )  # fmt: skip
 
 
 @inlined
 def _add_tokens(plus, minus, lists, j, column, x):
-    found, signs = lists
-    negative = np.uint64(signs[j] >> 7)  # all ones, or none
+    found, levels, magnitudes = lists
     source = (column + np.uint64(found[j])) * SIXTEEN
-    return simd.add_loaded(plus, x, source, ~negative), simd.add_loaded(minus, x, source, negative)
+    return _add_level(magnitudes, plus, minus, x, source, levels[j])
+
+
+def _add_sign(magnitudes, plus, minus, x, source, sign):
+    negative = np.uint64(sign >> 7)  # all ones, or none
+    plus = simd.add_loaded(plus, x, source, ~negative)
+    return plus, simd.add_loaded(minus, x, source, negative)
+
+
+@optional(_add_sign)
+def _add_level(magnitudes, plus, minus, x, source, level):
+    tokens = simd.load_vector(x, source)
+    plus = simd.add_scaled(plus, tokens, np.float32(max(level, 0)))
+    return plus, simd.add_scaled(minus, tokens, np.float32(max(-level, 0)))
 
 
 @inlined
-def _add_tile(run, sums, segments, lists, x):
+def _add_tile(run, sums, lists, x):
     plus_a, plus_b, minus_a, minus_b = sums
     column = run.column
     j, stop = np.uint64(run.start), np.uint64(first_at(lists[0], run.start, run.count, run.end))
@@ -242,21 +255,23 @@ def _add_tile(run, sums, segments, lists, x):
 
 
 @inlined
-def _store_tile(out, row, total):
-    simd.store_vector(out, np.uint64(row) * SIXTEEN, total)
+def _store_tile(out, row, sums, scales):
+    simd.store_vector(out, np.uint64(row) * SIXTEEN, _sum_four(sums, scales, row))
 
 
 @kernel
-def dot_tile(first, last, segments, entries, scales, x, out):
+def dot_tile(first, last, span, mask, entries, refinement, scales, x, out):
     """Multiply rows with sixteen tokens, one per element of a vector.
 
     Args:
         x: float32 [columns, 16], contiguous.
         out: float32 [rows, 16], contiguous.
     """
-    found, signs = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    found, levels = np.empty(LIST_LENGTH, np.uint16), np.empty(LIST_LENGTH, np.int8)
+    refinement = as_refinement(refinement, span)
+    lists = pointer(found), pointer(levels), magnitudes_of(refinement)
     return for_each_run(
-        find_levels, _add_tile, _finish_four, _store_tile, _zero_four(), first, last,
-        as_segments(*segments), as_entries(*entries), Scales(*scales),
-        (pointer(found), pointer(signs)), pointer(x), pointer(out), (found, signs),
+        find_levels, _add_tile, _store_tile, _zero_four(), first, last, span, as_segments(*mask),
+        as_entries(*entries), refinement, len(x), scales, lists, pointer(x), pointer(out),
+        (found, levels),
     )  # fmt: skip

@@ -7,9 +7,9 @@ from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 
-from numba import njit
+from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 
 @lru_cache
@@ -60,6 +60,26 @@ def kernel(function):
 
 inlined = njit(nogil=True, forceinline=True)
 """A function that becomes part of the kernels that call it."""
+
+
+def optional(otherwise):
+    """``inlined``, with another function for calls whose first argument is None.
+
+    Numba sees from types which one is meant. ``if x is None`` would be compiled for every x, and
+    the types of both branches would have to agree.
+    """
+
+    def decorate(function):
+        def stub(*_):
+            raise NotImplementedError
+
+        def choose(first, *_):
+            return otherwise if isinstance(first, types.NoneType) else function
+
+        overload(stub, strict=False, jit_options={"nogil": True, "forceinline": True})(choose)
+        return stub
+
+    return decorate
 
 
 def instruction(signature):

@@ -15,7 +15,7 @@ instead of one that decides weight by weight:
 and then one short loop over the lists: a store a non-zero, or a gather of sixteen elements of x,
 added to two sums under the masks that their signs are. Zeros cost nothing. Lists hold one chunk of
 a segment, at most ``CHUNK`` weights, so that they stay in the first-level cache and a position fits
-15 bits.
+15 bits. ``refinement`` makes more than +1 and -1 of the signs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_format.codec.kernels.jit import inlined
+from qmoe_format.codec.kernels.jit import inlined, optional
 from qmoe_format.codec.kernels.unaligned import load16, load32, load64, pointer, store64
 
 OK = -1
-ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING, NO_CODEWORD = range(5)
+ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING = range(4)
+TOO_LARGE = 4
+REFINEMENT = 8  # added to these where they concern the refinement
+REASONS = 16
 
 # 2^15 less the longest entry: a position in a chunk, and an overrun of the last entry, fit 15 bits.
 CHUNK = np.uint64(32512)
@@ -38,7 +41,6 @@ LIST_LENGTH = 32768 + 64
 
 ZERO, ONE, TWO, THREE, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 7, 8))
 LANE = np.uint64(0xFFFF)
-POSITION = np.uint16(0x7FFF)
 
 
 def _sign_bytes() -> npt.NDArray[np.uint64]:
@@ -51,14 +53,12 @@ SIGN_BYTES = _sign_bytes()
 
 
 class Segments(NamedTuple):
-    """The segments of a matrix."""
+    """The segments of a mask or of a refinement."""
 
     data: Any  # pointer to the bytes of all segments and at least 8 more
     lengths: Any  # bytes of each segment above length_base
     length_base: Any  # uint64
     width: Any  # uint64, bits in a codeword
-    signed: Any  # whether codewords contain the signs, which otherwise follow separately
-    span: Any  # weights in a segment; the last one may hold fewer
 
 
 class Entries(NamedTuple):
@@ -67,19 +67,18 @@ class Entries(NamedTuple):
     positions: Any
     words: Any  # of positions per entry
     steps: Any
-    nonzeros: Any
-    longest: Any  # uint64, weights of the longest entry
+    ones: Any
+    longest: Any  # uint64, the largest step
 
 
 @inlined
-def as_segments(data, lengths, length_base, width, signed, span):
-    return Segments(pointer(data), lengths, length_base, width, signed, span)
+def as_segments(data, lengths, length_base, width):
+    return Segments(pointer(data), lengths, length_base, width)
 
 
 @inlined
-def as_entries(positions, steps, nonzeros, longest):
-    words = positions.shape[1]
-    return Entries(pointer(positions), words, pointer(steps), pointer(nonzeros), longest)
+def as_entries(positions, steps, ones, longest):
+    return Entries(pointer(positions), positions.shape[1], pointer(steps), pointer(ones), longest)
 
 
 @inlined
@@ -92,8 +91,14 @@ def beginning(segments, segment):
 
 
 @inlined
+def segment_length(segments, segment):
+    """Its bytes."""
+    return segments.length_base + np.uint64(segments.lengths[segment])
+
+
+@inlined
 def _take_1(found, count, place, positions, codeword):
-    """Append the positions of ``codeword``'s non-zeros, at most four of them."""
+    """Append the positions of ``codeword``'s ones, at most four of them."""
     store64(found, TWO * count, positions[codeword] + place)
 
 
@@ -112,78 +117,102 @@ def _take_4(found, count, place, positions, codeword):
 
 
 @inlined
-def _scan(take, width, entries, found, data, left, limit):
-    positions, steps, nonzeros = entries.positions, entries.steps, entries.nonzeros
+def _scan(take, width, entries, found, data, left, limit, floor):
+    positions, steps, ones = entries.positions, entries.steps, entries.ones
     mask = (ONE << width) - ONE
-    place = count = ZERO  # place: weights passed, in all four lanes
+    place = count = ZERO  # place: bits passed, in all four lanes
     # Three codewords of up to 16 bits, at any bit offset, come with one load of 64 bits.
     three, two = THREE * width, TWO * width
     longest = THREE * entries.longest
     safe = limit - longest if limit > longest else ZERO
-    while place & LANE < safe and left >= three:
+    while place & LANE < safe and left >= floor + three:
         left -= three
         bits = load64(data, left >> THREE) >> (left & SEVEN)
         a, b, c = (bits >> two) & mask, (bits >> width) & mask, bits & mask
         take(found, count, place, positions, a)
-        count += np.uint64(nonzeros[a])
+        count += np.uint64(ones[a])
         place += steps[a]
         take(found, count, place, positions, b)
-        count += np.uint64(nonzeros[b])
+        count += np.uint64(ones[b])
         place += steps[b]
         take(found, count, place, positions, c)
-        count += np.uint64(nonzeros[c])
+        count += np.uint64(ones[c])
         place += steps[c]
-    while place & LANE < limit and left >= width:
+    while place & LANE < limit and left >= floor + width:
         left -= width
         a = (load32(data, left >> THREE) >> (left & SEVEN)) & mask
         take(found, count, place, positions, a)
-        count += np.uint64(nonzeros[a])
+        count += np.uint64(ones[a])
         place += steps[a]
     return left, place & LANE, count
 
 
 @inlined
-def find_positions(segments, entries, found, data, left, limit, seen):
-    """List the positions of non-zeros in ``found`` until ``limit`` weights are passed.
+def scan(width, entries, found, data, left, limit, floor):
+    """List the positions of ones in ``found`` until ``limit`` bits are passed.
 
     Args:
         data: pointer to the bytes of a segment.
         left: bits of it that are not yet read; codewords are read from the end.
-        seen: signs of it that belong to earlier chunks.
+        floor: bits of it that are not to be read.
 
     Returns:
-        Bits left then, weights passed (below ``limit`` if the segment ends early; 0 if it has fewer
-        signs than non-zeros), number of positions.
+        Bits left then, bits passed (below ``limit`` if the segment ends early), number of ones.
     """
     # A choice made here, not for each codeword.
     if entries.words == 1:
-        left, passed, count = _scan(_take_1, segments.width, entries, found, data, left, limit)
-    elif entries.words == 2:
-        left, passed, count = _scan(_take_2, segments.width, entries, found, data, left, limit)
-    else:
-        left, passed, count = _scan(_take_4, segments.width, entries, found, data, left, limit)
-    if not segments.signed and seen + count > left:
-        passed = ZERO
-    return left, passed, count
+        return _scan(_take_1, width, entries, found, data, left, limit, floor)
+    if entries.words == 2:
+        return _scan(_take_2, width, entries, found, data, left, limit, floor)
+    return _scan(_take_4, width, entries, found, data, left, limit, floor)
 
 
 @inlined
-def find_levels(segments, entries, lists, data, left, limit, seen):
-    """``find_positions``, and a second list with the signs of the non-zeros."""
-    found, signs = lists
-    left, passed, count = find_positions(segments, entries, found, data, left, limit, seen)
-    if segments.signed:
-        for j in range(count):
-            signs[j] = 1 - 2 * np.int8(found[j] >> 15)
-            found[j] &= POSITION
-    elif passed > 0:
+def find_positions(mask, entries, lists, data, left, limit, seen):
+    """List the positions of non-zeros in ``lists[0]`` until ``limit`` weights are passed.
+
+    Args:
+        seen: signs of the segment that belong to earlier chunks.
+
+    Returns:
+        As ``scan``; no weight is passed if the segment has fewer signs than non-zeros.
+    """
+    left, passed, count = scan(mask.width, entries, lists[0], data, left, limit, ZERO)
+    return left, ZERO if seen + count > left else passed, count
+
+
+@inlined
+def find_levels(mask, entries, lists, data, left, limit, seen):
+    """``find_positions``, and a second list with the levels there.
+
+    ``lists``: positions, levels, and the magnitudes of the segment's non-zeros or None.
+    """
+    _, levels, magnitudes = lists
+    left, passed, count = find_positions(mask, entries, lists, data, left, limit, seen)
+    if passed > 0:
         sign_bytes = pointer(SIGN_BYTES)
         j = ZERO
         while j < count:
             bits = load16(data, (seen + j) >> THREE) >> (seen & SEVEN)
-            store64(signs, j, sign_bytes[bits & np.uint64(255)])
+            store64(levels, j, sign_bytes[bits & np.uint64(255)])
             j += EIGHT
+        _multiply(magnitudes, levels, seen, count)
     return left, passed, count
+
+
+@optional(lambda magnitudes, levels, seen, count: None)
+def _multiply(magnitudes, levels, seen, count):
+    for j in range(count):
+        levels[j] *= magnitudes[seen + j]
+
+
+@inlined
+def check_rest(data, left, signs):
+    """What is wrong with the bits between codewords and signs ([E-13]), or -1."""
+    if left - signs >= EIGHT:
+        return LEFT_OVER
+    gap = load16(data, signs >> THREE) >> (signs & SEVEN)
+    return PADDING if gap & ((ONE << (left - signs)) - ONE) else -1
 
 
 @inlined
@@ -192,6 +221,6 @@ def first_at(found, start, stop, place):
     count = stop - start
     while count > 0:  # without a branch on data: where a row ends is unpredictable
         half = (count + 1) >> 1
-        start += half * (np.int64(found[start + half - 1] & POSITION) < place)
+        start += half * (np.int64(found[start + half - 1]) < place)
         count >>= 1
     return start

@@ -7,7 +7,7 @@ here is one or two instructions. Elsewhere LLVM emulates them with what there is
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import float32, types, uint64, void
+from numba import float32, types, uint16, uint64, void
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import models, register_model
@@ -15,7 +15,8 @@ from numba.extending import models, register_model
 from qmoe_format.codec.kernels.jit import instruction
 
 WIDTH = 16
-_FLOAT, _SHORT, _WORD = ir.FloatType(), ir.IntType(16), ir.IntType(64)
+_FLOAT = ir.FloatType()
+_BYTE, _SHORT, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, WIDTH)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * WIDTH)
 
@@ -50,9 +51,9 @@ def _address(builder, values, start, element):
     return builder.bitcast(builder.gep(values, [start]), kind.as_pointer())
 
 
-def _load_indices(builder, indices, start):
-    loaded = builder.load(_address(builder, indices, start, _SHORT))
-    loaded.align = 2
+def _load(builder, values, start, element):
+    loaded = builder.load(_address(builder, values, start, element))
+    loaded.align = element.width // 8 if isinstance(element, ir.IntType) else 4
     return loaded
 
 
@@ -64,13 +65,11 @@ def zero_vector(builder):
 
 @instruction(lambda values, _, indices, *__: vector(values, uint64, indices, uint64, uint64))
 def gather(builder, values, base, indices, start, bits):
-    """``values[base + i]`` for the low 15 bits i of ``indices[start : start + 16]``, uint16.
+    """``values[base + i]`` for the i in ``indices[start : start + 16]``, uint16.
 
     Reads only the values whose bit is set, but all sixteen indices; ``base`` may be negative.
     """
-    short = _load_indices(builder, indices, start)
-    low = builder.and_(short, ir.Constant(short.type, [0x7FFF] * WIDTH))
-    wide = builder.zext(low, ir.VectorType(_WORD, WIDTH))
+    wide = builder.zext(_load(builder, indices, start, _SHORT), ir.VectorType(_WORD, WIDTH))
     # llvmlite has no gep that makes a vector of pointers.
     pointers = builder.gep(builder.gep(values, [base]), [_WORD(0)])
     pointers.indices[0] = wide
@@ -82,12 +81,16 @@ def gather(builder, values, base, indices, start, bits):
     return builder.call(call, [pointers, ir.IntType(32)(4), mask, _ZEROS])
 
 
-@instruction(lambda indices, start: uint64(indices, uint64))
-def high_bits(builder, indices, start):
-    """The highest bits of ``indices[start : start + 16]``, uint16, as 16 bits."""
-    short = _load_indices(builder, indices, start)
-    negative = builder.icmp_signed("<", short, ir.Constant(short.type, [0] * WIDTH))
-    return builder.zext(builder.bitcast(negative, _SHORT), _WORD)
+@instruction(lambda some, values, _: vector(some, values, uint64))
+def multiply_bytes(builder, factors, values, start):
+    """``factors`` times ``values[start : start + 16]``, uint8."""
+    return builder.fmul(factors, builder.uitofp(_load(builder, values, start, _BYTE), _VECTOR))
+
+
+@instruction(lambda values, _: vector(values, uint64))
+def load_vector(builder, values, start):
+    """``values[start : start + 16]``, float32."""
+    return _load(builder, values, start, _FLOAT)
 
 
 @instruction(lambda *_: vector(vector, vector, uint64))
@@ -99,8 +102,7 @@ def add_masked(builder, sums, addend, bits):
 @instruction(lambda _, values, *__: vector(vector, values, uint64, uint64))
 def add_loaded(builder, sums, values, start, bits):
     """``sums``, plus ``values[start : start + 16]`` where the bit is set; reads all sixteen."""
-    addend = builder.load(_address(builder, values, start, _FLOAT))
-    addend.align = 4
+    addend = _load(builder, values, start, _FLOAT)
     return builder.select(_mask(builder, bits), builder.fadd(sums, addend), sums)
 
 
@@ -130,13 +132,11 @@ def vector_sum(builder, sums):
     return builder.call(call, [ir.Constant(_FLOAT, 0.0), sums], fastmath=("reassoc",))
 
 
-@instruction(lambda scale: float32(scale))
-def as_float32(builder, scale):
-    """A scale as stored: float32, or the bits of a bf16 as uint16."""
-    if scale.type == _FLOAT:
-        return scale
-    bits = builder.shl(builder.zext(scale, ir.IntType(32)), ir.IntType(32)(16))
-    return builder.bitcast(bits, _FLOAT)
+@instruction(lambda _: float32(uint16))
+def from_bf16(builder, bits):
+    """The value of a bf16."""
+    wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.IntType(32)(16))
+    return builder.bitcast(wide, _FLOAT)
 
 
 @instruction(lambda _: uint64(uint64))

@@ -1,4 +1,4 @@
-"""The registry of encodings (SPEC.md sections 4, 5 and 7).
+"""The registry of encodings (SPEC.md sections 4, 5, 7 and 8).
 
 An encoding is one class in one module: it turns what one extent holds (a tensor, or one expert of a
 stack) into bytes and back. To add one, write the class and list it in ``ENCODINGS``.
@@ -6,8 +6,9 @@ stack) into bytes and back. To add one, write the class and list it in ``ENCODIN
 
 from __future__ import annotations
 
-from qmoe_format.container.encodings.base import Encoding, GetDictionary, Sink
+from qmoe_format.container.encodings.base import Encoding, GetDictionary, Payload, Sink
 from qmoe_format.container.encodings.int_dict import IntDict
+from qmoe_format.container.encodings.int_group import IntGroup
 from qmoe_format.container.encodings.raw import Raw
 from qmoe_format.container.encodings.zstd import Zstd
 from qmoe_format.errors import QMoEError
@@ -15,7 +16,7 @@ from qmoe_format.errors import QMoEError
 RAW = Raw()
 ZSTD = Zstd()
 INT_DICT = IntDict()
-ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, INT_DICT)}
+ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, INT_DICT, IntGroup())}
 
 __all__ = [
     "ENCODINGS",
@@ -24,6 +25,7 @@ __all__ = [
     "ZSTD",
     "Encoding",
     "GetDictionary",
+    "Payload",
     "Sink",
     "encoding_of",
 ]

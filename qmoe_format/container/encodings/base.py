@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -37,6 +38,31 @@ class Sink(Protocol):
         """The number of this dictionary in the file; it is added if it is new."""
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What the headers of a tensor's extents tell.
+
+    Attributes:
+        bytes: that hold weights: not scales, lengths or headers.
+        nonzeros: number of weights that are not zero; None if the encoding does not tell.
+        refinement_bytes: those of them that hold magnitudes above 1.
+        refinement_zeros, refinement_ones: bits of the strings that these encode.
+    """
+
+    bytes: int
+    nonzeros: int | None = None
+    refinement_bytes: int = 0
+    refinement_zeros: int = 0
+    refinement_ones: int = 0
+
+    def __add__(self, other: Payload) -> Payload:
+        sums: Any = (
+            None if a is None or b is None else a + b
+            for a, b in zip(astuple(self), astuple(other), strict=True)
+        )
+        return Payload(*sums)
+
+
 class Encoding(ABC):
     """One way to store a tensor, or an expert of a stack, in an extent.
 
@@ -47,8 +73,8 @@ class Encoding(ABC):
         name: what the index calls it.
         defaults: the further keys of a tensor's entry, with their default values. An encoding that
             has any is for tensors only.
-        header_bytes: bytes at the beginning of an extent that ``payload`` reads. 0: it is not
-            called, everything is payload, and the number of non-zeros is not known.
+        header_bytes: the most bytes at the beginning of an extent that ``payload`` reads. 0: it is
+            not called, everything is payload, and nothing else is known.
         multipliable: whether ``codec`` and ``gpu`` multiply by what ``encoded`` returns.
         raw_if_larger: whether a writer stores ``raw`` instead where this saves nothing.
     """
@@ -97,8 +123,12 @@ class Encoding(ABC):
         """Check everything that can be checked; by default by decoding."""
         self.decode(stored, item, dictionary, threads)
 
-    def payload(self, header: bytes) -> tuple[int, int]:
-        """Payload bytes and non-zero weights, by an extent's unchecked ``header``."""
+    def payload(self, header: Bytes, item: Item) -> Payload:
+        """What an extent's ``header`` tells; it is all that can be checked of it.
+
+        Raises:
+            QMoEError: ``malformed``, ``limit``.
+        """
         raise NotImplementedError
 
     def parameters_of(self, value: Any) -> dict[str, Parameter]:

@@ -1,4 +1,4 @@
-"""Encoding ``int-dict``: the extent of a ternary matrix (SPEC.md section 7.1).
+"""Encoding ``int-dict``: the extent of a matrix of levels in codewords (SPEC.md section 7.1).
 
 The extent is the arrays of an ``EncodedMatrix`` one after the other, so ``encoded`` copies nothing;
 the codec knows what the segments mean.
@@ -7,67 +7,64 @@ the codec knows what the segments mean.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_format import codec
-from qmoe_format.codec.dictionary import SIGN_MODES
-from qmoe_format.codec.segments import BLOCK, GUARD
+from qmoe_format.codec.bit_string import BLOCK, GUARD
 from qmoe_format.container import limits
 from qmoe_format.container.encodings.base import (
     Encoding,
     GetDictionary,
+    Payload,
     Sink,
     as_bytes,
     wrong_type,
 )
 from qmoe_format.container.entries import Item, Parameter
 from qmoe_format.container.extent_table import align
-from qmoe_format.dtypes import SCALE_DTYPES, STORAGE, Bytes, from_float32
+from qmoe_format.dtypes import STORAGE, Bytes, from_float32
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
-    from qmoe_format.codec import EncodedMatrix
+    from qmoe_format.codec import EncodedBits, EncodedMatrix
 
 DTYPES = ("BF16", "F16", "F32", "F64")  # [E-2]
 _ALIGNMENT = 16
-# dictionary, length base, length width, zeros, non-zeros, segment bytes
-_HEADER = struct.Struct("<IIB7sQQ")
+_HEADER = struct.Struct("<IIBB6sQQ")
+
+
+class Header(NamedTuple):
+    """What the extent says about one string of bits, in the order of its fields."""
+
+    dictionary: int
+    length_base: int
+    length_width: int
+    refined: int
+    zeros: bytes
+    ones: int
+    segment_bytes: int
 
 
 class IntDict(Encoding):
-    """Levels in codewords of a dictionary, values from scales of rows, groups and columns."""
+    """Levels in codewords of dictionaries, values from scales of rows and columns."""
 
     name = "int-dict"
     defaults = {  # noqa: RUF012 -- never changed
         "column_scale": False,
-        "group_size": 0,
         "rows_per_segment": 1,
-        "scale_dtype": "BF16",
-        "signs": "plane",
         "symmetric": False,
-        "width": codec.PROFILES["fast"].width,
     }
-    header_bytes = _HEADER.size
+    header_bytes = 2 * _HEADER.size
     multipliable = True
 
     def check_entry(self, item: Item) -> None:
-        p = item.parameters
-        if item.dtype not in DTYPES and item.dtype in STORAGE:  # [E-2]
-            raise QMoEError("malformed", f"a ternary matrix cannot be {item.dtype}")
-        if len(item.shape) != 2:  # [E-2]
-            raise QMoEError("malformed", f"a matrix has 2 dimensions, not {len(item.shape)}")
-        for side in item.shape:
-            limits.check("a side of a ternary matrix", side, 0, limits.MATRIX_SIDE)
-        limits.check("group_size", p["group_size"], 0, limits.GROUP_SIZE)
-        limits.check("rows_per_segment", p["rows_per_segment"], *limits.ROWS_PER_SEGMENT)
-        limits.check("width", p["width"], *limits.WIDTH)
-        if p["signs"] not in SIGN_MODES:
-            raise QMoEError("malformed", f"signs are {p['signs']!r}, not plane or codeword")
-        if p["scale_dtype"] not in SCALE_DTYPES:
-            raise QMoEError("malformed", f"scales cannot be of type {p['scale_dtype']!r}")
+        check_matrix(item)
+        together = item.parameters["rows_per_segment"]
+        limits.check("rows_per_segment", together, *limits.ROWS_PER_SEGMENT)
 
     def encoded(self, stored: Bytes, item: Item, dictionary: GetDictionary) -> EncodedMatrix:
         """The extent as a matrix of views; everything but the segments is checked.
@@ -75,54 +72,33 @@ class IntDict(Encoding):
         Raises:
             QMoEError: ``malformed``, ``padding``, ``limit``, ``value``.
         """
-        if stored.size < _HEADER.size:  # [E-4]
-            raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
-        number, base, length_width, zeros, nonzeros, segment_bytes = _HEADER.unpack_from(
-            stored.data
-        )
-        rows, columns = item.shape
-        p = item.parameters
-        limits.check("segment_bytes", segment_bytes, 0, limits.SEGMENT_BYTES)  # [E-4]
-        if length_width not in (1, 2, 4):  # [E-4]
-            raise QMoEError("malformed", f"lengths have {length_width} bytes each, not 1, 2 or 4")
-        sections, end = _layout(item, length_width, segment_bytes)
+        headers = _headers(stored)
+        sections, end = _layout(item, headers)
         if stored.size != end:  # [E-4] [N-3]
             raise QMoEError(
                 "malformed", f"{stored.size} bytes are stored, the header describes {end}"
             )
         gaps = zip(sections, [*(each.start for each in sections[1:]), end], strict=True)
-        if any(zeros) or any(stored[each.stop : next_].any() for each, next_ in gaps):  # [E-5]
+        spare = (stored[each.stop : after] for each, after in gaps)
+        if any(any(each.zeros) for each in headers) or any(each.any() for each in spare):  # [E-5]
             raise QMoEError("padding", "bytes between the sections of a matrix are not zero")
-        row_scale, column_scale, *rest = (stored[each] for each in sections)
-        offsets = rest[0].view("<u4")
-        lengths = rest[1].view(f"<u{length_width}")
-        _check_lengths(lengths, base, offsets, segment_bytes)
-        _check_room(item, lengths, base)
-        tree = dictionary(number)
-        if (tree.width, tree.signs) != (p["width"], p["signs"]):  # [E-1]
-            raise QMoEError(
-                "malformed",
-                f"dictionary {number} has width {tree.width} and signs {tree.signs!r}, unlike the "
-                "tensor's entry in the index",
-            )
-        scale = STORAGE[p["scale_dtype"]]
+        row_scale, column_scale = (stored[each].view("<u2") for each in sections[:2])
+        mask, *refinement = (
+            _string(stored, header, sections[3 * number + 2 :], dictionary)
+            for number, header in enumerate(headers)
+        )
+        _check_room(item, mask)
+        rows, columns = item.shape
         return codec.EncodedMatrix(  # checks [E-8]
-            levels=codec.EncodedLevels(
+            levels=codec.EncodedLevels(  # checks [E-16]
                 rows=rows,
                 columns=columns,
-                rows_per_segment=p["rows_per_segment"],
-                dictionary=tree,
-                nonzeros=nonzeros,
-                length_base=base,
-                lengths=lengths,
-                block_offsets=offsets,
-                segments=stored[sections[-1].start :],
-                segment_bytes=segment_bytes,
+                rows_per_segment=item.parameters["rows_per_segment"],
+                mask=mask,
+                refinement=refinement[0] if refinement else None,
             ),
-            row_scale=row_scale.view(scale).reshape(rows, _groups(item), 2 - p["symmetric"]),
-            column_scale=column_scale.view(scale) if p["column_scale"] else None,
-            scale_dtype=p["scale_dtype"],
-            group_size=p["group_size"],
+            row_scale=row_scale.reshape(rows, 2 - item.parameters["symmetric"]),
+            column_scale=column_scale if item.parameters["column_scale"] else None,
         )
 
     def decode(
@@ -130,7 +106,7 @@ class IntDict(Encoding):
     ) -> npt.NDArray[Any]:
         matrix = self._of_known_type(stored, item, dictionary)
         if not item.elements:
-            # A matrix of 0 rows, in a few bytes, may have 2^31 groups of columns: do not walk them.
+            # A matrix of 0 rows, in a few bytes, may have 2^31 columns: make no array of them.
             codec.decode(matrix.levels, threads=threads)
             return np.empty(item.shape, STORAGE[item.dtype])
         return from_float32(codec.dequantize(matrix, threads), item.dtype)  # [V-3]
@@ -147,21 +123,23 @@ class IntDict(Encoding):
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
         return self.encoded(stored, item, dictionary)
 
-    def payload(self, header: bytes) -> tuple[int, int]:
-        *_, nonzeros, segment_bytes = _HEADER.unpack(header)
-        return segment_bytes, nonzeros
+    def payload(self, header: Bytes, item: Item) -> Payload:
+        mask, *refinement = _headers(header)
+        if not refinement:
+            return Payload(mask.segment_bytes, mask.ones)
+        refined = refinement[0]
+        return Payload(
+            mask.segment_bytes + refined.segment_bytes, mask.ones, refined.segment_bytes,
+            mask.ones, refined.ones,
+        )  # fmt: skip
 
     def parameters_of(self, value: Any) -> dict[str, Parameter]:
         if not isinstance(value, codec.EncodedMatrix):
             return {}
         return {
             "column_scale": value.column_scale is not None,
-            "group_size": value.group_size,
             "rows_per_segment": value.levels.rows_per_segment,
-            "scale_dtype": value.scale_dtype,
-            "signs": value.dictionary.signs,
             "symmetric": value.symmetric,
-            "width": value.dictionary.width,
         }
 
     def check_value(self, value: Any, item: Item) -> None:
@@ -177,71 +155,123 @@ class IntDict(Encoding):
                 )
 
     def encode(self, value: EncodedMatrix, item: Item, sink: Sink) -> None:
-        levels = value.levels
-        length_width = levels.lengths.itemsize
-        sections, end = _layout(item, length_width, levels.segment_bytes)
+        strings = value.levels.strings
+        headers = [
+            Header(
+                sink.dictionary_number(each.dictionary), each.length_base, each.lengths.itemsize,
+                int(len(strings) > number + 1), bytes(6), each.ones, each.segment_bytes,
+            )
+            for number, each in enumerate(strings)
+        ]  # fmt: skip
+        sections, end = _layout(item, headers)
         extent = np.zeros(end, np.uint8)
-        _HEADER.pack_into(
-            extent.data, 0, sink.dictionary_number(levels.dictionary), levels.length_base,
-            length_width, bytes(7), levels.nonzeros, levels.segment_bytes,
-        )  # fmt: skip
-        segments = levels.segments[: levels.segment_bytes]
-        arrays = (
-            value.row_scale, value.column_scale, levels.block_offsets, levels.lengths, segments
-        )  # fmt: skip
+        for number, header in enumerate(headers):
+            _HEADER.pack_into(extent.data, number * _HEADER.size, *header)
+        column_scale = np.empty(0, np.uint16) if value.column_scale is None else value.column_scale
+        arrays: list[npt.NDArray[Any]] = [value.row_scale, column_scale]
+        for each in strings:
+            arrays += each.block_offsets, each.lengths, each.segments[: each.segment_bytes]
         for section, array in zip(sections, arrays, strict=True):
-            if array is not None:
-                extent[section] = as_bytes(np.ascontiguousarray(array))
+            extent[section] = as_bytes(np.ascontiguousarray(array))
         sink.write(extent.data)
 
 
-def _layout(item: Item, length_width: int, segment_bytes: int) -> tuple[list[slice], int]:
-    """Where the five sections of an extent are, and its length, including the guard.
+def check_matrix(item: Item) -> None:
+    """Check dtype and shape of a matrix. [E-2] [L-1]
+
+    Raises:
+        QMoEError: ``malformed``, ``limit``.
+    """
+    if item.dtype not in DTYPES and item.dtype in STORAGE:
+        raise QMoEError("malformed", f"a quantized matrix cannot be {item.dtype}")
+    if len(item.shape) != 2:
+        raise QMoEError("malformed", f"a matrix has 2 dimensions, not {len(item.shape)}")
+    for side in item.shape:
+        limits.check("a side of a quantized matrix", side, 0, limits.MATRIX_SIDE)
+
+
+def extent_length(item: Item, strings: Iterable[tuple[int, int]]) -> int:
+    """Bytes of the extent of a matrix, including the guard.
+
+    Args:
+        strings: of the mask and, in a refined matrix, of the refinement: bytes of a length, and of
+            all segments.
+    """
+    headers = [Header(0, 0, width, 0, b"", 0, size) for width, size in strings]
+    return _layout(item, headers)[1]
+
+
+def _headers(stored: Bytes) -> list[Header]:
+    """The one or two headers at the beginning of an extent. [E-4]"""
+    headers: list[Header] = []
+    for number in range(2):
+        start = number * _HEADER.size
+        if stored.size < start + _HEADER.size:
+            raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
+        headers.append(Header(*_HEADER.unpack_from(stored.data, start)))
+        if not headers[0].refined:
+            break
+    for each in headers:
+        limits.check("segment_bytes", each.segment_bytes, 0, limits.SEGMENT_BYTES)
+    for number, each in enumerate(headers):
+        if each.length_width not in (1, 2, 4):
+            wrong = f"lengths have {each.length_width} bytes each, not 1, 2 or 4"
+            raise QMoEError("malformed", wrong)
+        if each.refined > 1 - number:
+            raise QMoEError("malformed", f"refined is {each.refined} in header {number}")
+    return headers
+
+
+def _layout(item: Item, headers: Sequence[Header]) -> tuple[list[slice], int]:
+    """Where the five or eight sections of an extent are, and its length, including the guard.
 
     Python's integers do not wrap around. [N-2]
     """
     rows, columns = item.shape
     p = item.parameters
-    scale = STORAGE[p["scale_dtype"]].itemsize
     segments = -(-rows // p["rows_per_segment"])  # [E-3]
-    end = _HEADER.size
+    lengths = [2 * rows * (2 - p["symmetric"]), 2 * columns * p["column_scale"]]
+    for each in headers:
+        lengths += 4 * -(-segments // BLOCK), segments * each.length_width, each.segment_bytes
+    end = len(headers) * _HEADER.size
     sections = []
-    for length in (
-        rows * _groups(item) * (2 - p["symmetric"]) * scale,
-        columns * scale if p["column_scale"] else 0,
-        4 * -(-segments // BLOCK),
-        segments * length_width,
-        segment_bytes,
-    ):
+    for length in lengths:
         start = align(end, _ALIGNMENT)
         end = start + length
         sections.append(slice(start, end))
     return sections, align(end + GUARD, _ALIGNMENT)
 
 
-def _groups(item: Item) -> int:
-    """G, the number of column groups. [E-X]"""
-    size: int = item.parameters["group_size"]
-    return -(-item.shape[1] // size) if size else 1
+def _string(
+    stored: Bytes, header: Header, sections: Sequence[slice], dictionary: GetDictionary
+) -> EncodedBits:
+    """One string of bits: views of its three ``sections``, the first ones."""
+    offsets = stored[sections[0]].view("<u4")
+    lengths = stored[sections[1]].view(f"<u{header.length_width}")
+    _check_lengths(lengths, header.length_base, offsets, header.segment_bytes)
+    return codec.EncodedBits(
+        dictionary=dictionary(header.dictionary),  # checks [E-1]
+        ones=header.ones,
+        length_base=header.length_base,
+        lengths=lengths,
+        block_offsets=offsets,
+        segments=stored[sections[2].start :],
+        segment_bytes=header.segment_bytes,
+    )
 
 
-def extent_length(item: Item, length_width: int, segment_bytes: int) -> int:
-    """Bytes of the extent of a matrix with these numbers in its header, including the guard."""
-    return _layout(item, length_width, segment_bytes)[1]
-
-
-def _check_room(item: Item, lengths: npt.NDArray[Any], base: int) -> None:
+def _check_room(item: Item, mask: EncodedBits) -> None:
     """A codeword has at most 255 weights, which bounds a segment's bytes from below. [E-7]"""
     rows, columns = item.shape
     together = item.parameters["rows_per_segment"]
-    width: int = item.parameters["width"]
+    width, base = mask.dictionary.width, mask.length_base
 
     def least(weights: int) -> int:
         return -(-width * -(-weights // limits.ENTRY_LENGTH[1]) // 8)
 
-    if lengths.size == 0:
+    if mask.lengths.size == 0:
         return
-    full, last = lengths[:-1], int(lengths[-1])
+    full, last = mask.lengths[:-1], int(mask.lengths[-1])
     weights = (rows - full.size * together) * columns
     if base + last < least(weights) or (
         full.size and base + int(full.min()) < least(together * columns)
