@@ -165,11 +165,12 @@ def dequantize_rows(
     from qmoe_format.codec.kernels.int_group import weights_of_rows
 
     grouped = _grouped(matrix)
-    in_parts(
-        len(out),
-        threads,
-        lambda a, b: weights_of_rows(first + a, first + b, grouped, first, out),
-    )
+
+    def work(start: int, stop: int) -> None:
+        weights_of_rows(first + start, first + stop, grouped, first, out)
+
+    if out.size:  # there may be 2^31 rows of nothing
+        in_parts(len(out), threads, work)
 
 
 def matvec_call(

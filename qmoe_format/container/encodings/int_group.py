@@ -16,6 +16,7 @@ from qmoe_format.codec.int_group import BITS, GRIDS, GROUP_SIZES, groups_of, row
 from qmoe_format.container.encodings.base import (
     Encoding,
     GetDictionary,
+    Payload,
     Sink,
     as_bytes,
     wrong_type,
@@ -39,6 +40,7 @@ class IntGroup(Encoding):
 
     name = "int-group"
     defaults = {"bits": 4, "grid": "linear", "zero_points": False}  # noqa: RUF012 -- never changed
+    header_bytes = _HEADER.size
     multipliable = True
 
     def check_entry(self, item: Item) -> None:
@@ -55,11 +57,7 @@ class IntGroup(Encoding):
         Raises:
             QMoEError: ``malformed``, ``padding``, ``value``.
         """
-        if stored.size < _HEADER.size:  # [G-3]
-            raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
-        (group_size,) = _HEADER.unpack_from(stored.data)
-        if group_size not in GROUP_SIZES:  # [G-3]
-            raise QMoEError("malformed", f"groups have {group_size} columns, not 0, 32, 64 or 128")
+        group_size = _group_size(stored)
         sections, end = _layout(item, group_size)
         if stored.size != end:  # [G-3] [N-3]
             raise QMoEError("malformed", f"{stored.size} bytes are stored, not {end}")
@@ -104,6 +102,11 @@ class IntGroup(Encoding):
             raise QMoEError("unsupported", f"element type {item.dtype!r} is unknown")
         return self.encoded(stored, item, dictionary)
 
+    def payload(self, header: Bytes, item: Item) -> Payload:
+        _group_size(header)
+        rows, columns = item.shape
+        return Payload(rows * row_bytes(columns, item.parameters["bits"]))
+
     def parameters_of(self, value: Any) -> dict[str, Parameter]:
         if not isinstance(value, codec.GroupedMatrix):
             return {}
@@ -134,6 +137,16 @@ class IntGroup(Encoding):
             if array is not None:
                 extent[section] = as_bytes(array)
         sink.write(extent.data)
+
+
+def _group_size(header: Bytes) -> int:
+    """What the header says. [G-3]"""
+    if header.size < _HEADER.size:
+        raise QMoEError("malformed", f"{header.size} bytes are too few for a header")
+    (size,) = _HEADER.unpack_from(header.data)
+    if size not in GROUP_SIZES:
+        raise QMoEError("malformed", f"groups have {size} columns, not 0, 32, 64 or 128")
+    return int(size)
 
 
 def _layout(item: Item, group_size: int) -> tuple[list[slice], int]:
