@@ -271,7 +271,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             "bits": 3,
             "group_size": 32,
         } | changes
-        return lambda: pack_groups(**given)
+        return lambda: pack_groups(**given | changes)
 
     calls = [
         pack(codes=codes[0]),
