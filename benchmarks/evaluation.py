@@ -1,224 +1,273 @@
-"""What a ``.qmoe`` file of one of the small trained models has lost against the bf16 checkpoint.
+"""What a model loses when other matrices take the place of its experts'.
 
-Everything is computed in float32 on the evaluation text:
+Everything is computed in float32, per target token of a text:
 
-    KL            of the original's and the file's distributions, per target token
-    loss gap      difference of their cross-entropies, per target token, in nats
+    KL            of the original's and the changed model's distributions, in nats
+    loss gap      difference of their cross-entropies, in nats
+    top 1         share of the tokens for which both find the same one most likely
     output error  tr((W-Q) S (W-Q)^T) / tr(W S W^T) of each expert's matrix, where S is the sum of
                   x x^T over its inputs x in the original model, without special tokens
 
-An encoder-decoder fills in spans, see ``eval_span.py``; a causal model predicts each next token in
-windows of 257.
+A causal model predicts each next token in windows of 257; an encoder-decoder fills in spans, see
+``qmoe_format.calibration.spans``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import runpy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import qmoe_format
 from benchmarks.report import DATA
+from qmoe_format.calibration.sequences import (
+    Batch,
+    default_sequence_length,
+    language_config,
+    make_batches,
+)
+from qmoe_format.calibration.text import Chat, read_documents
 from qmoe_format.checkpoints import LayerStacks, open_checkpoint
+from qmoe_format.checkpoints.tokenizers import load_tokenizer
 from qmoe_format.dtypes import to_float32
+from qmoe_format.progress import Progress
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
 EVALUATION_TEXT = DATA / "text" / "eval.jsonl"
 CAUSAL_WINDOW = 257
-BATCH = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Windows of the evaluation text.
+class Model:
+    """A model of transformers in float32 whose experts' matrices can be replaced.
 
     Attributes:
-        inputs: the model's arguments.
-        targets: int64 ``[windows, tokens]``.
-        counted: which tokens are not special, by stack of blocks, bool ``[windows * tokens]``.
+        layers: those of its experts.
+        matrices: views of its parameters, [rows, columns] of each expert, by the names of the
+            stacks in a ``.qmoe`` file.
     """
 
-    inputs: dict[str, Tensor]
-    targets: Tensor
-    counted: dict[str, Tensor]
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+        self._config = language_config(json.loads((folder / "config.json").read_text()))
+        self._seq2seq = bool(self._config.get("is_encoder_decoder"))
+        kind = AutoModelForSeq2SeqLM if self._seq2seq else AutoModelForCausalLM
+        self._tokenizer = load_tokenizer(folder)
+        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        with open_checkpoint(folder) as checkpoint:
+            self.layers = [layer for layer in checkpoint.layers if layer.runs]
+        self._parameters = {name: each.detach() for name, each in self._model.named_parameters()}
+        self.matrices: dict[str, list[Tensor]] = {}
+        for layer in self.layers:
+            if layer.interleaved:
+                raise SystemExit(f"{folder}: gate and up take turns in {layer.inputs[0].name}")
+            self._find(layer, layer.layer.inputs, [stack.name for stack in layer.inputs])
+            self._find(layer, layer.layer.output, [layer.output.name])
 
-class Evaluation:
-    """A model, its evaluation text, and the outputs of the original."""
+    def _find(self, layer: LayerStacks, matrix: str, stacks: Sequence[str]) -> None:
+        members = [self._parameters[name] for name in layer.layer.members(matrix)]
+        for one in members if len(members) > 1 else members[0]:
+            columns_first = one if layer.layer.transposed else one.T
+            parts = [columns_first] if len(stacks) == 1 else layer.split_rows(columns_first, 2)
+            for stack, part in zip(stacks, parts, strict=True):
+                self.matrices.setdefault(stack, []).append(part.T)
 
-    def __init__(self, name: str, windows: int | None = None) -> None:
-        """Run the original.
+    def replace(self, stack: str, expert: int, weights: NDArray[np.float32]) -> None:
+        """Let a matrix be ``weights``, float32 ``[rows, columns]``."""
+        self.matrices[stack][expert].copy_(torch.from_numpy(weights))
+
+    def batches(self, documents: Iterable[str | Chat], **options: Any) -> list[Batch]:
+        """``make_batches`` for this model."""
+        return make_batches(self._tokenizer, self._config, documents, **options)
+
+    def windows(self, documents: Iterable[str | Chat], count: int | None = None) -> list[Batch]:
+        """Windows to evaluate the model on, one in a batch and all equally long.
 
         Args:
-            name: the model's folder in ``DATA``.
-            windows: the number of windows, evenly spaced; by default all.
+            documents: the text.
+            count: how many, chosen at random; by default all.
         """
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-        folder = DATA / name
-        config = json.loads((folder / "config.json").read_text())
-        seq2seq = bool(config.get("is_encoder_decoder"))
-        kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        self._batches = list(_batches(tokenizer, config, windows))
-        with open_checkpoint(folder) as checkpoint:
-            self._layers = checkpoint.layers
-        self._matrices = _matrices(self._model, self._layers)
-        self.original = {name: torch.stack(w) for name, w in self._matrices.items()}
-        self.sums = {
-            name: Statistics.zeros(len(weights), weights.shape[2])
-            for name, weights in self.original.items()
-        }
-        self._run_original()
-
-    @property
-    def windows(self) -> int:
-        return sum(len(batch.targets) for batch in self._batches)
+        length = default_sequence_length(self._config) if self._seq2seq else CAUSAL_WINDOW
+        found = self.batches(
+            documents,
+            sequence_length=length,
+            samples=count,
+            batch_size=1,
+            mask_special_tokens=True,
+        )
+        return [each for each in found if each.inputs.ids.shape[1] == length]
 
     @torch.no_grad()
-    def _run_original(self) -> None:
-        """Collect the sums, and the LM head's inputs, which are smaller than its outputs."""
-        counted: dict[str, Tensor] = {}
+    def logits(self, batch: Batch) -> Tensor:
+        """The predictions of ``targets``, float32 ``[windows, tokens, vocabulary]``."""
+        self._batch = batch
+        named = {"": batch.inputs} | ({"decoder_": batch.targets} if batch.targets else {})
+        arguments = {f"{name}input_ids": tokens.ids for name, tokens in named.items()}
+        arguments |= {f"{name}attention_mask": each.attended.long() for name, each in named.items()}
+        logits: Tensor = self._model(**arguments, use_cache=False).logits
+        return logits[:, :-1]
 
-        def note(layer: LayerStacks, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            tokens, index, _ = layer.layer.routing(*arguments)
+    @property
+    def head(self) -> nn.Module:
+        """What computes the logits from the last hidden states."""
+        head: nn.Module = self._model.get_output_embeddings()
+        return head
+
+    @contextmanager
+    def watched(self, receive: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+        """Pass on what each matrix is multiplied by, while the weights are the original ones.
+
+        Args:
+            receive: gets a stack's name, the number of an expert, and its counted inputs, float32
+                ``[tokens, columns]``.
+        """
+
+        def pass_on(layer: LayerStacks, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            tokens, index = layer.layer.routing(*arguments)[:2]
+            in_decoder = self._batch.targets is not None and "decoder" in layer.path.split(".")
+            read = self._batch.targets if in_decoder else self._batch.inputs
+            assert read is not None
             for expert in range(layer.output.experts):
-                chosen = (index == expert).any(-1) & counted[layer.path.partition(".")[0]]
-                self._add(layer, expert, tokens[chosen])
+                inputs = tokens[(index == expert).any(-1) & read.counted.flatten()]
+                for stack in layer.inputs:
+                    receive(stack.name, expert, inputs)
+                receive(layer.output.name, expert, self._hidden(layer, expert, inputs))
 
-        hooks = [
-            self._model.get_submodule(each.path).register_forward_pre_hook(partial(note, each))
-            for each in self._layers
-        ]
-        self._before_head: list[Tensor] = []
-        hooks.append(
-            self._model.get_output_embeddings().register_forward_pre_hook(
-                lambda module, arguments: self._before_head.append(arguments[0].clone())
-            )
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                module = self._model.get_submodule(layer.path)
+                hooks.callback(module.register_forward_pre_hook(partial(pass_on, layer)).remove)
+            yield
+
+    def _hidden(self, layer: LayerStacks, expert: int, inputs: Tensor) -> Tensor:
+        products = [inputs @ self.matrices[stack.name][expert].T for stack in layer.inputs]
+        biases: Sequence[Tensor] = ()
+        if layer.layer.biases:
+            bias = self._parameters[layer.layer.biases[0]][expert]
+            biases = layer.split_rows(bias, 2) if len(products) == 2 else [bias]
+        return layer.hidden(products, biases)
+
+
+def targets(batch: Batch) -> Tensor:
+    """The tokens to predict, int64 ``[windows, tokens]``."""
+    return (batch.targets or batch.inputs).ids[:, 1:]
+
+
+class Original:
+    """What a model says about a text before its matrices are replaced.
+
+    Attributes:
+        windows: of the text.
+        cross_entropy: mean over the windows.
+        cross_entropy_error: its standard error.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Model, windows: Sequence[Batch]) -> None:
+        self._model, self.windows = model, windows
+        self._before_head: list[Tensor] = []  # smaller than its outputs
+        hook = model.head.register_forward_pre_hook(
+            lambda _, arguments: self._before_head.append(arguments[0].clone())
         )
         losses = []
-        for batch in self._batches:
-            counted.update(batch.counted)
-            losses.append(_cross_entropy(self._log_probabilities(batch), batch.targets))
-        for hook in hooks:
-            hook.remove()
+        for window in windows:
+            logits = model.logits(window)
+            losses.append(_cross_entropy(logits.log_softmax(-1), targets(window)))
+        hook.remove()
+        if not torch.allclose(model.head(self._before_head[-1])[:, :-1], logits, atol=1e-4):
+            raise SystemExit("the model changes what its LM head returns")
         self._losses = torch.cat(losses)
         self.cross_entropy, self.cross_entropy_error = _mean(self._losses)
 
-    def _add(self, layer: LayerStacks, expert: int, inputs: Tensor) -> None:
-        products = []
-        for stack in layer.inputs:
-            self.sums[stack.name].add(expert, inputs)
-            products.append(inputs @ self.original[stack.name][expert].T)
-        self.sums[layer.output.name].add(expert, layer.hidden(products))
-
-    def _log_probabilities(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._model(**batch.inputs, use_cache=False).logits
-        return logits.log_softmax(-1)
-
     @torch.no_grad()
-    def measure(self, path: Path) -> dict[str, Any]:
-        """Measure a file; its weights stay in the model."""
-        errors = {}
-        with qmoe_format.open(path, memory_map=False) as file:
-            for name, places in self._matrices.items():
-                dtype = file.tensors[name].dtype
-                for expert, place in enumerate(places):
-                    stored = to_float32(file.read_expert(name, expert), dtype)
-                    place.copy_(torch.from_numpy(stored))
-                sums = self.sums[name]
-                error = relative_error(self.original[name], torch.stack(places), sums.sums)
-                errors[name] = error[sums.tokens >= sums.sums.shape[2]]
-        return {**self._loss(), "output_error": _summary(errors)}
-
-    def _loss(self) -> dict[str, float]:
-        """Means per target token, with standard errors from the means of the windows."""
-        head = self._model.get_output_embeddings()
-        losses, divergences = [], []
-        for batch, hidden in zip(self._batches, self._before_head, strict=True):
-            found = self._log_probabilities(batch)
-            original = head(hidden).log_softmax(-1)
-            losses.append(_cross_entropy(found, batch.targets))
-            pointwise = nn.functional.kl_div(found, original, reduction="none", log_target=True)
-            divergences.append(pointwise.sum(-1).double().mean(1))
-        loss = torch.cat(losses)
-        means = {"cross_entropy": loss, "loss_gap": loss - self._losses}
-        means["kl"] = torch.cat(divergences)
+    def compare(self, progress: Progress | None = None) -> dict[str, float]:
+        """Means per target token with standard errors from the windows, as ``NAME_error``."""
+        found: dict[str, list[Tensor]] = {name: [] for name in ("cross_entropy", "kl", "top1")}
+        for number, (window, hidden) in enumerate(
+            zip(self.windows, self._before_head, strict=True), 1
+        ):
+            changed = self._model.logits(window).log_softmax(-1)
+            original = self._model.head(hidden)[:, :-1].log_softmax(-1)
+            found["cross_entropy"].append(_cross_entropy(changed, targets(window)))
+            pointwise = nn.functional.kl_div(changed, original, reduction="none", log_target=True)
+            found["kl"].append(pointwise.sum(-1).double().mean(1))
+            found["top1"].append((changed.argmax(-1) == original.argmax(-1)).double().mean(1))
+            if progress:
+                progress(number, len(self.windows))
+        means = {name: torch.cat(windows) for name, windows in found.items()}
+        means["loss_gap"] = means["cross_entropy"] - self._losses
         figures: dict[str, float] = {}
         for name, windows in means.items():
             figures[name], figures[f"{name}_error"] = _mean(windows)
         return figures
 
 
-def _matrices(model: nn.Module, layers: Sequence[LayerStacks]) -> dict[str, list[Tensor]]:
-    """Views of the model's parameters, one per expert, by the names of the file's stacks."""
-    parameters = dict(model.named_parameters())
-    found: dict[str, list[Tensor]] = {}
-    for each in layers:
-        for matrix, stacks in (
-            (each.layer.inputs, each.inputs),
-            (each.layer.output, (each.output,)),
-        ):
-            members = [parameters[name].detach() for name in each.layer.members(matrix)]
-            experts = members if len(members) > 1 else list(members[0])
-            for part, stack in enumerate(stacks):  # one matrix may have gate above up
-                found[stack.name] = [one.chunk(len(stacks))[part] for one in experts]
-    return found
+class Evaluation:
+    """One of the small trained models and what its original says about the evaluation text.
 
+    Attributes:
+        original: its matrices, float32 ``[experts, rows, columns]`` by stack.
+        sums: S of each, and the number of tokens.
+    """
 
-def _batches(tokenizer: Any, config: dict[str, Any], windows: int | None) -> Iterator[Batch]:
-    special = torch.tensor(tokenizer.all_special_ids)
+    def __init__(self, name: str, windows: int | None = None) -> None:
+        """Run the original.
 
-    def counted(ids: Tensor) -> Tensor:
-        return ~torch.isin(ids, special).flatten()
-
-    if config.get("is_encoder_decoder"):
-        read_windows = runpy.run_path(str(DATA / "eval_span.py"))["windows"]
-        corrupted = _spaced(list(read_windows(tokenizer, EVALUATION_TEXT)), windows)
-        for first in range(0, len(corrupted), BATCH):
-            pairs = zip(*corrupted[first : first + BATCH], strict=True)
-            encoder, targets = (torch.from_numpy(np.stack(part)) for part in pairs)
-            start = torch.full((len(targets), 1), config["decoder_start_token_id"])
-            decoder = torch.cat([start, targets[:, :-1]], 1)
-            yield Batch(
-                {"input_ids": encoder, "decoder_input_ids": decoder},
-                targets,
-                {"encoder": counted(encoder), "decoder": counted(decoder)},
+        Args:
+            name: the model's folder in ``DATA``.
+            windows: the number of windows, chosen at random; by default all.
+        """
+        self._model = Model(DATA / name)
+        self.original = {name: torch.stack(each) for name, each in self._model.matrices.items()}
+        self.sums = {
+            name: Statistics.zeros(len(weights), weights.shape[2])
+            for name, weights in self.original.items()
+        }
+        with self._model.watched(lambda name, *inputs: self.sums[name].add(*inputs)):
+            self._text = Original(
+                self._model, self._model.windows(read_text(EVALUATION_TEXT), windows)
             )
-        return
-    ids: list[int] = []
-    with EVALUATION_TEXT.open(encoding="utf-8") as lines:
-        for line in lines:
-            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
-            ids.append(tokenizer.eos_token_id)
-    whole = len(ids) // CAUSAL_WINDOW
-    cut = torch.tensor(ids[: whole * CAUSAL_WINDOW]).view(whole, CAUSAL_WINDOW)
-    chosen = torch.stack(_spaced(list(cut), windows))
-    for first in range(0, len(chosen), BATCH):
-        part = chosen[first : first + BATCH]
-        inputs = part[:, :-1]
-        yield Batch({"input_ids": inputs}, part[:, 1:], {"model": counted(inputs)})
+        self.windows = len(self._text.windows)
+        self.cross_entropy = self._text.cross_entropy
+        self.cross_entropy_error = self._text.cross_entropy_error
+
+    def measure(self, path: Path) -> dict[str, Any]:
+        """Measure a file; its weights stay in the model."""
+        load_experts(self._model, path)
+        errors = {}
+        for name, matrices in self._model.matrices.items():
+            sums = self.sums[name]
+            error = relative_error(self.original[name], torch.stack(matrices), sums.sums)
+            errors[name] = error[sums.tokens >= sums.sums.shape[2]]
+        return {**self._text.compare(), "output_error": _summary(errors)}
 
 
-def _spaced(items: list[Any], count: int | None) -> list[Any]:
-    if count is None or count >= len(items):
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
+def read_text(path: Path) -> list[str | Chat]:
+    """The documents of a file."""
+    return [text for (text,) in read_documents(path)]
 
 
-def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+def load_experts(model: Model, path: Path) -> None:
+    """Replace a model's matrices by those of a ``.qmoe`` file."""
+    with qmoe_format.open(path, memory_map=False) as file:
+        for name, matrices in model.matrices.items():
+            dtype = file.tensors[name].dtype
+            for expert in range(len(matrices)):
+                model.replace(name, expert, to_float32(file.read_expert(name, expert), dtype))
+
+
+def _cross_entropy(log_probabilities: Tensor, wanted: Tensor) -> Tensor:
     """The mean of each window, float64."""
-    return -log_probabilities.gather(-1, targets[..., None])[..., 0].double().mean(1)
+    return -log_probabilities.gather(-1, wanted[..., None])[..., 0].double().mean(1)
 
 
 def _mean(windows: Tensor) -> tuple[float, float]:

@@ -1,0 +1,179 @@
+"""GGUF's types for weights, made by llama.cpp's own code and read back by gguf-py.
+
+Needs the extra ``gguf``: gguf-py, and the shared library in llama-cpp-python, of which nothing else
+is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.evaluation import Model
+from qmoe_format.calibration.sequences import Batch
+from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Progress
+
+TYPES = (
+    *("IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"),
+    *("IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
+)
+PACKAGES = ("llama-cpp-python", "gguf")
+
+Importance = dict[str, NDArray[np.float32]]
+"""Of the columns of each expert's matrix, ``[experts, columns]`` by stack."""
+
+
+class GGUFTypes:
+    """Matrices to GGUF's types and back."""
+
+    def __init__(self) -> None:
+        """
+        Raises:
+            QMoEError: ``dependency`` if a package is missing.
+        """
+        package = find_spec("llama_cpp")
+        if package is None or package.origin is None or find_spec("gguf") is None:
+            raise QMoEError(
+                "dependency",
+                "llama_cpp or gguf cannot be imported",
+                "run: pip install 'qmoe-format[gguf]'",
+            )
+        self._gguf: Any = import_module("gguf")
+        suffix = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}
+        name = suffix.get(sys.platform, "libggml-base.so")
+        self._ggml = ctypes.CDLL(str(Path(package.origin).parent / "lib" / name))
+        self._quantize = self._ggml.ggml_quantize_chunk
+        floats = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
+        bytes_out = np.ctypeslib.ndpointer(np.uint8, flags="C_CONTIGUOUS")
+        numbers = [ctypes.c_int64] * 3  # first element, rows, columns
+        self._quantize.argtypes = [ctypes.c_int, floats, bytes_out, *numbers, floats]
+        self._quantize.restype = ctypes.c_size_t
+
+    def _size(self, name: str) -> tuple[int, int, int]:
+        """The type's number, the weights in a block of it, and the bytes of that."""
+        number = self._gguf.GGMLQuantizationType[name]
+        return int(number), *self._gguf.GGML_QUANT_SIZES[number]
+
+    def bits(self, name: str) -> float:
+        """Bits per weight of a type, with its scales."""
+        _, weights, size = self._size(name)
+        return 8 * size / weights
+
+    def fits(self, name: str, columns: int) -> bool:
+        """Whether a row consists of whole blocks of a type."""
+        return columns % self._size(name)[1] == 0
+
+    def round_trip(
+        self, name: str, weights: NDArray[np.float32], importance: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """What llama.cpp makes of a matrix.
+
+        Args:
+            name: of a type that ``fits``.
+            weights: float32 ``[rows, columns]``.
+            importance: of the columns, float32 ``[columns]``.
+
+        Returns:
+            The dequantized weights, as ``weights``.
+        """
+        number, block, size = self._size(name)
+        rows, columns = weights.shape
+        stored = np.empty((rows, columns // block * size), np.uint8)
+        self._ggml.ggml_quantize_init(number)
+        weights, importance = map(np.ascontiguousarray, (weights, importance))
+        written = self._quantize(number, weights, stored, 0, rows, columns, importance)
+        assert written == stored.nbytes
+        back: NDArray[np.float32] = self._gguf.quants.dequantize(
+            stored, self._gguf.GGMLQuantizationType(number)
+        )
+        return back
+
+
+class GGUFExperts:
+    """Replaces a model's experts by what llama.cpp makes of them."""
+
+    def __init__(
+        self, model: Model, batches: Sequence[Batch], progress: Progress | None = None
+    ) -> None:
+        """
+        Args:
+            model: with its original weights.
+            batches: of the calibration text.
+            progress: called with the number of batches read and to read.
+        """
+        self._types = GGUFTypes()
+        self._model = model
+        self._weights = {
+            name: [each.numpy().copy() for each in experts]
+            for name, experts in model.matrices.items()
+        }
+        self._importance = column_importance(model, batches, progress)
+
+    def replace(self, name: str, progress: Progress | None = None) -> float:
+        """Let the model compute with experts of a type.
+
+        Args:
+            name: of the type.
+            progress: called with the number of matrices done and to do.
+
+        Returns:
+            Bits per weight.
+
+        Raises:
+            QMoEError: ``argument`` if the rows of a matrix are no whole blocks of the type.
+        """
+        done, total = 0, sum(map(len, self._weights.values()))
+        for stack, experts in self._weights.items():
+            columns = experts[0].shape[1]
+            if not self._types.fits(name, columns):
+                raise QMoEError("argument", f"{stack}: {columns} columns, not whole blocks")
+            for expert, weights in enumerate(experts):
+                found = self._types.round_trip(name, weights, self._importance[stack][expert])
+                self._model.replace(stack, expert, found)
+                done += 1
+                if progress:
+                    progress(done, total)
+        return self._types.bits(name)
+
+
+def column_importance(
+    model: Model, batches: Sequence[Batch], progress: Progress | None = None
+) -> Importance:
+    """Mean squared input of each column of each expert, as ``llama-imatrix`` measures it.
+
+    As there, an expert without tokens has an importance of 1 everywhere.
+
+    Args:
+        model: with its original weights.
+        batches: of the calibration text.
+        progress: called with the number of batches read and to read.
+    """
+    sums = {
+        name: torch.zeros(len(experts), experts[0].shape[1], dtype=torch.float64)
+        for name, experts in model.matrices.items()
+    }
+    tokens = {name: torch.zeros(len(experts), 1) for name, experts in model.matrices.items()}
+
+    def add(name: str, expert: int, inputs: torch.Tensor) -> None:
+        sums[name][expert] += inputs.square().sum(0, dtype=torch.float64)
+        tokens[name][expert] += len(inputs)
+
+    with model.watched(add):
+        for number, batch in enumerate(batches, 1):
+            model.logits(batch)
+            if progress:
+                progress(number, len(batches))
+    return {
+        name: torch.where(tokens[name] > 0, total / tokens[name].clamp(min=1), 1.0).float().numpy()
+        for name, total in sums.items()
+    }

@@ -1,0 +1,322 @@
+"""What our recipes lose beside llama.cpp's types, on the same weights and the same text.
+
+    python -m benchmarks.quality [--model MODEL ...] [--only LABEL ...] [--quick] [--resume]
+
+Writes benchmarks/results/quality.json, after each recipe or type, and quality.png; with --quick
+nothing. By default MODEL is both small trained models; it may be the folder of any checkpoint.
+LABEL is a recipe or type as in the table, or a pattern such as 'rd *'; results of others are kept.
+With --resume only what is missing is measured.
+
+Only the experts' matrices are replaced. Ours are converted with all of the calibration text, theirs
+quantized by llama.cpp's own code with an importance matrix of the same sequences, see
+``gguf_types``. ``evaluation`` says what is measured. Bits are per weight of the experts, with all
+scales and dictionaries. KL is also measured on text of other kinds than the calibration's:
+
+    code      every tenth module at the top of Python's standard library, by name
+    licenses  of packages that this one needs, each paragraph once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+import qmoe_format
+from benchmarks import report
+from benchmarks.evaluation import EVALUATION_TEXT, Model, Original, load_experts, read_text
+from benchmarks.gguf_types import TYPES, GGUFExperts
+from benchmarks.quantize import CALIBRATION_TEXT, MODELS, Record, Records, surveys_shared
+from benchmarks.report import DATA
+from qmoe_format.calibration.text import Chat
+from qmoe_format.cli.progress_line import ProgressLine
+from qmoe_format.container.inspection import describe
+from qmoe_format.conversion import Calibration
+from qmoe_format.errors import QMoEError
+from qmoe_format.progress import Progress
+from qmoe_format.quantize import RECIPES
+
+# The arguments of ``convert``. A recipe that is not registered is left out.
+OURS: dict[str, dict[str, Any]] = {
+    **{
+        f"rd {bits:g}": {"recipe": "rd", "bits_per_weight": bits}
+        for bits in (0.5, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0)
+    },
+    "qmoe": {"recipe": "qmoe"},
+    "rtn": {"recipe": "rtn"},
+    "moqe": {"recipe": "moqe"},
+    "finequant": {"recipe": "finequant"},
+    "int4-experts": {"recipe": "int4-experts"},
+    "gptq": {"recipe": "gptq"},
+}
+QUICK = ("rd 1", "qmoe", "rtn", "IQ1_S", "TQ1_0", "IQ2_XXS", "IQ2_S", "Q4_K")
+MAIN_TEXT = "evaluation"
+OTHER_TEXTS = ("code", "licenses")
+LICENSED = ("numpy", "numba", "zstandard", "torch", "transformers", "safetensors", "tokenizers")
+
+# Windows to evaluate on, and sequences to calibrate with; None for all.
+Settings = dict[str, int | None]
+FULL: Settings = {"windows": None, "other_windows": 128, "samples": None}
+TRIAL: Settings = {"windows": 24, "other_windows": 16, "samples": 24}
+
+Documents = list[str | Chat]
+
+
+def code() -> Documents:
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+    return [module.read_text(encoding="utf-8") for module in modules[::10]]
+
+
+def licenses() -> Documents:
+    paragraphs: dict[str, None] = {}
+    for package in LICENSED:
+        for file in sorted(importlib.metadata.files(package) or []):
+            if "licen" in file.name.lower() and file.suffix != ".py":
+                paragraphs |= dict.fromkeys(file.read_text(encoding="utf-8").split("\n\n"))
+    return ["\n\n".join(paragraphs)]
+
+
+class Subject:
+    """A model, what its original says about the texts, and the ways to replace its experts."""
+
+    def __init__(
+        self,
+        folder: Path,
+        calibration: Path,
+        texts: dict[str, Documents],
+        settings: Settings,
+        *,
+        theirs: bool,
+    ) -> None:
+        """``theirs``: whether GGUF's types will be asked for."""
+        self._folder, self._model = folder, Model(folder)
+        self._calibration = Calibration(calibration, samples=settings["samples"])
+        self._originals = {}
+        for name, text in texts.items():
+            count = settings["windows" if name == MAIN_TEXT else "other_windows"]
+            self._originals[name] = Original(self._model, self._model.windows(text, count))
+        if theirs:
+            sequences = self._model.batches(read_text(calibration), samples=settings["samples"])
+            with ProgressLine("importance matrix", "batches") as line:
+                self._theirs = GGUFExperts(self._model, sequences, line)
+
+    def bf16(self) -> Record:
+        return {
+            name: {
+                "windows": len(original.windows),
+                "cross_entropy": original.cross_entropy,
+                "cross_entropy_error": original.cross_entropy_error,
+            }
+            for name, original in self._originals.items()
+        }
+
+    def measure(self, label: str) -> Record:
+        """Replace the experts and measure. A refusal is a result, too."""
+        started = time.perf_counter()
+        record: Record = {"options": OURS.get(label, {"type": label})}
+        try:
+            with ProgressLine(label, "weights" if label in OURS else "matrices") as line:
+                replace = self._convert if label in OURS else self._theirs.replace
+                record["bits"] = replace(label, line)
+        except QMoEError as error:
+            return {**record, "failed": str(error)}
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        for name, original in self._originals.items():
+            with ProgressLine(f"{label}, {name}", "windows") as line:
+                found = original.compare(line)
+            if name == MAIN_TEXT:
+                record |= found
+            else:
+                record[name] = {what: found[what] for what in ("kl", "kl_error")}
+        return record
+
+    def _convert(self, label: str, progress: Progress) -> float | None:
+        options = OURS[label]
+        calibrated = RECIPES[options["recipe"]].calibrated
+        with tempfile.TemporaryDirectory() as work:
+            path = qmoe_format.convert(
+                self._folder,
+                Path(work) / "model.qmoe",
+                calibration=self._calibration if calibrated else None,
+                progress=progress,
+                **options,
+            )
+            load_experts(self._model, path)
+            with qmoe_format.open(path, memory_map=False) as file:
+                return describe(file)["totals"]["experts"]["total_bits_per_weight"]
+
+
+# The run
+
+
+def labels(patterns: Sequence[str]) -> list[str]:
+    """The recipes, of those that are registered, and types that match one of the patterns."""
+    ours = [label for label, options in OURS.items() if options["recipe"] in RECIPES]
+    known = [*ours, *TYPES]
+    for pattern in patterns:
+        if not any(fnmatchcase(label, pattern) for label in known):
+            raise SystemExit(f"there is no {pattern!r}, only {', '.join(known)}")
+    return [label for label in known if any(fnmatchcase(label, each) for each in patterns)]
+
+
+def run(
+    folders: Sequence[Path],
+    chosen: Sequence[str],
+    calibration: Path,
+    evaluation: Path,
+    settings: Settings,
+    *,
+    resume: bool,
+    save: bool,
+) -> None:
+    texts = {MAIN_TEXT: read_text(evaluation), "code": code(), "licenses": licenses()}
+    stated: Record = dict(settings)
+    for name, text in {"calibration": read_text(calibration), **texts}.items():
+        stated[f"{name}_sha256"] = hashlib.sha256(json.dumps(text).encode()).hexdigest()
+    models: dict[str, Record] = report.load("quality").get("models", {}) if save else {}
+
+    def save_now() -> None:
+        if save:
+            machine = report.machine()
+            for package in ("transformers", "gguf", "llama-cpp-python"):
+                with suppress(importlib.metadata.PackageNotFoundError):
+                    machine["versions"][package] = importlib.metadata.version(package)
+            report.save("quality", {"machine": machine, "models": models})
+
+    for folder in folders:
+        result = models.get(folder.name, {})
+        if result.get("settings") != stated:
+            if result and resume:
+                raise SystemExit(f"{folder.name} was measured with other text or other settings")
+            result = models[folder.name] = {"settings": stated, "records": {}}
+        records: Records = result["records"]
+        missing = [each for each in chosen if not (resume and "bits" in records.get(each, {}))]
+        if missing:
+            subject = Subject(
+                folder, calibration, texts, settings, theirs=not set(missing) <= set(OURS)
+            )
+            result["bf16"] = subject.bf16()
+        for label in missing:
+            records[label] = subject.measure(label)
+            save_now()
+        print(f"\n{folder.name}\n{table(records)}", flush=True)
+    if save:
+        plot(models, report.RESULTS / "quality.png")
+
+
+# Output
+
+
+def table(records: Records) -> str:
+    """In order of bits; KL and loss gap in thousandths of a nat."""
+    lines = [
+        f"{'':14}{'bits':>6}  {'KL':>14}  {'loss gap':>15}  {'same top 1':>14}"
+        + "".join(f"  {'KL, ' + text:>14}" for text in OTHER_TEXTS)
+    ]
+    for label, each in sorted(records.items(), key=lambda item: item[1].get("bits", 99)):
+        name = f"{label}{' *' if label in OURS else ''}"
+        if "failed" in each:
+            lines.append(f"{name:14}{each['failed']}")
+            continue
+        kl = [each, *(each[text] for text in OTHER_TEXTS)]
+        cells = [f"{1e3 * one['kl']:.3f} ± {1e3 * one['kl_error']:.3f}" for one in kl]
+        gap = f"{1e3 * each['loss_gap']:+.3f} ± {1e3 * each['loss_gap_error']:.3f}"
+        top = f"{100 * each['top1']:.2f} ± {100 * each['top1_error']:.2f} %"
+        lines.append(
+            f"{name:14}{each['bits']:6.3f}  {cells[0]:>14}  {gap:>15}  {top:>14}"
+            + "".join(f"  {cell:>14}" for cell in cells[1:])
+        )
+    return "\n".join([*lines, "* ours; KL and loss gap in thousandths of a nat"])
+
+
+OUR_CURVE = "rd (ours), asked for several sizes"
+PLOTTED = {OUR_CURVE: "C0o-", "our other recipes": "C3s", "llama.cpp's types": "C2D"}
+
+
+def _group(label: str) -> str:
+    curve, others, theirs = PLOTTED
+    return theirs if label not in OURS else curve if label.startswith("rd ") else others
+
+
+def plot(models: dict[str, Record], path: Path) -> None:
+    """KL over bits, a panel for each model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(5.2 * len(models), 4.8), squeeze=False, layout="constrained"
+    )
+    for panel, (model, result) in zip(axes[0], models.items(), strict=True):
+        groups: dict[str, list[tuple[float, float, str]]] = {name: [] for name in PLOTTED}
+        for label, each in result["records"].items():
+            if "bits" in each:
+                groups[_group(label)].append((each["bits"], each["kl"], label))
+        for (name, points), style in zip(groups.items(), PLOTTED.values(), strict=True):
+            if not points:
+                continue
+            bits, kl, names = zip(*sorted(points), strict=True)
+            panel.plot(bits, kl, style, markersize=5, label=name)
+            below = name == OUR_CURVE
+            for x, y, text in zip(bits, kl, names, strict=True):
+                panel.annotate(
+                    text.removeprefix("rd "),
+                    (x, y),
+                    (-4, -3) if below else (4, 3),
+                    textcoords="offset points",
+                    ha="right" if below else "left",
+                    va="top" if below else "bottom",
+                    fontsize=8,
+                    color=style[:2],
+                )
+        panel.set(yscale="log", title=model, xlabel="bits per expert weight, everything included")
+        panel.grid(alpha=0.3, which="both")
+        panel.margins(x=0.1)
+    axes[0][0].set_ylabel("KL(bf16 ‖ quantized), nats per token")
+    axes[0][0].legend()
+    figure.suptitle("Loss of quality over size of the experts: lower left is better")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = report.arguments(__doc__)
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="small trained model or folder of a checkpoint (default: both)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="recipes and types to measure")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT, help="file of text")
+    parser.add_argument("--evaluation", type=Path, default=EVALUATION_TEXT, help="file of text")
+    parser.add_argument("--quick", action="store_true", help="few recipes, little text, no results")
+    parser.add_argument("--resume", action="store_true", help="measure only what is missing")
+    options = parser.parse_args()
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    folders = [DATA / each if each in MODELS else Path(each) for each in options.model or MODELS]
+    with tempfile.TemporaryDirectory() as surveys, surveys_shared(Path(surveys)):
+        run(
+            [folder.resolve() for folder in folders],
+            labels(options.only or (QUICK if options.quick else ["*"])),
+            options.calibration,
+            options.evaluation,
+            TRIAL if options.quick else FULL,
+            resume=options.resume,
+            save=not options.quick,
+        )
+
+
+if __name__ == "__main__":
+    main()
