@@ -61,7 +61,7 @@ def main() -> None:
             for tokens in TOKENS:
                 seconds = report.medians(kernels(matrix, tokens), ROUNDS)
                 took = {name: 1e6 * each["median"] for name, each in seconds.items()}
-                choice = choose_kernel(tokens, matrix.levels.zero_fraction, Tuning())
+                choice = choose_kernel(tokens, matrix, Tuning())
                 result = {
                     "shape": [rows, columns],
                     "zeros": share,

@@ -1,6 +1,6 @@
 """y = x W^T with experts that stay compressed, differentiable with respect to x.
 
-A few tokens are multiplied straight from the codewords. For many, rows of W are decoded into a
+A few tokens are multiplied with weights as they are stored. For many, rows of W are decoded into a
 scratch buffer for a dense product: on the CPU no expert is ever decoded as a whole.
 """
 
@@ -21,7 +21,7 @@ from qmoe_format.runtime.tuning import Tuning
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Kernel = Literal["matvec", "matmul", "dense"]
-"""From codewords one token at a time, from codewords several at once, or with decoded weights."""
+"""As stored one token at a time, as stored several at once, or with decoded weights."""
 
 
 class Group(NamedTuple):
@@ -32,11 +32,14 @@ class Group(NamedTuple):
     last: int
 
 
-def choose_kernel(tokens: int, zero_fraction: float, tuning: Tuning) -> Kernel:
+def choose_kernel(tokens: int, matrix: codec.Matrix, tuning: Tuning) -> Kernel:
     """The fastest kernel on a CPU for the tokens of one expert."""
     if tokens <= tuning.matvec_tokens:
         return "matvec"
-    return "dense" if tokens * (1 - zero_fraction) > tuning.dense_tokens else "matmul"
+    if isinstance(matrix, codec.GroupedMatrix):
+        return "dense" if tokens > tuning.grouped_dense_tokens else "matmul"
+    nonzeros = 1 - matrix.levels.zero_fraction
+    return "dense" if tokens * nonzeros > tuning.dense_tokens else "matmul"
 
 
 def grouped_linear(
@@ -93,7 +96,7 @@ def _on_cpu(
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             matrix = stack.matrix(expert)
-            kernel = choose_kernel(last - first, matrix.levels.zero_fraction, tuning)
+            kernel = choose_kernel(last - first, matrix, tuning)
             if kernel == "matvec":
                 singles += [(matrix, x_array[i], y_array[i, columns]) for i in range(first, last)]
             elif kernel == "matmul":

@@ -8,7 +8,7 @@ from qmoe_format.container.encodings import encoding_of
 from qmoe_format.errors import QMoEError
 
 if TYPE_CHECKING:
-    from qmoe_format.codec import EncodedMatrix
+    from qmoe_format.codec import Matrix
     from qmoe_format.container import QMoEFile
     from qmoe_format.gpu import DeviceStack
 
@@ -41,13 +41,13 @@ class LazyStack:
         self.name = name
         self.shape: tuple[int, int, int] = (entry.shape[0], entry.shape[1], entry.shape[2])
         self._file = file
-        self._matrices: dict[int, EncodedMatrix] = {}
+        self._matrices: dict[int, Matrix] = {}
         self._uploaded: dict[int, DeviceStack] = {}
 
     def __repr__(self) -> str:
         return f"<LazyStack {self.name}: {list(self.shape)}>"
 
-    def matrix(self, expert: int) -> EncodedMatrix:
+    def matrix(self, expert: int) -> Matrix:
         """One expert, as views of the file; it is checked when first asked for."""
         matrix = self._matrices.get(expert)
         if matrix is None:

@@ -18,6 +18,7 @@ class Tuning:
         dense_tokens: tokens of an expert, times its share of non-zero weights, from which decoding
             the weights for a dense product pays: a product from codewords takes time for each
             non-zero, a dense one for each weight.
+        grouped_dense_tokens: tokens of an expert from which that pays with ``int-group``.
         weights_per_thread: weights for which waking another thread pays.
         scratch_bytes: of decoded weights at a time.
         gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch per stack.
@@ -28,6 +29,7 @@ class Tuning:
     pairs: int = 256
     matvec_tokens: int = 2
     dense_tokens: float = 17.0
+    grouped_dense_tokens: int = 48
     weights_per_thread: int = 1 << 18
     scratch_bytes: int = 8 << 20
     gpu_layer_tokens: int = 64

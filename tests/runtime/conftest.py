@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch
 
 import qmoe_format
-from tests.runtime.files import Dense, write_stacks
+from tests.runtime.files import KINDS, Dense, write_stacks
 from tests.tiny_models import save_model
 
 
@@ -55,10 +55,12 @@ def model(request: pytest.FixtureRequest, converted: Callable[[str], Converted])
     return converted(request.param)
 
 
-@pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dense]:
+@pytest.fixture(scope="session", params=KINDS)
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Dense]:
     path = tmp_path_factory.mktemp("stacks") / "layer.qmoe"
-    return path, write_stacks(path)
+    return path, write_stacks(path, request.param)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ every_type = pytest.mark.parametrize("model_type", sorted(CONFIGS | WRAPPERS))
 
 def rounded(experts: Tensor) -> Tensor:
     """[experts, rows, columns] as the recipe rtn leaves them."""
-    return RECIPES["rtn"].quantize(experts, "BF16").weights.dequantize()
+    return RECIPES["rtn"].quantize(experts).weights.dequantize()
 
 
 def expert_modules(model: torch.nn.Module) -> Iterator[str]:
