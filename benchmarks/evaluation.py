@@ -56,14 +56,12 @@ class Model:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
         self._config = language_config(json.loads((folder / "config.json").read_text()))
         self._seq2seq = bool(self._config.get("is_encoder_decoder"))
-        kind = AutoModelForSeq2SeqLM if self._seq2seq else AutoModelForCausalLM
         self._tokenizer = load_tokenizer(folder)
-        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
         with open_checkpoint(folder) as checkpoint:
+            kind: Any = type(checkpoint.model)
+            self._model = kind.from_pretrained(folder, dtype=torch.float32).eval()
             self.layers = [layer for layer in checkpoint.layers if layer.runs]
         self._parameters = {name: each.detach() for name, each in self._model.named_parameters()}
         self.matrices: dict[str, list[Tensor]] = {}

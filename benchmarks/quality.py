@@ -1,6 +1,7 @@
 """What our recipes lose beside llama.cpp's types, on the same weights and the same text.
 
-    python -m benchmarks.quality [--model MODEL ...] [--only LABEL ...] [--quick] [--resume]
+    python -m benchmarks.quality [--model MODEL ...] [--only LABEL ...] [--windows N]
+                                 [--calibration FILE] [--evaluation FILE] [--quick] [--resume]
 
 Writes benchmarks/results/quality.json, after each recipe or type, and quality.png; with --quick
 nothing. By default MODEL is both small trained models; it may be the folder of any checkpoint.
@@ -67,7 +68,7 @@ LICENSED = ("numpy", "numba", "zstandard", "torch", "transformers", "safetensors
 
 # Windows to evaluate on, and sequences to calibrate with; None for all.
 Settings = dict[str, int | None]
-FULL: Settings = {"windows": None, "other_windows": 128, "samples": None}
+FULL: Settings = {"windows": 136, "other_windows": 64, "samples": None}
 TRIAL: Settings = {"windows": 24, "other_windows": 16, "samples": 24}
 
 Documents = list[str | Chat]
@@ -300,11 +301,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="recipes and types to measure")
     parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT, help="file of text")
     parser.add_argument("--evaluation", type=Path, default=EVALUATION_TEXT, help="file of text")
+    parser.add_argument("--windows", type=int, help="of the evaluation text (default: 136)")
     parser.add_argument("--quick", action="store_true", help="few recipes, little text, no results")
     parser.add_argument("--resume", action="store_true", help="measure only what is missing")
     options = parser.parse_args()
     if not sys.stderr.isatty():
         disable_progress_bar()
+    settings = TRIAL if options.quick else FULL
+    if options.windows:
+        settings = {**settings, "windows": options.windows}
     folders = [DATA / each if each in MODELS else Path(each) for each in options.model or MODELS]
     with tempfile.TemporaryDirectory() as surveys, surveys_shared(Path(surveys)):
         run(
@@ -312,7 +317,7 @@ def main() -> None:
             labels(options.only or (QUICK if options.quick else ["*"])),
             options.calibration,
             options.evaluation,
-            TRIAL if options.quick else FULL,
+            settings,
             resume=options.resume,
             save=not options.quick,
         )
