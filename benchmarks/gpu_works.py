@@ -46,13 +46,13 @@ class Problem:
         bits = self.low_high.view(torch.int16).cpu().numpy().view(np.uint16)
         self.matrix = codec.encode_matrix(
             levels,
-            bits[:, None, :],
+            bits,
             width=profile.width,
             rows_per_segment=profile.rows_per_segment(columns),
             threads=report.machine()["cores"],
         )
-        coded = self.matrix.levels
-        self.bytes = coded.segment_bytes + 4 * (coded.count + 1) + bits.nbytes
+        mask = self.matrix.levels.mask
+        self.bytes = mask.segment_bytes + 4 * (mask.lengths.size + 1) + bits.nbytes
         self.experts = sets_of_experts(device, self.bytes) * FUSED
         self.stack = device.gpu.upload([self.expert(number) for number in range(self.experts)])
         self.anchor = gpu_anchor.encode(levels, bits)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_format.codec import EncodedMatrix
 from qmoe_format.gpu import cuda, packing
-from qmoe_format.gpu.packing import Layout, PackedStack
+from qmoe_format.gpu.packing import Layout, Matrix, PackedStack
 
 STAGING = 32 << 20  # bytes of page-locked memory in each of two buffers
 
@@ -66,19 +65,19 @@ class DeviceStack:
         return (DeviceMatrix(self, expert) for expert in range(len(self)))
 
 
-def upload(
-    matrices: EncodedMatrix | Sequence[EncodedMatrix], *, device: int | None = None
-) -> DeviceStack:
+def upload(matrices: Matrix | Sequence[Matrix], *, device: int | None = None) -> DeviceStack:
     """Copy matrices to a GPU as they are encoded. The copy is complete when this returns.
 
     Args:
-        matrices: one, or several that differ in nothing but their weights and dictionaries.
+        matrices: ``int-dict`` or ``int-group``; one, or several that differ in nothing but their
+            weights, number of levels, dictionaries and group sizes.
         device: number of the GPU; by default CuPy's current one.
 
     Raises:
         QMoEError: ``dependency`` without CuPy; ``device`` without a suitable GPU; ``memory``;
             ``argument`` for no matrix, or matrices that cannot form a stack; ``limit`` for a
-            segment of more than 2^26 weights.
+            segment or row of more than 2^26 weights. If codewords differ in width, matrices are
+            encoded anew, and the codes of ``codec.decode`` are possible.
 
     Example::
 
@@ -86,7 +85,7 @@ def upload(
             stack = gpu.upload([file.encoded(name, expert) for expert in range(16)])
         stack.shape  # (16, 3072, 768)
     """
-    sequence = [matrices] if isinstance(matrices, EncodedMatrix) else list(matrices)
+    sequence = packing.alike([matrices] if isinstance(matrices, Matrix) else list(matrices))
     layout = packing.layout(sequence)
     cupy = cuda.require()
     number = cupy.cuda.Device().id if device is None else device
@@ -98,7 +97,7 @@ def upload(
     return DeviceStack(number, PackedStack(layout, layout.arrays(buffer)))
 
 
-def _copy(cupy: Any, layout: Layout, matrices: Sequence[EncodedMatrix], buffer: Any) -> None:
+def _copy(cupy: Any, layout: Layout, matrices: Sequence[Matrix], buffer: Any) -> None:
     """Fill ``buffer`` through two page-locked buffers: one is filled while the other is copied."""
     stream = cupy.cuda.get_current_stream()
     size = min(STAGING, layout.bytes)

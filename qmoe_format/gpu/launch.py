@@ -39,7 +39,8 @@ class Launch:
     Attributes:
         kernel: what is launched.
         blocks: how many.
-        arguments: CuPy arrays, torch tensors and numpy scalars, in the kernel's order.
+        arguments: CuPy arrays, torch tensors and numpy scalars, in the kernel's order; None for
+            an array that it does not use.
     """
 
     kernel: Kernel
@@ -84,5 +85,7 @@ def _compiled(device: int, source: str, name: str) -> Any:
 
 def _argument(argument: Any) -> Any:
     # CuPy does not know torch's tensors, but takes an address in place of an array.
+    if argument is None:
+        return np.uint64(0)
     pointer = getattr(argument, "data_ptr", None)
     return argument if pointer is None else np.uint64(pointer())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations, product
 from typing import Any
 
@@ -11,14 +13,20 @@ import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec import (
+    Dictionary,
+    dequantize,
+    encode_matrix,
+    fit_dictionary,
+    pack_groups,
+)
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.gpu import launch_plan
 from qmoe_format.gpu.cuda import DeviceLimits
+from qmoe_format.gpu.int_dict_kernels import REFINED_THREADS, RING
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
-from qmoe_format.gpu.packing import PackedStack
-from tests.codec.strategies import dictionary, random_levels
+from qmoe_format.gpu.packing import Matrix, PackedStack
 from tests.gpu import shim
 
 Floats = npt.NDArray[np.float32]
@@ -28,49 +36,76 @@ NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 ROUNDING = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (0.0, 0.0)}
 # Two blocks at most: two are enough to disagree, and more are slow here.
 LARGE = DeviceLimits(multiprocessors=2, shared_bytes=227 << 10)
-SMALL = DeviceLimits(multiprocessors=2, shared_bytes=1 << 10)  # neither table nor x fits
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What decides a kernel's text."""
+class DictKind:
+    """What decides a kernel's text for ``int-dict``."""
 
-    dictionary: tuple[str, float, int]  # signs, fraction of zeros, width
-    scale_dtype: str
+    # Of mask and refinement: the dictionary's fraction of zeros, and its width.
+    strings: tuple[tuple[float, int], tuple[float, int] | None]
     scales: int
-    group_size: int
     column_scale: bool
     dtype: str  # of x and y
     tokens: int
     weighted: bool  # sums over the experts of a token
-    limits: DeviceLimits
+    small: bool  # neither tables nor x fit into shared memory
+
+    @property
+    def limits(self) -> DeviceLimits:
+        rings = RING * REFINED_THREADS // 32 if self.strings[1] else 0
+        return replace(LARGE, shared_bytes=rings + (1 << 10)) if self.small else LARGE
 
 
-CHOICES: tuple[list[Any], ...] = (
-    # Entries of 1, 2, 4 and 8 words, in all forms; tables of more than 12 bits stay out of shared
-    # memory.
-    [
-        *[("plane", 0.885, 8), ("plane", 0.885, 12), ("plane", 0.6, 9), ("plane", 0.3, 11)],
-        *[("codeword", 0.885, 13), ("codeword", 0.3, 10)],
-    ],
-    ["BF16", "F16", "F32"],
-    [1, 2],
-    [0, 1, 64],
-    [False, True],
+@dataclass(frozen=True, slots=True)
+class GroupKind:
+    """What decides a kernel's text for ``int-group``."""
+
+    bits: int
+    grid: tuple[str, bool]  # its name, and whether there are zero points
+    dtype: str
+    tokens: int
+    weighted: bool
+    small: bool
+
+    @property
+    def limits(self) -> DeviceLimits:
+        return replace(LARGE, shared_bytes=1 << 10) if self.small else LARGE
+
+
+Kind = DictKind | GroupKind
+
+_CALLS: tuple[list[Any], ...] = (
     ["bf16", "fp16", "fp32"],
     [1, 3, 20],
     [False, True],
-    [LARGE, SMALL],
+    [False, True],
+)
+DICT_CHOICES: tuple[list[Any], ...] = (
+    # Entries of 1, 2, 4 and 8 words, in all forms; tables of more than 12 bits stay out of shared
+    # memory.
+    [
+        *[((0.885, 8), None), ((0.885, 12), None), ((0.6, 9), None), ((0.885, 13), None)],
+        *[((0.3, 11), (0.95, 13)), ((0.6, 12), (0.7, 12)), ((0.01, 8), (0.25, 8))],
+    ],
+    [1, 2],
+    [False, True],
+    *_CALLS,
+)
+GROUP_CHOICES: tuple[list[Any], ...] = (
+    [2, 3, 4, 8],
+    [("linear", False), ("linear", True), ("log", False)],
+    *_CALLS,
 )
 
 
-def _kinds() -> list[Kind]:
-    """A few kinds in which any two choices occur together."""
+def _covering(choices: Sequence[list[Any]]) -> list[tuple[Any, ...]]:
+    """A few rows in which any two choices occur together."""
     rng = random.Random(0)
     rows: list[tuple[Any, ...]] = []
     missing = {
         (i, a, j, b)
-        for (i, some), (j, others) in combinations(enumerate(CHOICES), 2)
+        for (i, some), (j, others) in combinations(enumerate(choices), 2)
         for a, b in product(some, others)
     }
 
@@ -78,13 +113,15 @@ def _kinds() -> list[Kind]:
         return {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(row), 2)} & missing
 
     while missing:
-        tried = [tuple(rng.choice(some) for some in CHOICES) for _ in range(200)]
+        tried = [tuple(rng.choice(some) for some in choices) for _ in range(200)]
         rows.append(max(tried, key=lambda row: len(covered(row))))
         missing -= covered(rows[-1])
-    return [Kind(*row) for row in rows]
+    return rows
 
 
-KINDS = _kinds()
+DICT_KINDS = [DictKind(*row) for row in _covering(DICT_CHOICES)]
+GROUP_KINDS = [GroupKind(*row) for row in _covering(GROUP_CHOICES)]
+KINDS: list[Kind] = [*DICT_KINDS, *GROUP_KINDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +148,68 @@ shapes = st.builds(
 LONG = Shape(3, 4001, 0.8, 2, 0)
 
 
-def matrix(kind: Kind, shape: Shape, seed: int = 0) -> EncodedMatrix:
+@lru_cache(maxsize=64)
+def dictionary(zeros: float, width: int) -> Dictionary:
+    """Fitted once."""
+    return fit_dictionary(zeros, width)
+
+
+def random_levels(
+    rows: int, columns: int, zeros: float, rng: np.random.Generator, ones: float = 0.0
+) -> npt.NDArray[np.int8]:
+    """Independent levels; a refinement of them has about so many ones for each bit."""
+    magnitudes = rng.geometric(1 - ones, (rows, columns)).clip(1, 127)
+    magnitudes *= rng.random((rows, columns)) >= zeros
+    levels: npt.NDArray[np.int8] = magnitudes * rng.choice([-1, 1], (rows, columns))
+    return levels.astype(np.int8)
+
+
+def matrix(kind: Kind, shape: Shape, seed: int = 0) -> Matrix:
     """A random matrix; those with other seeds can be in the same stack."""
     rng = np.random.default_rng([shape.seed, seed])
-    groups = -(-shape.columns // kind.group_size) if kind.group_size else 1
 
-    def scale(*sizes: int) -> npt.NDArray[Any]:
+    def scale(*sizes: int) -> npt.NDArray[np.uint16]:
         values = rng.standard_normal(sizes)
         if shape.exact:
             values = 2.0 ** rng.integers(-2, 3, sizes) * rng.choice([-1.0, 1.0], sizes)
-        return from_float32(values.astype(np.float32), kind.scale_dtype)
+        return from_float32(values.astype(np.float32), "BF16")
 
-    signs, zeros, width = kind.dictionary
+    if isinstance(kind, GroupKind):
+        return _grouped(kind, shape, seed, rng, scale)
+    # In a stack, some are refined and some are not.
+    mask, refinement = kind.strings[0], None if seed % 3 else kind.strings[1]
     return encode_matrix(
-        random_levels(shape.rows, shape.columns, shape.zeros, seed),
-        scale(shape.rows, groups, kind.scales),
+        random_levels(
+            shape.rows, shape.columns, shape.zeros, rng, 1 - refinement[0] if refinement else 0.0
+        ),
+        scale(shape.rows, kind.scales),
         scale(shape.columns) if kind.column_scale else None,
-        scale_dtype=kind.scale_dtype,
-        group_size=kind.group_size,
-        dictionary=dictionary(zeros, width, signs),
+        dictionary=dictionary(*mask),
+        refinement_dictionary=dictionary(*refinement) if refinement else None,
         rows_per_segment=shape.rows_per_segment,
+    )
+
+
+def _grouped(
+    kind: GroupKind, shape: Shape, seed: int, rng: np.random.Generator, scale: Any
+) -> Matrix:
+    """Some codes occur more often, the greatest and least included."""
+    grid, zero_points = kind.grid
+    codes = rng.integers(0, 1 << kind.bits, (shape.rows, shape.columns))
+    if grid == "log":
+        # So that sums are exact, or do not underflow.
+        codes = codes // (most := 1 << (kind.bits - 1)) * most + codes % min(most, 4)
+    size = (0, 32, 64, 128)[(shape.seed + seed) % 4]
+    groups = -(-shape.columns // size) if size else 1
+    return pack_groups(
+        codes.astype(np.uint8),
+        scale(shape.rows, groups),
+        kind.bits,
+        grid=grid,
+        group_size=size,
+        zero_points=rng.integers(0, 1 << kind.bits, (shape.rows, groups)).astype(np.uint8)
+        if zero_points
+        else None,
     )
 
 
@@ -230,7 +309,7 @@ def decode(
     return y
 
 
-def within_tolerance(matrix: EncodedMatrix, x: Floats, y: Floats, dtype: str = "fp32") -> bool:
+def within_tolerance(matrix: Matrix, x: Floats, y: Floats, dtype: str = "fp32") -> bool:
     """Whether y is W x by [M-1], rounded to ``dtype``; x [tokens, columns]."""
     weights = dequantize(matrix).astype(np.float64)
     exact = x.astype(np.float64) @ weights.T

@@ -8,29 +8,34 @@ import numpy as np
 import pytest
 
 from qmoe_format import gpu
-from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec import dequantize, encode_matrix, pack_groups
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.gpu import packing
-from tests.codec.strategies import random_levels
+from qmoe_format.gpu.packing import Matrix
 from tests.gpu import shim
 from tests.gpu.fake_cupy import FakeCupy
+from tests.gpu.problems import random_levels
 
 pytestmark = shim.needs_compiler
 
 EXPERTS, ROWS, COLUMNS = 4, 6, 200
 
 
-def member(seed: int = 0) -> EncodedMatrix:
+def member(encoding: str, seed: int = 0) -> Matrix:
     """A matrix whose products with small integers are exact in every dtype."""
+    rng = np.random.default_rng(seed)
+    if encoding == "int-group":
+        codes = rng.integers(0, 8, (ROWS, COLUMNS)).astype(np.uint8)
+        return pack_groups(codes, np.full((ROWS, 7), 0x3F00, np.uint16), 3, group_size=32)
     return encode_matrix(
-        random_levels(ROWS, COLUMNS, 0.885, seed),
-        from_float32(np.array([[[-0.5, 2.0]]] * ROWS, np.float32), "BF16"),
+        random_levels(ROWS, COLUMNS, 0.885, rng, 0.3 * (seed % 2)),
+        from_float32(np.array([[-0.5, 2.0]] * ROWS, np.float32), "BF16"),
     )
 
 
-@pytest.fixture(scope="module")
-def members() -> list[EncodedMatrix]:
-    return [member(seed) for seed in range(EXPERTS)]
+@pytest.fixture(scope="module", params=["int-dict", "int-group"])
+def members(request: pytest.FixtureRequest) -> list[Matrix]:
+    return [member(request.param, seed) for seed in range(EXPERTS)]
 
 
 def integers(cupy: FakeCupy, *shape: int, dtype: str = "BF16") -> Any:
@@ -39,15 +44,15 @@ def integers(cupy: FakeCupy, *shape: int, dtype: str = "BF16") -> Any:
     return cupy.asarray(from_float32(values, dtype)), values.astype(np.float64)
 
 
-def check_uploaded(stack: gpu.DeviceStack, members: list[EncodedMatrix]) -> None:
+def check_uploaded(stack: gpu.DeviceStack, members: list[Matrix]) -> None:
     packed = packing.pack(members)
     for name in packed.layout.places:
-        there, here = getattr(stack.packed.arrays, name), getattr(packed.arrays, name)
+        there, here = stack.packed.arrays[name], packed.arrays[name]
         assert there.device.id == stack.device
         assert np.array_equal(there, here), name
 
 
-def test_upload(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+def test_upload(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members, device=1)
     packed = packing.pack(members)
     check_uploaded(stack, members)
@@ -58,7 +63,7 @@ def test_upload(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
     assert stack[-1].expert == 3
 
 
-def test_upload_is_complete_when_it_returns(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+def test_upload_is_complete_when_it_returns(cupy: FakeCupy, members: list[Matrix]) -> None:
     """torch's streams do not wait for CuPy's."""
     gpu.upload(members)
     assert cupy.stream.waits == 1
@@ -66,16 +71,13 @@ def test_upload_is_complete_when_it_returns(cupy: FakeCupy, members: list[Encode
 
 def test_upload_of_more_than_the_staging_buffers_hold(cupy: FakeCupy) -> None:
     """One array of 34 MB is copied in parts, through two buffers of 32 MB that take turns."""
-    rows, columns = 2, 2_200_000
-    scales = np.random.default_rng(0).random((rows, columns, 2), np.float32)
-    large = encode_matrix(
-        np.zeros((rows, columns), np.int8), scales, scale_dtype="F32", group_size=1
-    )
+    codes = np.random.default_rng(0).integers(0, 256, (17, 2_000_000), np.uint8)
+    large = pack_groups(codes, np.ones((17, 1), np.uint16), 8)
     check_uploaded(gpu.upload([large, large]), [large, large])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_matvec(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> None:
+def test_matvec(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
     x, values = integers(cupy, COLUMNS, dtype=dtype)
     y = gpu.matvec(gpu.upload(members)[2], x)
     assert y.dtype == x.dtype
@@ -85,14 +87,14 @@ def test_matvec(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> Non
     assert np.array_equal(y, gpu.matvec(gpu.upload(members[2]), x))
 
 
-def test_matmul_into_out_of_another_type(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+def test_matmul_into_out_of_another_type(cupy: FakeCupy, members: list[Matrix]) -> None:
     x, values = integers(cupy, 5, COLUMNS)
     out = cupy.empty((5, ROWS), np.float32)
     assert gpu.matmul(gpu.upload(members)[1], x, out=out) is out
     assert np.array_equal(out, values @ dequantize(members[1]).T)
 
 
-def test_no_tokens(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+def test_no_tokens(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members)
     x, experts = cupy.empty((0, COLUMNS), np.float16), cupy.empty((0, 2), np.int32)
     assert gpu.matmul(stack[0], x).shape == (0, ROWS)
@@ -106,7 +108,7 @@ def test_no_tokens(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_expert_matvec(
-    cupy: FakeCupy, members: list[EncodedMatrix], tokens: int, each: bool, weighted: bool
+    cupy: FakeCupy, members: list[Matrix], tokens: int, each: bool, weighted: bool
 ) -> None:
     k = 2
     x, values = integers(cupy, *((tokens, k, COLUMNS) if each else (tokens, COLUMNS)), dtype="F32")
@@ -124,7 +126,7 @@ def test_expert_matvec(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_decode(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> None:
+def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
     name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
     stack = gpu.upload(members)
     dense = np.stack([dequantize(matrix) for matrix in members])
@@ -134,9 +136,7 @@ def test_decode(cupy: FakeCupy, members: list[EncodedMatrix], dtype: str) -> Non
     assert np.array_equal(out, dense[1])
 
 
-def test_a_captured_call_keeps_its_scratch_arrays(
-    cupy: FakeCupy, members: list[EncodedMatrix]
-) -> None:
+def test_a_captured_call_keeps_its_scratch_arrays(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members)
     x, _ = integers(cupy, 20, COLUMNS)
     experts = cupy.asarray(np.zeros((20, 2), np.int32))
@@ -147,7 +147,7 @@ def test_a_captured_call_keeps_its_scratch_arrays(
     assert len(stack.recorded) == 1
 
 
-def test_kernels_are_compiled_once(cupy: FakeCupy, members: list[EncodedMatrix]) -> None:
+def test_kernels_are_compiled_once(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members)
     x, _ = integers(cupy, COLUMNS)
     for expert in range(3):

@@ -13,13 +13,16 @@ import torch
 import torch.utils.dlpack
 
 from qmoe_format import gpu
-from qmoe_format.codec import EncodedMatrix, dequantize
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
+from qmoe_format.gpu.packing import Matrix
 from tests.gpu.problems import (
     KINDS,
     NAMES,
+    DictKind,
     Floats,
+    GroupKind,
     Kind,
     Shape,
     matrix,
@@ -35,9 +38,10 @@ pytestmark = [
 needs_torch = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
 
-PLAIN = replace(KINDS[0], dictionary=("plane", 0.885, 12), group_size=0, column_scale=False)
-BF16 = replace(PLAIN, dtype="bf16", scale_dtype="BF16")
-FP32 = replace(PLAIN, dtype="fp32")
+BF16 = DictKind(((0.885, 12), None), 2, False, "bf16", 1, False, False)
+FP32 = replace(BF16, dtype="fp32")
+REFINED = replace(BF16, strings=((0.6, 12), (0.7, 12)))
+FOUR_BITS = GroupKind(4, ("linear", False), "bf16", 1, False, False)
 # Rows, columns: no multiples of anything, up to 16384 and beyond.
 SHAPES = [
     *[(1, 1), (1, 7), (3, 2), (257, 1), (129, 31), (1000, 33), (17, 255), (5, 257), (1023, 511)],
@@ -68,7 +72,7 @@ def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.contiguous().view(torch.uint8).cpu().numpy()
 
 
-def stack_of(kind: Kind, shape: Shape, experts: int) -> tuple[list[EncodedMatrix], gpu.DeviceStack]:
+def stack_of(kind: Kind, shape: Shape, experts: int) -> tuple[list[Matrix], gpu.DeviceStack]:
     members = [matrix(kind, shape, seed) for seed in range(experts)]
     return members, gpu.upload(members)
 
@@ -91,9 +95,10 @@ def test_matmul(kind: Kind, tokens: int) -> None:
 
 @pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_shapes(size: tuple[int, int], tokens: int) -> None:
+@pytest.mark.parametrize("kind", [BF16, REFINED, FOUR_BITS], ids=["ternary", "refined", "groups"])
+def test_shapes(kind: Kind, size: tuple[int, int], tokens: int) -> None:
     shape = Shape(*size, 0.885, None, 0)
-    coded, x = matrix(BF16, shape), vectors(BF16, shape, tokens)
+    coded, x = matrix(kind, shape), vectors(kind, shape, tokens)
     out = gpu.require().empty((tokens, size[0]), "float32")
     y = gpu.matmul(gpu.upload(coded), on_gpu(x, "bf16"), out=out)
     assert within_tolerance(coded, x, numbers(y, "fp32"))
@@ -146,16 +151,17 @@ def test_decode(kind: Kind, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NAMES)
-@pytest.mark.parametrize(("by_row", "by_column"), [(1e-38, 0.01), (1e-42, 1e5), (1e-30, 1e-10)])
-def test_decoding_keeps_subnormal_numbers(dtype: str, by_row: float, by_column: float) -> None:
-    """[V-2], although CuPy tells the compiler to flush them to zero."""
-    kind = replace(PLAIN, scale_dtype="F32", scales=2, column_scale=True)
-    coded = matrix(kind, Shape(9, 400, 0.3, 2, 0))
-    assert coded.column_scale is not None
-    coded = replace(
-        coded,
-        row_scale=coded.row_scale * np.float32(by_row),
-        column_scale=coded.column_scale * np.float32(by_column),
+@pytest.mark.parametrize("column_scale", [False, True])
+@pytest.mark.parametrize("most", [1, 127])
+def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: int) -> None:
+    """[V-1] and [V-2], although CuPy tells the compiler to flush them to zero."""
+    levels = np.random.default_rng(0).integers(-most, most + 1, (9, 400)).astype(np.int8)
+    by_row = np.resize(np.array([1e-38, 1e-40, 1e-30, 1e-4, 3e38], np.float32), (9, 2))
+    by_column = np.resize(np.array([0.01, 1e5, 1e-10], np.float32), 400)
+    coded = encode_matrix(
+        levels,
+        from_float32(by_row, "BF16"),
+        from_float32(by_column, "BF16") if column_scale else None,
     )
     expected = from_float32(dequantize(coded), NAMES[dtype])
     assert gpu.decode(gpu.upload(coded)[0], dtype).get().tobytes() == expected.tobytes()
@@ -173,7 +179,7 @@ def test_a_token_with_odd_numbers_leaves_others_alone(value: float) -> None:
         assert within_tolerance(coded, np.where(x == value, 0, x)[4:5], y[4:5])
 
 
-@pytest.mark.parametrize("kind", [BF16, replace(BF16, dtype="fp32", group_size=64)])
+@pytest.mark.parametrize("kind", [BF16, replace(REFINED, dtype="fp32"), FOUR_BITS])
 def test_the_same_every_time(kind: Kind) -> None:
     shape = Shape(500, 3000, 0.885, None, 0)
     _, stack = stack_of(kind, shape, 8)
@@ -193,8 +199,9 @@ def test_a_stack_of_more_than_4_gib() -> None:
     """Offsets of experts, scales and decoded weights exceed 32 bits."""
     shape = Shape(4096, 4096, 0.6, None, 0, exact=True)
     coded = matrix(BF16, shape)
+    assert isinstance(coded, EncodedMatrix)
     other = replace(coded, row_scale=(coded.row_scale ^ np.uint16(0x8000)))
-    experts = (4 << 30) // coded.levels.segment_bytes + 2
+    experts = (4 << 30) // coded.levels.mask.segment_bytes + 2
     if gpu.require().cuda.runtime.memGetInfo()[0] < 6 << 30:
         pytest.skip("the GPU has less than 6 GiB free")
     stack = gpu.upload([coded] * (experts - 1) + [other])

@@ -12,21 +12,23 @@ import pytest
 from hypothesis import example, given, settings
 
 import qmoe_format
-from qmoe_format.codec import EncodedLevels, EncodedMatrix, dequantize
+from qmoe_format.codec import EncodedBits, EncodedMatrix, dequantize, encode_matrix, pack_groups
 from qmoe_format.conformance import runner
 from qmoe_format.dtypes import from_float32
-from qmoe_format.gpu.packing import PackedStack, pack
+from qmoe_format.gpu.packing import Matrix, PackedStack, pack
 from tests.gpu import shim
 from tests.gpu.problems import (
+    DICT_KINDS,
     KINDS,
-    LARGE,
     LONG,
     NAMES,
+    DictKind,
     Floats,
     Kind,
     Machine,
     Shape,
     decode,
+    dictionary,
     expert_matvec,
     matmul,
     matrix,
@@ -49,9 +51,7 @@ def kinds(step: int) -> pytest.MarkDecorator:
 few = settings(deadline=None, max_examples=4)
 
 
-def check_product(
-    coded: EncodedMatrix, x: Floats, y: Floats, dtype: str, exact: bool = False
-) -> None:
+def check_product(coded: Matrix, x: Floats, y: Floats, dtype: str, exact: bool = False) -> None:
     """[M-1] or [M-2]."""
     if exact:
         assert np.array_equal(y, rounded(x @ dequantize(coded).T, dtype))
@@ -129,7 +129,7 @@ def test_the_order_of_threads_and_blocks_does_not_show(kind: Kind) -> None:
 # -- Decoding --------------------------------------------------------------------------------------
 
 
-def check_decoded(members: list[EncodedMatrix], bits: np.ndarray, dtype: str) -> None:
+def check_decoded(members: list[Matrix], bits: np.ndarray, dtype: str) -> None:
     """[V-1] to [V-3], to the bit."""
     expected = from_float32(np.stack([dequantize(m) for m in members]), NAMES[dtype])
     assert bits.tobytes() == expected.tobytes()
@@ -146,28 +146,53 @@ def test_decode(kind: Kind, shape: Shape, machine: Machine, offset: int) -> None
     check_decoded(members[1:], decode(stack, kind.dtype, machine, part=(1, 1)), kind.dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_decoding_keeps_subnormal_numbers(dtype: str) -> None:
-    """[V-2], although the compiler is told to flush them to zero."""
-    kind = replace(KINDS[0], scale_dtype="F32", scales=2, group_size=0, column_scale=True)
-    coded = matrix(kind, Shape(9, 40, 0.3, 2, 0))
-    assert coded.column_scale is not None
-    for by_row, by_column in ((1e-38, 0.01), (1e-42, 1.0), (1e-42, 1e5), (1e-4, 1e-4), (1e-30, 1)):
-        tiny = replace(
-            coded,
-            row_scale=coded.row_scale * np.float32(by_row),
-            column_scale=coded.column_scale * np.float32(by_column),
-        )
-        check_decoded([tiny], decode(pack([tiny]), dtype), dtype)
+ANY_DTYPE = pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+TINY = (1e-38, 1e-39, 3e-40, 1e-30, 1e-4)
+
+
+def scales(values: object, *shape: int) -> np.ndarray:
+    """bf16 [*shape]: ``values`` in turn."""
+    return from_float32(np.resize(np.array(values, np.float32), shape), "BF16")
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("column_scale", [False, True])
+@pytest.mark.parametrize("most", [1, 127])
+def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: int) -> None:
+    """[V-1] and [V-2], although the compiler is told to flush them to zero; large levels, too."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(-most, most + 1, (10, 40)).astype(np.int8)
+    by_column = scales([0.01, -1, 1e5, 1e-10, 0], 40) if column_scale else None
+    coded = encode_matrix(levels, scales([*TINY, -0.0, 0, -1, 3e38], 10, 2), by_column)
+    check_decoded([coded], decode(pack([coded]), dtype), dtype)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("grid", ["linear", "log", "zero points"])
+def test_every_code(dtype: str, bits: int, grid: str) -> None:
+    """[G-6], [G-7], with scales of every kind."""
+    codes = np.resize(np.arange(1 << bits, dtype=np.uint8), (9, 270))
+    zero_points = np.resize(codes[:, ::-1], (9, 9)) if grid == "zero points" else None
+    coded = pack_groups(
+        codes,
+        scales([*TINY, -0.0, 0, -1, 3e38, 2.5, -1e-5], 9, 9),
+        bits,
+        grid="log" if grid == "log" else "linear",
+        group_size=32,
+        zero_points=zero_points,
+    )
+    check_decoded([coded], decode(pack([coded]), dtype), dtype)
 
 
 # -- Conformance vectors ---------------------------------------------------------------------------
 
+ENCODINGS = ("int-dict", "int-group")
 VECTORS = [
     vector
     for vector in runner.corpus()
     if vector.outcome == "accept"
-    and any(tensor["encoding"] == "int-dict" for tensor in vector.contents["tensors"])
+    and any(tensor["encoding"] in ENCODINGS for tensor in vector.contents["tensors"])
 ]
 
 
@@ -186,7 +211,7 @@ def test_conformance(vector: runner.Vector, checked: dict[str, Future[None]]) ->
 def check_vector(vector: runner.Vector) -> None:
     with qmoe_format.open(vector.path) as file:
         for name, tensor in file.tensors.items():
-            if tensor.encoding != "int-dict":
+            if tensor.encoding not in ENCODINGS:
                 continue
             experts = list(range(tensor.shape[0])) if tensor.stack else [None]
             if members := [file.encoded(name, expert) for expert in experts]:
@@ -194,7 +219,7 @@ def check_vector(vector: runner.Vector) -> None:
                 check_stack(members, dtype)
 
 
-def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
+def check_stack(members: list[Matrix], dtype: str) -> None:
     stack = pack(members)
     if 0 in (stack.layout.rows, stack.layout.columns):
         assert decode(stack, dtype).size == 0
@@ -204,7 +229,7 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
     normal = (weights == 0) | ((weights > 2.0**-60) & (weights < 2.0**60))
     if not normal.all():
         return  # [M-1] excludes underflow and overflow
-    kind = replace(KINDS[0], dtype="fp32", limits=LARGE)
+    kind = replace(KINDS[0], dtype="fp32", small=False)
     x = np.random.default_rng(0).standard_normal((1, members[0].columns)).astype(np.float32)
     experts = np.arange(len(members), dtype=np.int32)[None]
     y = expert_matvec(kind, stack, x, experts)
@@ -215,20 +240,27 @@ def check_stack(members: list[EncodedMatrix], dtype: str) -> None:
 # -- Hostile segments ------------------------------------------------------------------------------
 
 
-def hostile(kind: Kind, rng: np.random.Generator, fill: int | None) -> EncodedMatrix:
+def hostile_bits(bits: EncodedBits, rng: np.random.Generator, fill: int | None) -> EncodedBits:
     """Segments of random lengths, of random bytes or of one byte repeated."""
-    coded = matrix(kind, Shape(30, 90, kind.dictionary[1], 4, 0))
-    lengths = rng.integers(0, 130, coded.levels.count, np.uint8)
+    lengths = rng.integers(0, 130, bits.lengths.size, np.uint8)
     size = int(lengths.sum())
     bytes_ = rng.integers(0, 256, size, np.uint8) if fill is None else np.full(size, fill, np.uint8)
-    levels: EncodedLevels = replace(
-        coded.levels,
-        length_base=0,
-        lengths=lengths,
-        segments=np.concatenate([bytes_, np.zeros(8, np.uint8)]),
-        segment_bytes=size,
+    segments = np.concatenate([bytes_, np.zeros(8, np.uint8)])
+    return replace(bits, length_base=0, lengths=lengths, segments=segments, segment_bytes=size)
+
+
+def hostile(kind: DictKind, rng: np.random.Generator, fill: int | None) -> EncodedMatrix:
+    coded = matrix(kind, Shape(30, 90, kind.strings[0][0], 4, 0))
+    assert isinstance(coded, EncodedMatrix)
+    levels, refinement = coded.levels, coded.levels.refinement
+    return replace(
+        coded,
+        levels=replace(
+            levels,
+            mask=hostile_bits(levels.mask, rng, fill),
+            refinement=refinement and hostile_bits(refinement, rng, fill),
+        ),
     )
-    return replace(coded, levels=levels)
 
 
 def run_everything(kind: Kind, stack: PackedStack) -> None:
@@ -240,9 +272,27 @@ def run_everything(kind: Kind, stack: PackedStack) -> None:
         decode(stack, kind.dtype, machine)
 
 
-@kinds(4)
-def test_any_bytes_in_the_segments(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", DICT_KINDS[::3], ids=range(0, len(DICT_KINDS), 3))
+def test_any_bytes_in_the_segments(kind: DictKind) -> None:
     """No access out of bounds, no race, no endless loop: the shim checks that."""
     rng = np.random.default_rng(0)
     for fill in (None, 0, 255, None):
         run_everything(kind, pack([hostile(kind, rng, fill)]))
+
+
+def test_a_long_refinement() -> None:
+    """More zeros in a codeword than a ring has room for at a time, and more ones than in one."""
+    kind = DictKind(((0.01, 8), (0.998, 8)), 1, False, "fp32", 3, False, False)
+    levels = np.ones((3, 5000), np.int8)
+    levels[:, [0, 7, 2000, 4999]] = [127, -127, 2, 126]
+    coded = encode_matrix(
+        levels,
+        scales([1], 3, 1),
+        dictionary=dictionary(0.01, 8),
+        refinement_dictionary=dictionary(0.998, 8),
+        rows_per_segment=3,
+    )
+    stack = pack([coded])
+    x = vectors(kind, Shape(3, 5000, 0, None, 0, exact=True), 3)
+    check_product(coded, x, matmul(kind, stack, x), "fp32", exact=True)
+    check_decoded([coded], decode(stack, "bf16"), "bf16")

@@ -16,14 +16,14 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from qmoe_format.codec import EncodedMatrix, dequantize
+from qmoe_format.codec import dequantize
 from qmoe_format.dtypes import from_float32
-from qmoe_format.gpu.packing import pack
+from qmoe_format.gpu.packing import Matrix, pack
 from tests.gpu import shim
 from tests.gpu.problems import (
-    LARGE,
-    SMALL,
+    DictKind,
     Floats,
+    GroupKind,
     Kind,
     Machine,
     Shape,
@@ -40,47 +40,85 @@ ORDERS = (shim.FORWARD, shim.BACKWARD, 2)
 
 # Blocks have segments of several matrices; a segment has more signs than 32 words hold and more
 # weights than a window; the last segment has fewer rows, the last tile fewer tokens.
-KIND = Kind(("plane", 0.885, 12), "BF16", 2, 0, False, "fp32", 11, True, LARGE)
+KIND = DictKind(((0.885, 12), None), 2, False, "fp32", 11, True, False)
+REFINED = replace(KIND, strings=((0.885, 12), (0.98, 12)))
+BITS = GroupKind(3, ("linear", True), "fp32", 11, True, False)
 SHAPE = Shape(28, 301, 0.2, 12, 0, exact=True)
 
 
 @cache
-def members() -> list[EncodedMatrix]:
-    return [matrix(KIND, SHAPE, seed) for seed in range(4)]
+def members(kind: Kind = KIND) -> list[Matrix]:
+    return [matrix(kind, SHAPE, seed) for seed in range(4)]
 
 
 @cache
-def weights() -> Floats:
+def weights(kind: Kind = KIND) -> Floats:
     """[4, rows, columns]"""
-    return np.stack([dequantize(member) for member in members()])
+    return np.stack([dequantize(member) for member in members(kind)])
 
 
 def products(machine: Machine, kind: Kind = KIND) -> None:
     x = vectors(KIND, SHAPE, KIND.tokens)
-    y = matmul(kind, pack(members()), x, machine, 3)
-    assert np.array_equal(y, x @ weights()[3].T), "wrong result"
+    y = matmul(kind, pack(members(kind)), x, machine, 3)
+    assert np.array_equal(y, x @ weights(kind)[3].T), "wrong result"
 
 
 def products_of_large_x(machine: Machine) -> None:
-    products(machine, replace(KIND, limits=SMALL))
+    x = vectors(KIND, SHAPE, KIND.tokens)
+    y = matmul(replace(KIND, small=True), pack(members()), x, machine, 3)
+    assert np.array_equal(y, x @ weights()[3].T), "wrong result"
 
 
-def mixtures(machine: Machine) -> None:
+def mixtures(machine: Machine, kind: Kind = KIND) -> None:
     x = vectors(KIND, SHAPE, KIND.tokens)
     experts = np.random.default_rng(0).choice([0, 0, 2], (KIND.tokens, 2)).astype(np.int32)
     y = expert_matvec(
-        KIND, pack(members()), x, experts, np.ones(experts.shape, np.float32), machine
+        kind, pack(members(kind)), x, experts, np.ones(experts.shape, np.float32), machine
     )
-    assert np.array_equal(y, np.einsum("tc,tkrc->tr", x, weights()[experts])), "wrong result"
+    assert np.array_equal(y, np.einsum("tc,tkrc->tr", x, weights(kind)[experts])), "wrong result"
 
 
-def decoded(machine: Machine) -> None:
-    bits = decode(pack(members()), "bf16", machine)
-    assert bits.tobytes() == from_float32(weights(), "BF16").tobytes(), "wrong result"
+def decoded(machine: Machine, kind: Kind = KIND) -> None:
+    bits = decode(pack(members(kind)), "bf16", machine)
+    assert bits.tobytes() == from_float32(weights(kind), "BF16").tobytes(), "wrong result"
+
+
+def refined_products(machine: Machine) -> None:
+    products(machine, REFINED)
+
+
+def refined_mixtures(machine: Machine) -> None:
+    mixtures(machine, REFINED)
+
+
+def refined_decoded(machine: Machine) -> None:
+    decoded(machine, REFINED)
+
+
+def refined_zeros(machine: Machine) -> None:
+    """Only zeros, in a stack with a refinement."""
+    stack = pack([matrix(REFINED, SHAPE), matrix(REFINED, replace(SHAPE, zeros=1.0), 1)])
+    assert not decode(stack, "bf16", machine, part=(1, 1)).any()
+
+
+def group_products(machine: Machine) -> None:
+    products(machine, BITS)
+
+
+def group_mixtures(machine: Machine) -> None:
+    mixtures(machine, BITS)
+
+
+def group_decoded(machine: Machine) -> None:
+    decoded(machine, BITS)
 
 
 Call = Callable[[Machine], None]
-CALLS: tuple[Call, ...] = (products, products_of_large_x, mixtures, decoded)
+CALLS: tuple[Call, ...] = (
+    *(products, products_of_large_x, mixtures, decoded),
+    *(refined_products, refined_mixtures, refined_decoded, refined_zeros),
+    *(group_products, group_mixtures, group_decoded),
+)
 
 RACE = "race: |which was never written"
 OUTSIDE = "outside all arrays"
@@ -179,7 +217,7 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         products,
         "__shfl_sync(FULL, upto, 31)",
         "__shfl_sync(FULL, upto, 30)",
-        f"{WRONG}|{OUTSIDE}",
+        f"{WRONG}|{OUTSIDE}|{RACE}",
     ),
     # The ends of things.
     "the last segment is forgotten": (
@@ -190,8 +228,8 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "the last segment has all rows": (
         decoded,
-        "(segment + 1) * rows_per_segment : rows",
-        "(segment + 1) * rows_per_segment : (segment + 1) * rows_per_segment",
+        "segment < units() ? segment * rows_per_segment : rows",
+        "segment * rows_per_segment",
         f"{OUTSIDE}|{RACE}",
     ),
     "weights beyond the range": (
@@ -202,21 +240,26 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "a step that ends after the range": (
         decoded,
-        "!again && place + step <= visit.span",
+        "!again && place + step.size <= visit.span",
         "!again",
         f"{OUTSIDE}|{RACE}",
     ),
-    "no zero after x": (products, "[stack.columns] = {};", "[0] = {};", RACE),
+    "no zero after x": (
+        products,
+        "c < padded; c += blockDim.x",
+        "c < padded - 1; c += blockDim.x",
+        RACE,
+    ),
     "x is too long": (
         products,
-        "c < stack.columns; c += blockDim.x) {\n        Column",
-        "c <= stack.columns; c += blockDim.x) {\n        Column",
+        "c < columns; c += blockDim.x) {\n        Column",
+        "c <= columns; c += blockDim.x) {\n        Column",
         f"{OUTSIDE}|{RACE}",
     ),
     "the table ends early": (
         products,
-        "i < TABLE_SHARED / 16;",
-        "i < TABLE_SHARED / 16 - 1;",
+        "i < bytes / 16;",
+        "i < bytes / 16 - 1;",
         RACE,
     ),
     "more tokens than there are": (
@@ -252,6 +295,106 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         OUTSIDE,
     ),
     "all signs from the first window": (products, "window += sign >> 5;", "", WRONG),
+    # Refinements.
+    "cleared while it is read": (
+        refined_products,
+        "__syncwarp();  // what is cleared",
+        "// what is cleared",
+        RACE,
+    ),
+    "magnitudes, no barrier after clearing": (
+        refined_decoded,
+        "clear = (made | 15u) + 1;\n            __syncwarp();",
+        "clear = (made | 15u) + 1;",
+        RACE,
+    ),
+    "magnitudes, no barrier": (
+        refined_products,
+        "        }\n        __syncwarp();\n    }\n};",
+        "        }\n    }\n};",
+        RACE,
+    ),
+    "a ring that was never cleared": (
+        refined_zeros,
+        "    Magnitudes::clear_ring(shared);\n    for",
+        "    for",
+        RACE,
+    ),
+    "an addition that is not atomic": (
+        refined_products,
+        "atomicAdd((u32*)ring + zero % RING / 4, 1u << 8 * (zero % 4));",
+        "ring[zero % RING]++;",
+        RACE,
+    ),
+    "more codewords than the ring has room for": (
+        refined_products,
+        "made + upto + 32 <= from + RING",
+        "made + upto <= from + 32 * RING",
+        WRONG,
+    ),
+    "magnitudes that are still needed": (
+        refined_products,
+        "magnitudes.provide(nonzeros, nonzeros + more)",
+        "magnitudes.provide(nonzeros + more, nonzeros + more)",
+        WRONG,
+    ),
+    "magnitudes are added to old ones": (
+        refined_decoded,
+        "*(uint4*)(ring + v % RING) = uint4{0, 0, 0, 0};",
+        "",
+        WRONG,
+    ),
+    "a refinement without an end": (
+        refined_mixtures,
+        "refinement.bits > 0 &&",
+        "",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    "the mask's table for the refinement": (
+        refined_products,
+        "string];\n        if (bytes",
+        "MASK];\n        if (bytes",
+        WRONG,
+    ),
+    "the mask for the refinement": (
+        refined_decoded,
+        "(u64)expert * STRINGS + string;\n        const u32*",
+        "(u64)expert * STRINGS;\n        const u32*",
+        WRONG,
+    ),
+    # Groups.
+    "x, no barrier": (
+        group_products,
+        "runs * RUN, nullptr, shared);\n    __syncthreads();",
+        "runs * RUN, nullptr, shared);",
+        RACE,
+    ),
+    "no zeros after x": (group_products, "runs * RUN, nullptr", "stack.columns, nullptr", RACE),
+    "one run too many": (
+        group_mixtures,
+        "run < runs; run += 32",
+        "run <= runs; run += 32",
+        f"{RACE}|{OUTSIDE}",
+    ),
+    "the last columns of a row": (
+        group_decoded,
+        "c + PART <= columns &&",
+        "",
+        f"{OUTSIDE}|{RACE}|{WRONG}",
+    ),
+    "one row too many": (group_decoded, "r < all; r += warps", "r <= all; r += warps", OUTSIDE),
+    "no funnel": (
+        group_products,
+        "shift + BITS > 32 ?",
+        "shift + BITS > 40 ?",
+        WRONG,
+    ),
+    "the groups of another expert": (
+        group_decoded,
+        "bases[expert] + (u64)number",
+        "(u64)number",
+        WRONG,
+    ),
 }
 
 

@@ -296,6 +296,13 @@ def test_arguments_that_do_not_fit(arguments: tuple[Any, ...]) -> None:
         shim.execute(Launch(Kernel("sum", SUM, 128), 1, arguments))
 
 
+def test_an_array_that_is_not_given_is_not_used() -> None:
+    arguments = (None, np.zeros(1, np.float32))
+    shim.execute(Launch(Kernel("sum", SUM, 128), 1, (*arguments, np.int32(0))))
+    with pytest.raises(shim.Fault, match="outside all arrays"):
+        shim.execute(Launch(Kernel("sum", SUM, 128), 1, (*arguments, np.int32(1))))
+
+
 def test_one_array_for_two_parameters() -> None:
     x = np.ones(100, np.float32)
     shim.execute(Launch(Kernel("sum", SUM, 128), 1, (x, x, np.int32(100))))

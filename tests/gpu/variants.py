@@ -15,6 +15,7 @@ from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack, pack
+from tests.gpu.problems import dictionary, random_levels
 
 H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10)
 ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int32": np.int32}
@@ -27,26 +28,48 @@ def stack(
     columns: int = 2048,
     zeros: float = 0.885,
     width: int = 12,
-    signs: str = "plane",
-    scale_dtype: str = "BF16",
+    refined: tuple[float, int] | None = None,
     scales: int = 2,
-    group_size: int = 0,
     column_scales: bool = False,
 ) -> PackedStack:
-    """Two equal experts."""
-    half = (1 - zeros) / 2
-    levels = np.random.default_rng(0).choice([-1, 0, 1], (rows, columns), p=[half, zeros, half])
-    dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
-    groups = -(-columns // group_size) if group_size else 1
+    """Two equal ``int-dict`` experts; ``refined``: zeros and width of the refinement."""
+    rng = np.random.default_rng(0)
+    levels = random_levels(rows, columns, zeros, rng, 1 - refined[0] if refined else 0.0)
     matrix = codec.encode_matrix(
-        levels.astype(np.int8),
-        np.ones((rows, groups, scales), dtype),
-        np.ones(columns, dtype) if column_scales else None,
-        scale_dtype=scale_dtype,
-        group_size=group_size,
-        dictionary=codec.fit_dictionary(zeros, width, signs),
+        levels,
+        np.ones((rows, scales), np.uint16),
+        np.ones(columns, np.uint16) if column_scales else None,
+        dictionary=dictionary(zeros, width),
+        refinement_dictionary=dictionary(*refined) if refined else None,
     )
     return pack([matrix, matrix])
+
+
+@cache
+def groups(
+    *,
+    bits: int,
+    grid: str = "linear",
+    zero_points: bool = False,
+    rows: int = 4,
+    columns: int = 2048,
+) -> PackedStack:
+    """Two equal ``int-group`` experts."""
+    shape = (rows, -(-columns // 64))
+    matrix = codec.pack_groups(
+        np.zeros((rows, columns), np.uint8),
+        np.ones(shape, np.uint16),
+        bits,
+        grid=grid,
+        group_size=64,
+        zero_points=np.zeros(shape, np.uint8) if zero_points else None,
+    )
+    return pack([matrix, matrix])
+
+
+def packed_stack(**options: Any) -> PackedStack:
+    """``int-group`` if its number of bits is given."""
+    return groups(**options) if "bits" in options else stack(**options)
 
 
 def array(shape: tuple[int, ...], dtype: str) -> Any:
@@ -55,7 +78,7 @@ def array(shape: tuple[int, ...], dtype: str) -> Any:
 
 def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) -> Launch:
     """The launch at ``place`` of the product of a matrix and ``tokens`` vectors."""
-    packed = stack(**options)
+    packed = packed_stack(**options)
     x = array((tokens, packed.layout.columns), dtype)
     y = array((tokens, packed.layout.rows), dtype)
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
@@ -63,7 +86,7 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
 
 def expert_matvec(tokens: int, place: int, dtype: str = "bf16", **options: Any) -> Launch:
     """The launch at ``place`` of weighted products with 8 experts per token."""
-    packed = stack(**options)
+    packed = packed_stack(**options)
     x, weights = array((tokens, packed.layout.columns), dtype), array((tokens, 8), dtype)
     experts, y = array((tokens, 8), "int32"), array((tokens, packed.layout.rows), dtype)
     workspace = Workspace(H200, array)
@@ -71,7 +94,7 @@ def expert_matvec(tokens: int, place: int, dtype: str = "bf16", **options: Any) 
 
 
 def decode(dtype: str = "bf16", **options: Any) -> Launch:
-    packed = stack(**options)
+    packed = packed_stack(**options)
     y = array((1, packed.layout.rows, packed.layout.columns), dtype)
     return launch_plan.decode(packed, 0, 1, y, Workspace(H200, array))[-1]
 
@@ -85,40 +108,55 @@ def anchor(warps: int) -> Launch:
 # What most calls launch, compiled for every architecture.
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
-    "product, pairs": partial(expert_matvec, 1, 0),
     "product, groups of 16 tokens": partial(expert_matvec, 2, 1),
     "decode": decode,
+    "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
+    "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
 }
+MANY: dict[str, Any] = {"width": 16, "zeros": 0.3}
 OTHER: dict[str, Callable[[], Launch]] = {
+    "product, pairs": partial(expert_matvec, 1, 0),
     "product, 4 tokens": partial(matmul, 4),
-    "product, 8 tokens": partial(matmul, 8),
     "product, fp16": partial(matmul, 1, "fp16"),
     "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
     "product, width 8": partial(matmul, 1, width=8),
-    "product, width 16": partial(matmul, 1, width=16),
+    "product, width 16, symmetric": partial(matmul, 1, width=16, scales=1),
     "product, 60 % zeros": partial(matmul, 1, zeros=0.6),
     "product, 60 % zeros, 16 tokens": partial(matmul, 16, zeros=0.6),
     "product, 95 % zeros": partial(matmul, 1, zeros=0.95),
-    "product, many non-zeros": partial(matmul, 1, width=16, zeros=0.3),
-    "product, many non-zeros, 16 tokens": partial(matmul, 16, width=16, zeros=0.3),
-    "product, signs in codewords": partial(matmul, 1, signs="codeword"),
-    "product, symmetric fp16 scales": partial(matmul, 1, scale_dtype="F16", scales=1),
-    "product, fp32 scales of groups and columns": partial(
-        matmul, 1, scale_dtype="F32", group_size=7, column_scales=True
-    ),
-    "product, scales of groups and columns, 8 tokens": partial(
-        matmul, 8, group_size=7, column_scales=True
-    ),
+    "product, many non-zeros": partial(matmul, 1, **MANY),
+    "product, many non-zeros, 16 tokens": partial(matmul, 16, **MANY),
+    "product, column scales, 8 tokens": partial(matmul, 8, column_scales=True),
     "product, x not in shared memory": partial(matmul, 1, rows=1, columns=60_000),
-    "decode, fp16, scales of groups and columns": partial(
-        decode, "fp16", group_size=7, column_scales=True
+    "product, refined, 60 % zeros": partial(matmul, 1, zeros=0.6, refined=(0.7, 12)),
+    "product, refined, 60 % zeros, 16 tokens": partial(matmul, 16, zeros=0.6, refined=(0.7, 12)),
+    "product, refined, many non-zeros and ones, 8 tokens": partial(
+        matmul, 8, refined=(0.3, 16), **MANY
     ),
+    "product, refined, x not in shared memory": partial(
+        matmul, 1, rows=1, columns=60_000, refined=(0.95, 12)
+    ),
+    "decode, fp16, column scales": partial(decode, "fp16", column_scales=True),
     "decode, fp32, width 8": partial(decode, "fp32", width=8),
     "decode, 60 % zeros": partial(decode, zeros=0.6),
-    "decode, width 16, many non-zeros": partial(decode, width=16, zeros=0.3),
-    "decode, signs in codewords": partial(decode, signs="codeword"),
+    "decode, width 16, many non-zeros": partial(decode, **MANY),
+    "decode, refined": partial(decode, zeros=0.6, refined=(0.7, 12)),
+    "decode, refined, fp32, many non-zeros and ones": partial(
+        decode, "fp32", column_scales=True, refined=(0.3, 16), **MANY
+    ),
+    "product of 2 bits, pairs": partial(expert_matvec, 1, 0, bits=2),
+    "product of 3 bits, zero points, 16 tokens": partial(matmul, 16, bits=3, zero_points=True),
+    "product of 8 bits, fp32, groups of 8 tokens": partial(
+        expert_matvec, 2, 1, "fp32", bits=8, zero_points=True
+    ),
+    "product of 8 bits, log, 4 tokens": partial(matmul, 4, bits=8, grid="log"),
+    "product of 4 bits, x not in shared memory": partial(
+        matmul, 1, rows=1, columns=60_000, bits=4, grid="log"
+    ),
+    "decode of 3 bits": partial(decode, bits=3),
+    "decode of 8 bits, log, fp32": partial(decode, "fp32", bits=8, grid="log"),
     "prepare": partial(matmul, 1, place=0, rows=1, columns=60_000),
-    "group": partial(expert_matvec, 2, 0),
+    "sort": partial(expert_matvec, 2, 0),
     "combine": partial(expert_matvec, 2, -1),
     "QMoE's product, 8 rows a block": partial(anchor, 8),
     "QMoE's product, 32 rows a block": partial(anchor, 32),

@@ -7,10 +7,6 @@
 //     global   . . . . | . . s s | s s s s | s s . .        s: the segment's weights
 //     windows          '-- first ---------'-- last --       (here of two vectors of 16 bytes)
 
-// The bits to store: a number must not pass through arithmetic, which flushes subnormal ones.
-__device__ inline u16 bits_of(bf16 value) { return value.bits; }
-__device__ inline u16 bits_of(fp16 value) { return value.bits; }
-__device__ inline u32 bits_of(fp32 value) { return __float_as_uint(value); }
 typedef decltype(bits_of(Y_TYPE())) Bits;
 
 constexpr int VECTOR = 16 / sizeof(Bits), LENGTH = WINDOW / sizeof(Bits);  // in weights
@@ -18,7 +14,7 @@ constexpr int VECTOR = 16 / sizeof(Bits), LENGTH = WINDOW / sizeof(Bits);  // in
 // A visitor of a walk. A range is the part of one row that is in the window.
 struct Window {
     static constexpr u32 BYTES = sizeof(Bits);
-    const PackedStack& stack;
+    const Stack& stack;
     Bits* window;
     Bits* out;     // where the window's first weight goes, perhaps before the segment's first
     int expert, row, after;
@@ -27,12 +23,11 @@ struct Window {
     int filled;    // weights of the window before the range
     u32 span;
     Values values;
-    Bits low, high;
+    Bits low, high;  // the row's weights of magnitude 1
 
-    __device__ Window(const PackedStack& stack, int expert, int number, Values first, u8* shared,
-                      Bits* y)
-        : stack(stack), window((Bits*)shared), expert(expert),
-          row(number * stack.rows_per_segment), after(stack.row_after(number)), column(0) {
+    __device__ Window(const Stack& stack, int expert, int number, Values first, u8* shared, Bits* y)
+        : stack(stack), window((Bits*)shared), expert(expert), row(stack.first_row(number)),
+          after(stack.first_row(number + 1)), column(0) {
         out = y + (u64)row * stack.columns;
         skip = filled = (int)((u64)out % 16) / (int)sizeof(Bits);
         out -= skip;
@@ -50,19 +45,15 @@ struct Window {
         span = BYTES * (u32)min(stack.columns - column, LENGTH - filled);
     }
 
-    __device__ void nonzero(bool there, u32 byte, bool minus) {
+    __device__ void nonzero(bool there, u32 byte, bool minus, float magnitude) {
         if (!there) return;
         Bits bits = minus ? low : high;
-        if (GROUPED || COLUMN_SCALES) {
-            const int c = column + (int)(byte / BYTES);
-            Values v = values;
-            if (GROUPED) {
-                v = values_at(stack.row_scales(expert, row) + c / stack.group_size * SCALES);
-            }
-            float value = minus ? v.low : v.high;
+        if (REFINED || COLUMN_SCALES) {
+            float value = minus ? values.low : values.high;
+            if (REFINED) value = multiply(value, magnitude);
             if (COLUMN_SCALES) {
-                value = multiply(
-                    value, to_float(stack.column_scale[(u64)expert * stack.columns + c]));
+                const bf16* scales = stack.column_scales(expert) + column;
+                value = multiply(value, to_float(scales[byte / BYTES]));
             }
             bits = bits_of(from_float<Y_TYPE>(value));
         }
@@ -75,7 +66,7 @@ struct Window {
         if (column == stack.columns) {
             column = 0;
             row++;
-            if (!GROUPED && !done()) start_row(stack.row_values(expert, row));
+            if (!done()) start_row(stack.row_values(expert, row));
         }
         if (filled == LENGTH || done()) write();
         start();
@@ -102,36 +93,37 @@ struct Window {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
-    // The arrays and sizes of a PackedStack.
-    const u8* segments,              // uint8 [bytes]
-    const u32* offsets,              // uint32 [experts, segments + 1]
-    const u64* bases,                // uint64 [experts]
-    const SCALE_TYPE* row_scale,     // bf16, fp16 or fp32 [experts, rows, groups, SCALES]
-    const SCALE_TYPE* column_scale,  // of the same dtype [experts, columns] if COLUMN_SCALES
-    const int* table_of,             // int32 [experts]
-    const Entry* tables,             // [dictionaries, 2^WIDTH]
-    int experts, int rows, int columns, int rows_per_segment, int group_size,
+    // The arrays and sizes of a Stack.
+    const u8* segments,        // uint8 [bytes]
+    const u32* offsets,        // uint32 [experts, STRINGS, segments + 1]
+    const u64* bases,          // uint64 [experts, STRINGS]
+    const bf16* row_scale,     // bf16 [experts, rows, SCALES]
+    const bf16* column_scale,  // bf16 [experts, columns] if COLUMN_SCALES
+    const int* table_of,       // int32 [experts, STRINGS]: its place in `tables`
+    const uint4* tables,       // [bytes / 16]
+    int experts, int rows, int columns, int rows_per_segment,
     Y_TYPE* y,    // bf16, fp16 or fp32 [count, rows, columns]
     int first,    // matrix to begin with
     int count) {  // number of matrices
     extern __shared__ unsigned char shared[];
-    const PackedStack stack = {segments, offsets, bases, row_scale, column_scale,     table_of,
-                               tables,   experts, rows,  columns,   rows_per_segment, group_size};
+    const Stack stack = {segments, offsets, bases,   row_scale, column_scale,    table_of,
+                         tables,   experts, rows,    columns,   rows_per_segment};
     const int warp = threadIdx.x / 32, warps = THREADS / 32;
-    u8* window = shared + TABLE_SHARED + warp * WINDOW;
+    u8* window = shared + REST_AT + warp * WINDOW;
     for (int v = threadIdx.x % 32; v < WINDOW / 16; v += 32) {
         ((uint4*)window)[v] = uint4{0, 0, 0, 0};
     }
-    for (Share share(count, stack.segment_count()); share.more();) {
+    Magnitudes::clear_ring(shared);
+    for (Share share(count, stack.units()); share.more();) {
         const Share::Part part = share.next();
         const int expert = first + part.matrix;
-        const Entry* table = stage_table(stack, expert, shared);
+        const Tables tables = stack.stage_tables(expert, shared);
         __syncthreads();
         Bits* out = (Bits*)y + (u64)part.matrix * rows * columns;
         for (int number = part.from + warp; number < part.to; number += warps) {
-            const Segment segment = open_segment(stack, expert, number);
+            const Segment segment(stack, expert, number);
             Window rows_of(stack, expert, number, segment.values, window, out);
-            walk(segment, table, rows_of);
+            walk(segment, Magnitudes(segment.refinement, tables, shared), tables.mask, rows_of);
         }
         __syncthreads();  // the next table overwrites this one
     }

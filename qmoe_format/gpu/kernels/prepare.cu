@@ -2,12 +2,12 @@
 // for matrices with so many columns that x does not fit into shared memory.
 
 extern "C" __global__ void prepare(
-    const X_TYPE* x,                 // bf16, fp16 or fp32 [pairs / pairs_per_x, columns]
-    const SCALE_TYPE* column_scale,  // bf16, fp16 or fp32 [experts, columns] if COLUMN_SCALES
-    const int* listed,               // int32 [pairs]: their experts, if `expert` is -1
-    float* scaled,                   // float32 [pairs, columns + 1]
-    int experts,                     // number of experts
-    int expert,                      // the expert of all pairs, or -1
+    const X_TYPE* x,           // bf16, fp16 or fp32 [pairs / pairs_per_x, columns]
+    const bf16* column_scale,  // bf16 [experts, columns] if COLUMN_SCALES
+    const int* listed,         // int32 [pairs]: their experts, if `expert` is -1
+    float* scaled,             // float32 [pairs, columns + 1]
+    int experts,               // number of experts
+    int expert,                // the expert of all pairs, or -1
     int pairs, int pairs_per_x, int columns) {
     const u64 size = (u64)pairs * (columns + 1), step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {

@@ -74,3 +74,8 @@ __device__ inline fp16 from_float<fp16>(float value) {
     return {(u16)(sign | (bits - (112u << 23)) >> 13)};
 #endif
 }
+
+// The bits to store: a number must not pass through arithmetic, which flushes subnormal ones.
+__device__ inline u16 bits_of(bf16 value) { return value.bits; }
+__device__ inline u16 bits_of(fp16 value) { return value.bits; }
+__device__ inline u32 bits_of(fp32 value) { return __float_as_uint(value); }

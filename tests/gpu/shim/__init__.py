@@ -48,7 +48,7 @@ class Fault(AssertionError):
 
 
 def execute(launch: Launch, order: int = FORWARD) -> None:
-    """Run ``launch``; its arguments are numpy arrays, changed in place, and numpy scalars.
+    """Run ``launch``; its arguments are numpy arrays, changed in place, None, and numpy scalars.
 
     Raises:
         Fault: after which the arrays hold what the kernel had written so far.
@@ -192,7 +192,7 @@ def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, A
     by_address: dict[tuple[int, int], tuple[np.ndarray, _Parameter, bool]] = {}
     for parameter, argument in zip(kernel.parameters, arguments, strict=True):
         _check_type(parameter, argument)
-        if parameter.pointer:
+        if argument is not None and parameter.pointer:
             key = (argument.ctypes.data, argument.nbytes)
             writable = not parameter.const or (key in by_address and by_address[key][2])
             by_address[key] = (argument, parameter, writable)
@@ -205,7 +205,7 @@ def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, A
         array.name, array.host, array.size = parameter.name.encode(), data.ctypes.data, data.nbytes
         array.element, array.writable = data.itemsize, writable
     place = {key: ctypes.addressof(arrays[i]) for i, key in enumerate(by_address)}
-    scalars = [np.array(a) for a in arguments if not isinstance(a, np.ndarray)]
+    scalars = [np.array(0 if a is None else a) for a in arguments if not isinstance(a, np.ndarray)]
     rest = iter(scalars)
     pointers = (ctypes.c_void_p * max(len(arguments), 1))()
     for i, argument in enumerate(arguments):
@@ -218,6 +218,8 @@ def _arguments(kernel: _Kernel, arguments: tuple[Any, ...]) -> tuple[Any, Any, A
 
 
 def _check_type(parameter: _Parameter, argument: Any) -> None:
+    if argument is None and parameter.pointer:
+        return
     is_array = isinstance(argument, np.ndarray)
     fits = parameter.kind == "c" and parameter.size % argument.itemsize == 0
     fits |= (parameter.kind, parameter.size) == (argument.dtype.kind, argument.itemsize)

@@ -12,7 +12,7 @@ __device__ inline int tile_size(int left) {
     return left > TOKENS / 2 ? min(left, TOKENS) : min(left, SOME);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) group(
+extern "C" __global__ void __launch_bounds__(THREADS) sort(
     const int* experts,  // int32 [pairs]
     int* order,          // int32 [pairs]
     int* tiles,          // int32 [1 + 3 pairs]
