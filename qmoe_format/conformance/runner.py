@@ -168,8 +168,13 @@ def _package_contents(file: Any) -> dict[str, Any]:
         name = tensor.name
         values = file.read(name) if expert is None else file.read_expert(name, expert)
         result = {"sha256": sha256(values.tobytes())}
-        if tensor.encoding == "int-dict":
-            result["levels"] = sha256(codec.decode(file.encoded(name, expert).levels).tobytes())
+        if tensor.encoding in ("int-dict", "int-group"):
+            stored = file.encoded(name, expert)
+            if tensor.encoding == "int-dict":
+                levels = codec.decode(stored.levels)
+            else:
+                levels = codec.unpack_groups(stored)
+            result["levels"] = sha256(levels.tobytes())
         return result
 
     attachments = []
@@ -195,7 +200,7 @@ def difference(expected: Any, found: Any, place: str = "contents") -> str | None
     The levels of a part are compared before its values.
     """
     if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
-        pairs = [(f"{place}.{key}", key) for key in sorted(expected, reverse=True)]
+        pairs = [(f"{place}.{key}", key) for key in sorted(expected)]
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         pairs = [(f"{place}[{i}]", i) for i in range(len(expected))]
     else:

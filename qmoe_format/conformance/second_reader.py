@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 import sys
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -206,7 +206,7 @@ class File:
                 right = self.extents[entry.extent].length == entry.bytes
                 require(right, "A-1", "malformed", f"length of {entry.name}")
 
-    # -- Section 10 --------------------------------------------------------------------------------
+    # -- Section 11 --------------------------------------------------------------------------------
 
     def contents(self) -> dict[str, Any]:
         """Verify everything, [C-3]; the file's contents in the form of the manifest."""
@@ -233,7 +233,9 @@ class File:
         # [T-5] decode_bytes rejects an unknown encoding.
         require(t.dtype in DTYPES, "T-5", "unsupported", f"dtype of {t.name}")
         if t.encoding == "int-dict":
-            return decode_ternary(data, t, shape, tables)
+            return decode_int_dict(data, t, shape, tables)
+        if t.encoding == "int-group":
+            return decode_int_group(data, t, shape)
         return {"sha256": sha256(decode_bytes(data, t.encoding, math.prod(shape), DTYPES[t.dtype]))}
 
 
@@ -339,8 +341,7 @@ def check_name(name: str) -> None:
 
 
 def check_file_name(name: str) -> None:
-    check_name(name)
-    right = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) is not None
+    right = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", name) is not None
     require(right, "J-6", "malformed", f"file name {name[:40]!r}")
 
 
@@ -370,29 +371,20 @@ class DictionaryEntry:
     encoding: str
     extent: int
     max_length: int
-    max_nonzeros: int
-    signs: str
+    max_ones: int
     width: int
 
 
 def dictionary_entry(value: Any) -> DictionaryEntry:
     keys = record(
-        value,
-        bytes=int,
-        encoding=str,
-        extent=int,
-        max_length=int,
-        max_nonzeros=int,
-        signs=str,
-        width=int,
+        value, bytes=int, encoding=str, extent=int, max_length=int, max_ones=int, width=int
     )
     entry = DictionaryEntry(**keys)
     # [D-1], [L-1]
     require(1 <= entry.bytes <= 2**14, "D-1", "limit", f"a tree of {entry.bytes} bytes")
     require(8 <= entry.width <= 16, "D-1", "limit", f"width {entry.width}")
-    require(entry.signs in ("plane", "codeword"), "D-1", "malformed", f"signs {entry.signs!r}")
     require(1 <= entry.max_length <= 255, "D-1", "limit", f"max_length {entry.max_length}")
-    require(entry.max_nonzeros <= 16, "D-1", "limit", f"max_nonzeros {entry.max_nonzeros}")
+    require(entry.max_ones <= 16, "D-1", "limit", f"max_ones {entry.max_ones}")
     return entry
 
 
@@ -404,7 +396,6 @@ DTYPES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-ENCODINGS = ("raw", "zstd", "int-dict")
 COMMON = {
     "dtype": str,
     "encoding": str,
@@ -415,14 +406,11 @@ COMMON = {
     "stack": bool,
     "transposed": bool,
 }
-TERNARY = {  # section 7
-    "column_scale": bool,
-    "group_size": int,
-    "rows_per_segment": int,
-    "scale_dtype": str,
-    "signs": str,
-    "symmetric": bool,
-    "width": int,
+FURTHER: dict[str, dict[str, type]] = {
+    "raw": {},
+    "zstd": {},
+    "int-dict": {"column_scale": bool, "rows_per_segment": int, "symmetric": bool},
+    "int-group": {"bits": int, "grid": str, "zero_points": bool},
 }
 
 
@@ -444,15 +432,14 @@ class Tensor:
 
 
 def tensor(value: Any) -> Tensor:
-    encoding = value.get("encoding") if type(value) is dict else None
-    ternary = TERNARY if encoding == "int-dict" else {}
-    if encoding in ENCODINGS:
-        record(value, **COMMON, **ternary)
-        common = {key: value[key] for key in COMMON}
-    else:  # [J-4] an unknown encoding may have other keys, too
-        common = {key: item for key, item in value.items() if key in COMMON} if encoding else value
-        record(common, **COMMON)
-    t = Tensor(**common, keys={key: value[key] for key in ternary})
+    common = value
+    if type(value) is dict:
+        common = {key: item for key, item in value.items() if key in COMMON}
+    record(common, **COMMON)
+    further = FURTHER.get(common["encoding"])
+    if further is not None:  # [J-4] an unknown encoding may have other keys
+        record(value, **COMMON, **further)
+    t = Tensor(**common, keys={key: value[key] for key in further or {}})
 
     check_name(t.name)
     numbers = all(type(n) is int for n in t.shape)
@@ -470,21 +457,21 @@ def tensor(value: Any) -> Tensor:
     right = not t.transposed or (t.stack and len(t.shape) >= 3)
     require(right, "T-3", "malformed", f"{t.name} cannot be transposed")
 
-    if t.encoding == "int-dict":
-        require(8 <= t.keys["width"] <= 16, "L-1", "limit", f"width of {t.name}")
-        require(t.keys["group_size"] < 2**31, "L-1", "limit", f"group_size of {t.name}")
-        right = 0 < t.keys["rows_per_segment"] < 2**31
-        require(right, "L-1", "limit", f"rows_per_segment of {t.name}")
-        right = t.keys["signs"] in ("plane", "codeword")
-        require(right, "J-4", "malformed", f"signs of {t.name}")
-        right = t.keys["scale_dtype"] in ("BF16", "F16", "F32")
-        require(right, "J-4", "malformed", f"scale_dtype of {t.name}")
+    if t.encoding in ("int-dict", "int-group"):
         right = t.dtype in ("BF16", "F16", "F32", "F64") or t.dtype not in DTYPES
         require(right, "E-2", "malformed", f"dtype of {t.name}")
         right = len(t.shape) == (3 if t.stack else 2)
         require(right, "E-2", "malformed", f"dimensions of {t.name}")
         small = all(n < 2**31 for n in t.shape[-2:])
         require(small, "L-1", "limit", f"rows or columns of {t.name}")
+    if t.encoding == "int-dict":
+        right = 0 < t.keys["rows_per_segment"] < 2**31
+        require(right, "L-1", "limit", f"rows_per_segment of {t.name}")
+    if t.encoding == "int-group":
+        require(t.keys["bits"] in (2, 3, 4, 8), "G-1", "malformed", f"bits of {t.name}")
+        require(t.keys["grid"] in ("linear", "log"), "G-1", "malformed", f"grid of {t.name}")
+        right = t.keys["grid"] == "linear" or not t.keys["zero_points"]
+        require(right, "G-1", "malformed", f"{t.name} has zero points on a log grid")
     return t
 
 
@@ -533,22 +520,29 @@ def decompress(data: bytes, size: int) -> bytes:
     require(frame.dictionary == 0, "Z-2", "malformed", "the frame needs a dictionary")
     require(frame.has_content_size, "Z-2", "malformed", "the frame has no content size")
     require(frame.content_size == size, "Z-2", "malformed", "the frame's content size is wrong")
-    # [Z-3] before memory is allocated
+    # [Z-3] after [Z-2], before memory is allocated
     require(frame.window <= 2**27, "Z-3", "limit", "the frame's window is too large")
     require(size <= 1024 * len(data) + 2**20, "Z-3", "limit", "the frame expands too much")
-    # Walk the blocks only to find the end of the frame (3.1.1.2); a library decodes them.
+    # The blocks (3.1.1.2) end where the frame does; a library decodes each.
+    decoder = zstandard.ZstdDecompressor().decompressobj()
     position = frame.position
     last = False
-    while not last and position < len(data):
-        header = int.from_bytes(data[position : position + 3], "little")
-        last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
-        position += 3 + (1 if kind == 1 else length)  # kind 1 repeats a single byte
-    position += 4 if frame.has_checksum else 0
-    require(position >= len(data), "Z-2", "malformed", "there are bytes after the frame")
     try:
-        return zstandard.ZstdDecompressor().decompress(data)
+        result = decoder.decompress(data[:position])
+        while not last and position < len(data):
+            header = int.from_bytes(data[position : position + 3], "little")
+            last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
+            end = position + 3 + (1 if kind == 1 else length)  # kind 1 repeats a single byte
+            end += 4 if last and frame.has_checksum else 0
+            result += decoder.decompress(data[position:end])
+            require(len(result) <= size, "Z-4", "malformed", "the frame has more content")
+            position = end
     except zstandard.ZstdError as error:
         raise Rejected("Z-4", "malformed", str(error)) from None
+    require(position >= len(data), "Z-2", "malformed", "there are bytes after the frame")
+    right = decoder.eof and len(result) == size
+    require(right, "Z-4", "malformed", "the frame is cut off")
+    return result
 
 
 # -- Section 6: dictionaries -----------------------------------------------------------------------
@@ -557,16 +551,12 @@ def decompress(data: bytes, size: int) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Dictionary:
     width: int
-    signs: str
-    first: list[int]  # each entry's first codeword, ascending
-    entries: list[tuple[int, ...]]  # the same order: 1 where the weight is not zero
-    codewords: int  # their number
+    entries: list[tuple[int, ...]]  # of each codeword
 
 
 def dictionary(tree: bytes, stated: DictionaryEntry) -> Dictionary:
-    first: list[int] = []
+    # [D-3] first: the whole tree is walked before anything is compared with the index.
     entries: list[tuple[int, ...]] = []
-    codewords = 0
     path: list[int] = []  # from the root to the next node
     position = 0
     while True:
@@ -578,175 +568,216 @@ def dictionary(tree: bytes, stated: DictionaryEntry) -> Dictionary:
             require(len(path) <= 255, "D-3", "limit", "an entry is too long")
             continue
         require(path != [], "D-3", "malformed", "the tree is a single leaf")
-        first.append(codewords)
-        entries.append(tuple(path))
-        codewords += 1 if stated.signs == "plane" else 2 ** sum(path)  # [D-4], [D-X]
-        rule = "D-4" if stated.signs == "plane" else "D-X"
-        require(codewords <= 2**stated.width, rule, "malformed", "there are too many codewords")
+        entries.append(tuple(path))  # [D-4]
         while path and path[-1] == 1:  # back to the last node whose second child comes next
             path.pop()
         if not path:
             break
         path[-1] = 1
-        require(sum(path) <= 16, "D-3", "limit", "an entry has too many non-zeros")
-    full = codewords == 2**stated.width or stated.signs != "plane"
-    require(full, "D-4", "malformed", "there are too few codewords")
+        require(sum(path) <= 16, "D-3", "limit", "an entry has too many ones")
+    right = len(entries) == 2**stated.width
+    require(right, "D-4", "malformed", f"the tree has {len(entries)} leaves")
     rest = int.from_bytes(tree, "little") >> position
     require(8 * len(tree) - position < 8, "D-2", "malformed", "there are bytes after the tree")
     require(rest == 0, "D-2", "padding", "bits after the tree")
     right = max(len(entry) for entry in entries) == stated.max_length
     require(right, "D-1", "malformed", "max_length is wrong")
-    right = max(sum(entry) for entry in entries) == stated.max_nonzeros
-    require(right, "D-1", "malformed", "max_nonzeros is wrong")
-    return Dictionary(stated.width, stated.signs, first, entries, codewords)
+    right = max(sum(entry) for entry in entries) == stated.max_ones
+    require(right, "D-1", "malformed", "max_ones is wrong")
+    return Dictionary(stated.width, entries)
 
 
-# -- Section 7: int-dict -----------------------------------------------------------------------
-
-HEADER = struct.Struct("<IIB7sQQ")
+# -- Section 7: int-dict ---------------------------------------------------------------------------
 
 
-def decode_ternary(
+@dataclass(frozen=True, slots=True)
+class Header:
+    """32 bytes that describe the mask or the refinement."""
+
+    dictionary: int
+    length_base: int
+    length_width: int
+    refined: int
+    zero: bytes
+    ones: int
+    segment_bytes: int
+
+
+HEADER = struct.Struct("<IIBB6sQQ")
+
+
+def sections(
+    data: bytes, position: int, sizes: list[int], guard: int, length_rule: str, zero_rule: str
+) -> list[bytes]:
+    """Cut an extent into sections of ``sizes``, each from a multiple of 16 on."""
+    places = []
+    gaps = []
+    for size in sizes:
+        start = align(position, 16)
+        gaps.append((position, start))
+        position = checked(start + size)
+        places.append((start, position))
+    end = align(position + guard, 16)
+    gaps.append((position, end))
+    require(len(data) == end, length_rule, "malformed", f"the extent must have {end} bytes")
+    right = all(zero(data[a:b]) for a, b in gaps)
+    require(right, zero_rule, "padding", "between sections or at the end of an extent")
+    return [data[a:b] for a, b in places]
+
+
+def decode_int_dict(
     data: bytes, t: Tensor, shape: Sequence[int], tables: list[Dictionary]
 ) -> dict[str, str]:
     rows, columns = shape
-    group_size = t.keys["group_size"]
-    groups = -(-columns // group_size) if group_size else 1  # [E-X]
     together = t.keys["rows_per_segment"]
     count = -(-rows // together)  # [E-3]
     symmetric, with_columns = t.keys["symmetric"], t.keys["column_scale"]
-    scale_dtype = t.keys["scale_dtype"]
-    scale_size = DTYPES[scale_dtype]
 
-    # 7.1: where the sections are
+    # 7.1: [E-4] in its order
     require(len(data) >= 32, "E-4", "malformed", "the extent ends within its header")
-    number, length_base, length_width, header_zero, nonzeros, segment_bytes = HEADER.unpack_from(
-        data
-    )
-    require(segment_bytes < 2**32, "E-4", "limit", "segment_bytes")
-    require(length_width in (1, 2, 4), "E-4", "malformed", f"length_width {length_width}")
-    sizes = [
-        rows * groups * (1 if symmetric else 2) * scale_size,
-        columns * scale_size if with_columns else 0,
-        -(-count // 32) * 4,
-        count * length_width,
-        segment_bytes,
-    ]
-    ends = []
-    starts = []
-    position = 32
-    for size in sizes:
-        starts.append(align(position, 16))
-        position = checked(starts[-1] + size)
-        ends.append(position)
-    end = align(position + 8, 16)
-    require(len(data) == end, "E-4", "malformed", f"the extent must have {end} bytes")
-    gaps = [header_zero]
-    gaps += [data[a:b] for a, b in zip(ends, [*starts[1:], end], strict=True)]
-    require(all(zero(gap) for gap in gaps), "E-5", "padding", "in a ternary extent")
-    row_bytes, column_bytes, offset_bytes, length_bytes, segments = (
-        data[a:b] for a, b in zip(starts, ends, strict=True)
-    )
+    refined = data[9]
+    require(refined <= 1, "E-4", "malformed", f"refined is {refined}")
+    headers = [Header(*HEADER.unpack_from(data))]
+    if refined:
+        require(len(data) >= 64, "E-4", "malformed", "the extent ends within its second header")
+        headers.append(Header(*HEADER.unpack_from(data, 32)))
+    for header in headers:
+        require(header.segment_bytes < 2**32, "E-4", "limit", "segment_bytes")
+    for header in headers:
+        right = header.length_width in (1, 2, 4)
+        require(right, "E-4", "malformed", f"length_width {header.length_width}")
+    right = not refined or headers[1].refined == 0
+    require(right, "E-4", "malformed", "the refinement is refined")
+    sizes = [rows * (1 if symmetric else 2) * 2, columns * 2 if with_columns else 0]
+    for header in headers:
+        sizes += [-(-count // 32) * 4, count * header.length_width, header.segment_bytes]
+    row_bytes, column_bytes, *parts = sections(data, 32 * len(headers), sizes, 8, "E-4", "E-5")
+    right = all(zero(header.zero) for header in headers)
+    require(right, "E-5", "padding", "in a header")
 
-    require(number < len(tables), "E-1", "malformed", f"dictionary {number} does not exist")
-    table = tables[number]
-    right = (table.signs, table.width) == (t.keys["signs"], t.keys["width"])
-    require(right, "E-1", "malformed", f"dictionary {number} has another width or signs")
-
-    row_scales = scales(row_bytes, scale_dtype)
-    column_scales = scales(column_bytes, scale_dtype)
+    row_scales = scales(row_bytes)
+    column_scales = scales(column_bytes)
     finite = all(map(math.isfinite, row_scales)) and all(map(math.isfinite, column_scales))
     require(finite, "E-8", "value", "a scale is not finite")
 
-    numbers = range(0, len(length_bytes), length_width)
-    lengths = [int.from_bytes(length_bytes[i : i + length_width], "little") for i in numbers]
-    right = sum(lengths) + count * length_base == segment_bytes
-    require(right, "E-6", "malformed", "the lengths do not add up to segment_bytes")
-    # [E-9] If the minimum of the stored lengths is 0, length_base is the minimum length.
-    right = min(lengths) == 0 if count else length_base == 0
-    require(right, "E-9", "malformed", "length_base is not the minimum length")
-    least = next(width for width in (1, 2, 4) if max(lengths, default=0) < 256**width)
-    require(length_width == least, "E-9", "malformed", "length_width is not the minimum")
-    offsets = [n for (n,) in struct.iter_unpack("<I", offset_bytes)]
+    strings = []
+    for header in headers:
+        number = header.dictionary
+        require(number < len(tables), "E-1", "malformed", f"dictionary {number} does not exist")
+        segments = segments_of(header, count, parts[:3])
+        strings.append([(segment, tables[number]) for segment in segments])
+        del parts[:3]
 
     # 7.2, 7.3
     values = hashlib.sha256()
     all_levels = hashlib.sha256()
-    found_nonzeros = 0
-    position = 0
-    for number in range(count):
-        if number % 32 == 0:
-            right = offsets[number // 32] == position
-            require(right, "E-6", "malformed", f"offset of block {number // 32}")
-        length = length_base + lengths[number]
-        segment = segments[position : position + length]
-        position += length
+    ones = [0] * len(headers)
+    for number, encoded in enumerate(zip(*strings, strict=True)):
         first = number * together
-        levels = decode_segment(segment, (min(first + together, rows) - first) * columns, table)
-        found_nonzeros += sum(map(abs, levels))
+        levels = decode_segment(encoded, (min(first + together, rows) - first) * columns)
+        magnitudes = [abs(level) for level in levels if level]
+        ones[0] += len(magnitudes)
+        ones[-1] += sum(magnitudes) - len(magnitudes)  # in a ternary matrix, 0
         all_levels.update(struct.pack(f"{len(levels)}b", *levels))
         for place, level in enumerate(levels):
             row, column = first + place // columns, place % columns
-            group = row * groups + (column // group_size if group_size else 0)
-            if symmetric:
-                low, high = -row_scales[group], row_scales[group]  # [V-1]
-            else:
-                low, high = row_scales[2 * group : 2 * group + 2]
-            value = {0: 0.0, 1: high, -1: low}[level]
+            high = row_scales[row if symmetric else 2 * row + 1]
+            low = -high if symmetric else row_scales[2 * row]  # [V-1]
+            value = rounded(level * high if level > 0 else -level * low if level else 0.0, "<f")
             if with_columns and level:
                 # [V-2] The product is exact in binary64: one rounding, to binary32.
                 value = rounded(value * column_scales[column], "<f")
             values.update(element(value, t.dtype))
-    right = found_nonzeros == nonzeros
-    require(right, "E-14", "malformed", f"there are {found_nonzeros} nonzeros, not {nonzeros}")
+    right = ones == [header.ones for header in headers]
+    require(right, "E-14", "malformed", f"the ones are {ones}")
+    right = not refined or ones[1] > 0
+    require(right, "E-16", "malformed", "a refined matrix is ternary")
     return {"sha256": values.hexdigest(), "levels": all_levels.hexdigest()}
 
 
-def decode_segment(segment: bytes, weights: int, table: Dictionary) -> list[int]:
-    width, plane = table.width, table.signs == "plane"
-    bits = 8 * len(segment)
-    enough = len(segment) >= -(-width * -(-weights // 255) // 8)
+def segments_of(header: Header, count: int, parts: list[bytes]) -> list[bytes]:
+    """The segments of a string, from its sections block offsets, lengths and segments."""
+    offsets = [n for (n,) in struct.iter_unpack("<I", parts[0])]
+    width = header.length_width
+    numbers = range(0, len(parts[1]), width)
+    lengths = [int.from_bytes(parts[1][i : i + width], "little") for i in numbers]
+    right = sum(lengths) + count * header.length_base == header.segment_bytes
+    require(right, "E-6", "malformed", "the lengths do not add up to segment_bytes")
+    # [E-9] If the least of the stored lengths is 0, length_base is the least length.
+    right = min(lengths) == 0 if count else header.length_base == 0
+    require(right, "E-9", "malformed", "length_base is not the least length")
+    least = next(size for size in (1, 2, 4) if max(lengths, default=0) < 256**size)
+    require(width == least, "E-9", "malformed", "length_width is not the least")
+    segments = []
+    position = 0
+    for number, length in enumerate(lengths):
+        if number % 32 == 0:
+            right = offsets[number // 32] == position
+            require(right, "E-6", "malformed", f"offset of block {number // 32}")
+        end = position + header.length_base + length
+        segments.append(parts[2][position:end])
+        position = end
+    return segments
+
+
+def decode_segment(encoded: Sequence[tuple[bytes, Dictionary]], weights: int) -> list[int]:
+    """The levels of a segment, from its mask and, in a refined matrix, its refinement."""
+    mask, table = encoded[0]
+    enough = len(mask) >= -(-table.width * -(-weights // 255) // 8)
     require(enough, "E-7", "malformed", "a segment is too short for its weights")
-    s = int.from_bytes(segment, "little")
-    levels: list[int] = []
-    signs = 0  # bits of signs used so far, from the low end
-    used = 0  # bits of codewords used so far, from the high end
-    while len(levels) < weights:  # [E-10]
-        used += width
-        require(used <= bits, "E-13", "malformed", "a segment has too few codewords")
-        codeword = s >> (bits - used) & (2**width - 1)
-        exists = codeword < table.codewords
-        require(exists, "D-X", "malformed", f"codeword {codeword} is not in the dictionary")
-        leaf = bisect_right(table.first, codeword) - 1
-        sign_bits = codeword - table.first[leaf]  # [D-X]
-        for weight in table.entries[leaf]:
-            if not weight:
-                levels.append(0)
-                continue
-            inside = len(levels) < weights
-            require(inside, "E-11", "malformed", "a weight after the last row is not zero")
-            if plane:  # [E-12]
-                negative = s >> signs & 1
-                signs += 1
+    string, left = decode_string(mask, table, weights, True)
+    nonzeros = sum(string)
+    check_rest(mask, left, nonzeros)
+    magnitudes = [1] * nonzeros
+    if len(encoded) == 2:
+        unary, left = decode_string(*encoded[1], nonzeros, False)
+        check_rest(encoded[1][0], left, 0)
+        magnitudes = []
+        magnitude = 1
+        for bit in unary:
+            magnitude += 1
+            if bit:
+                require(magnitude <= 127, "E-15", "limit", "a level beyond -127 to 127")
             else:
-                negative = sign_bits & 1
-                sign_bits >>= 1
-            levels.append(-1 if negative else 1)  # [E-12]
-    left = bits - used - signs
-    require(left >= 0, "E-13", "malformed", "codewords and signs overlap")
-    require(left < 8, "E-13", "malformed", "a segment is longer than necessary")
-    require(s >> signs & (2**left - 1) == 0, "E-13", "padding", "between codewords and signs")
-    return levels[:weights]
+                magnitudes.append(magnitude - 1)
+                magnitude = 1
+    signs = int.from_bytes(mask, "little")
+    # [E-12]
+    signed = iter([m * (1 - 2 * (signs >> k & 1)) for k, m in enumerate(magnitudes)])
+    return [next(signed) if bit else 0 for bit in string]
+
+
+def decode_string(
+    segment: bytes, table: Dictionary, count: int, is_mask: bool
+) -> tuple[list[int], int]:
+    """A mask of ``count`` bits or a refinement of ``count`` zeros; bits below its codewords."""
+    s, left = int.from_bytes(segment, "little"), 8 * len(segment)
+    string: list[int] = []
+    while count > 0:  # [E-10]
+        left -= table.width
+        require(left >= 0, "E-13", "malformed", "a segment has too few codewords")
+        for bit in table.entries[s >> left & (2**table.width - 1)]:
+            require(count > 0 or bit == 0, "E-11", "malformed", "a one beyond the end")
+            if count > 0:
+                string.append(bit)
+                count -= is_mask or bit == 0
+    return string, left
+
+
+def check_rest(segment: bytes, left: int, signs: int) -> None:
+    """[E-13]: of the ``left`` bits below the codewords, the lowest are ``signs`` signs."""
+    s, middle = int.from_bytes(segment, "little"), left - signs
+    require(middle >= 0, "E-13", "malformed", "codewords and signs overlap")
+    require(middle < 8, "E-13", "malformed", "a segment is longer than necessary")
+    require(s >> signs & (2**middle - 1) == 0, "E-13", "padding", "above the signs")
 
 
 # 7.3. All values are Python floats: binary64, which represents every binary32 number exactly.
 
 
-def scales(data: bytes, dtype: str) -> list[float]:
-    if dtype == "BF16":
-        halves = struct.iter_unpack("<H", data)
-        return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for (half,) in halves]
-    return [value for (value,) in struct.iter_unpack("<f" if dtype == "F32" else "<e", data)]
+def scales(data: bytes) -> list[float]:
+    halves = struct.iter_unpack("<H", data)
+    return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for (half,) in halves]
 
 
 def rounded(value: float, form: str) -> float:
@@ -768,7 +799,46 @@ def element(value: float, dtype: str) -> bytes:
     return struct.pack(form, rounded(value, form))
 
 
-# -- Section 8: shards -----------------------------------------------------------------------------
+# -- Section 8: int-group --------------------------------------------------------------------------
+
+
+def decode_int_group(data: bytes, t: Tensor, shape: Sequence[int]) -> dict[str, str]:
+    rows, columns = shape
+    b = t.keys["bits"]
+    require(len(data) >= 16, "G-3", "malformed", "the extent ends within its 16 bytes")
+    group_size = int.from_bytes(data[:4], "little")
+    require(group_size in (0, 32, 64, 128), "G-3", "malformed", f"group_size {group_size}")
+    groups = -(-columns // group_size) if group_size else 1  # [G-2]
+    row_bytes = align(-(-columns * b // 8), 16)
+    points = rows * groups if t.keys["zero_points"] else 0
+    sizes = [rows * groups * 2, points, rows * row_bytes]
+    scale_bytes, zero_points, packed = sections(data, 16, sizes, 0, "G-3", "G-4")
+    require(zero(data[4:16]), "G-4", "padding", "in a header")
+    all_scales = scales(scale_bytes)
+    require(all(map(math.isfinite, all_scales)), "G-5", "value", "a scale is not finite")
+    right = all(point < 2**b for point in zero_points)
+    require(right, "G-5", "malformed", "a zero point is too great")
+
+    values = hashlib.sha256()
+    codes = hashlib.sha256()
+    half = 2 ** (b - 1)
+    for start in range(0, len(packed), row_bytes or 1):
+        row = int.from_bytes(packed[start : start + row_bytes], "little")
+        require(row >> columns * b == 0, "G-4", "padding", "after the last weight of a row")
+        for column in range(columns):
+            group = start // row_bytes * groups + (column // group_size if group_size else 0)
+            scale, u = all_scales[group], row >> column * b & (2**b - 1)
+            codes.update(bytes([u]))
+            if t.keys["grid"] == "log":  # [G-7] exact in binary64, like (u - z) x scale
+                value = scale * 2.0**-u if u < half else -(scale * 2.0 ** (half - u))
+            else:
+                z = zero_points[group] if zero_points else half
+                value = (u - z) * scale if u != z else 0.0  # [G-6]
+            values.update(element(rounded(value, "<f"), t.dtype))  # [G-8]
+    return {"sha256": values.hexdigest(), "levels": codes.hexdigest()}
+
+
+# -- Section 9: shards -----------------------------------------------------------------------------
 
 SHARDS = b'{"format":"qmoe-shards"'
 
@@ -776,18 +846,21 @@ SHARDS = b'{"format":"qmoe-shards"'
 def shard_set(path: Path) -> list[Path]:
     """Open a set, [C-1]; the paths of its files."""
     require(path.stat().st_size <= 2**28, "L-1", "limit", "length of the text")
-    index = record(Json(path.read_bytes()).document(), format=str, shards=list, version=list)
-    kinds = [type(number) for number in index["version"]] == [int, int]
-    require(kinds, "S-1", "malformed", "version is not a pair of integers")
-    known = tuple(index["version"]) == VERSION
-    require(known, "S-1", "version", f"version {index['version']} is unknown")
+    value = Json(path.read_bytes()).document()
+    # [S-1] The version goes before the other keys.
+    version = value.get("version") if type(value) is dict else None
+    pair = type(version) is list and [type(number) for number in version] == [int, int]
+    require(pair, "J-4", "malformed", "version is not a pair of integers")
+    require(version == list(VERSION), "S-1", "version", f"version {version} is unknown")
+    index = record(value, format=str, shards=list, version=list)
     require(len(index["shards"]) <= 2**20, "L-1", "limit", "number of shards")
     paths: list[Path] = []
     for value in index["shards"]:
         shard = record(value, bytes=int, file=str, preamble_crc32=int)
         check_file_name(shard["file"])
         paths.append(path.parent / shard["file"])
-        require(paths[-1].is_file(), "S-2", "truncated", f"{shard['file']} is missing")
+        right = paths[-1].is_file() and os.access(paths[-1], os.R_OK)
+        require(right, "S-2", "truncated", f"{shard['file']} cannot be opened as a file")
         with paths[-1].open("rb") as stream:
             preamble = stream.read(64)
             crc32 = int.from_bytes(preamble[60:], "little") if len(preamble) == 64 else 0

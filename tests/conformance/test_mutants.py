@@ -25,9 +25,10 @@ REDUNDANT = {
     "not a Zstandard frame": "the library rejects it, too",
     "the frame ends within its header": "the library rejects it, too",
     "the frame needs a dictionary": "the library rejects it, too",
-    "the frame has no content size": "the library rejects it, too",
+    "the frame has more content": "found at the end, too; this check bounds memory",
     "the tree is a single leaf": "no max_length of [D-1] fits it",
-    "length_width {length_width}": "[E-9] allows no others; this check bounds memory",
+    "length_width {header.length_width}": "[E-9] allows no others; this check bounds memory",
+    "the extent ends within its 16 bytes": "the length that [G-3] demands is never less",
     "a segment is too short for its weights": "[E-13] finds it; this check bounds memory",
 }
 

@@ -22,6 +22,7 @@ from tools.conformance_vectors import (
     file_vectors,
     index_vectors,
     int_dict_vectors,
+    int_group_vectors,
     shard_vectors,
     tensor_vectors,
 )
@@ -29,7 +30,14 @@ from tools.conformance_vectors.file_builder import canonical, sha256
 from tools.conformance_vectors.vector import Vector
 
 SPEC_VERSION = "0.2"
-MODULES = (file_vectors, index_vectors, tensor_vectors, int_dict_vectors, shard_vectors)
+MODULES = (
+    file_vectors,
+    index_vectors,
+    tensor_vectors,
+    int_dict_vectors,
+    int_group_vectors,
+    shard_vectors,
+)
 
 
 def vectors() -> Iterator[Vector]:

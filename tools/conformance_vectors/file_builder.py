@@ -13,7 +13,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from tools.conformance_vectors.exact_numbers import FORMATS, SIZES, nearest
 from tools.conformance_vectors.int_dict_builder import Book, Matrix, patched
+from tools.conformance_vectors.int_group_builder import Groups
 
 SIGNATURE = b"\x8fQMOE\r\n\x1a"
 
@@ -103,9 +105,8 @@ class Content:
 
     def dictionary(self, book: Book, stored: bytes | None = None, **keys: Any) -> Self:
         """``keys`` replace those of the index entry."""
-        entry = {"extent": len(self.extents), "signs": book.signs, "width": book.width}
-        entry |= {"max_length": book.max_length, "max_nonzeros": book.max_nonzeros}
-        entry |= {"bytes": len(book.tree), "encoding": "raw"}
+        entry = {"bytes": len(book.tree), "encoding": "raw", "extent": len(self.extents)}
+        entry |= {"max_length": book.max_length, "max_ones": book.max_ones, "width": book.width}
         self.index["dictionaries"].append(entry | keys)
         self.books.append(book)
         return self.extent(book.tree if stored is None else stored)
@@ -133,49 +134,62 @@ class Content:
         self.expected["tensors"].append(entry | {"parts": found})
         return self.extent(*(parts if stored is None else stored))
 
-    def ternary(
+    def int_dict(
         self,
         name: str,
         dtype: str,
         *matrices: Matrix,
-        shape: Sequence[int] = (),
-        stack: bool | None = None,
-        members: str = "",
-        transposed: bool = False,
-        dictionaries: Sequence[int] = (0,),
+        dictionaries: Sequence[Sequence[int]] = ((0, -1),),
         defects: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Self:
-        """``dictionaries`` are used in turn; ``defects`` go to the last matrix's extent."""
+        """Matrices, a stack unless there is one; ``options`` are those of ``tensor``.
+
+        ``dictionaries`` are used in turn, each a pair for mask and refinement; ``defects`` go to
+        the last matrix's extent.
+        """
+        stored = []
+        for number, matrix in enumerate(matrices):
+            pair = [n % len(self.books) for n in dictionaries[number % len(dictionaries)]]
+            last = number == len(matrices) - 1
+            stored.append(matrix.extent(self.books, pair, **(defects or {} if last else {})))
         first = matrices[0] if matrices else Matrix([], [])
-        own = (len(first.levels), first.columns)
-        if stack is None:
-            stack = len(matrices) != 1
-        numbers = [dictionaries[i % len(dictionaries)] for i in range(len(matrices))]
-        book = self.books[dictionaries[0]]
-        stored = [m.extent(n, self.books[n]) for m, n in zip(matrices, numbers, strict=True)]
+        return self._matrices(name, dtype, "int-dict", first, matrices, stored, options)
+
+    def int_group(
+        self,
+        name: str,
+        dtype: str,
+        *matrices: Groups,
+        defects: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """As ``int_dict``."""
+        stored = [matrix.extent() for matrix in matrices]
         if defects:
-            stored[-1] = matrices[-1].extent(numbers[-1], self.books[numbers[-1]], **defects)
-        self.tensor(
-            name,
-            dtype,
-            shape or ((len(matrices), *own) if stack else own),
-            *[matrix.values(dtype) for matrix in matrices],
-            stored=stored,
-            encoding="int-dict",
-            stack=stack,
-            members=members,
-            transposed=transposed,
-            column_scale=first.column_scales is not None,
-            group_size=first.group_size,
-            rows_per_segment=first.rows_per_segment,
-            scale_dtype=first.scale_dtype,
-            signs=book.signs,
-            symmetric=first.symmetric,
-            width=book.width,
-        )
-        for part, matrix in zip(self.expected["tensors"][-1]["parts"], matrices, strict=True):
-            levels = [level for row in matrix.levels for level in row]
-            part["levels"] = sha256(struct.pack(f"{len(levels)}b", *levels))
+            stored[-1] = matrices[-1].extent(**defects)
+        first = matrices[0] if matrices else Groups([], [], 4)
+        return self._matrices(name, dtype, "int-group", first, matrices, stored, options)
+
+    def _matrices(
+        self,
+        name: str,
+        dtype: str,
+        encoding: str,
+        first: Matrix | Groups,
+        matrices: Sequence[Matrix | Groups],
+        stored: Sequence[bytes],
+        options: dict[str, Any],
+    ) -> Self:
+        stack = options.pop("stack", len(matrices) != 1)
+        own = first.shape
+        shape = options.pop("shape", (len(matrices), *own) if stack else own)
+        parts = [elements(matrix, dtype) for matrix in matrices]
+        keys = {"encoding": encoding, "stack": stack, "stored": stored, **first.keys, **options}
+        self.tensor(name, dtype, shape, *parts, **keys)
+        found = self.expected["tensors"][-1]["parts"]
+        for part, matrix in zip(found, matrices, strict=True):
+            part["levels"] = sha256(matrix.plain)
         return self
 
     def extent(self, *data: bytes) -> Self:
@@ -191,6 +205,18 @@ class Content:
     def pack(self, **defects: Any) -> bytes:
         """The file; ``defects`` are those of ``pack``, and ``text`` replaces the index."""
         return pack(defects.pop("text", None) or canonical(self.index), self.extents, **defects)
+
+
+def elements(matrix: Matrix | Groups, dtype: str) -> bytes:
+    """[V-3], [G-8]"""
+    if dtype not in FORMATS:  # a vector with a wrong dtype, rejected before it is decoded
+        return b""
+    rows, columns = matrix.shape
+    return b"".join(
+        nearest(matrix.value(row, column), dtype).to_bytes(SIZES[dtype], "little")
+        for row in range(rows)
+        for column in range(columns)
+    )
 
 
 # -- Zstandard frames without a compressor, so that the bytes do not depend on its version ---------

@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.conformance_vectors.file_builder import SIGNATURE, Content, canonical, pack
 from tools.conformance_vectors.int_dict_builder import patched
-from tools.conformance_vectors.samples import mixed, small
+from tools.conformance_vectors.samples import mixed, small, unknown
 from tools.conformance_vectors.vector import Vector, accept, reject
 
 
@@ -74,9 +74,9 @@ def section_2_1_preamble() -> Iterator[Vector]:
     for bit in (0, 8, 31):
         what = f"Bit {bit} of required_features is set"
         yield bad(f"feature-{bit}", "P-5", "feature", what, required_features=1 << bit)
-    for place in (0, 7):
+    for place in range(8):
         what = f"Byte {place} of reserved is not zero"
-        wrong = patched(bytes(8), {place: 1})
+        wrong = patched(bytes(8), {place: 1 << place})
         yield bad(f"reserved-{place}", "P-6", "padding", what, reserved=wrong)
     yield reject("cut-1", "P-7", "truncated", "The last byte of the file is missing", good[:-1])
     yield reject("cut-64", "P-7", "truncated", "Nothing but the preamble is there", good[:64])
@@ -154,13 +154,18 @@ def section_2_2_layout() -> Iterator[Vector]:
         what = f"The {name} byte between the JSON text and the extent table is not zero"
         data = small_with_rest(1).pack(patches={place: 1})
         yield reject(f"index-gap-{name}", "F-2 C-1", "padding", what, data)
-    what = "An extent's length is 2^64 - 1: its end would wrap around"
-    data = small().pack(records={0: {"length": 2**64 - 1}})
-    yield reject("extent-length-overflow", "N-2 F-5", "limit", what, data)
+    for name, length, what in (
+        ("overflow", 2**64 - 1, "2^64 - 1: its end would wrap around"),
+        ("sum", 2**63 - 64, "2^63 - 64: its end is 2^63"),
+        ("align", 2**63 - 65, "2^63 - 65: aligned, its end is 2^63"),
+    ):
+        data = small().pack(records={0: {"length": length}})
+        what = f"An extent's length is {what}"
+        yield reject(f"extent-table-{name}", "N-2 F-5", "limit", what, data)
     for name, length in (("greater", 65), ("huge", 2**62), ("less", 0)):
         what = f"The extent's length is {length} and leads elsewhere than to the index"
         data = small().pack(records={0: {"length": length}})
-        yield reject(f"extent-length-{name}", "F-1 F-5 N-3", "malformed", what, data)
+        yield reject(f"extent-table-{name}", "F-1 F-5 N-3", "malformed", what, data)
     what = "64 zero bytes that belong to nothing before the index"
     yield reject("hole", "F-1 F-5", "malformed", what, small().pack(hole=64))
     what = "No extents, but the index begins at byte 128"
@@ -184,15 +189,23 @@ def section_2_2_owners() -> Iterator[Vector]:
     content = stack(2).tensor("b", "U8", [1], b"b", stored=[], extent=1)
     yield bad("extent-shared-stack", "A stack's extent is a tensor's too", content)
     for name, part, number in (
-        ("tensor", "tensors", 5), ("dictionary", "dictionaries", 2**53 - 1),
-        ("attachment", "attachments", 5),
+        ("tensor", "tensors", 6), ("dictionary", "dictionaries", 2**53 - 1),
+        ("attachment", "attachments", 6),
     ):
-        what = f"The extent of the last {name} is {number} of 5"
+        what = f"The extent of the last {name} is {number} of 6"
         yield bad(f"extent-beyond-{name}", what, mixed().change(part, extent=number))
     yield bad("stack-beyond", "A stack of three experts, two extents", stack(3), "F-6 T-1")
     what = "A stack of 2^40 experts, two extents"
     yield bad("stack-far-beyond", what, stack(2**40), "F-6 T-1 N-3")
     yield bad("stack-short", "A stack of one expert, two extents", stack(1), "F-6 T-1")
+    content = unknown().change(extent=1)
+    yield bad("extent-beyond-unknown", "The same of a tensor of an unknown encoding", content)
+    content = unknown().extent(b"abc")
+    what = "An extent that nothing owns beside a tensor of an unknown encoding"
+    yield bad("extent-unowned-unknown", what, content)
+    content = stack(2).change(encoding="future", shape=[1, 1])
+    what = "A stack of one expert, two extents, of an unknown encoding"
+    yield bad("stack-short-unknown", what, content, "F-6 T-1")
 
 
 def stack(experts: int) -> Content:
@@ -204,8 +217,9 @@ def section_2_2_checksums() -> Iterator[Vector]:
     for name, content, number, what in (
         ("attachment", mixed(), 0, "the extent of the attachment"),
         ("dictionary", mixed(), 2, "the extent of the dictionary"),
-        ("raw", mixed(), 3, "the extent of the raw"),
-        ("ternary", mixed(), 4, "the extent of the ternary"),
+        ("raw", mixed(), 3, "the extent of the raw tensor"),
+        ("int-dict", mixed(), 4, "the extent of the int-dict tensor"),
+        ("int-group", mixed(), 5, "the extent of the int-group tensor"),
         ("expert", stack(2), 1, "a stack's second expert"),
     ):
         data = content.pack(records={number: {"crc32": 0}})
@@ -213,5 +227,6 @@ def section_2_2_checksums() -> Iterator[Vector]:
         yield reject(f"extent-crc-{name}", "F-7 C-2", "checksum", what, data, stage="verify")
     for name, value in (("first", 1), ("last", 1 << 31)):
         what = f"The {name} bit of a record's zero is set"
-        data = small().pack(records={0: {"zero": value}})
-        yield reject(f"record-zero-{name}", "F-4", "padding", what, data)
+        for kind, number in (("", 0), ("-second", 1)):
+            data = stack(2).pack(records={number: {"zero": value}})
+            yield reject(f"record-zero-{name}{kind}", "F-4", "padding", what, data)

@@ -1,4 +1,4 @@
-"""The vectors of SPEC.md sections 3 and 9: the index and its limits."""
+"""The vectors of SPEC.md sections 3 and 10: the index and its limits."""
 
 # A table, where a line holds as much as fits:
 # fmt: off
@@ -12,12 +12,14 @@ from typing import Any
 
 from tools.conformance_vectors.file_builder import Content, canonical, frame, pack, shuffled
 from tools.conformance_vectors.int_dict_builder import Matrix
+from tools.conformance_vectors.int_group_builder import Groups
 from tools.conformance_vectors.samples import (
-    TINY,
+    BOOK,
+    ONE,
+    coded,
     mixed,
     small,
     symmetric,
-    ternary,
     unknown,
     with_text,
 )
@@ -91,6 +93,16 @@ def section_3_json() -> Iterator[Vector]:
     what = "The greatest number, 2^53 - 1, as a key of an unknown encoding: the file can be opened"
     content = unknown(x=2**53 - 1)
     yield reject("json-number-most", "J-2 T-5", "unsupported", what, content, stage="verify")
+    what = "Keys of which one begins the other, in order: the file can be opened"
+    content = unknown(x={"a": 0, "a b": 0, "a!": 0, "aa": 0, "": 0})
+    yield reject("json-key-prefix", "J-3 T-5", "unsupported", what, content, stage="verify")
+    what = "An empty generator"
+    content = small()
+    content.index["generator"] = ""
+    yield accept("generator-empty", "J-4", what, content)
+    content.index["generator"] = "".join(chr(i) for i in range(0x20, 0x7F) if chr(i) not in '"\\')
+    what = "A generator of all characters that are allowed"
+    yield accept("generator-characters", "J-1", what, content)
     for number in (2**53, 2**64, 10**400):
         digits = len(str(number))
         what = f"A number of {digits} digits, beyond 2^53 - 1"
@@ -109,6 +121,12 @@ def section_3_json() -> Iterator[Vector]:
         ("order-unknown",
          canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"b":0,"a":0}'),
          "Keys in descending order within a key of an unknown encoding"),
+        ("order-prefix",
+         canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"ab":0,"a":0}'),
+         "A key that begins the key before it"),
+        ("order-quote",
+         canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"a!":0,"a":0}'),
+         "The same with a character below the quotation mark"),
     ))
 
 
@@ -123,11 +141,12 @@ def section_3_keys() -> Iterator[Vector]:
         "attachment": lambda index: index["attachments"][0],
         "dictionary": lambda index: index["dictionaries"][0],
         "tensor": lambda index: index["tensors"][0],
-        "ternary": lambda index: index["tensors"][1],
+        "int-dict": lambda index: index["tensors"][1],
+        "int-group": lambda index: index["tensors"][2],
     }
     for name, find in places.items():
         keys = find(mixed().index)
-        for key in sorted(set(keys) - (common if name == "ternary" else set())):
+        for key in sorted(set(keys) - (common if name.startswith("int") else set())):
             content = mixed()
             del find(content.index)[key]
             what = f"{name}: the key {key} is missing"
@@ -152,7 +171,12 @@ def section_3_keys() -> Iterator[Vector]:
         ("shape-true", small().change(shape=[True]).pack(), "An item of shape is true"),
         ("shape-string", small().change(shape=["3"]).pack(), "An item of shape is a string"),
         ("shape-array", small().change(shape=[[3]]).pack(), "An item of shape is an array"),
-        ("raw-width", small().change(width=8).pack(), "A raw tensor with a key of a ternary one"),
+        ("raw-symmetric", small().change(symmetric=True).pack(),
+         "A raw tensor with a key of int-dict"),
+        ("int-dict-bits", coded(symmetric([1])).change(bits=4).pack(),
+         "An int-dict tensor with a key of int-group"),
+        ("int-dict-empty", Content().int_dict("a", "F32", shape=[0, 1, 1]).change(bits=4).pack(),
+         "The same of a stack without experts"),
         ("top-is-array", pack(b"[]", []), "The JSON text is [], no object"),
         ("top-is-string", pack(b'""', []), 'The JSON text is "", no object'),
         ("top-is-number", pack(b"10", []), "The JSON text is 10, no object"),
@@ -191,19 +215,22 @@ def section_3_names() -> Iterator[Vector]:
         yield reject(f"{kind}-{name}", "J-5", code, what, named(kind, first, second))
     content = Content().attach("a", b"1").tensor("a", "U8", [1], b"1")
     yield accept("name-shared", "J-5", "A tensor and an attachment of the same name", content)
-    content = Content().tensor("n" * 512, "U8", [1], b"1").attach("-" * 512, b"1")
-    yield accept("name-512", "J-6", "Names of 512 bytes, the most", content)
+    content = Content().tensor("n" * 512, "U8", [1], b"1").attach("-" * 255, b"1")
+    yield accept("name-512", "J-6", "Names of 512 and 255 bytes, the most", content)
     content = Content()
     for name in ("-", "0", "A.B", "_.", "a..b", "z-"):
         content.attach(name, name.encode())
+    content.tensor("!#$%&'()*+,-./:;<=>?@[]^_`{|}~", "U8", [1], b"1")
     content.tensor("../odd/{}/name~'", "U8", [1], b"1")
     yield accept("name-odd", "J-6", "Odd names that are allowed", content)
     for kind, name, value in (
         ("tensor", "empty", ""), ("tensor", "513", "n" * 513), ("tensor", "space", "a b"),
-        ("attachment", "empty", ""), ("attachment", "513", "n" * 513),
-        ("attachment", "space", "a b"), ("attachment", "slash", "a/b"),
-        ("attachment", "parent", "../a"), ("attachment", "dot", ".a"),
-        ("attachment", "tilde", "~a"), ("attachment", "colon", "c:a"),
+        ("attachment", "empty", ""), ("attachment", "256", "n" * 256),
+        ("attachment", "513", "n" * 513),
+        ("attachment", "space", "a b"), ("attachment", "parent", "../a"),
+        ("attachment", "dot", ".a"), ("attachment", "dot-only", "."),
+        *(("attachment", f"{ord(byte):02x}", f"ab{byte}c") for byte in "+,/:@[^`{~"),
+        *(("attachment", f"{ord(byte):02x}-last", f"a{byte}") for byte in "/~"),
     ):
         shown = repr(value) if len(value) < 10 else f"of {len(value)} bytes"
         what = f"The name of the {kind} is {shown}"
@@ -220,23 +247,32 @@ def section_3_1() -> Iterator[Vector]:
         content = mixed().change("attachments", bytes=size)
         what = f"A raw attachment of 4 bytes is said to have {size}"
         yield reject(f"attachment-bytes-{size}", "A-1", "malformed", what, content)
-    content = mixed().change("attachments", encoding="future")
-    what = "An attachment of an encoding that no reader knows"
-    yield reject("attachment-unknown", "T-5", "unsupported", what, content, stage="verify")
+    for encoding in ("future", "int-dict", "int-group", ""):
+        content = mixed().change("attachments", encoding=encoding)
+        what = f"An attachment of the encoding {encoding!r}, which is none for attachments"
+        name = f"attachment-encoding-{encoding or 'empty'}"
+        yield reject(name, "T-5", "unsupported", what, content, stage="verify")
+    content = mixed().change("attachments", encoding="future", bytes=77)
+    what = "An attachment of an unknown encoding, whose bytes are not those of the extent"
+    yield reject("attachment-unknown-bytes", "T-5", "unsupported", what, content, stage="verify")
     content = Content().attach("a", b"text", frame(b"texts"), "zstd")
     what = "A compressed attachment is longer than it is said to be"
     yield reject("attachment-zstd-bytes", "Z-2", "malformed", what, content, stage="verify")
 
 
 def section_3_2() -> Iterator[Vector]:
-    value: int | str
-    for key, value, code in (
-        ("width", 7, "limit"), ("width", 17, "limit"), ("signs", "none", "malformed"),
-        ("max_length", 0, "limit"), ("max_length", 256, "limit"), ("max_nonzeros", 17, "limit"),
+    for key, value in (
+        ("bytes", 0), ("bytes", 2**14 + 1), ("width", 7), ("width", 17),
+        ("width", 8 + 2**8), ("width", 8 + 2**32), ("max_length", 0), ("max_length", 256),
+        ("max_ones", 17), ("max_ones", 2**53 - 1),
     ):
-        content = Content().dictionary(TINY).change("dictionaries", **{key: value})
-        what = f"A dictionary's {key} is {value}"
-        yield reject(f"dictionary-{key}-{value}", "D-1 L-1", code, what, content)
+        for encoding in ("raw", "future"):
+            content = Content().dictionary(BOOK)
+            content.change("dictionaries", encoding=encoding, **{key: value})
+            what = f"A dictionary's {key} is {value}, its encoding {encoding}"
+            name = f"dictionary-{key}-{value}{'' if encoding == 'raw' else '-unknown'}"
+            if encoding == "raw" or value in (17, 256):
+                yield reject(name, "D-1 L-1", "limit", what, content)
 
 
 def section_3_3_shapes() -> Iterator[Vector]:
@@ -281,15 +317,17 @@ def section_3_3_shapes() -> Iterator[Vector]:
 
 def section_3_3_transposed() -> Iterator[Vector]:
     parts = [struct.pack("<6H", *range(6 * i, 6 * i + 6)) for i in range(2)]
-    content = Content().dictionary(TINY)
+    content = Content().dictionary(BOOK)
     content.tensor("a", "U16", [2, 2, 3], *parts, stack=True, transposed=True)
     stored = [frame(shuffled(part, 2)) for part in parts]
     content.tensor("b", "U16", [2, 3, 2], *parts, stored=stored, encoding="zstd", stack=True,
                    members="b.{}.w", transposed=True)
     matrices = [symmetric([1, 0, -1], [0, 0, 1]), symmetric([0, 1, 0], [-1, -1, 0])]
-    content.ternary("c", "BF16", *matrices, transposed=True)
+    content.int_dict("c", "BF16", *matrices, transposed=True)
     content.tensor("d", "U16", [2, 1, 2, 3], *parts, stack=True, transposed=True)
     content.tensor("e", "F32", [0, 2, 3], stack=True, transposed=True)
+    groups = [Groups([[1, 2, 3], [9, 8, 7]], [ONE, 0x4040], 4), Groups([[4] * 3] * 2, [ONE] * 2, 4)]
+    content.int_group("f", "BF16", *groups, transposed=True)
     what = "Stacks whose experts the checkpoint had transposed, in one tensor and in many"
     yield accept("stack-transposed", "T-3 T-1 T-2 T-4", what, content)
     for name, shape, stack, encoding in (
@@ -312,24 +350,59 @@ def section_3_3_unknown() -> Iterator[Vector]:
     what = "An encoding that no reader knows, with keys of its own: the file can be opened"
     content = unknown(bits=4, nested={"a": [1, {"b": True}]})
     yield unsupported("encoding-unknown", "T-5 J-4", what, content)
-    for name, encoding in (("int-group", "int-group"), ("empty", "")):
+    for encoding in ("", "ternary-dict", "Raw", "int-group2"):
         content = small().change(encoding=encoding)
-        yield unsupported(f"encoding-{name}", "T-5 T-X", f"The encoding is {encoding!r}", content)
+        name = encoding.lower() or "empty"
+        yield unsupported(f"encoding-{name}", "T-5", f"The encoding is {encoding!r}", content)
     content = small().tensor("b", "U8", [0, 5], encoding="future", stack=True, bits=4)
     content.tensor("c", "F4", [0, 5], stack=True)
-    content.tensor("d", "U8", [0, 5], encoding="int-group", stack=True)
+    content.int_dict("d", "F4", shape=[0, 5, 1]).int_group("e", "F4", shape=[0, 5, 1])
     what = "What no reader knows, in stacks without experts only: there is nothing to read"
-    yield accept("unknown-no-experts", "T-5 T-X T-1 J-4", what, content)
+    yield accept("unknown-no-experts", "T-5 T-1 J-4", what, content)
+    for name, content in (("encoding", unknown()), ("dtype", small().change(dtype="F4"))):
+        what = f"An unknown {name}, zero elements: there is an extent all the same"
+        content.change(shape=[0])
+        content.extents[0] = b""
+        yield unsupported(f"{name}-unknown-empty", "T-5 T-1", what, content)
+    yield unsupported("dtype-empty", "T-5", "The dtype is empty", small().change(dtype=""))
+    what = "The dtype is that of another case"
+    yield unsupported("dtype-case", "T-5", what, small().change(dtype="u8"))
     for encoding, data in (("raw", b"abc"), ("zstd", frame(b"abc"))):
         content = Content().tensor("a", "F4", [3], b"abc", stored=[data], encoding=encoding)
         what = f"A {encoding} tensor of an element type that no reader knows"
         yield unsupported(f"dtype-unknown-{encoding}", "T-5", what, content)
-    content = ternary(symmetric([1]), TINY).change(dtype="F4")
-    what = "A ternary tensor of an element type that no reader knows"
-    yield unsupported("dtype-unknown-ternary", "T-5 E-2", what, content)
+    content = coded(symmetric([1])).change(dtype="F4")
+    what = "An int-dict tensor of an element type that no reader knows"
+    yield unsupported("dtype-unknown-int-dict", "T-5 E-2", what, content)
+    content = Content().int_group("w", "F32", Groups([[1]], [ONE], 4)).change(dtype="F4")
+    what = "An int-group tensor of an element type that no reader knows"
+    yield unsupported("dtype-unknown-int-group", "T-5 E-2", what, content)
 
 
-def section_9_nesting() -> Iterator[Vector]:
+def section_3_3_unknown_index() -> Iterator[Vector]:
+    """What a reader checks of a tensor whose encoding or element type it does not know."""
+    for kind, change in (("encoding", {"encoding": "future"}), ("dtype", {"dtype": "F4"})):
+        keys: dict[str, Any]
+        for name, needed, code, what, keys in (
+            ("space", "J-6", "malformed", "has a space in its name", {"name": "a b"}),
+            ("long", "J-6", "malformed", "has a name of 513 bytes", {"name": "n" * 513}),
+            ("members", "T-2", "malformed", "has members and is no stack", {"members": "a.{}"}),
+            ("members-none", "T-2", "malformed", "has no place in its members",
+             {"members": "a", "stack": True, "shape": [1, 3]}),
+            ("no-dimension", "T-1", "malformed", "is a stack without a dimension",
+             {"stack": True, "shape": []}),
+            ("empty-extent", "T-1", "malformed", "is a stack without experts, but has an extent",
+             {"stack": True, "shape": [0, 1], "extent": 7}),
+            ("dimensions", "L-1", "limit", "has nine dimensions", {"shape": [1] * 9}),
+            ("dimension", "L-1", "limit", "has a dimension of 2^40 + 1", {"shape": [2**40 + 1]}),
+            ("shape-item", "J-4", "malformed", "has a shape with true", {"shape": [True]}),
+        ):
+            what = f"A tensor of an unknown {kind} {what}"
+            name = f"unknown-{kind}-{name}"
+            yield reject(name, f"{needed} T-5", code, what, small().change(**change, **keys))
+
+
+def section_10_nesting() -> Iterator[Vector]:
     what = "Arrays and objects nested {} deep, in a key of an unknown encoding"
     values: dict[int, list[Any]] = {4: []}  # by depth: the key itself is at depth 3
     for depth in range(5, 501):
@@ -343,7 +416,7 @@ def section_9_nesting() -> Iterator[Vector]:
     yield reject("limit-nesting-objects", "L-1", "limit", what.format(9), content)
 
 
-def section_9_shapes() -> Iterator[Vector]:
+def section_10_shapes() -> Iterator[Vector]:
     def empty(shape: Sequence[int], dtype: str = "U8") -> Content:
         return Content().tensor("a", dtype, shape, b"")
 
@@ -358,6 +431,14 @@ def section_9_shapes() -> Iterator[Vector]:
     most = [6361, 69431, 20394401, 0]
     yield accept("limit-size", "L-1", "Dimensions other than 0 multiply to 2^53 - 1", empty(most))
     yield bad("size-more", "Dimensions other than 0 multiply to 2^53", empty([2**27, 2**26, 0]))
+    for place in range(3):
+        shape = [2**40] * 3
+        shape[place] = 0
+        what = f"Dimensions multiply to 2^80, but for dimension {place}, which is 0"
+        yield bad(f"size-zero-{place}", what, empty(shape))
+    content = Content().tensor("a", "U8", [0, 2**40, 2**40], stack=True)
+    what = "The dimensions of a stack without experts multiply to 2^80"
+    yield bad("size-no-experts", what, content)
     yield bad("size-bytes", "2^50 elements of 8 bytes", empty([2**40, 2**10], "F64"))
     what = "Seven dimensions of 2^40, whose product wraps around in 64 bits"
     yield bad("size-overflow", what, empty([2**40] * 7 + [0]), "L-1 N-2")
@@ -367,20 +448,28 @@ def section_9_shapes() -> Iterator[Vector]:
     yield bad("size-unknown-more", what.format("2^53"), empty([2**27, 2**26, 0], "F4"))
 
 
-def section_9_ternary() -> Iterator[Vector]:
-    def empty(shape: Sequence[int], **keys: int) -> Content:
-        stack = len(shape) == 3
-        matrices = [] if stack else [Matrix([], [], columns=shape[1])]
-        content = Content().dictionary(TINY)
-        return content.ternary("w", "F32", *matrices, shape=shape, stack=stack).change(**keys)
+def section_10_matrices() -> Iterator[Vector]:
+    def empty(encoding: str, shape: Sequence[int]) -> Content:
+        """A matrix without rows, or a stack without experts."""
+        content, count = Content(), 3 - len(shape)
+        if encoding == "int-group":
+            return content.int_group("w", "F32", *[Groups([], [], 4)] * count, shape=shape)
+        content.dictionary(BOOK)
+        return content.int_dict("w", "F32", *[Matrix([], [])] * count, shape=shape)
 
-    for key, value in (("width", 7), ("width", 17), ("group_size", 2**31)):
-        what = f"A ternary tensor's {key} is {value}"
-        yield reject(f"limit-{key}-{value}", "L-1", "limit", what, empty([0, 1], **{key: value}))
-    content = empty([0, 1], group_size=2**31 - 1)
-    yield accept("limit-group-size", "L-1 E-X", "group_size is 2^31 - 1", content)
-    what = "A matrix of 0 rows, 2^31 - 1 columns"
-    yield accept("limit-columns", "L-1 N-3", what, empty([0, 2**31 - 1]))
-    yield reject("limit-columns-more", "L-1", "limit", "0 rows, 2^31 columns", empty([0, 2**31]))
-    yield accept("limit-rows", "L-1", "0 experts of 2^31 - 1 rows", empty([0, 2**31 - 1, 0]))
-    yield reject("limit-rows-more", "L-1", "limit", "0 experts of 2^31 rows", empty([0, 2**31, 0]))
+    for encoding in ("int-dict", "int-group"):
+        for name, needed, outcome, what, shape in (
+            ("columns", "L-1 N-3", "accept", "0 rows, 2^31 - 1 columns", [0, 2**31 - 1]),
+            ("columns-more", "L-1", "limit", "0 rows, 2^31 columns", [0, 2**31]),
+            ("rows", "L-1", "accept", "0 experts of 2^31 - 1 rows", [0, 2**31 - 1, 0]),
+            ("rows-more", "L-1", "limit", "0 experts of 2^31 rows", [0, 2**31, 0]),
+        ):
+            content = empty(encoding, shape)
+            name, what = f"limit-{encoding}-{name}", f"An {encoding} tensor: {what}"
+            if outcome == "accept":
+                yield accept(name, needed, what, content)
+                continue
+            yield reject(name, needed, outcome, what, content)
+            content.change(dtype="F4")
+            yield reject(f"{name}-unknown", f"{needed} T-5", outcome,
+                         f"{what}, of an unknown element type", content)

@@ -1,4 +1,4 @@
-"""Dictionaries and ternary matrices of SPEC.md sections 6 and 7, in exact arithmetic."""
+"""Dictionaries and matrices of SPEC.md sections 6 and 7, byte by byte."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
+from tools.conformance_vectors.exact_numbers import ZERO, Number, number, product
+
 Node = list[Any]  # a leaf is [], an inner node [first child, second child]
 
 
@@ -32,6 +28,18 @@ def replaced(items: Sequence[Any], by: Mapping[int, Any]) -> list[Any]:
     return [by.get(place, item) for place, item in enumerate(items)]
 
 
+def laid_out(
+    start: bytes, sections: Sequence[bytes], guard: int, gaps: Mapping[int, Mapping[int, int]]
+) -> bytes:
+    """Sections at multiples of 16; ``gaps`` are patches of the zero bytes after a section."""
+    result = start + bytes(-len(start) % 16)
+    for place, section in enumerate(sections):
+        end = len(result) + len(section)
+        gap = bytes(-end % 16 if place < len(sections) - 1 else -(end + guard) % 16 + guard)
+        result += section + patched(gap, gaps.get(place, {}))
+    return result
+
+
 # -- Dictionaries ----------------------------------------------------------------------------------
 
 
@@ -46,7 +54,7 @@ def paths(node: Node, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
 
 def integer(bits: Sequence[int]) -> int:
     """Bit k of the result is ``bits[k]``."""
-    return sum(bit << place for place, bit in enumerate(bits))
+    return int("".join(map(str, reversed(bits))) or "0", 2)
 
 
 @dataclass
@@ -54,7 +62,6 @@ class Book:
     """A dictionary: ``root`` is its tree."""
 
     width: int
-    signs: str
     root: Node
 
     def __post_init__(self) -> None:
@@ -62,61 +69,53 @@ class Book:
         self.tree = integer(bits).to_bytes(-(-len(bits) // 8), "little")
         self.entries = paths(self.root)
         self.max_length = max(map(len, self.entries))
-        self.max_nonzeros = max(map(sum, self.entries))
-        self.first: dict[tuple[int, ...], int] = {}
-        self.codewords = 0
-        for entry in self.entries:
-            self.first[entry] = self.codewords
-            self.codewords += 1 if self.signs == "plane" else 2 ** sum(entry)
+        self.max_ones = max(map(sum, self.entries))
+        self.codewords = {entry: number for number, entry in enumerate(self.entries)}
 
-    def parse(self, row: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The codewords and the sign bits of a row; the last entry continues with zeros."""
+    def parse(self, string: Sequence[int]) -> list[int]:
+        """The codewords of a string; the last entry continues with zeros."""
         codewords: list[int] = []
-        signs: list[int] = []
-        column = 0
-        while column < len(row):
-            node, entry, own = self.root, list[int](), list[int]()
+        place = 0
+        while place < len(string):
+            node, entry = self.root, list[int]()
             while node:
-                level = row[column] if column < len(row) else 0
-                node = node[abs(level)]
-                entry.append(abs(level))
-                own += [int(level < 0)] if level else []
-                column += 1
-            codewords.append(self.first[tuple(entry)])
-            if self.signs == "plane":
-                signs += own
-            else:
-                codewords[-1] += integer(own)
-        return codewords, signs
+                entry.append(string[place] if place < len(string) else 0)
+                node = node[entry[-1]]
+                place += 1
+            codewords.append(self.codewords[tuple(entry)])
+        return codewords
 
 
 def segment(
-    codewords: Sequence[int], width: int, signs: Sequence[int], extra: int = 0, middle: int = 0
+    codewords: Sequence[int],
+    width: int,
+    signs: Sequence[int] = (),
+    extra: int = 0,
+    middle: int = 0,
 ) -> bytes:
     """A segment with ``extra`` bytes, and ``middle`` in the bits between signs and codewords."""
-    length = -(-(len(codewords) * width + len(signs)) // 8) + extra
-    number = integer(signs) + (middle << len(signs))
-    for i, codeword in enumerate(codewords):
-        number |= codeword << (8 * length - (i + 1) * width)
+    bits = len(codewords) * width + len(signs)
+    length = -(-bits // 8) + extra
+    number = integer(signs) | middle << len(signs)
+    text = "".join(f"{codeword:0{width}b}" for codeword in codewords)
+    number |= int(text or "0", 2) << (8 * length - len(text))
     return number.to_bytes(length, "little")
 
 
-def tunstall(width: int, signs: str, zeros: float) -> Book:
+def tunstall(width: int, zeros: float) -> Book:
     """Split the most probable leaf while there is room, for a fraction of zeros of ``zeros``."""
     root: Node = []
     heap: list[tuple[float, int, Node, int, int]] = [(-1.0, 0, root, 0, 0)]
-    codewords = order = 1
-    while heap:
-        weight, _, node, length, nonzeros = heapq.heappop(heap)
-        more = 1 if signs == "plane" else 2 * 2**nonzeros
-        if codewords + more > 2**width or length == 255 or nonzeros == 16:
+    leaves = 1
+    while leaves < 2**width:
+        weight, _, node, length, ones = heapq.heappop(heap)
+        if length == 255 or ones == 16:
             continue
-        codewords += more
         node[:] = [], []
-        heapq.heappush(heap, (weight * zeros, order, node[0], length + 1, nonzeros))
-        heapq.heappush(heap, (weight * (1 - zeros), order + 1, node[1], length + 1, nonzeros + 1))
-        order += 2
-    return Book(width, signs, root)
+        heapq.heappush(heap, (weight * zeros, 2 * leaves, node[0], length + 1, ones))
+        heapq.heappush(heap, (weight * (1 - zeros), 2 * leaves + 1, node[1], length + 1, ones + 1))
+        leaves += 1
+    return Book(width, root)
 
 
 def comb(turns: Sequence[int], leaves: int) -> Node:
@@ -134,136 +133,139 @@ def comb(turns: Sequence[int], leaves: int) -> Node:
     return root
 
 
-# -- Numbers ---------------------------------------------------------------------------------------
-
-FORMATS = {"F16": (5, 10), "BF16": (8, 7), "F32": (8, 23), "F64": (11, 52)}
-Number = tuple[int, Fraction]  # sign bit and magnitude
-INFINITY = Fraction(2) ** 2000  # beyond all formats
-
-
-def number(bits: int, dtype: str) -> Number:
-    """The exact value of a floating-point number."""
-    exponent_bits, fraction_bits = FORMATS[dtype]
-    sign = bits >> (exponent_bits + fraction_bits)
-    exponent = bits >> fraction_bits & (2**exponent_bits - 1)
-    fraction = bits & (2**fraction_bits - 1)
-    if exponent == 2**exponent_bits - 1:
-        return sign, INFINITY
-    least = 2 - 2 ** (exponent_bits - 1) - fraction_bits  # the unit of the subnormals
-    if exponent == 0:
-        return sign, fraction * Fraction(2) ** least
-    return sign, (2**fraction_bits + fraction) * Fraction(2) ** (least + exponent - 1)
-
-
-def nearest(value: Number, dtype: str) -> int:
-    """The bits of the nearest number of a format, ties to even."""
-    exponent_bits, fraction_bits = FORMATS[dtype]
-    sign, magnitude = value
-    sign <<= exponent_bits + fraction_bits
-    if magnitude == 0:
-        return sign
-    bias = (1 << (exponent_bits - 1)) - 1
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= magnitude < Fraction(2) ** exponent
-    exponent = max(exponent, 1 - bias)
-    # round() of a fraction takes ties to even; a carry goes into the exponent by itself.
-    units: int = round(magnitude / Fraction(2) ** (exponent - fraction_bits))
-    infinity = ((1 << exponent_bits) - 1) << fraction_bits
-    return sign | min(((exponent + bias - 1) << fraction_bits) + units, infinity)
-
-
-def bits_of(value: float, dtype: str) -> int:
-    return nearest((int(value < 0), Fraction(abs(value))), dtype)
-
-
 # -- Matrices --------------------------------------------------------------------------------------
+
+
+def nonzero(levels: Sequence[int]) -> list[int]:
+    return [level for level in levels if level]
+
+
+def mask(levels: Sequence[int]) -> list[int]:
+    return [int(level != 0) for level in levels]
+
+
+def signs(levels: Sequence[int]) -> list[int]:
+    return [int(level < 0) for level in nonzero(levels)]
+
+
+def refinement(levels: Sequence[int]) -> list[int]:
+    return [bit for level in nonzero(levels) for bit in (*[1] * (abs(level) - 1), 0)]
 
 
 @dataclass
 class Matrix:
-    """Scales are bits of ``scale_dtype``: rows × groups × (s, or low and high), flat."""
+    """Scales are bits of BF16: rows × (s, or low and high), flat."""
 
     levels: Sequence[Sequence[int]]
     row_scales: Sequence[int]
     column_scales: Sequence[int] | None = None
-    scale_dtype: str = "BF16"
-    group_size: int = 0
     symmetric: bool = False
     columns: int = 0  # for a matrix without rows
     rows_per_segment: int = 1
+    refined: bool | None = None  # None: if there is a level beyond -1 to 1
 
     def __post_init__(self) -> None:
         self.columns = len(self.levels[0]) if self.levels else self.columns
-        self.groups = -(-self.columns // self.group_size) if self.group_size else 1
-        scales = len(self.levels) * self.groups * (1 if self.symmetric else 2)
-        assert len(self.row_scales) == scales
+        if self.refined is None:
+            self.refined = any(abs(level) > 1 for row in self.levels for level in row)
+        assert len(self.row_scales) == len(self.levels) * (1 if self.symmetric else 2)
         assert self.column_scales is None or len(self.column_scales) == self.columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.levels), self.columns
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Those of the index entry."""
+        return {
+            "column_scale": self.column_scales is not None,
+            "rows_per_segment": self.rows_per_segment,
+            "symmetric": self.symmetric,
+        }
+
+    @property
+    def plain(self) -> bytes:
+        """The levels as signed bytes."""
+        return bytes(level & 0xFF for row in self.levels for level in row)
 
     def value(self, row: int, column: int) -> Number:
         """Section 7.3."""
         level = self.levels[row][column]
         if level == 0:
-            return 0, Fraction(0)
-        group = row * self.groups + (column // self.group_size if self.group_size else 0)
-        place = group if self.symmetric else 2 * group + (level > 0)
-        sign, magnitude = number(self.row_scales[place], self.scale_dtype)
-        sign ^= self.symmetric and level < 0
-        if self.column_scales is None:
-            return sign, magnitude
-        other_sign, other = number(self.column_scales[column], self.scale_dtype)
-        return number(nearest((sign ^ other_sign, magnitude * other), "F32"), "F32")
-
-    def values(self, dtype: str) -> bytes:
-        if dtype not in FORMATS:  # a vector with a wrong dtype, rejected before it is decoded
-            return b""
-        return b"".join(
-            nearest(self.value(row, column), dtype).to_bytes(SIZES[dtype], "little")
-            for row in range(len(self.levels))
-            for column in range(self.columns)
+            return ZERO
+        sign, scale = number(
+            self.row_scales[row if self.symmetric else 2 * row + (level > 0)], "BF16"
         )
+        value = product(Fraction(abs(level)), (sign ^ (self.symmetric and level < 0), scale))
+        if self.column_scales is None:
+            return value
+        sign, scale = number(self.column_scales[column], "BF16")
+        return product(scale * (1 - 2 * sign), value) if scale else (sign ^ value[0], scale)
 
-    def extent(self, number: int, book: Book, **defects: Any) -> bytes:
+    def extent(self, books: Sequence[Book], numbers: Sequence[int], **defects: Any) -> bytes:
         """Section 7.1.
 
         Args:
-            number: of the dictionary ``book``.
-            defects: ``segments``, ``lengths`` and ``offsets`` (of blocks) replace single ones;
-                ``gaps`` are patches of the zero bytes after a section, from 0, the row scales, to
-                4, the guard; everything else replaces a field of the header.
+            books: all dictionaries.
+            numbers: of the mask's dictionary, and the refinement's.
+            defects: of the mask, see ``_string``; ``refinement`` has those of the refinement;
+                ``gaps`` are patches of the zero bytes after a section, from 0, the row scales.
         """
-        parts = []
+        gaps = defects.pop("gaps", {})
+        further = defects.pop("refinement", {})
+        segments: list[Sequence[int]] = []
         for first in range(0, len(self.levels), self.rows_per_segment):  # [E-3]
             rows = self.levels[first : first + self.rows_per_segment]
-            codewords, signs = book.parse([level for row in rows for level in row])
-            parts.append(segment(codewords, book.width, signs))
-        parts = replaced(parts, defects.pop("segments", {}))
-        base = defects.get("length_base", min(map(len, parts), default=0))
-        above = [len(part) - base for part in parts]
-        width = next(size for size in (1, 2, 4) if max(above, default=0) < 256**size)
-        width = defects.get("length_width", width)
-        above = replaced(above, defects.pop("lengths", {}))
-        starts = [sum(map(len, parts[: 32 * block])) for block in range(-(-len(parts) // 32))]
-        starts = replaced(starts, defects.pop("offsets", {}))
-        gaps = defects.pop("gaps", {})
-        size = SIZES[self.scale_dtype]
-        sections = [
-            b"".join(scale.to_bytes(size, "little") for scale in self.row_scales),
-            b"".join(scale.to_bytes(size, "little") for scale in self.column_scales or ()),
-            struct.pack(f"<{len(starts)}I", *starts),
-            b"".join(length.to_bytes(width, "little") for length in above),
-            b"".join(parts),
-        ]
-        header = {
-            "dictionary": number,
-            "length_base": base,
-            "length_width": width,
-            "zero": bytes(7),
-            "nonzeros": sum(level != 0 for row in self.levels for level in row),
-            "segment_bytes": len(sections[-1]),
-        } | defects
-        result = struct.pack("<IIB7sQQ", *header.values())
-        for place, section in enumerate(sections):
-            end = len(result) + len(section)
-            gap = bytes(-end % 16 if place < 4 else -(end + 8) % 16 + 8)
-            result += section + patched(gap, gaps.get(place, {}))
-        return result
+            segments.append([level for row in rows for level in row])
+        book = books[numbers[0]]
+        parts = [segment(book.parse(mask(s)), book.width, signs(s)) for s in segments]
+        ones = sum(sum(mask(s)) for s in segments)
+        fields = {"dictionary": numbers[0], "refined": int(bool(self.refined)), "ones": ones}
+        header, sections = _string(parts, fields, defects)
+        if self.refined:
+            book = books[numbers[1]]
+            parts = [segment(book.parse(refinement(s)), book.width) for s in segments]
+            ones = sum(sum(refinement(s)) for s in segments)
+            fields = {"dictionary": numbers[1], "refined": 0, "ones": ones}
+            second, more = _string(parts, fields, further)
+            header, sections = header + second, sections + more
+        scales = [self.row_scales, self.column_scales or ()]
+        packed = [struct.pack(f"<{len(each)}H", *each) for each in scales]
+        return laid_out(header, [*packed, *sections], 8, gaps)
+
+
+def _string(
+    parts: Sequence[bytes], fields: Mapping[str, int], defects: Mapping[str, Any]
+) -> tuple[bytes, list[bytes]]:
+    """The header and the sections of a string whose segments are ``parts``.
+
+    ``defects``: ``segments``, ``lengths`` and ``offsets`` (of blocks) replace single ones;
+    everything else replaces a field of the header.
+    """
+    parts = replaced(parts, defects.get("segments", {}))
+    base = defects.get("length_base", min(map(len, parts), default=0))
+    above = [len(part) - base for part in parts]
+    width = next(size for size in (1, 2, 4) if max(above, default=0) < 256**size)
+    width = defects.get("length_width", width)
+    above = replaced(above, defects.get("lengths", {}))
+    starts = [sum(map(len, parts[: 32 * block])) for block in range(-(-len(parts) // 32))]
+    starts = replaced(starts, defects.get("offsets", {}))
+    sections = [
+        struct.pack(f"<{len(starts)}I", *starts),
+        b"".join(length.to_bytes(width, "little") for length in above),
+        b"".join(parts),
+    ]
+    header = {
+        "dictionary": fields["dictionary"],
+        "length_base": base,
+        "length_width": width,
+        "refined": fields["refined"],
+        "zero": bytes(6),
+        "ones": fields["ones"],
+        "segment_bytes": len(sections[-1]),
+    }
+    for name in header.keys() & defects.keys():
+        header[name] = defects[name]
+    assert defects.keys() <= header.keys() | {"segments", "lengths", "offsets"}
+    return struct.pack("<IIBB6sQQ", *header.values()), sections

@@ -1,4 +1,4 @@
-"""The vectors of SPEC.md sections 8 and 12: sets of shards, and the file that it shows."""
+"""The vectors of SPEC.md sections 9 and 13: sets of shards, and the file that it shows."""
 
 # A table, where a line holds as much as fits:
 # fmt: off
@@ -9,9 +9,10 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tools.conformance_vectors.exact_numbers import bf16
 from tools.conformance_vectors.file_builder import SIGNATURE, Content, canonical
-from tools.conformance_vectors.int_dict_builder import Matrix
-from tools.conformance_vectors.samples import PLANE8, TINY, bf16, symmetric
+from tools.conformance_vectors.int_dict_builder import Matrix, patched
+from tools.conformance_vectors.samples import BOOK, symmetric
 from tools.conformance_vectors.vector import Vector, accept
 
 NAMES = ("model-1-of-2.qmoe", "model-2-of-2.qmoe")
@@ -21,8 +22,8 @@ def shard(first: str, second: str, attached: str = "") -> Content:
     content = Content()
     if attached:
         content.attach(attached, b"{}")
-    content.dictionary(TINY).tensor(first, "U8", [1], b"1")
-    return content.ternary(second, "F32", symmetric([1, 0, -1]))
+    content.dictionary(BOOK).tensor(first, "U8", [1], b"1")
+    return content.int_dict(second, "F32", symmetric([1, 0, -1]))
 
 
 def entry(name: str, data: bytes, **keys: Any) -> dict[str, Any]:
@@ -67,14 +68,14 @@ def pair() -> dict[str, Content]:
     return dict(zip(NAMES, (shard("a", "d", "config.json"), shard("b", "c")), strict=True))
 
 
-def section_8_accepted() -> Iterator[Vector]:
+def section_9_accepted() -> Iterator[Vector]:
     yield accept_set("two", "S-1 S-2 S-3", "A set of two shards", pair())
     yield accept_set("one", "S-1", "A set of one shard", {NAMES[0]: pair()[NAMES[0]]})
     yield accept_set("none", "S-1", "A set of no shards", {})
     yield accept_set("reversed", "S-1", "Shards may be in any order", pair(), backwards=True)
 
 
-def section_8_text() -> Iterator[Vector]:
+def section_9_text() -> Iterator[Vector]:
     data, other = (content.pack() for content in pair().values())
     e, f = entry(NAMES[0], data), entry(NAMES[1], other)
     for name, needed, code, what, text in (
@@ -82,6 +83,7 @@ def section_8_text() -> Iterator[Vector]:
         ("newline", "J-1", "malformed", "A line feed after the text", of(e) + b"\n"),
         ("after", "J-2", "malformed", "Something after the text", of(e) + b"{}"),
         ("fraction", "J-2", "malformed", "A version of 0.2", of(e).replace(b"[0,2]", b"0.2")),
+        ("number", "J-2", "malformed", "A number beyond 2^53 - 1", of(e, version=[0, 2**53])),
         ("order", "J-3", "malformed", "Keys of the text not in order",
          of(e).replace(b'"shards"', b'"x":0,"shards"')),
         ("key-more", "J-4", "malformed", "A key more", of(e, x=0)),
@@ -96,6 +98,12 @@ def section_8_text() -> Iterator[Vector]:
         ("version-long", "J-4", "malformed", "Three numbers", of(e, version=[0, 2, 0])),
         ("version-kind", "J-4", "malformed", "A version of false", of(e, version=[False, 2])),
         ("version-minor", "P-4", "version", "Version 0.3", of(e, version=[0, 3])),
+        ("version-key-more", "P-4 C-4", "version", "Version 0.3, with a key more",
+         of(e, version=[0, 3], x=0)),
+        ("version-shards", "P-4 C-4", "version", "Version 0.3, shards is an object",
+         of(shards={}, version=[0, 3])),
+        ("version-name", "P-4 C-4", "version", "Version 0.3, a file name that is not allowed",
+         of(e | {"file": "../a"}, version=[0, 3])),
         ("version-older", "P-4", "version", "Version 0.1", of(e, version=[0, 1])),
         ("version-major", "P-4", "version", "Version 1.2", of(e, version=[1, 2])),
         ("format", "P-1", "signature", "Another format's name", of(e, format="qmoe-shard")),
@@ -105,7 +113,14 @@ def section_8_text() -> Iterator[Vector]:
     for name, needed, code, what, text in (
         ("path", "S-2 J-6", "malformed", "A shard in another folder", of(e | {"file": "../a"})),
         ("dot", "S-2 J-6", "malformed", "A hidden file", of(e | {"file": ".a"})),
+        ("long", "S-2 J-6", "malformed", "A file name of 256 bytes", of(e | {"file": "n" * 256})),
+        ("longest", "S-2 J-6", "truncated", "A file name of 255 bytes, the most, which is missing",
+         of(e | {"file": "n" * 255})),
         ("bytes", "S-2", "checksum", "bytes is one too great", of(e | {"bytes": e["bytes"] + 1})),
+        ("bytes-modulo", "S-2", "checksum", "bytes is 2^32 too great",
+         of(e | {"bytes": e["bytes"] + 2**32})),
+        ("crc-modulo", "S-2", "checksum", "preamble_crc32 is 2^32 too great",
+         of(e | {"preamble_crc32": e["preamble_crc32"] + 2**32})),
         ("crc", "S-2", "checksum", "Another file's preamble_crc32",
          of(e | {"preamble_crc32": f["preamble_crc32"]})),
         ("missing", "S-2", "truncated", "The second shard is missing", of(e, f)),
@@ -114,7 +129,7 @@ def section_8_text() -> Iterator[Vector]:
         yield reject_set(name, needed, code, what, text, {NAMES[0]: data})
 
 
-def section_8_shards() -> Iterator[Vector]:
+def section_9_shards() -> Iterator[Vector]:
     one, two = pair().values()
     data = {NAMES[0]: one.pack(), NAMES[1]: two.pack()}
     entries = [entry(*item) for item in data.items()]
@@ -122,6 +137,29 @@ def section_8_shards() -> Iterator[Vector]:
     text = of(entry("a.qmoe", empty), entry("a.qmoe", empty))
     what = "A shard without tensors named twice"
     yield reject_set("twice-empty", "S-3", "duplicate", what, text, {"a.qmoe": empty})
+    names = ("a.qmoe", "b.qmoe", "c.qmoe")
+    parts = (shard("a", "d"), shard("b", "c"), shard("a", "e"))
+    three = {file: content.pack() for file, content in zip(names, parts, strict=True)}
+    text = of(*[entry(*item) for item in three.items()])
+    what = "A tensor is in the first and the third shard"
+    yield reject_set("tensor-twice-far", "S-3", "duplicate", what, text, three)
+    text = of(entries[0], entries[1], entries[0])
+    what = "The first shard is named again as the third"
+    yield reject_set("twice-far", "S-3", "duplicate", what, text, data)
+    inner = of(entries[0])
+    text = of(entries[0], entry("inner.json", inner))
+    what = "A shard that is itself the text of a set"
+    yield reject_set(
+        "nested", "S-2 P-1", "signature", what, text, data | {"inner.json": inner})
+    text = of(*entries)
+    what = "A folder has the name of the second shard"
+    inside = {NAMES[0]: data[NAMES[0]], f"{NAMES[1]}/file": b"x"}
+    yield reject_set("folder", "S-2", "truncated", what, text, inside)
+    wrong = patched(data[NAMES[1]], {60: data[NAMES[1]][60] ^ 1})
+    text = of(entries[0], entry(NAMES[1], wrong))
+    what = "The preamble of the second shard is damaged, but the text agrees with it"
+    yield reject_set(
+        "crc-agrees", "P-3 S-2", "checksum", what, text, data | {NAMES[1]: wrong})
     what = "A shard has lost its last byte: its length is not the one named"
     cut = data | {NAMES[0]: data[NAMES[0]][:-1]}
     yield reject_set("cut", "S-2", "checksum", what, of(*entries), cut)
@@ -155,14 +193,14 @@ def section_8_shards() -> Iterator[Vector]:
     yield accept_set("other", "S-3", what, {NAMES[0]: one, NAMES[1]: shard("x", "y")})
 
 
-def section_12() -> Iterator[Vector]:
-    content = Content().attach("config.json", b'{"experts":2}').dictionary(PLANE8)
+def section_13() -> Iterator[Vector]:
+    content = Content().attach("config.json", b'{"experts":2}').dictionary(BOOK)
     content.index["generator"] = "example"
     content.tensor("bias", "F32", [2], struct.pack("<2f", 0.5, -2))
     experts = [
         Matrix([[0, 0, 1, 0, -1, 0], [0, 0, 0, 0, 0, 0]], bf16(-0.25, 0.5, -1, 1)),
-        Matrix([[-1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, -1]], bf16(-0.75, 0.125, -2, 3)),
+        Matrix([[-1, 0, 0, 0, 0, 0], [3, 1, 0, 0, 0, -2]], bf16(-0.75, 0.125, -2, 3)),
     ]
-    content.ternary("experts", "BF16", *experts, members="experts.{}.w")
-    what = "The file of SPEC.md section 12: an attachment, a raw tensor, a stack of two experts"
+    content.int_dict("experts", "BF16", *experts, members="experts.{}.w")
+    what = "The file of SPEC.md section 13: an attachment, a raw tensor, a stack of two experts"
     yield accept("whole-file", "N-1 F-1 T-1 E-10 D-4 V-1", what, content)

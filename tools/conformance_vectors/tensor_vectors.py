@@ -8,19 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from tools.conformance_vectors.exact_numbers import SIZES, bf16
 from tools.conformance_vectors.file_builder import Content, frame, raw_block, run_block, shuffled
-from tools.conformance_vectors.int_dict_builder import SIZES, Book, Matrix, comb, patched, tunstall
-from tools.conformance_vectors.samples import (
-    CODEWORD8,
-    PLANE8,
-    TINY,
-    bf16,
-    rows,
-    small,
-    symmetric,
-    ternary,
-)
-from tools.conformance_vectors.vector import Vector, accept, reject, reject_extent
+from tools.conformance_vectors.int_dict_builder import Book, Matrix, comb, patched, tunstall
+from tools.conformance_vectors.samples import BOOK, coded, rows, small, symmetric
+from tools.conformance_vectors.vector import Vector, accept, reject_extent
 
 # Made by Zstandard 1.5.7 from NUMBERS, shuffled.
 COMPRESSED_NUMBERS = bytes.fromhex(
@@ -93,11 +85,6 @@ def section_5_frames() -> Iterator[Vector]:
     ):
         yield reject_extent(f"zstd-{name}", "Z-2", "malformed", what, zstd(data))
     for name, data, what in (
-        ("no-size-0", frame(b"", window=0, size_bytes=0), "No content size in the header, for"),
-        ("empty-0", b"", "An empty extent for"),
-    ):
-        yield reject_extent(f"zstd-{name}", "Z-2", "malformed", f"{what} 0 elements", zstd(data, 0))
-    for name, data, what in (
         ("header-cut", good[:7], "The frame ends within its header"),
         ("block-cut", good[:-1], "The frame ends within its block"),
         ("block-missing", good[:9], "The frame ends after its header"),
@@ -114,6 +101,55 @@ def section_5_frames() -> Iterator[Vector]:
     content = zstd(patched(COMPRESSED_NUMBERS, {-1: 0x68}), 96, "F32", NUMBERS)
     what = "The frame's own checksum is wrong"
     yield reject_extent("zstd-checksum", "Z-4", "malformed", what, content)
+    what = "The content is one byte too great, and so is the index; the checksum is there"
+    more = frame(b"abc", flags=0x04, size=4) + b"\0\0\0\0"
+    yield reject_extent("zstd-content-less-checksum", "Z-4", "malformed", what, zstd(more, 4))
+
+
+def section_5_empty() -> Iterator[Vector]:
+    """Frames whose content is nothing are decoded, too."""
+    nothing = raw_block(b"", False)
+    checksum = (0xEF46DB3751D8E999 & 0xFFFFFFFF).to_bytes(4, "little")  # XXH64 of nothing
+    content = Content()
+    for name, stored in (
+        ("a", frame(b"")), ("b", frame(b"", window=0, blocks=nothing * 3 + run_block(7, 0))),
+        ("c", frame(b"", flags=0x04) + checksum), ("d", frame(b"", size_bytes=1)),
+        ("e", frame(b"", window=0, size_bytes=8)),
+    ):
+        content.tensor(name, "U16", [0], b"", stored=[stored], encoding="zstd")
+    what = "Frames of nothing: of one block, of four, with a checksum, with other headers"
+    yield accept("zstd-nothing", "Z-2 Z-4", what, content)
+    for name, stored, what in (
+        ("content", frame(b"", blocks=raw_block(b"abc")), "A block of three bytes"),
+        ("run", frame(b"", window=0, blocks=run_block(7, 3)), "A block of three times one byte"),
+        ("first", frame(b"", blocks=raw_block(b"abc", False) + raw_block(b"")),
+         "A block of three bytes before one of none"),
+        ("garbage", frame(b"", blocks=raw_block(b"\xff" * 20, kind=2)),
+         "A compressed block of nonsense"),
+        ("reserved", frame(b"", blocks=raw_block(b"", kind=3)), "A block of type 3"),
+        ("reserved-bit", frame(b"", flags=0x08), "The reserved bit of the header is set"),
+        ("last-missing", frame(b"", blocks=nothing), "No block is the last"),
+        ("block-cut", frame(b"")[:-1], "The frame ends within its block"),
+        ("block-missing", frame(b"", blocks=b""), "The frame ends after its header"),
+        ("checksum", frame(b"", flags=0x04) + b"\0\0\0\0", "The frame's own checksum is wrong"),
+        ("checksum-missing", frame(b"", flags=0x04), "The checksum is missing"),
+        ("checksum-cut", frame(b"", flags=0x04) + checksum[:3], "The checksum has three bytes"),
+    ):
+        what = f"A frame whose content is nothing. {what}"
+        yield reject_extent(f"zstd-nothing-{name}", "Z-4", "malformed", what, zstd(stored, 0))
+    for name, stored, what in (
+        ("trailing", frame(b"") + b"\0", "a byte after it"),
+        ("twice", frame(b"") * 2, "another one after it"),
+        ("no-size", frame(b"", window=0, size_bytes=0), "no content size in the header"),
+        ("dictionary", frame(b"", dictionary=7), "which needs dictionary 7"),
+        ("absent", b"", "whose extent is empty"),
+        ("size", frame(b"", size=1), "which says one byte"),
+    ):
+        what = f"A frame whose content is nothing, {what}"
+        yield reject_extent(f"zstd-nothing-{name}", "Z-2", "malformed", what, zstd(stored, 0))
+    content = zstd(frame(b"", window=17 << 3 | 1), 0)
+    what = "A frame whose content is nothing, with a window of 9/8 x 2^27 bytes"
+    yield reject_extent("zstd-nothing-window", "Z-3 L-1", "limit", what, content)
 
 
 def section_5_limits() -> Iterator[Vector]:
@@ -148,108 +184,136 @@ def section_5_limits() -> Iterator[Vector]:
          "A frame of 20 bytes that says, as the index does, 2^40 bytes"),
     ):
         yield reject_extent(f"zstd-{name}", "Z-3 L-1 N-3", "limit", what, zstd(data, size))
+    for name, data, size, what in (
+        ("window", frame(b"abc", window=0xFF, size=4), 3, "a window of 15/8 x 2^41 bytes"),
+        ("ratio", run(2**25), 2**25 + 1, "32 MiB of content in 1 KiB"),
+    ):
+        what = f"Two defects, a content size that is not the index's and {what}: the first counts"
+        content = zstd(data, size)
+        yield reject_extent(f"order-zstd-{name}", "Z-2 Z-3 C-4", "malformed", what, content)
+    # 2^27 + 1 bytes are within the ratio of a frame of this length, most of it empty blocks.
+    most = 2**27 + 1
+    length = -(-(most - 2**20) // 1024)
+    blocks = run(most)[9:]
+    blocks = raw_block(b"", False) * (-(-(length - 9 - len(blocks)) // 3)) + blocks
+    data = frame(b"", size=most, blocks=blocks)
+    assert most <= 1024 * len(data) + 2**20
+    what = "A single segment of 2^27 + 1 bytes, and so a window of as many"
+    content = zstd(data, most)
+    yield reject_extent("zstd-window-single", "Z-3 L-1 N-3", "limit", what, content)
 
 
 def section_6_entries() -> Iterator[Vector]:
-    for width, zeros in ((8, 0.885), (11, 0.95), (12, 0.6), (16, 0.885)):
-        for signs, needed in (
-            ("plane", "D-1 D-2 D-4 E-12 E-10 E-12"), ("codeword", "D-1 D-2 D-X E-12 E-10"),
-        ):
-            book = tunstall(width, signs, zeros)
-            # Entries from everywhere in the tree, each with signs of its own.
-            step = len(book.entries) // 60 | 1
-            levels = [
-                -weight if (i + place) % 3 == 0 else weight
-                for i, entry in enumerate(book.entries[::step])
-                for place, weight in enumerate(entry)
-            ]
-            columns = -(-len(levels) // 4)
-            levels += [0] * (4 * columns - len(levels))
-            content = ternary(Matrix(rows(levels, columns), bf16(-1, 2) * 4), book, "BF16")
-            what = f"A dictionary of {width} bits, signs in the {signs}, fitted to {zeros} zeros"
-            yield accept(f"dictionary-{signs}-{width}", needed, what, content)
-    content = ternary(symmetric([weight for entry in PLANE8.entries for weight in entry]))
+    for width, zeros in (
+        (8, 0.885), (9, 0.3), (10, 0.5), (11, 0.95), (12, 0.6), (13, 0.9), (14, 0.2), (15, 0.8),
+        (16, 0.885),
+    ):
+        book = tunstall(width, zeros)
+        # Entries from everywhere in the tree, each with signs of its own.
+        step = len(book.entries) // 60 | 1
+        levels = [
+            -weight if (i + place) % 3 == 0 else weight
+            for i, entry in enumerate(book.entries[::step])
+            for place, weight in enumerate(entry)
+        ]
+        columns = -(-len(levels) // 4)
+        levels += [0] * (4 * columns - len(levels))
+        content = coded(Matrix(rows(levels, columns), bf16(-1, 2) * 4), book, "BF16")
+        what = f"A dictionary of {width} bits, fitted to a fraction of {zeros} zeros"
+        yield accept(f"dictionary-{width}", "D-1 D-2 D-4 E-12 E-10", what, content)
+    content = coded(symmetric([weight for entry in BOOK.entries for weight in entry]))
     what = "Each codeword of 8 bits once, in order"
     yield accept("dictionary-all-entries", "D-4 E-10", what, content)
-    levels = [
-        1 - 2 * (lie >> sum(entry[:place]) & 1) if weight else 0
-        for entry in CODEWORD8.entries
-        for lie in range(2 ** sum(entry))
-        for place, weight in enumerate(entry)
-    ]
-    what = "Each codeword with signs once, in order"
-    yield accept("dictionary-all-signs", "D-X E-12", what, ternary(symmetric(levels), CODEWORD8))
-    book = Book(8, "codeword", comb([0] * 127, 128))
-    assert book.codewords == 255
-    what = "255 codewords with signs, the most of 256"
-    content = ternary(symmetric([0, 0, -1, 0, 1]), book)
-    yield accept("dictionary-255-codewords", "D-X", what, content)
-    book = Book(8, "codeword", comb([0] * 128, 129))
-    assert book.codewords == 257
-    what = "257 codewords with signs, where 8 bits have 256"
-    content = Content().dictionary(book)
-    yield reject_extent("dictionary-257-codewords", "D-X", "malformed", what, content)
-    what = "The smallest tree: entries 0 and 1, one byte"
-    yield accept("dictionary-tiny", "D-2 D-X", what, ternary(symmetric([0, 1, -1]), TINY))
     what = "A dictionary that no tensor uses"
-    yield accept("dictionary-unused", "D-1", what, small().dictionary(TINY))
-    content = ternary(symmetric([0] * 700 + [1, -1, 0]), Book(8, "plane", comb([0] * 255, 256)))
-    yield accept("entry-255", "D-3 L-1 E-10", "An entry of 255 zeros, the longest", content)
-    content = ternary(symmetric([-1, 1] * 20), Book(8, "plane", comb([1] * 16, 256)))
-    yield accept("entry-16", "D-3 L-1", "An entry of 16 non-zeros, the most", content)
+    yield accept("dictionary-unused", "D-1", what, small().dictionary(BOOK))
+    for turns, name, what in (
+        ([0] * 255, "255", "An entry of 255 zeros, the longest"),
+        ([1] * 16, "16", "An entry of 16 ones, the most"),
+        ([0] * 239 + [1] * 16, "255-16", "An entry of 239 zeros and 16 ones, the longest"),
+        ([1] * 15 + [0] * 240, "15-255", "An entry of 15 ones and 240 zeros, the longest"),
+        ([1], "1", "The second child of the root is a leaf"),
+    ):
+        book = Book(8, comb(turns, 256))
+        content = coded(symmetric(turns + [0] * 300 + turns, [1] * (2 * len(turns) + 300)), book)
+        yield accept(f"entry-{name}", "D-3 L-1 E-10", what, content)
 
 
 def tree(
-    name: str, needed: str, code: str, what: str, data: bytes, book: Book = PLANE8, /, **keys: int
+    name: str, needed: str, code: str, what: str, data: bytes, book: Book = BOOK, /, **keys: int
 ) -> Vector:
     """A bad tree in place of that of ``book``."""
     content = Content().dictionary(book, data, bytes=len(data)).change("dictionaries", **keys)
     return reject_extent(name, needed, code, what, content)
 
 
-def plane_tree(name: str, needed: str, code: str, what: str, book: Book) -> Vector:
+def bad_tree(
+    name: str, needed: str, code: str, what: str, book: Book, /, data: bytes = b"", **keys: int
+) -> Vector:
     """A tree that breaks a rule, but is described by the index as well as limits allow."""
-    length, nonzeros = min(book.max_length, 255), min(book.max_nonzeros, 16)
-    return tree(name, needed, code, what, book.tree, book, max_length=length, max_nonzeros=nonzeros)
+    keys = {"max_length": min(book.max_length, 255), "max_ones": min(book.max_ones, 16), **keys}
+    return tree(name, needed, code, what, data or book.tree, book, **keys)
 
 
 def section_6_trees() -> Iterator[Vector]:
-    book = Book(9, "plane", comb([0] * 256, 512))
-    yield plane_tree("entry-256", "D-3 L-1", "limit", "An entry of 256 weights", book)
-    book = Book(8, "plane", comb([1] * 17, 256))
-    yield plane_tree("entry-17", "D-3 L-1", "limit", "An entry of 17 non-zeros", book)
-    content = Content().dictionary(PLANE8, frame(PLANE8.tree), encoding="zstd")
-    content.ternary("w", "F32", symmetric([1, 0, -1]))
+    deep = Book(9, comb([0] * 256, 512))
+    many = Book(8, comb([1] * 17, 256))
+    yield bad_tree("entry-256", "D-3 L-1", "limit", "An entry of 256 bits", deep)
+    yield bad_tree("entry-17", "D-3 L-1", "limit", "An entry of 17 ones", many)
+    both = Book(9, comb([0] * 200 + [1] * 17, 512))
+    yield bad_tree("entry-217-17", "D-3 L-1", "limit", "An entry of 200 zeros and 17 ones", both)
+    for name, book in (("256", deep), ("17", many)):
+        what = f"Two defects, an entry of {name} and {{}}: the first counts"
+        needed = "D-3 C-4"
+        yield bad_tree(f"order-entry-{name}-leaves", f"{needed} D-4", "limit",
+                       what.format("too many leaves"), book, width=8 if name == "256" else 9)
+        yield bad_tree(f"order-entry-{name}-fewer", f"{needed} D-4", "limit",
+                       what.format("too few leaves"), book, width=16)
+        yield bad_tree(f"order-entry-{name}-length", f"{needed} D-1", "limit",
+                       what.format("a wrong max_length"), book, max_length=1)
+        yield bad_tree(f"order-entry-{name}-ones", f"{needed} D-1", "limit",
+                       what.format("a wrong max_ones"), book, max_ones=0)
+        yield bad_tree(f"order-entry-{name}-more", f"{needed} D-2", "limit",
+                       what.format("a byte after the tree"), book, book.tree + b"\0")
+        padded = patched(book.tree, {-1: book.tree[-1] | 0x80})
+        yield bad_tree(f"order-entry-{name}-padding", f"{needed} D-2", "limit",
+                       what.format("a bit after the tree"), book, padded)
+    first = Book(8, [comb([0] * 255, 256), comb([1] * 16, 256)])
+    what = "Two defects, 512 leaves of 256, and a last entry of 17 ones: the second counts"
+    yield bad_tree("order-leaves-entry", "D-3 D-4 C-4", "limit", what, first)
+    content = Content().dictionary(BOOK, frame(BOOK.tree), encoding="zstd")
+    content.int_dict("w", "F32", symmetric([1, 0, -1]))
     yield accept("dictionary-zstd", "D-2 Z-2", "A tree in a Zstandard frame", content)
     for length in (63, 65):
-        content = Content().dictionary(PLANE8, bytes=length)
+        content = Content().dictionary(BOOK, bytes=length)
         what = f"A tree of 64 bytes, {length} by the index"
         yield reject_extent(f"dictionary-bytes-{length}", "D-2 R-1", "malformed", what, content)
-    for length in (0, 2**14 + 1):
-        content = Content().dictionary(PLANE8, bytes=length)
-        what = f"A tree of {length} bytes by the index"
-        yield reject(f"dictionary-bytes-{length}", "D-1 L-1", "limit", what, content)
-    content = Content().dictionary(PLANE8, encoding="lz4")
-    what = "A tree in an unknown encoding"
-    yield reject_extent("dictionary-encoding", "T-5", "unsupported", what, content)
+        content = Content().dictionary(BOOK, frame(BOOK.tree), encoding="zstd", bytes=length)
+        what = f"{what}, in a Zstandard frame"
+        yield reject_extent(f"dictionary-zstd-{length}", "D-2 Z-2", "malformed", what, content)
+    for encoding in ("lz4", "int-dict", "int-group"):
+        content = Content().dictionary(BOOK, encoding=encoding)
+        what = f"A tree in the encoding {encoding}, which is none for dictionaries"
+        name = f"dictionary-encoding-{encoding}"
+        yield reject_extent(name, "T-5", "unsupported", what, content)
+        content.int_dict("w", "F32", symmetric([1]))
+        yield reject_extent(f"{name}-used", "T-5", "unsupported", f"{what}, and used", content)
     what = "A tree of inner nodes only, 100 bytes long"
-    yield tree("tree-deep", "D-3 L-1 N-3", "limit", what, b"\xff" * 100, width=16)
-    for leaves in (255, 257):
-        book = Book(8, "plane", comb([0] * 20, leaves))
+    yield tree("tree-deep", "D-3 L-1 N-3", "limit", what, b"\xff" * 100, BOOK, width=16)
+    for leaves in (2, 128, 255, 257, 512):
+        book = Book(8, comb([0] * min(20, leaves - 1), leaves))
         what = f"{leaves} leaves instead of 256"
-        yield plane_tree(f"tree-{leaves}", "D-4", "malformed", what, book)
-    good = PLANE8.tree
+        yield bad_tree(f"tree-{leaves}", "D-4", "malformed", what, book)
+    good = BOOK.tree
     yield tree("tree-cut", "D-2", "malformed", "The last byte of the tree is missing", good[:-1])
     what = "The extent of the tree is empty"
-    yield tree("tree-none", "D-2 R-1", "malformed", what, b"", bytes=64)
+    yield tree("tree-none", "D-2 R-1", "malformed", what, b"", BOOK, bytes=64)
     yield tree("tree-more", "D-2", "malformed", "A zero byte after the tree", good + b"\0")
+    what = "A byte other than 0 after the tree"
+    yield tree("tree-more-one", "D-2", "malformed", what, good + b"\1")
     padded = patched(good, {-1: good[-1] | 0x80})
     yield tree("tree-padding", "D-2", "padding", "The bit after the tree is not zero", padded)
-    yield tree("tree-padding-tiny", "D-2", "padding", "Bit 3, after a tree of 3", b"\x09", TINY)
-    what = "A second tree in the bits after the first"
-    yield tree("tree-padding-tree", "D-2", "padding", what, b"\x11", TINY)
-    yield tree("tree-leaf", "D-3", "malformed", "A tree that is one leaf", b"\0", TINY)
-    for key, value in (("max_length", PLANE8.max_length), ("max_nonzeros", PLANE8.max_nonzeros)):
+    yield tree("tree-leaf", "D-3", "malformed", "A tree that is one leaf", b"\0")
+    for key, value in (("max_length", BOOK.max_length), ("max_ones", BOOK.max_ones)):
         for other in (value - 1, value + 1):
             what = f"{key} is {other}, in the tree it is {value}"
-            yield tree(f"tree-{key}-{other}", "D-1", "malformed", what, good, **{key: other})
+            yield tree(f"tree-{key}-{other}", "D-1", "malformed", what, good, BOOK, **{key: other})
