@@ -7,7 +7,7 @@ least at the real values
     x = q_B + H_BB^-1 G_B,
 
 which are rounded one after the other as in GPTQ, with the group's own Hessian. A row accepts its
-new levels only if they lower error + price x non-zeros, so that the sum never rises; G is then
+new levels only if they lower error + price, so that the sum never rises; G is then
 updated. Groups of one column would be ordinary coordinate descent; larger ones also find moves that
 only pay off together.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize.gptq import GROUP, by_halves, gptq
+from qmoe_format.quantize.grids import Multiples, Prices
 from qmoe_format.quantize.hessian import inverse_factor
 
 
@@ -27,7 +28,7 @@ def descend(
     hessian: Tensor,
     scale: Tensor,
     column_scale: Tensor,
-    price: Tensor,
+    prices: Prices,
     group: int = GROUP,
 ) -> None:
     """Sweep over the columns once, changing ``levels`` and ``gradient`` in place.
@@ -38,7 +39,7 @@ def descend(
         hessian: H, ``[experts, columns, columns]``.
         scale: the value of level 1 before its column's scale, ``[experts, rows]``.
         column_scale: ``[experts, columns]``.
-        price: of a non-zero over a zero, in units of the error, ``[experts, rows]``.
+        prices: of levels.
         group: number of columns that are decided together.
     """
     moves = torch.empty_like(levels)
@@ -56,9 +57,7 @@ def descend(
                 gradient[:, own],
                 hessian[:, own, own],
                 factors[part.start],
-                scale,
-                column_scale[:, own],
-                price,
+                Multiples(scale, column_scale[:, own], prices),
             )
         target = own if other is None else columns_of(other)
         for expert in range(experts):
@@ -83,24 +82,17 @@ def _group_factors(hessian: Tensor, group: int) -> list[Tensor]:
 
 
 def _move(
-    levels: Tensor,
-    gradient: Tensor,
-    hessian: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    column_scale: Tensor,
-    price: Tensor,
+    levels: Tensor, gradient: Tensor, hessian: Tensor, factor: Tensor, grid: Multiples
 ) -> Tensor:
     """Set the levels of one group, ``[experts, group, rows]``; return the change of its values."""
-    value = scale[:, None] * column_scale[:, :, None]
+    value = grid.scale[:, None] * grid.column_scale[:, :, None]
     now = levels * value
     pairs = zip(factor, gradient, strict=True)
     best = now + torch.stack([u.T @ (u @ g) for u, g in pairs])
-    new = gptq(best, factor, None, scale, column_scale, price)
+    new = gptq(best, factor, grid)
     move = new * value - now
     curved = torch.stack([h @ m for h, m in zip(hessian, move, strict=True)])
     error = (move * (curved - 2 * gradient)).sum(1)
-    nonzeros = (new.abs() - levels.abs()).sum(1)
-    better = (error + price * nonzeros < 0)[:, None]
+    better = (error + grid.prices.of(new) - grid.prices.of(levels) < 0)[:, None]
     levels.copy_(torch.where(better, new, levels))
     return torch.where(better, move, 0.0)

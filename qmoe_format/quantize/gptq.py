@@ -1,4 +1,4 @@
-"""GPTQ for ternary matrices, batched over experts.
+"""GPTQ on any grid of values, batched over experts.
 
 Columns are rounded one after the other, for all rows of all experts at once, and later columns
 compensate for the error of each (GPTQ, arXiv 2210.17323, algorithm 1; batching: QMoE, arXiv
@@ -21,35 +21,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qmoe_format.quantize.grids import Grid
+
 GROUP = 16  # columns
 
 
-def gptq(
-    weights: Tensor,
-    factor: Tensor,
-    low: Tensor | None,
-    high: Tensor,
-    column_scale: Tensor | None = None,
-    price: Tensor | None = None,
-    group: int = GROUP,
-) -> Tensor:
+def gptq(weights: Tensor, factor: Tensor, grid: Grid, group: int = GROUP) -> Tensor:
     """Levels of a batch of matrices on a given grid, float ``[experts, columns, rows]``.
-
-    With x the weight plus the errors it compensates for, v = high and h = 1 / U_ii^2, a level of +1
-    costs h (x - v)^2 + price and one of 0 costs h x^2. So it is +1 where
-
-        x > v / 2 + price / (2 h v),
-
-    and, with low in place of high, -1 where x is as far below 0. Ties go to 0.
 
     Args:
         weights: float ``[experts, columns, rows]``; not changed.
         factor: U, ``inverse_factor`` of each Hessian, ``[experts, columns, columns]``.
-        low: values of level -1, <= 0, ``[experts, rows]``; None for -high.
-        high: values of level +1, >= 0, ``[experts, rows]``.
-        column_scale: multiplies low and high, ``[experts, columns]``; or None.
-        price: of a non-zero over a zero, ``[experts, rows]``, in units of the error
-            tr((W-Q) H (W-Q)^T); or None.
+        grid: how a column is rounded.
         group: number of columns that are not halved further; affects rounding errors only.
     """
     rest = weights.clone()
@@ -57,29 +40,12 @@ def gptq(
     errors = torch.empty_like(weights)
     spread = factor.diagonal(dim1=1, dim2=2)
 
-    def threshold(value: Tensor, d: Tensor) -> Tensor:
-        if price is None:
-            return torch.where(value == 0, torch.inf, value / 2)
-        # Where the value is 0, this is infinite or NaN, and no x is greater.
-        return value / 2 + price[:, None] * (d * d / 2) / value
-
     def round_columns(part: slice) -> None:
         x, error, d = rest[:, part], errors[:, part], spread[:, part, None]
         factors = factor[:, part, part, None]
-        scales = torch.ones_like(d) if column_scale is None else column_scale[:, part, None]
-        up = high[:, None] * scales
-        down = up if low is None else -low[:, None] * scales
-        top = threshold(up, d)
-        bottom = -(top if low is None else threshold(down, d))
+        rounded = grid.rounding(part, d)
         for i, level in enumerate(levels[:, part].unbind(1)):
-            torch.gt(x[:, i], top[:, i], out=level)
-            minus = torch.lt(x[:, i], bottom[:, i], out=torch.empty_like(level))
-            if low is None:
-                rounded = level.sub_(minus) * up[:, i]
-            else:
-                rounded = level * up[:, i] - minus * down[:, i]
-                level -= minus
-            torch.div(x[:, i] - rounded, d[:, i], out=error[:, i])
+            torch.div(x[:, i] - rounded(i, x[:, i], level), d[:, i], out=error[:, i])
             x[:, i + 1 :].sub_(factors[:, i, i + 1 :] * error[:, i, None])
 
     for part, other in by_halves(0, weights.shape[1], group):

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 
-SCALE_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SCALE = torch.bfloat16  # the type of scales in a file
 
 
 @dataclass(frozen=True, slots=True)
 class LevelWeights:
-    """A batch of quantized matrices: weight = row scale of its level [x column scale].
+    """A batch of quantized matrices: weight = level x row scale [x column scale].
 
     Attributes:
-        levels: int8 ``[experts, rows, columns]`` of -1, 0 and 1; 0 wherever the value is 0.
-        row_scale: in the scale dtype, ``[experts, rows, 1, 2]`` of low <= 0 and high >= 0, or
-            ``[experts, rows, 1, 1]`` of s >= 0 (low = -s, high = s).
-        column_scale: in the scale dtype, ``[experts, columns]``, or None.
+        levels: int8 ``[experts, rows, columns]``, -127 to 127; 0 wherever the value is 0.
+        row_scale: bfloat16 ``[experts, rows, 2]`` of low <= 0, for levels below 0 (low times their
+            magnitude), and high >= 0; or ``[experts, rows, 1]`` of s >= 0 (low = -s, high = s).
+        column_scale: bfloat16 ``[experts, columns]``, or None.
     """
 
     levels: Tensor
@@ -29,10 +29,10 @@ class LevelWeights:
 
     def dequantize(self) -> Tensor:
         """float32 ``[experts, rows, columns]``, the values that a reader of the file gets."""
-        scales = self.row_scale[:, :, 0].float()
+        scales, sizes = self.row_scale.float(), self.levels.abs()
         high = scales[..., -1:]
         low = scales[..., :1] if scales.shape[-1] == 2 else -high
-        weights = torch.where(self.levels > 0, high, 0.0) + torch.where(self.levels < 0, low, 0.0)
+        weights = torch.where(self.levels > 0, high, low) * sizes
         if self.column_scale is None:
             return weights
         return weights * self.column_scale[:, None].float()
@@ -76,18 +76,6 @@ def check_weights(weights: Tensor) -> None:
                 f"{where}row {row}, column {column}: the weight is {value}",
                 "repair the model",
             )
-
-
-def scale_type(name: str) -> torch.dtype:
-    """The torch dtype of a scale dtype's name.
-
-    Raises:
-        QMoEError: ``argument`` for another name.
-    """
-    if name not in SCALE_TYPES:
-        known = ", ".join(SCALE_TYPES)
-        raise QMoEError("argument", f"scale_dtype {name!r} is unknown", f"choose one of {known}")
-    return SCALE_TYPES[name]
 
 
 def normalized(weights: Tensor) -> tuple[Tensor, Tensor]:

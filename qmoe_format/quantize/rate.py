@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe_format.quantize.grids import FORBIDDEN, Prices
 from qmoe_format.quantize.hessian import Statistics, row_energies
 
 ABSOLUTE = 0.30  # where prices lie between relative (0) and absolute (1) errors, see Rate
@@ -70,11 +71,22 @@ def weighted_energies(weights: Tensor, statistics: Statistics) -> Tensor:
     return energies * statistics.importance()
 
 
-def nonzero_bits(levels: Tensor) -> Tensor:
-    """Bits that a non-zero costs more than a zero: log2(p0 / p1) + 1 for its sign.
+def level_prices(levels: Tensor, price: Tensor, ternary: Tensor) -> Prices:
+    """What levels cost by the code lengths that these levels give (SPEC.md section 7).
 
-    float32 ``[experts, 1]``, from levels ``[experts, columns, rows]``.
+    The mask codes 0 and not 0 in -log2 of their shares, and a non-zero has a sign. Unless levels
+    are ternary, the refinement has a 1 for each step up and a 0 at the end.
+
+    Args:
+        levels: float ``[experts, columns, rows]``.
+        price: of a bit, in units of the error, ``[experts, rows]``.
+        ternary: bool ``[experts]``.
     """
     size = levels[0].numel()
-    nonzero = levels.count_nonzero(dim=(1, 2)).double()
-    return (torch.log2((size - nonzero + 0.5) / (nonzero + 0.5)) + 1).clamp(min=0).float()[:, None]
+    nonzeros = levels.count_nonzero(dim=(1, 2)).double()
+    ups = levels.abs().sum(dim=(1, 2), dtype=torch.float64) - nonzeros
+    share = (ups + 0.5) / (ups + nonzeros + 1)
+    end = torch.where(ternary, 0.0, -torch.log2(1 - share))
+    first = torch.log2((size - nonzeros + 0.5) / (nonzeros + 0.5)) + 1 + end
+    first, further = (b.clamp(min=0).float()[:, None] for b in (first, -torch.log2(share)))
+    return Prices(price * first, torch.where(ternary[:, None], FORBIDDEN, price * further))

@@ -22,15 +22,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.gptq import GROUP, gptq
+from qmoe_format.quantize.grids import FORBIDDEN, Multiples, Prices
 from qmoe_format.quantize.hessian import Factored, Statistics, factored
-from qmoe_format.quantize.level_weights import Quantized, check_weights, scale_type
-from qmoe_format.quantize.rate import Rate, nonzero_bits, row_prices
+from qmoe_format.quantize.level_weights import Quantized, check_weights
+from qmoe_format.quantize.rate import Rate, level_prices, row_prices
 from qmoe_format.quantize.rtn import quantize_rtn
 from qmoe_format.quantize.solution import Problem, Solution, finished
 
-FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
+_FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
+_FURTHER_BITS = 3.0  # of each further level, where an eighth of the non-zeros goes on
+_STEP = 4.0  # between levels, in roots of the price of a bit; 2.9 would be best for many levels
+_TERNARY_ZEROS = 0.9  # with more zeros than that, three levels are as good as any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +63,21 @@ class Search:
 
 def quantize_rd(
     weights: Tensor,
-    scale_dtype: str,
     statistics: Statistics,
     rate: Rate,
+    levels: int | None = None,
     search: Search = Search(),
 ) -> Quantized:
-    """See ``Recipe.quantize``. There is one scale per row and one per column."""
+    """See ``Recipe.quantize``. There is one scale per row and one per column.
+
+    Args:
+        levels: 3 for ternary matrices; by default as many as pay.
+    """
     check_weights(weights)
-    dtype = scale_type(scale_dtype)
+    if levels not in (None, 3):
+        raise QMoEError("argument", f"{levels} levels", "ask for 3, or leave it open")
     if not weights.numel():
-        return quantize_rtn(weights, scale_dtype)
+        return quantize_rtn(weights)
     columns = weights.shape[2]
     share = columns / statistics.tokens.clamp(min=1).double()
     damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.015)
@@ -75,7 +85,9 @@ def quantize_rd(
     problem = Problem.of(weights, ready, _eased(ready, damping, later), search.lengthen)
     unit = ready.unit * problem.largest.square().cpu()
     price = row_prices(rate, problem.energy, unit, statistics.importance(), ready.fallback)
-    solution = _start(problem, ready.factor, price, search)
+    ternary = torch.full((len(weights),), levels == 3, device=weights.device)
+    solution = _start(problem, ready.factor, price, ternary, search)
+    ternary |= (solution.levels == 0).double().mean((1, 2)) > _TERNARY_ZEROS
     used, fallback = ready.damping, ready.fallback
     del ready  # two Hessians that are no longer needed
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +98,8 @@ def quantize_rd(
         raised = 1 + (search.first_price - 1) * max(0.0, 1 - 2 * (step + 1) / search.rounds)
         descend(
             solution.levels, solution.gradient, problem.hessian, solution.scale,
-            solution.column_scale, raised * price * nonzero_bits(solution.levels), search.group,
+            solution.column_scale, level_prices(solution.levels, raised * price, ternary),
+            search.group,
         )  # fmt: skip
         solution = solution.rows_refitted()
         if (step + 1) % search.columns_every == 0:
@@ -94,7 +107,7 @@ def quantize_rd(
     order = problem.order.argsort()
     problem = problem.reordered(order)
     solution = solution.reordered(order)
-    return Quantized(finished(problem, solution, dtype), used, fallback)
+    return Quantized(finished(problem, solution), used, fallback)
 
 
 def _eased(ready: Factored, damping: Tensor, later: Tensor) -> Tensor:
@@ -106,23 +119,47 @@ def _eased(ready: Factored, damping: Tensor, later: Tensor) -> Tensor:
     return hessian
 
 
-def _start(problem: Problem, factor: Tensor, price: Tensor, search: Search) -> Solution:
-    """The GPTQ passes, from scales that follow root mean squares of columns and rows."""
+def _start(
+    problem: Problem, factor: Tensor, price: Tensor, ternary: Tensor, search: Search
+) -> Solution:
+    """The GPTQ passes."""
+    scale, columns = _first_scales(problem, factor, price, ternary)
+    price = search.start_price * price
+    further = torch.where(ternary[:, None], FORBIDDEN, price * _FURTHER_BITS)
+    prices = Prices(price * _FIRST_BITS, further)
+    for step in range(search.passes):
+        levels = gptq(problem.weights, factor, Multiples(scale, columns, prices))
+        prices = level_prices(levels, price, ternary)
+        solution = Solution.fit(problem, levels, scale, columns)
+        if step:
+            solution = solution.columns_refitted(problem)
+        scale, columns = solution.scale, solution.column_scale
+    return solution
+
+
+def _first_scales(
+    problem: Problem, factor: Tensor, price: Tensor, ternary: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales of rows and columns to begin with.
+
+    Where many levels pay, the best distance of two is a multiple of U_ii sqrt(price), whatever the
+    weights are (WaterSIC, arXiv 2603.04956, section 3). Where hardly any do, level 1 should be
+    worth what the largest weights are, 2 to 3 times the root mean square. A soft minimum of the two
+    is fitted by scales of rows and columns.
+    """
     rms = problem.weights.square().mean(2).sqrt()
     rms += 1e-3 * rms.amax(1, keepdim=True) + 1e-30
     columns = rms / rms.log().mean(1, keepdim=True).exp()  # of geometric mean 1
     scale = (problem.weights / columns[:, :, None]).square().mean(1).sqrt()
     # The smaller the scale relative to the root mean square, the fewer zeros.
     relative = (price / problem.energy.mean(1, keepdim=True).clamp(min=1e-30)).clamp(1e-9, 1.0)
-    scale = scale * (2.2 + 0.8 * torch.log10(relative / 0.05)).clamp(1.0, 2.2)
-    bits: Tensor | float = FIRST_BITS
-    for step in range(search.passes):
-        levels = gptq(
-            problem.weights, factor, None, scale, columns, search.start_price * price * bits
-        )
-        bits = nonzero_bits(levels)
-        solution = Solution.fit(problem, levels, scale, columns)
-        if step:
-            solution = solution.columns_refitted(problem)
-        scale, columns = solution.scale, solution.column_scale
-    return solution
+    most = torch.where(ternary, 2.2, 3.0).to(scale)[:, None]
+    scale = scale * torch.minimum((most + 0.8 * torch.log10(relative / 0.05)).clamp(min=1.0), most)
+    spread = factor.diagonal(dim1=1, dim2=2)
+    limit = (scale[:, None] * columns[:, :, None]).log()
+    step = (_STEP * price.sqrt()[:, None] * spread[:, :, None]).clamp(min=1e-30).log()
+    step = torch.where(ternary[:, None, None], torch.inf, step)
+    both = -torch.logaddexp(-4 * step, -4 * limit) / 4
+    mean = both.mean(2)
+    mean = mean - mean.mean(1, keepdim=True)
+    return (both - mean[:, :, None]).mean(1).exp(), mean.exp()

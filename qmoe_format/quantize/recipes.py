@@ -27,7 +27,7 @@ class Recipe:
     Attributes:
         name: what a user types.
         summary: one line for people.
-        function: ``module:function``, called with weights and scale dtype as ``quantize`` is, then
+        function: ``module:function``, called with the weights as ``quantize`` is, then
             with the statistics if ``calibrated``, then with the rate if ``rated``.
         calibrated: whether it needs ``Statistics``, and so calibration text.
         rated: whether it needs a ``Rate``, and statistics with row importances.
@@ -39,14 +39,9 @@ class Recipe:
     calibrated: bool = False
     rated: bool = False
 
-    def scale_dtype(self, dtype: str) -> str:
-        """The dtype of the scales for a checkpoint's: float16 keeps its own, which is exact."""
-        return "F16" if dtype == "F16" else "BF16"
-
     def quantize(
         self,
         weights: Tensor,
-        scale_dtype: str,
         statistics: Statistics | None = None,
         rate: Rate | None = None,
     ) -> Quantized:
@@ -54,16 +49,15 @@ class Recipe:
 
         Args:
             weights: float16, bfloat16, float32 or float64 ``[experts, rows, columns]``.
-            scale_dtype: ``BF16``, ``F16`` or ``F32``.
             statistics: of the experts' calibration tokens, for a calibrated recipe.
             rate: what a bit is worth, for a rated recipe.
 
         Raises:
             QMoEError: ``argument`` for other shapes and dtypes, or without the statistics or the
                 rate that the recipe needs; ``value`` for weights that are NaN, infinite, or out of
-                the scale dtype's range.
+                bfloat16's range.
         """
-        arguments: list[object] = [weights, scale_dtype]
+        arguments: list[object] = [weights]
         for needed, argument, what in (
             (self.calibrated, statistics, "statistics"),
             (self.rated, rate, "a rate"),
@@ -111,7 +105,7 @@ def recipe(name: str) -> Recipe:
     Example:
         >>> import torch
         >>> weights = torch.tensor([[[0.9, 0.1, -1.0, 0.2]]])
-        >>> recipe("rtn").quantize(weights, "BF16").weights.levels.tolist()
+        >>> recipe("rtn").quantize(weights).weights.levels.tolist()
         [[[1, 0, -1, 0]]]
     """
     if name not in RECIPES:

@@ -18,23 +18,22 @@ import torch
 from torch import Tensor
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize.level_weights import LevelWeights, Quantized, check_weights, scale_type
+from qmoe_format.quantize.level_weights import SCALE, LevelWeights, Quantized, check_weights
 
 BLOCK_ELEMENTS = 1 << 18  # float32 values that fit in the cache
 
 
-def quantize_rtn(weights: Tensor, scale_dtype: str) -> Quantized:
+def quantize_rtn(weights: Tensor) -> Quantized:
     """``round_to_nearest`` as a recipe."""
-    ternary = round_to_nearest(weights, scale_dtype)
+    ternary = round_to_nearest(weights)
     return Quantized(ternary, [None] * len(weights), [None] * len(weights))
 
 
-def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> LevelWeights:
+def round_to_nearest(weights: Tensor) -> LevelWeights:
     """Round a batch of matrices; each row independently, so batching changes nothing.
 
     Args:
         weights: bfloat16, float16, float32 or float64 ``[experts, rows, columns]``.
-        scale_dtype: ``BF16``, ``F16`` or ``F32``.
 
     Returns:
         Levels and scales, one group per row. An all-zero row has scales and levels of 0.
@@ -44,7 +43,7 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> LevelWeights
             or out of the scale dtype's range.
     """
     check_weights(weights)
-    scales = min_max(weights, scale_dtype)
+    scales = min_max(weights)
     experts, rows, columns = weights.shape
     levels = weights.new_empty((experts, rows, columns), dtype=torch.int8)
     # float32 holds every bfloat16 and float16 value and its half.
@@ -54,16 +53,15 @@ def round_to_nearest(weights: Tensor, scale_dtype: str = "BF16") -> LevelWeights
         for start in range(0, rows, block):
             part = slice(start, start + block)
             _round(weights[expert, part].to(wide), scales[expert, part], levels[expert, part])
-    return LevelWeights(levels, scales[:, :, None])
+    return LevelWeights(levels, scales)
 
 
-def min_max(weights: Tensor, scale_dtype: str) -> Tensor:
-    """Low and high of each row, ``[experts, rows, 2]`` in the scale dtype.
+def min_max(weights: Tensor) -> Tensor:
+    """Low and high of each row, ``[experts, rows, 2]`` in bfloat16.
 
     Raises:
         QMoEError: ``argument``; ``value`` if one is out of the scale dtype's range.
     """
-    dtype = scale_type(scale_dtype)
     experts, rows, columns = weights.shape
     # Adding 0 turns -0 into +0: which zero a minimum returns depends on the order of evaluation,
     # and the file's bytes must not.
@@ -71,14 +69,14 @@ def min_max(weights: Tensor, scale_dtype: str) -> Tensor:
         low, high = weights.amin(2).clamp(max=0) + 0.0, weights.amax(2).clamp(min=0) + 0.0
     else:
         low = high = weights.new_zeros((experts, rows))
-    scales = torch.stack([low, high], 2).to(dtype)
+    scales = torch.stack([low, high], 2).to(SCALE)
     bad = ~torch.isfinite(scales).all(2)
     if bad.any():
         expert, row = bad.nonzero()[0].tolist()
         largest = float(weights[expert, row].abs().max())
         raise QMoEError(
             "value",
-            f"expert {expert}, row {row}: weights up to {largest:g} are beyond {scale_dtype}",
+            f"expert {expert}, row {row}: weights up to {largest:g} are beyond bfloat16",
             "rescale the model",
         )
     return scales

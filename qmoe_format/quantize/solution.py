@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Factored
-from qmoe_format.quantize.level_weights import LevelWeights, normalized
+from qmoe_format.quantize.level_weights import SCALE, LevelWeights, normalized
 from qmoe_format.quantize.refit import refit_columns, refit_rows
 
 MAX_LENGTHEN = 0.8  # of what a row falls short
@@ -152,7 +152,7 @@ class Solution:
         return Solution.fit(problem, self.levels, self.scale, columns)
 
 
-def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> LevelWeights:
+def finished(problem: Problem, solution: Solution) -> LevelWeights:
     """Round the column scales, refit the row scales to them, and round those.
 
     Row scales are stretched so that q.Hw = w.Hw. Least squares leaves q.Hw = q.Hq = (1 - e) w.Hw,
@@ -161,28 +161,28 @@ def finished(problem: Problem, solution: Solution, dtype: torch.dtype) -> LevelW
     error. The columns have to stand in W's order.
 
     Raises:
-        QMoEError: ``value`` if a scale is out of the dtype's range.
+        QMoEError: ``value`` if a scale is out of range.
     """
-    columns = solution.column_scale.to(dtype).float()
+    columns = solution.column_scale.to(SCALE).float()
     solution = Solution.fit(problem, solution.levels, solution.scale, columns)
     aim = problem.energy * solution.levels.shape[1]
     found = (problem.weights * (solution.target - solution.gradient)).sum(1)
     stretch = torch.nan_to_num(aim / torch.where(found > 0, found, aim), nan=1.0)
     scale = solution.scale * stretch.clamp(1 / MAX_STRETCH, MAX_STRETCH)
     used = solution.levels.any(1) & (scale > 0)
-    rows = (torch.where(used, scale, 0.0).double() * problem.largest[:, None]).to(dtype)
+    rows = (torch.where(used, scale, 0.0).double() * problem.largest[:, None]).to(SCALE)
     bad = ~torch.isfinite(rows.float() * columns.amax(1, keepdim=True).clamp(min=1.0))
     if bad.any():
         expert, row = bad.nonzero()[0].tolist()
         raise QMoEError(
             "value",
             f"expert {expert}, row {row}: weights up to {float(problem.largest[expert]):g} are "
-            f"beyond scales of {dtype}",
+            "beyond scales of bfloat16",
             "rescale the model",
         )
     alive = (rows > 0)[:, None] & (columns > 0)[:, :, None]
     levels = torch.where(alive, solution.levels, 0.0).transpose(1, 2).to(torch.int8)
-    return LevelWeights(levels.contiguous(), rows[:, :, None, None], columns.to(dtype))
+    return LevelWeights(levels.contiguous(), rows[:, :, None], columns.to(SCALE))
 
 
 def _values(levels: Tensor, scale: Tensor, column_scale: Tensor) -> Tensor:
