@@ -129,10 +129,9 @@ def dequantize(matrix: Matrix, threads: int = 1) -> npt.NDArray[np.float32]:
     from qmoe_format.codec.kernels.decode import scale_rows
 
     levels = decode(matrix.levels, threads=threads)
-    scales = _scales(matrix)
-    in_parts(
-        matrix.rows, threads, lambda first, last: scale_rows(first, last, levels, *scales, weights)
-    )
+    refined = None if matrix.levels.refinement is None else True
+    arguments = (levels, refined, *_scales(matrix), weights)
+    in_parts(matrix.rows, threads, lambda first, last: scale_rows(first, last, *arguments))
     return weights
 
 

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 import qmoe_format
-from qmoe_format.codec import encode, standard_dictionary
+from qmoe_format.codec import encode
 
 ENCODE = """
 import numpy as np
-from qmoe_format.codec import encode, standard_dictionary
-from qmoe_format.codec.kernels.encode import encode_segments
-encoded = encode(np.eye(3, dtype=np.int8), standard_dictionary(0.5, 8))
-print(encoded.segments.tobytes().hex(), sum(encode_segments.stats.cache_hits.values()))
+from qmoe_format.codec import encode
+from qmoe_format.codec.kernels.encode import encode_masks
+encoded = encode(np.eye(3, dtype=np.int8), width=8)
+print(encoded.mask.segments.tobytes().hex(), sum(encode_masks.stats.cache_hits.values()))
 """
 
 
@@ -68,7 +68,7 @@ def test_a_change_of_an_inlined_source_is_noticed(tmp_path: Path, kernels: Path)
     assert hits == "0"
 
 
-SEGMENTS = encode(np.eye(3, dtype=np.int8), standard_dictionary(0.5, 8)).segments.tobytes().hex()
+SEGMENTS = encode(np.eye(3, dtype=np.int8), width=8).mask.segments.tobytes().hex()
 
 
 def test_no_place_for_a_cache(tmp_path: Path, kernels: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
 from qmoe_format.codec import (
+    EncodedBits,
     EncodedMatrix,
     decode,
     dequantize,
@@ -28,33 +30,30 @@ from qmoe_format.codec.segments import run_all
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
 
-from .strategies import dictionaries, dictionary, levels, random_levels
+from .strategies import dictionaries, dictionary, levels, random_levels, with_string
+
+
+def bf16(values: Any) -> npt.NDArray[np.uint16]:
+    return from_float32(np.asarray(values, np.float32), "BF16")
 
 
 def encoded(coded: np.ndarray, **options: Any) -> EncodedMatrix:
-    """``coded`` with float32 scales of 1."""
-    scale = np.ones((len(coded), 1, 1), np.float32)
-    return encode_matrix(coded, scale, scale_dtype="F32", **options)
+    """``coded`` with scales of 1."""
+    return encode_matrix(coded, bf16(np.ones((len(coded), 1))), **options)
 
 
 @st.composite
 def matrices(draw: st.DrawFn) -> EncodedMatrix:
-    """Every combination of scales: types, symmetric or not, per row or group, per column."""
+    """Every combination of scales, symmetric or not, per column or not."""
     coded = draw(levels())
     rows, columns = coded.shape
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
-    group_size = draw(st.sampled_from([0, 0, 1, 7, 64, 10_000]))
-    groups = -(-columns // group_size) if group_size else 1
-    scale = rng.standard_normal((rows, groups, draw(st.integers(1, 2)))).astype(np.float32)
-    by_column = rng.standard_normal(columns).astype(np.float32)
     return encode_matrix(
         coded,
-        from_float32(scale, dtype),
-        from_float32(by_column, dtype) if draw(st.booleans()) else None,
-        scale_dtype=dtype,
-        group_size=group_size,
+        bf16(rng.standard_normal((rows, draw(st.integers(1, 2))))),
+        bf16(rng.standard_normal(columns)) if draw(st.booleans()) else None,
         dictionary=draw(dictionaries),
+        refinement_dictionary=draw(dictionaries),
         rows_per_segment=draw(st.sampled_from([None, 1, 3, 1000])),
     )
 
@@ -86,14 +85,11 @@ def test_small_integers_are_exact(matrix: EncodedMatrix, tokens: int) -> None:
     def powers(scale: np.ndarray | None) -> np.ndarray | None:
         if scale is None:
             return None
-        drawn = np.float32(2.0) ** rng.integers(-2, 3, scale.shape) * rng.choice([-1, 1])
-        return from_float32(drawn.astype(np.float32), matrix.scale_dtype)
+        return bf16(2.0 ** rng.integers(-2, 3, scale.shape) * rng.choice([-1, 1]))
 
     row_scale = powers(matrix.row_scale)
     assert row_scale is not None
-    exact = EncodedMatrix(
-        matrix.levels, row_scale, powers(matrix.column_scale), matrix.scale_dtype, matrix.group_size
-    )
+    exact = EncodedMatrix(matrix.levels, row_scale, powers(matrix.column_scale))
     x = rng.integers(-8, 9, (tokens, matrix.columns)).astype(np.float32)
     expected = x.astype(np.float64) @ dequantize(exact).astype(np.float64).T
     assert np.array_equal(matmul(exact, x), expected)
@@ -106,14 +102,13 @@ def test_dequantized_values_by_the_letter(matrix: EncodedMatrix) -> None:
     """[V-1] and [V-2], weight by weight."""
     weights = dequantize(matrix)
     coded = decode(matrix.levels)
-    scale = to_float32(matrix.row_scale, matrix.scale_dtype)
-    size = matrix.group_size or max(matrix.columns, 1)
+    scale = to_float32(matrix.row_scale, "BF16")
     for row, column in [(r, c) for r in range(matrix.rows)[:3] for c in range(matrix.columns)]:
-        pair = scale[row, column // size]
+        pair, level = scale[row], int(coded[row, column])
         low, high = (-pair[0], pair[0]) if matrix.symmetric else pair
-        value = {-1: low, 0: np.float32(0), 1: high}[int(coded[row, column])]
-        if matrix.column_scale is not None and coded[row, column]:
-            value = value * to_float32(matrix.column_scale, matrix.scale_dtype)[column]
+        value = np.float32(level * high if level > 0 else -level * low if level < 0 else 0)
+        if matrix.column_scale is not None and level:
+            value = value * to_float32(matrix.column_scale, "BF16")[column]
         assert weights[row, column].tobytes() == np.float32(value).tobytes()
 
 
@@ -143,21 +138,16 @@ def test_rows_that_do_not_exist() -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("signs", ["plane", "codeword"])
-@pytest.mark.parametrize("group_size", [0, 7, 100])
-def test_both_kernels_of_short_entries(dense: bool, signs: str, group_size: int) -> None:
+def test_both_kernels_of_short_entries(dense: bool) -> None:
     """Segments of several rows and of several chunks; a last one of fewer rows."""
     if dense and not cpu_has("bmi2"):
         pytest.skip("this processor has no BMI2")
     for rows, columns, rows_per_segment in ((11, 333, 4), (3, 40_001, 2)):
-        groups = -(-columns // group_size) if group_size else 1
-        scale = np.random.default_rng(0).standard_normal((rows, groups, 2)).astype(np.float32)
+        scale = np.random.default_rng(0).standard_normal((rows, 2))
         matrix = encode_matrix(
-            random_levels(rows, columns, 0.6),
-            scale,
-            scale_dtype="F32",
-            group_size=group_size,
-            dictionary=dictionary(0.5, 12, signs),
+            random_levels(rows, columns, 0.5),
+            bf16(scale),
+            dictionary=dictionary(0.5, 12),
             rows_per_segment=rows_per_segment,
         )
         x = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
@@ -173,7 +163,8 @@ def test_several_at_once() -> None:
     x = np.random.default_rng(0).standard_normal(300).astype(np.float32)
     products = []
     for rows, columns in ((40, 64), (1, 300), (0, 5), (7, 0), (333, 96)):
-        matrix = encoded(random_levels(rows, columns, 0.885), rows_per_segment=3)
+        levels = random_levels(rows, columns, 0.885, most=1 + rows % 2)
+        matrix = encoded(levels, rows_per_segment=3)
         products.append((matrix, x[:columns], np.full(rows, np.nan, np.float32)))
     for threads in (1, 3):
         matvecs(products, threads)
@@ -183,17 +174,10 @@ def test_several_at_once() -> None:
     matvecs([])
 
 
-@pytest.mark.parametrize("signs", ["plane", "codeword"])
-def test_rows_longer_than_a_chunk(signs: str) -> None:
-    scale = np.ones((5, 1, 2), np.float32)
-    scale[..., 0] = -0.5
-    matrix = encode_matrix(
-        random_levels(5, 70_000, 0.9),
-        scale,
-        scale_dtype="F32",
-        dictionary=dictionary(0.885, 12, signs),
-        rows_per_segment=2,
-    )
+@pytest.mark.parametrize("most", [1, 5])
+def test_rows_longer_than_a_chunk(most: int) -> None:
+    scale = bf16(np.full((5, 2), [-0.5, 1]))
+    matrix = encode_matrix(random_levels(5, 70_000, 0.9, most=most), scale, rows_per_segment=2)
     out = np.empty((3, 70_000), np.float32)
     dequantize_rows(matrix, 1, out)
     assert np.array_equal(out, dequantize(matrix)[1:4])
@@ -202,17 +186,24 @@ def test_rows_longer_than_a_chunk(signs: str) -> None:
     assert within_tolerance(matrix, x[:1], matvec(matrix, x[0])[None])
 
 
-def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
-    """Codewords may promise more non-zeros than the segment has bits left: no read beyond it."""
-    whole = encoded(np.ones((1, 4000), np.int8), dictionary=dictionary(0.3, 8, "plane"))
-    codewords = whole.levels.segments[500 : whole.levels.segment_bytes]
-    cut = replace(
-        whole.levels,
-        length_base=codewords.size,
-        segments=np.concatenate([codewords, np.zeros(8, np.uint8)]),
-        segment_bytes=codewords.size,
+def with_segments(bits: EncodedBits, segments: npt.NDArray[np.uint8]) -> EncodedBits:
+    """One segment of these bytes."""
+    return replace(
+        bits,
+        length_base=segments.size,
+        segments=np.concatenate([segments, np.zeros(8, np.uint8)]),
+        segment_bytes=segments.size,
     )
-    matrix = replace(whole, levels=cut)
+
+
+@pytest.mark.parametrize("string", ["mask", "refinement"])
+def test_what_is_missing_is_not_read_from_elsewhere(string: str) -> None:
+    """Codewords may promise more non-zeros than have signs, or magnitudes, in the segment."""
+    row = np.full((1, 4000), 1 if string == "mask" else 2, np.int8)
+    whole = encoded(row, width=8)
+    bits: EncodedBits = getattr(whole.levels, string)
+    cut = with_segments(bits, bits.segments[500 : bits.segment_bytes])
+    matrix = replace(whole, levels=with_string(whole.levels, string, cut))
     x = np.ones((2, 4000), np.float32)
     calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, x[0]),
@@ -220,7 +211,7 @@ def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
         lambda: dequantize_rows(matrix, 0, np.empty((1, 4000), np.float32)),
     ]
     for call in calls:
-        with pytest.raises(QMoEError) as error:
+        with pytest.raises(QMoEError, match="ends before") as error:
             call()
         assert error.value.code == "malformed"
 
@@ -229,7 +220,7 @@ def test_signs_that_are_missing_are_not_read_from_elsewhere() -> None:
 def test_entries_of_many_nonzeros(zero_fraction: float) -> None:
     """Entries of more than four, and of more than eight, non-zeros take several stores."""
     chosen = fit_dictionary(zero_fraction, 16)
-    assert chosen.max_nonzeros > 8
+    assert chosen.max_ones > 8
     matrix = encoded(random_levels(40, 999, zero_fraction), dictionary=chosen)
     x = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
     assert within_tolerance(matrix, x, matmul(matrix, x))
@@ -238,9 +229,8 @@ def test_entries_of_many_nonzeros(zero_fraction: float) -> None:
 
 def test_into_a_given_array() -> None:
     """Which is returned; x stays as it is."""
-    coded = random_levels(10, 64, 0.885)
-    ones, by_column = np.ones((10, 1, 1), np.float16), np.full(64, 4.0, np.float16)
-    matrix = encode_matrix(coded, ones, by_column, scale_dtype="F16")
+    coded = random_levels(10, 64, 0.885, most=3)
+    matrix = encode_matrix(coded, bf16(np.ones((10, 1))), bf16(np.full(64, 4.0)))
     x, out = np.ones(64, np.float32), np.empty(10, np.float32)
     assert matvec(matrix, x, out) is out
     assert np.array_equal(out, 4.0 * coded.sum(axis=1))
@@ -249,18 +239,18 @@ def test_into_a_given_array() -> None:
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     coded = random_levels(10, 64, 0.885)
-    one = np.ones((10, 1, 1), np.float32)
+    one = bf16(np.ones((10, 1)))
     matrix = encoded(coded)
     calls: list[Callable[[], Any]] = [
         lambda: matvec(matrix, np.ones(63, np.float32)),
         lambda: matvec(matrix, np.ones(64)),  # type: ignore[arg-type]
         lambda: matmul(matrix, np.ones(64, np.float32)),
         lambda: matvec(matrix, np.ones(64, np.float32), np.ones(9, np.float32)),
-        lambda: encode_matrix(coded, one),  # BF16 scales come as bits
-        lambda: encode_matrix(coded, one[:9], scale_dtype="F32"),
-        lambda: encode_matrix(coded, one, scale_dtype="F32", group_size=8),
-        lambda: encode_matrix(coded, one, np.ones(63, np.float32), scale_dtype="F32"),
-        lambda: encode_matrix(coded, one, scale_dtype="F64"),
+        lambda: encode_matrix(coded, np.ones((10, 1), np.float32)),
+        lambda: encode_matrix(coded, one[:9]),
+        lambda: encode_matrix(coded, one[:, 0]),
+        lambda: encode_matrix(coded, np.repeat(one, 3, axis=1)),
+        lambda: encode_matrix(coded, one, bf16(np.ones(63))),
     ]
     for call in calls:
         with pytest.raises(QMoEError) as error:
@@ -271,10 +261,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_scales_are_finite(bad: float) -> None:
     coded = random_levels(10, 64, 0.885)
-    one = np.ones((10, 1, 1), np.float32)
-    spoiled = one.copy()
-    spoiled[3] = bad
-    for scales in ((spoiled, None), (one, np.full(64, bad, np.float32))):
+    one = bf16(np.ones((10, 2)))
+    for column in range(2):
+        spoiled = one.copy()
+        spoiled[3, column : column + 1] = bf16([bad])
         with pytest.raises(QMoEError) as error:
-            encode_matrix(coded, *scales, scale_dtype="F32")
+            encode_matrix(coded, spoiled)
         assert error.value.code == "value"
+    with pytest.raises(QMoEError) as error:
+        encode_matrix(coded, one, bf16(np.full(64, bad)))
+    assert error.value.code == "value"

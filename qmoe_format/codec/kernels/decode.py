@@ -79,16 +79,17 @@ def decode_segments(first, last, span, mask, entries, refinement, totals, out):
 
 
 @kernel
-def scale_rows(first, last, levels, low_high, column_scale, out):
+def scale_rows(first, last, levels, refined, low_high, column_scale, out):
     """``out`` float32 [rows, columns]: each level's value times its column's scale ([V-1], [V-2]).
 
-    ``low_high`` float32 [rows, 2]. No reordering here: one rounding, and +0 for zero.
+    ``refined``: None if no level is beyond -1 to 1. ``low_high`` float32 [rows, 2]. No reordering
+    here: one rounding, and +0 for zero.
     """
     for row in range(first, last):
         low, high = low_high[row]
         for c in range(levels.shape[1]):
             level = levels[row, c]
-            value = (high if level > 0 else low) * np.float32(abs(level)) * column_scale[c]
+            value = _times(refined, high if level > 0 else low, level) * column_scale[c]
             out[row, c] = value if level != 0 else np.float32(0)
 
 
@@ -108,8 +109,8 @@ def _write(run, sums, lists, target):
     return sums, stop, run.seen + np.uint64(stop) - start
 
 
-@optional(lambda magnitudes, value, level: value)
-def _times(magnitudes, value, level):
+@optional(lambda refined, value, level: value)
+def _times(refined, value, level):
     return value * np.float32(abs(level))
 
 

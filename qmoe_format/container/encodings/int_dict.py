@@ -203,23 +203,23 @@ def extent_length(item: Item, strings: Iterable[tuple[int, int]]) -> int:
 
 def _headers(stored: Bytes) -> list[Header]:
     """The one or two headers at the beginning of an extent. [E-4]"""
-    headers: list[Header] = []
-    for number in range(2):
-        start = number * _HEADER.size
-        if stored.size < start + _HEADER.size:
-            raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
-        headers.append(Header(*_HEADER.unpack_from(stored.data, start)))
-        if not headers[0].refined:
-            break
+    mask = _header(stored, 0)
+    if mask.refined > 1:
+        raise QMoEError("malformed", f"refined is {mask.refined}, not 0 or 1")
+    headers = [mask, _header(stored, _HEADER.size)] if mask.refined else [mask]
     for each in headers:
         limits.check("segment_bytes", each.segment_bytes, 0, limits.SEGMENT_BYTES)
-    for number, each in enumerate(headers):
-        if each.length_width not in (1, 2, 4):
-            wrong = f"lengths have {each.length_width} bytes each, not 1, 2 or 4"
-            raise QMoEError("malformed", wrong)
-        if each.refined > 1 - number:
-            raise QMoEError("malformed", f"refined is {each.refined} in header {number}")
+    if any(each.length_width not in (1, 2, 4) for each in headers):
+        raise QMoEError("malformed", "lengths do not have 1, 2 or 4 bytes each")
+    if mask.refined and headers[1].refined:
+        raise QMoEError("malformed", "a refinement is refined")
     return headers
+
+
+def _header(stored: Bytes, start: int) -> Header:
+    if stored.size < start + _HEADER.size:
+        raise QMoEError("malformed", f"{stored.size} bytes are too few for a header")
+    return Header(*_HEADER.unpack_from(stored.data, start))
 
 
 def _layout(item: Item, headers: Sequence[Header]) -> tuple[list[slice], int]:
