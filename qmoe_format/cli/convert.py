@@ -21,7 +21,7 @@ from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import few_tokens_warning, summary
 from qmoe_format.codec import PROFILES
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.quantize import RECIPES
 
 if TYPE_CHECKING:
@@ -47,6 +47,25 @@ def add_parser(commands: Commands) -> None:
         choices=RECIPES,
         help="; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
         + " (default: rd with --calibration, otherwise rtn)",
+    )
+    parser.add_argument(
+        "--bits", type=positive, metavar="N", help="of the recipes with a fixed number of bits"
+    )
+    parser.add_argument(
+        "--grid",
+        choices=("linear", "log"),
+        help="of the recipe moqe: evenly spaced values (default), or each half of the next larger",
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=RECIPE[:BITS]",
+        help="another recipe for the stacks of experts whose names match, such as "
+        "'model.layers.*.down_proj=gptq:3'; may be repeated, the last one that matches counts",
+    )
+    parser.add_argument(
+        "--rules", type=Path, metavar="FILE", help="the same, one rule a line; # begins a comment"
     )
     parser.add_argument(
         "--profile",
@@ -112,6 +131,12 @@ def add_parser(commands: Commands) -> None:
         help="instead of a target size: the error that one more bit must remove, relative to the "
         "output of a typical expert (default: 0.05)",
     )
+    group.add_argument(
+        "--levels",
+        type=int,
+        choices=(3,),
+        help="keep the recipe rd to ternary weights (default: as many levels as pay)",
+    )
     group.add_argument("--device", metavar="NAME", help="such as cuda (default: cpu)")
     group.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parser.set_defaults(run=run)
@@ -139,6 +164,10 @@ def run(options: argparse.Namespace) -> None:
             calibration=calibration,
             bits_per_weight=options.bits_per_weight,
             rate_lambda=options.rate_lambda,
+            levels=options.levels,
+            bits=options.bits,
+            grid=options.grid,
+            rules=(*_read_rules(options.rules), *options.rule),
             keep_native=options.keep_native,
             resume=options.resume,
             trust_remote_code=options.trust_remote_code,
@@ -147,6 +176,15 @@ def run(options: argparse.Namespace) -> None:
     with container.open(path, memory_map=False) as file:
         warning = few_tokens_warning(read_report(file), file) if calibration else []
         print("\n".join([*summary(describe(file)), *warning]))
+
+
+def _read_rules(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    with os_errors(f"cannot read {path}"):
+        text = path.read_text(encoding="utf-8")
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
 
 
 def _calibration(options: argparse.Namespace) -> Calibration | None:

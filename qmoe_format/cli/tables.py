@@ -48,7 +48,10 @@ def quality_tables(quality: Quality, file: QMoEFile) -> list[str]:
         + (f", lambda {min(lambdas):.3g} to {max(lambdas):.3g}" if lambdas else ""),
         "",
     ]
-    header = ("stack", "experts", "fallbacks", "tokens", "damping", "relative error", "bits/weight")
+    header = (
+        "stack", "experts", "fallbacks", "tokens", "damping", "relative error", "bits/weight",
+        "kurtosis", "levels", "zeros",
+    )  # fmt: skip
     lines += table(header, [_quality_row(stack) for stack in quality["stacks"]], left=1)
     lines += ["", "minimum / mean / maximum over the experts of each stack"]
     fallbacks = [
@@ -87,7 +90,15 @@ def _quality_row(stack: StackQuality) -> Sequence[str]:
         _spread([each["damping"] for each in experts], "{:.3g}".format),
         _spread([each["relative_error"] for each in experts], "{:.4f}".format),
         _spread([each["bits"] for each in experts], "{:.3f}".format),
+        _mean([each["kurtosis"] for each in experts], "{:.1f}".format),
+        _spread([each["levels"] for each in experts], "{:.0f}".format),
+        _mean([100 * each["zeros"] for each in experts], "{:.0f} %".format),
     )
+
+
+def _mean(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    return text(sum(known) / len(known)) if known else ""
 
 
 def _spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:

@@ -82,6 +82,7 @@ def convert(
         open_checkpoint(source, trust_remote_code=trusted) as checkpoint,
     ):
         checkpoint.check_complete()
+        chosen.methods.check(stack.name for stack in checkpoint.stacks)
         if calibration is None:
             from qmoe_format.conversion.uncalibrated import convert_uncalibrated
 

@@ -59,7 +59,7 @@ def convert_calibrated(
     work = Work(destination, fingerprint, resume=options.resume, overwrite=options.overwrite)
     with work, torch_threads(resources.threads):
         passes = BlockPasses(checkpoint, batches, options, resources, work, progress)
-        staging = Staging(work.folder, checkpoint.stacks)
+        staging = Staging(work.folder, checkpoint.stacks, options.methods)
         control = _rate_control(checkpoint, options, passes)
         records = passes.quantize(control, staging)
         control.check()
@@ -84,7 +84,8 @@ def _settings(
     del asked["text"], asked["device"]
     length = calibration.sequence_length or default_sequence_length(checkpoint.config)
     return {
-        "recipe": options.chosen_recipe.name,
+        "recipe": str(options.methods.default),
+        "rules": list(options.rules),
         "profile": options.profile,
         "text_sha256": text_sha256(
             calibration.text, calibration.text_column, calibration.target_column
@@ -115,7 +116,7 @@ def _environment(
 def _rate_control(
     checkpoint: Checkpoint, options: ConvertOptions, passes: BlockPasses
 ) -> RateControl:
-    if not options.chosen_recipe.rated:
+    if not options.methods.rated:
         return FixedRate()
     surveys = passes.survey()
     if options.bits_per_weight is not None:

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from qmoe_format.codec import PROFILES, Profile
+from qmoe_format.conversion.methods import Method, Methods, Rule
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize import Recipe
 from qmoe_format.quantize import recipe as find_recipe
 
 
@@ -74,6 +74,11 @@ class ConvertOptions:
         bits_per_weight: the size of the experts, scales and dictionaries included, to within
             2 percent; for recipes that weigh error against bits.
         rate_lambda: that trade-off itself, instead; see ``qmoe_format.quantize.rate.Rate``.
+        levels: 3 keeps the recipe ``rd`` to ternary weights; by default as many as pay.
+        bits: of the recipes that have a fixed number.
+        grid: ``linear`` or ``log``, for the recipe ``moqe``.
+        rules: other recipes for some stacks, ``PATTERN=RECIPE[:CHOICE...]``; the last one that
+            matches counts. See ``conversion.methods.Rule``.
         keep_native: leave quantized weights other than experts as the checkpoint stores them,
             instead of converting them to bfloat16.
         resume: continue an interrupted calibrated conversion, which gives the same bytes. Until the
@@ -93,24 +98,30 @@ class ConvertOptions:
     calibration: Calibration | None = None
     bits_per_weight: float | None = None
     rate_lambda: float | None = None
+    levels: int | None = None
+    bits: int | None = None
+    grid: str | None = None
+    rules: tuple[str, ...] = ()
     keep_native: bool = False
     resume: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         wrong = partial(QMoEError, "argument")
-        recipe, calibrated = self.chosen_recipe, self.calibration is not None
-        name = repr(recipe.name)
+        methods, calibrated = self.methods, self.calibration is not None
         sizes = (self.bits_per_weight, self.rate_lambda)
         _check_positive("bits_per_weight", self.bits_per_weight)
         _check_positive("rate_lambda", self.rate_lambda)
         if None not in sizes:
             raise wrong("bits_per_weight and rate_lambda exclude each other", "give only one")
-        if recipe.calibrated and not calibrated:
-            raise wrong(f"recipe {name} needs calibration text", "give some, or choose 'rtn'")
-        if calibrated and not recipe.calibrated:
+        for method in methods.all:
+            if method.recipe.calibrated and not calibrated:
+                problem = f"recipe {method.recipe.name!r} needs calibration text"
+                raise wrong(problem, "give some, or choose 'rtn'")
+        name = repr(methods.default.recipe.name)
+        if calibrated and not any(each.recipe.calibrated for each in methods.all):
             raise wrong(f"recipe {name} does not use calibration text", "leave out one of them")
-        if sizes != (None, None) and not recipe.rated:
+        if sizes != (None, None) and not methods.rated:
             advice = "use calibration text and the recipe 'rd' to choose bits per weight or lambda"
             raise wrong(f"recipe {name} has one size only", advice)
         if self.resume and not calibrated:
@@ -119,9 +130,14 @@ class ConvertOptions:
             raise wrong(f"unknown profile {self.profile!r}", f"choose {' or '.join(PROFILES)}")
 
     @property
-    def chosen_recipe(self) -> Recipe:
-        """The recipe asked for, or the default one."""
-        return find_recipe(self.recipe or ("rtn" if self.calibration is None else "rd"))
+    def methods(self) -> Methods:
+        """The recipe asked for, or the default one, and the rules."""
+        calibrated = self.calibration is not None
+        recipe = find_recipe(self.recipe or ("rd" if calibrated else "rtn"))
+        choices = {"levels": self.levels, "bits": self.bits, "grid": self.grid}
+        given = {name: value for name, value in choices.items() if value is not None}
+        rules = [Rule.parse(rule, calibrated=calibrated) for rule in self.rules]
+        return Methods(Method(recipe, given), rules)
 
     @property
     def codec_profile(self) -> Profile:

@@ -88,7 +88,7 @@ class BlockPasses:
         for record in filter(None, self.work.records("block")):
             control.finish(record)
         for step in self._steps("block"):
-            norms = self._norms(step) if self._options.chosen_recipe.rated else None
+            norms = self._norms(step) if self._options.methods.rated else None
             attempt = partial(self._attempt, step, self._experts(step, norms), staging)
             step.record = control.quantize(attempt)
         return [record for record in self.work.records("block") if record]

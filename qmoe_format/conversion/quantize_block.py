@@ -9,9 +9,8 @@ from typing import TypedDict
 from torch import Tensor
 
 from qmoe_format.checkpoints import ExpertStack
-from qmoe_format.codec import EncodedMatrix
 from qmoe_format.conversion.block_experts import BlockExperts
-from qmoe_format.conversion.encoding import dictionary_bytes, encode, grid_step, stored_bytes
+from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, stored_bytes
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
 from qmoe_format.conversion.staging import Staging
@@ -19,6 +18,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.machine import release_memory
 from qmoe_format.progress import Counter
 from qmoe_format.quantize.hessian import Statistics, relative_error
+from qmoe_format.quantize.level_weights import kurtosis
 from qmoe_format.quantize.rate import Rate
 
 
@@ -26,7 +26,7 @@ class BlockRecord(TypedDict):
     """What a finished block has become.
 
     ``lam``: its rate's, if it has one. ``quality``, ``stack_bytes``: by stack.
-    ``dictionary_bytes``: by ``grid_step``.
+    ``dictionary_bytes``: as ``encoding.dictionaries``.
     """
 
     lam: float | None
@@ -70,8 +70,7 @@ def quantize_block(
                     writers[matrix].append(coded)
                     record["quality"][stack.name]["experts"].append(quality)
                     record["stack_bytes"][stack.name] += stored_bytes(coded)
-                    size = dictionary_bytes(coded.dictionary)
-                    record["dictionary_bytes"][str(grid_step(coded))] = size
+                    record["dictionary_bytes"] |= dictionaries(coded)
                     counter.add(stack.rows * stack.columns)
             if outputs is not None:
                 experts.add_outputs(weights, group, outputs)
@@ -88,18 +87,17 @@ def _quantize(
     statistics: Statistics,
     options: ConvertOptions,
     rate: Rate | None,
-) -> Iterator[tuple[EncodedMatrix, ExpertQuality]]:
+) -> Iterator[tuple[Matrix, ExpertQuality]]:
     """Quantize some experts of a stack; ``weights`` become what a reader will get."""
-    recipe, resources = options.chosen_recipe, experts.resources
-    scale_dtype = recipe.scale_dtype(stack.dtype)
+    method, resources = options.methods.of(stack.name), experts.resources
     threads = resources.threads // resources.concurrent_experts(experts.elements)
 
-    def quantize(batch: range) -> list[tuple[EncodedMatrix, ExpertQuality]]:
+    def quantize(batch: range) -> list[tuple[Matrix, ExpertQuality]]:
         part = slice(batch.start, batch.stop)
         own = statistics.of(part)
         numbers = group[part]
         try:
-            quantized = recipe.quantize(weights[part], scale_dtype, own, rate)
+            quantized = method.quantize(weights[part], own, rate)
         except QMoEError as error:
             raise error.at(f"tensor {stack.name!r}, experts from {numbers.start}") from error
         values = quantized.weights.dequantize()
@@ -107,6 +105,8 @@ def _quantize(
         # Where nothing reached an expert, its error means nothing, unless there is nothing to lose.
         reached = own.sums.diagonal(dim1=1, dim2=2).sum(1) != 0
         known = (reached | ~weights[part].flatten(1).any(1)).tolist()
+        heavy = kurtosis(weights[part])
+        levels, zeros = quantized.weights.counts(), (values == 0).double().mean((1, 2)).tolist()
         weights[part] = values
         done = []
         for place, expert in enumerate(numbers):
@@ -117,13 +117,16 @@ def _quantize(
                     f"{errors[place]}",
                     "look for huge weights in the checkpoint, or use the recipe 'rtn'",
                 )
-            coded = encode(quantized.weights, place, scale_dtype, options.codec_profile, threads)
+            coded = encode(quantized.weights, place, options.codec_profile, threads)
             quality = ExpertQuality(
                 tokens=int(own.tokens[place]),
                 damping=rounded(quantized.damping[place]),
                 fallback=quantized.fallback[place],
                 relative_error=rounded(errors[place]) if known[place] else None,
                 bits=8 * stored_bytes(coded) / (stack.rows * stack.columns),
+                kurtosis=rounded(heavy[place]),
+                levels=levels[place],
+                zeros=zeros[place],
             )
             done.append((coded, quality))
         return done

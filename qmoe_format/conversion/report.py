@@ -33,6 +33,9 @@ class ExpertQuality(TypedDict):
     fallback: str | None  # why the recipe could not be followed
     relative_error: float | None  # None if the tokens do not tell
     bits: float  # of the extent per weight, without the dictionary
+    kurtosis: float | None  # of the weights before, 3 if they are normal; None if all are equal
+    levels: int  # between the largest magnitude and minus that
+    zeros: float  # the share of weights that became 0
 
 
 # "lambda" cannot be the name of an attribute, so this is not a class.

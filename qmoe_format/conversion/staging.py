@@ -14,13 +14,15 @@ from qmoe_format import container
 from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.container.writer import StackWriter, Writer
 from qmoe_format.conversion.encoding import begin_stack
+from qmoe_format.conversion.methods import Methods
 from qmoe_format.progress import Counter
 
 
 class Staging:
     """The staged files of ``stacks``, in a folder."""
 
-    def __init__(self, folder: Path, stacks: Sequence[ExpertStack]) -> None:
+    def __init__(self, folder: Path, stacks: Sequence[ExpertStack], methods: Methods) -> None:
+        self._methods = methods
         self._paths = {
             stack.name: folder / f"stack-{number:04}.qmoe" for number, stack in enumerate(stacks)
         }
@@ -30,14 +32,17 @@ class Staging:
         """Yield a writer for each stack, by the same key; complete files appear at the end."""
         with ExitStack() as opened:
             yield {
-                key: begin_stack(opened.enter_context(Writer(self._paths[stack.name])), stack)
+                key: self._begin(opened.enter_context(Writer(self._paths[stack.name])), stack)
                 for key, stack in stacks.items()
             }
 
     def copy(self, stack: ExpertStack, writer: Writer, counter: Counter) -> None:
         """Copy a stack into another file."""
         path = self._paths[stack.name]
-        with container.open(path, memory_map=False) as file, begin_stack(writer, stack) as experts:
+        with container.open(path, memory_map=False) as file, self._begin(writer, stack) as experts:
             for expert in range(stack.experts):
                 experts.append(file.encoded(stack.name, expert))
                 counter.add(stack.rows * stack.columns)
+
+    def _begin(self, writer: Writer, stack: ExpertStack) -> StackWriter:
+        return begin_stack(writer, stack, self._methods.of(stack.name).recipe.encoding)

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from qmoe_format.checkpoints import ExpertStack
-from qmoe_format.codec import EncodedMatrix
-from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.conversion.block_experts import BlockExperts, Weights
-from qmoe_format.conversion.encoding import dictionary_bytes, encode, expected_bytes
+from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, expected_bytes
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter
@@ -41,15 +39,16 @@ class StackSurvey:
         energies: of each expert, 0 without tokens, None if its weights are all zero.
         spread: quantiles of the logarithm of a row's energy over its expert's, the mean of the
             experts that have tokens.
-        sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy.
-        grid_steps: the same for its dictionary, see ``codec.dictionary.on_grid``.
+        sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy; the
+            same for all if its recipe knows no rate.
+        grid_steps: places of its dictionaries, see ``codec.dictionary.on_grid``, at each.
         dictionary_bytes: of one.
     """
 
     energies: list[float | None]
     spread: list[float]
     sizes: list[float]
-    grid_steps: list[float]
+    grid_steps: list[list[float]]
     dictionary_bytes: float
 
     def expected(self, rate: Rate) -> tuple[float, set[int]]:
@@ -66,8 +65,9 @@ class StackSurvey:
         lams = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
         lams[[each is None for each in self.energies]] = np.inf
         size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
-        steps = np.rint(np.interp(lams, np.log(LAMBDAS), self.grid_steps)).astype(int)
-        return float(size), set(steps.tolist())
+        nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - np.log(LAMBDAS)).argmin(1)
+        steps = {round(step) for place in set(nearest.tolist()) for step in self.grid_steps[place]}
+        return float(size), steps
 
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
@@ -168,9 +168,9 @@ def _with_sizes(
     samples: Sequence[tuple[Tensor, Statistics]],
     options: ConvertOptions,
 ) -> StackSurvey:
-    """Quantize all samples at each of ``LAMBDAS``."""
-    recipe, profile = options.chosen_recipe, options.codec_profile
-    scale_dtype = recipe.scale_dtype(stack.dtype)
+    """Quantize all samples at each of ``LAMBDAS``, or once if the recipe knows no rate."""
+    method, profile = options.methods.of(stack.name), options.codec_profile
+    lambdas = LAMBDAS if method.recipe.rated else LAMBDAS[:1]
     number = len(samples)
     weights = torch.stack([rows for rows, _ in samples])
     sums, tokens, importance = (
@@ -178,24 +178,27 @@ def _with_sizes(
         for field in ("sums", "tokens", "row_importance")
     )
 
-    def quantize(batch: range) -> list[EncodedMatrix]:
+    def quantize(batch: range) -> list[Matrix]:
         own = torch.tensor([each % number for each in batch])
-        rate = Rate(torch.tensor([LAMBDAS[each // number] for each in batch]), 1.0)
+        rate = Rate(torch.tensor([lambdas[each // number] for each in batch]), 1.0)
         statistics = Statistics(sums[own], tokens[own], importance[own])
-        ternary = recipe.quantize(weights[own], scale_dtype, statistics, rate).weights
-        return [encode(ternary, place, scale_dtype, profile, 1) for place in range(len(batch))]
+        quantized = method.quantize(weights[own], statistics, rate).weights
+        return [encode(quantized, place, profile, 1) for place in range(len(batch))]
 
     rows, columns = weights.shape[1:]
-    batches = experts.resources.batches(number * len(LAMBDAS), rows, columns)
+    batches = experts.resources.batches(number * len(lambdas), rows, columns)
     done = experts.resources.map(quantize, batches, rows * columns + columns**2)
     matrices = [matrix for batch in done for matrix in batch]
     parts = [matrices[first : first + number] for first in range(0, len(matrices), number)]
-    sizes = (_mean(expected_bytes(each, stack.rows, profile) for each in part) for part in parts)
+    sizes = [_mean(expected_bytes(each, stack.rows, profile) for each in part) for part in parts]
+    steps = [[float(s) for each in part for s in dictionaries(each)] for part in parts]
+    found = [size for each in matrices for size in dictionaries(each).values()]
+    repeat = len(LAMBDAS) // len(lambdas)
     return replace(
         survey,
-        sizes=list(accumulate(sizes, min)),  # less for a greater lambda, whatever samples say
-        grid_steps=[_mean(on_grid(each.levels.zero_fraction) for each in part) for part in parts],
-        dictionary_bytes=_mean(dictionary_bytes(each.dictionary) for each in matrices),
+        sizes=list(accumulate(sizes * repeat, min)),  # less for a greater lambda, whatever they say
+        grid_steps=steps * repeat,
+        dictionary_bytes=_mean(found) if found else 0.0,
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_format.codec import EncodedMatrix
 from qmoe_format.container.writer import Writer
-from qmoe_format.conversion.encoding import begin_stack, encode
+from qmoe_format.conversion.encoding import Matrix, begin_stack, encode
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.passthrough import check_passthrough, write_passthrough
@@ -34,7 +33,8 @@ def convert_uncalibrated(
         check_passthrough(checkpoint, options.keep_native)
         write_passthrough(checkpoint, writer, counter, options.keep_native)
         for stack in checkpoint.stacks:
-            with begin_stack(writer, stack) as experts:
+            encoding = options.methods.of(stack.name).recipe.encoding
+            with begin_stack(writer, stack, encoding) as experts:
                 for matrix in _encoded(checkpoint, stack, options, resources):
                     experts.append(matrix)
                     counter.add(stack.rows * stack.columns)
@@ -42,18 +42,16 @@ def convert_uncalibrated(
 
 def _encoded(
     checkpoint: Checkpoint, stack: ExpertStack, options: ConvertOptions, resources: Resources
-) -> Iterator[EncodedMatrix]:
+) -> Iterator[Matrix]:
     """Encode the experts of a stack in order; few are in memory at a time."""
     elements = stack.rows * stack.columns
     threads = resources.threads_per_expert(elements)
-    recipe, profile = options.chosen_recipe, options.codec_profile
-    scale_dtype = recipe.scale_dtype(stack.dtype)
+    method, profile = options.methods.of(stack.name), options.codec_profile
 
-    def quantize(item: tuple[int, Tensor]) -> EncodedMatrix:
+    def quantize(item: tuple[int, Tensor]) -> Matrix:
         expert, weights = item
         try:
-            ternary = recipe.quantize(weights[None], scale_dtype).weights
-            return encode(ternary, 0, scale_dtype, profile, threads)
+            return encode(method.quantize(weights[None]).weights, 0, profile, threads)
         except QMoEError as error:
             raise error.at(f"tensor {stack.member(expert)!r}") from error
 

@@ -47,6 +47,10 @@ class GroupWeights:
             weights[expert] = steps * by_column(self.scales[expert], size, codes)
         return weights
 
+    def counts(self) -> list[int]:
+        """How many levels each matrix has."""
+        return [1 << self.bits] * len(self.codes)
+
 
 def by_column(values: Tensor, group_size: int, like: Tensor) -> Tensor:
     """What groups have, ``[rows, groups]``, for each column of ``like``: float32, broadcastable."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.errors import QMoEError
+from qmoe_format.quantize.group_weights import GroupWeights
 
 SCALE = torch.bfloat16  # the type of scales in a file
 
@@ -37,6 +38,12 @@ class LevelWeights:
             return weights
         return weights * self.column_scale[:, None].float()
 
+    def counts(self) -> list[int]:
+        """How many levels each matrix has, between its largest magnitude and minus that."""
+        return (
+            (2 * self.levels.abs().amax((1, 2)).int() + 1).tolist() if self.levels.numel() else []
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
@@ -48,7 +55,7 @@ class Quantized:
         fallback: why an expert was quantized without its Hessian, or None.
     """
 
-    weights: LevelWeights
+    weights: LevelWeights | GroupWeights
     damping: list[float | None]
     fallback: list[str | None]
 
@@ -76,6 +83,19 @@ def check_weights(weights: Tensor) -> None:
                 f"{where}row {row}, column {column}: the weight is {value}",
                 "repair the model",
             )
+
+
+def kurtosis(weights: Tensor) -> list[float | None]:
+    """The fourth central moment over the squared variance of each matrix, 3 for normal weights.
+
+    The larger, the more is to be had from levels beyond three. None where all weights are equal.
+    """
+    found: list[float | None] = []
+    for matrix in weights:
+        squares = (matrix.double() - matrix.double().mean()).square()
+        variance = float(squares.mean())
+        found.append(float(squares.square().mean()) / variance**2 if variance else None)
+    return found
 
 
 def normalized(weights: Tensor) -> tuple[Tensor, Tensor]:

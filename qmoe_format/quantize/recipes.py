@@ -6,6 +6,7 @@ and list it in ``RECIPES``. It is imported when first used: names and summaries 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -27,10 +28,12 @@ class Recipe:
     Attributes:
         name: what a user types.
         summary: one line for people.
-        function: ``module:function``, called with the weights as ``quantize`` is, then
-            with the statistics if ``calibrated``, then with the rate if ``rated``.
+        function: ``module:function``, called with the weights, then with the statistics if
+            ``calibrated``, then with the rate if ``rated``, and with ``choices`` as keywords.
         calibrated: whether it needs ``Statistics``, and so calibration text.
         rated: whether it needs a ``Rate``, and statistics with row importances.
+        choices: what else a user may choose: names of keywords.
+        encoding: of the matrices in a file, ``int-dict`` or ``int-group``.
     """
 
     name: str
@@ -38,12 +41,15 @@ class Recipe:
     function: str
     calibrated: bool = False
     rated: bool = False
+    choices: tuple[str, ...] = ()
+    encoding: str = "int-dict"
 
     def quantize(
         self,
         weights: Tensor,
         statistics: Statistics | None = None,
         rate: Rate | None = None,
+        **choices: object,
     ) -> Quantized:
         """Quantize a batch of matrices.
 
@@ -51,11 +57,12 @@ class Recipe:
             weights: float16, bfloat16, float32 or float64 ``[experts, rows, columns]``.
             statistics: of the experts' calibration tokens, for a calibrated recipe.
             rate: what a bit is worth, for a rated recipe.
+            choices: as its function takes them.
 
         Raises:
-            QMoEError: ``argument`` for other shapes and dtypes, or without the statistics or the
-                rate that the recipe needs; ``value`` for weights that are NaN, infinite, or out of
-                bfloat16's range.
+            QMoEError: ``argument`` for other shapes and dtypes, without the statistics or the
+                rate that the recipe needs, or for a choice that it does not have; ``value`` for
+                weights that are NaN, infinite, or out of bfloat16's range.
         """
         arguments: list[object] = [weights]
         for needed, argument, what in (
@@ -66,9 +73,22 @@ class Recipe:
                 raise QMoEError("argument", f"recipe {self.name!r} needs {what}", f"pass {what}")
             if needed:
                 arguments.append(argument)
+        self.check_choices(choices)
         module, _, function = self.function.partition(":")
-        quantized: Quantized = getattr(import_module(module), function)(*arguments)
+        quantized: Quantized = getattr(import_module(module), function)(*arguments, **choices)
         return quantized
+
+    def check_choices(self, names: Iterable[str]) -> None:
+        """Refuse what cannot be chosen with this recipe.
+
+        Raises:
+            QMoEError: ``argument``.
+        """
+        for name in names:
+            if name not in self.choices:
+                those = [each.name for each in RECIPES.values() if name in each.choices]
+                advice = f"use it with {' or '.join(those)}" if those else "leave it out"
+                raise QMoEError("argument", f"recipe {self.name!r} has no {name!r}", advice)
 
 
 RECIPES = {
@@ -87,10 +107,39 @@ RECIPES = {
         ),
         Recipe(
             "rd",
-            "the least error for the bits, with scales of rows and columns",
+            "the least error for the bits, with as many levels as pay",
             "qmoe_format.quantize.rd:quantize_rd",
             calibrated=True,
             rated=True,
+            choices=("levels",),
+        ),
+        Recipe(
+            "gptq",
+            "GPTQ on 2, 3 or 4 bits between each row's extremes",
+            "qmoe_format.quantize.gptq_int:quantize_gptq",
+            calibrated=True,
+            choices=("bits",),
+            encoding="int-group",
+        ),
+        Recipe(
+            "moqe",
+            "2, 3, 4 or 8 bits, one scale a row, as in MoQE; needs no text",
+            "qmoe_format.quantize.moqe:quantize_moqe",
+            choices=("bits", "grid"),
+            encoding="int-group",
+        ),
+        Recipe(
+            "finequant",
+            "4 or 8 bits, groups as small as pays, as in FineQuant; needs no text",
+            "qmoe_format.quantize.finequant:quantize_finequant",
+            choices=("bits",),
+            encoding="int-group",
+        ),
+        Recipe(
+            "int4-experts",
+            "4 bits, one scale a row, as in Who Says Elephants Can't Run; needs no text",
+            "qmoe_format.quantize.int4_experts:quantize_int4_experts",
+            encoding="int-group",
         ),
     )
 }

@@ -16,11 +16,13 @@ from qmoe_format.errors import QMoEError
 RAW = Raw()
 ZSTD = Zstd()
 INT_DICT = IntDict()
-ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, INT_DICT, IntGroup())}
+INT_GROUP = IntGroup()
+ENCODINGS: dict[str, Encoding] = {each.name: each for each in (RAW, ZSTD, INT_DICT, INT_GROUP)}
 
 __all__ = [
     "ENCODINGS",
     "INT_DICT",
+    "INT_GROUP",
     "RAW",
     "ZSTD",
     "Encoding",
