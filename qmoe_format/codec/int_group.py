@@ -214,6 +214,6 @@ _NO_ZERO_POINTS = np.empty((0, 0), np.uint8)
 def _grouped(matrix: GroupedMatrix) -> tuple[Any, ...]:
     """What ``kernels.int_group`` calls so."""
     zero_points = _NO_ZERO_POINTS if matrix.zero_points is None else matrix.zero_points
-    size = matrix.group_size or max(matrix.columns, 1)
-    bits, log = np.uint64(matrix.bits), matrix.grid == "log"
-    return matrix.packed, matrix.scales, zero_points, bits, log, matrix.columns, size
+    size = np.uint64(matrix.group_size or max(matrix.columns, 1))
+    bits, log, columns = np.uint64(matrix.bits), matrix.grid == "log", np.uint64(matrix.columns)
+    return matrix.packed, matrix.scales, zero_points, bits, log, columns, size

@@ -13,8 +13,8 @@ of both. [M-1])
     zero_points  uint8 [rows, groups]; [0, 0] where all are 2^(bits - 1)
     bits         uint64
     log          bool
-    columns      int64
-    group_size   int64, above 0
+    columns      uint64
+    group_size   uint64, above 0
 
 No kernel reads or writes outside its arrays, whatever the codes are.
 """
@@ -31,7 +31,7 @@ from qmoe_format.codec.kernels.unaligned import advance, pointer
 
 OK = -1
 STEP = np.uint64(32)  # columns: two vectors. Only the last group of a row may be shorter
-ONE, TWO, THREE, SEVEN, EIGHT, SIXTEEN = (np.uint64(n) for n in (1, 2, 3, 7, 8, 16))
+ZERO, ONE, TWO, THREE, SEVEN, EIGHT, SIXTEEN = (np.uint64(n) for n in (0, 1, 2, 3, 7, 8, 16))
 
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 
@@ -177,16 +177,18 @@ def _code(data, column, bits):
 def _for_each_row(decode, one, add, add_one, finish, zeros, first, last, grouped, x, out):
     """Give the weights of each row to ``add``, two vectors at a time, and ``add_one``."""
     packed, scales, zero_points, bits, _, columns, group_size = grouped
-    middle = ONE << (bits - ONE)
-    codes = pointer(packed)
+    middle, chosen = ONE << (bits - ONE), zero_points.size > 0
+    codes, all_scales, all_points = pointer(packed), pointer(scales), pointer(zero_points)
     for row in range(first, last):
         data = advance(codes, np.uint64(row * packed.shape[1]))
+        group = np.uint64(row * scales.shape[1])
         sums, rest = zeros
-        for group in range(scales.shape[1]):
-            scale = simd.from_bf16(scales[row, group])
-            zero_point = np.uint64(zero_points[row, group]) if zero_points.size else middle
-            column = np.uint64(group * group_size)
-            end = np.uint64(min(columns, (group + 1) * group_size))
+        column = ZERO
+        while column < columns:
+            scale = simd.from_bf16(all_scales[group])
+            zero_point = np.uint64(all_points[group]) if chosen else middle
+            group += ONE
+            end = min(column + group_size, columns)
             while column + STEP <= end:
                 low = decode(data, column, bits, zero_point, scale)
                 high = decode(data, column + SIXTEEN, bits, zero_point, scale)
@@ -197,7 +199,7 @@ def _for_each_row(decode, one, add, add_one, finish, zeros, first, last, grouped
                 rest = add_one(rest, weight, row, column, x)
                 column += ONE
         finish(out, row, sums, rest)
-    return packed.size  # which keeps the array until here, as ``pointer`` needs it
+    return packed.size, scales.size, zero_points.size  # ``pointer`` needs the arrays until here
 
 
 @inlined
@@ -317,7 +319,7 @@ def _finish_stored(out, row, sums, rest):
 @kernel
 def weights_of_rows(first, last, grouped, first_row, out):
     """Weights ([G-6], [G-7]) of rows from ``first_row`` on: float32 [rows, columns], contiguous."""
-    target = pointer(out), grouped[5], first_row
+    target = pointer(out), out.shape[1], first_row
     _for_each_weight(
         narrow_exact, wide_exact, _store, _store_one, _finish_stored, (0, 0), first, last, grouped,
         target, out,
