@@ -7,8 +7,8 @@ a segment's mask comes first, then its refinement.
                   ends, relative to the string's base
     bases         uint64 [experts, S]: where each string's first segment begins in ``segments``
     row_scale     bf16 [experts, rows, 1 or 2], column_scale [experts, columns or 0], as stored
-    table_of      int32 [experts, S]: where the table of the string's dictionary is in ``tables``
-    tables        uint32 [bytes / 16, 4]: entries as in ``kernels/entry.cu``, first of the masks'
+    table_of      int32 [experts, S]: where the dictionary's table begins in ``tables``, in KiB
+    tables        uint32 [KiB, 256]: entries as in ``kernels/entry.cu``, first of the masks'
                   dictionaries, then of the refinements'
 """
 
@@ -130,7 +130,7 @@ def layout(matrices: Sequence[EncodedMatrix]) -> DictLayout:
             "row_scale": (np.uint16, (experts, rows, scales)),
             "column_scale": (np.uint16, (experts, columns if column_scales else 0)),
             "table_of": (np.int32, (experts, len(strings))),
-            "tables": (np.uint32, (size // 16, 4)),
+            "tables": (np.uint32, (size // 1024, 256)),
         }
     )
     return DictLayout(
@@ -160,7 +160,7 @@ def pieces(matrices: Sequence[EncodedMatrix]) -> Iterator[tuple[str, int, npt.ND
         form = _tables(dictionaries)
         for e, bits in enumerate(string):
             number = dictionaries[bits.dictionary] if bits else 0  # any table will do
-            table_of[e, s] = (end + number * form.bytes) // 16
+            table_of[e, s] = (end + number * form.bytes) // 1024
         for dictionary in dictionaries:
             yield "tables", end, _entries(dictionary, form)
             end += form.bytes

@@ -11,12 +11,13 @@ from qmoe_format.gpu.launch import Kernel
 from qmoe_format.gpu.layout import align
 from qmoe_format.gpu.tiles import ELEMENT_BYTES, THREADS, Product, largest_tile, tile_bytes
 
+GLOBAL_THREADS = 512  # where x is in global memory, whose addresses take more registers
 DECODE_THREADS = 256
 
 
 def product(layout: GroupLayout, product: Product) -> Kernel:
     """The kernel for y = W x."""
-    threads = THREADS[max(product.tile, 1)]
+    threads = THREADS.get(product.tile, GLOBAL_THREADS)
     text = product.source(
         *("types", "share", "int_group", "pairs", "int_group_product"),
         tile_type=product.x,

@@ -125,7 +125,7 @@ def test_arrays_do_not_overlap_and_are_aligned(member: packing.Matrix) -> None:
 
 
 def test_a_dictionary_is_stored_once() -> None:
-    """Where each table begins, in units of 16 bytes; first those of the masks."""
+    """Where each table begins, in KiB; first those of the masks."""
     often, seldom = fit_dictionary(0.9, 8, max_ones=3), fit_dictionary(0.7, 8)
     members = [
         matrix(
@@ -134,7 +134,7 @@ def test_a_dictionary_is_stored_once() -> None:
         for i, d in enumerate((often, seldom, often))
     ]
     stack = packing.pack(members)
-    layout, size = stack.layout, 256 * 8 // 16
+    layout, size = stack.layout, 256 * 8 // 1024
     assert isinstance(layout, DictLayout)
     assert (layout.mask, layout.refinement) == (Tables(8, "BYTE_POSITIONS", 4),) * 2
     assert stack.arrays["table_of"].tolist() == [[0, 2 * size], [size, 2 * size], [0, 2 * size]]

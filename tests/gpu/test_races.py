@@ -352,8 +352,8 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "the mask's table for the refinement": (
         refined_products,
-        "string];\n        if (bytes",
-        "MASK];\n        if (bytes",
+        "STRINGS + string] * 64",
+        "STRINGS] * 64",
         WRONG,
     ),
     "the mask for the refinement": (

@@ -26,7 +26,7 @@ struct Window {
     Bits low, high;  // the row's weights of magnitude 1
 
     __device__ Window(const Stack& stack, int expert, int number, Values first, u8* shared, Bits* y)
-        : stack(stack), window((Bits*)shared), expert(expert), row(stack.first_row(number)),
+        : stack(stack), window((Bits*)shared), expert(expert), row(number * stack.rows_per_segment),
           after(stack.first_row(number + 1)), column(0) {
         out = y + (u64)row * stack.columns;
         skip = filled = (int)((u64)out % 16) / (int)sizeof(Bits);
@@ -99,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) decode(
     const u64* bases,          // uint64 [experts, STRINGS]
     const bf16* row_scale,     // bf16 [experts, rows, SCALES]
     const bf16* column_scale,  // bf16 [experts, columns] if COLUMN_SCALES
-    const int* table_of,       // int32 [experts, STRINGS]: its place in `tables`
-    const uint4* tables,       // [bytes / 16]
+    const int* table_of,       // int32 [experts, STRINGS]: where in `tables`, in KiB
+    const uint4* tables,       // [KiB, 64]
     int experts, int rows, int columns, int rows_per_segment,
     Y_TYPE* y,    // bf16, fp16 or fp32 [count, rows, columns]
     int first,    // matrix to begin with

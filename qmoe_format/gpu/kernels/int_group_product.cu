@@ -3,8 +3,8 @@
 // left free: without it, all lanes would read the same bank.
 
 template <int TB>
-__device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
-                                         const Call& call, u8* shared) {
+__device__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part, const Call& call,
+                         u8* shared) {
     const int lane = threadIdx.x % 32, runs = stack.runs();
 #if X_SHARED
     stage_x<TB>(tile, call, stack.columns, runs * RUN, nullptr, shared);

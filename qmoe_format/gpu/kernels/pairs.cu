@@ -127,8 +127,8 @@ __device__ __forceinline__ void write_sums(float (&sums)[TB], const Tile& tile, 
 
 // The block multiplies a part of an expert's matrix by the x of a tile of TB pairs at most.
 template <int TB>
-__device__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part, const Call& call,
-                         u8* shared);
+__device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
+                                         const Call& call, u8* shared);
 
 // The block does its share of all pairs.
 __device__ __forceinline__ void run_tiles(const Stack& stack, const Call& call, u8* shared) {

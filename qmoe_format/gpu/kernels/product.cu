@@ -54,8 +54,8 @@ struct Rows {
 };
 
 template <int TB>
-__device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part,
-                                         const Call& call, u8* shared) {
+__device__ void run_tile(const Stack& stack, const Tile& tile, Share::Part part, const Call& call,
+                         u8* shared) {
     const int warps = blockDim.x / 32;
     int number = part.from + threadIdx.x / 32;
     Segment ahead = {};
@@ -84,8 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
     const u64* bases,          // uint64 [experts, STRINGS]
     const bf16* row_scale,     // bf16 [experts, rows, SCALES]
     const bf16* column_scale,  // bf16 [experts, columns] if COLUMN_SCALES
-    const int* table_of,       // int32 [experts, STRINGS]: its place in `tables`
-    const uint4* tables,       // [bytes / 16]
+    const int* table_of,       // int32 [experts, STRINGS]: where in `tables`, in KiB
+    const uint4* tables,       // [KiB, 64]
     int experts, int rows, int columns, int rows_per_segment,
     const X_TYPE* x,    // bf16, fp16 or fp32 [pairs / pairs_per_x, columns];
                         // if not X_SHARED, float32 [pairs, columns + 1] from `prepare`

@@ -60,11 +60,15 @@ struct Stack {
     // The block copies a table to shared memory, or leaves it where it is. A barrier has to follow.
     template <int bytes>
     __device__ const uint4* stage_table(int expert, int string, u8* shared) const {
-        const uint4* table = tables + table_of[(u64)expert * STRINGS + string];
-        if (bytes == 0) return table;
+        const uint4* table = tables + (u64)table_of[(u64)expert * STRINGS + string] * 64;
+        if constexpr (bytes > 0) {
 #pragma unroll 4
-        for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) ((uint4*)shared)[i] = table[i];
-        return (const uint4*)shared;
+            for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
+                ((uint4*)shared)[i] = table[i];
+            }
+            table = (const uint4*)shared;
+        }
+        return table;
     }
     __device__ Tables stage_tables(int expert, u8* shared) const {
         const uint4* mask = stage_table<TABLE_SHARED>(expert, MASK, shared);

@@ -29,8 +29,7 @@ struct Segment {
 
     Segment() = default;
     __device__ Segment(const Stack& stack, int expert, int number)
-        : values(stack.row_values(expert, stack.first_row(number))),
-          refinement(stack, expert, number) {
+        : refinement(stack, expert, number) {
         const Place place = stack.place(expert, MASK, number);
         words = place.words;
         begin = place.begin;
@@ -38,6 +37,7 @@ struct Segment {
         at = end - (int)(threadIdx.x % 32 + 1) * CODEWORDS * WIDTH;
         load();
         signs = sign_word(0);
+        values = stack.row_values(expert, number * stack.rows_per_segment);
     }
     __device__ void load() {
         const u32* from = words + (at >> 5);
