@@ -103,22 +103,7 @@ class TorchShard(Shard):
     """A file of ``torch.save``, loaded without running code from it."""
 
     def _open(self) -> Any:
-        try:
-            if zipfile.is_zipfile(self.path):
-                with zipfile.ZipFile(self.path) as archive:
-                    if any(each.compress_type for each in archive.infolist()):
-                        raise ValueError("it is compressed")  # so it may expand a thousandfold
-            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # damage can raise anything
-            seeks_before_0 = isinstance(error, OSError) and error.errno == errno.EINVAL
-            if out_of_memory(error) or (isinstance(error, OSError) and not seeks_before_0):
-                raise
-            reason = str(error).partition("\n")[0]
-            raise QMoEError(
-                "checkpoint",
-                f"{self.path}: torch.load cannot map it as a file of weights ({reason})",
-                "download it again, or save the model as safetensors",
-            ) from error
+        state = load_torch_file(self.path)
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
         ):
@@ -147,3 +132,27 @@ class TorchShard(Shard):
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._file[name]
         return tensor.detach()
+
+
+def load_torch_file(path: Path) -> Any:
+    """What ``torch.save`` has written; runs no code from it, and maps tensors.
+
+    Raises:
+        QMoEError: ``checkpoint`` if it is damaged, or could expand beyond its size.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(each.compress_type for each in archive.infolist()):
+                    raise ValueError("it is compressed")  # so it may expand a thousandfold
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # damage can raise anything
+        seeks_before_0 = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if out_of_memory(error) or (isinstance(error, OSError) and not seeks_before_0):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise QMoEError(
+            "checkpoint",
+            f"{path}: torch.load cannot map it as a file of weights ({reason})",
+            "download it again, or save the model as safetensors",
+        ) from error

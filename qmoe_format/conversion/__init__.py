@@ -16,6 +16,7 @@ from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.hub import local_checkpoint
+from qmoe_format.hub.checkpoints import is_published_qmoe
 from qmoe_format.machine import cores, require
 from qmoe_format.progress import Progress
 
@@ -40,6 +41,9 @@ def convert(
     A calibrated conversion keeps every finished block in a folder beside ``destination``,
     ``.NAME.work``, until it is done. It also writes ``STEM.quality.json`` beside the file: the loss
     of each expert. The file contains the same report as an attachment.
+
+    A checkpoint that QMoE's authors publish (a folder with ``noexp.pt``) has its levels and scales
+    already: the file has the same ones, and a choice of how to quantize is an error.
 
     Experts of layers for multi-token prediction are converted too, but the model does not run them:
     they are rounded by their weights alone.
@@ -77,6 +81,12 @@ def convert(
     trusted = chosen.trust_remote_code
     source = local_checkpoint(source, download_progress, code=trusted)
     threads = chosen.threads or cores()
+    if is_published_qmoe(source):
+        from qmoe_format.conversion.published_qmoe import convert_published
+
+        convert_published(source, destination, chosen, Resources(threads), progress)
+        warn_without_tokenizer(source, trust_remote_code=trusted)
+        return destination
     with (
         os_errors(f"cannot read {source}"),
         open_checkpoint(source, trust_remote_code=trusted) as checkpoint,

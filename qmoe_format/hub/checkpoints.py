@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+# Of checkpoints that QMoE's authors publish, which ``checkpoints.published_qmoe`` reads.
+PUBLISHED_DENSE = "noexp.pt"
+PUBLISHED_SIZES = "sizes.pt"
+_PUBLISHED = re.compile(r"noexp\.pt|exp\d+\.pt|sizes\.pt")
 
 
 def local_checkpoint(
@@ -64,7 +70,7 @@ def local_checkpoint(
         small += [name for name in repository.sizes if name.endswith(".py") and "/" not in name]
     paths = repository.fetch([*small, *index], progress)
     folder = paths[small.index("config.json")].parent
-    repository.fetch(_weight_files(folder / first), progress)
+    repository.fetch(_weight_files(folder / first, repository.sizes), progress)
     return folder
 
 
@@ -77,8 +83,19 @@ def _check_pointers(folder: Path) -> None:
     first = _first_weight_file(names)
     for name in [*_small_files(names), *([first] if first else [])]:
         check_not_pointer(folder / name)
-    for name in _weight_files(folder / first) if first else []:
+    for name in _weight_files(folder / first, names) if first else []:
         check_not_pointer(folder / name)
+
+
+def is_published_qmoe(folder: Path) -> bool:
+    """Whether a folder has the files that QMoE's authors publish, and no others with weights."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return _first_weight_file(names) == PUBLISHED_DENSE
+
+
+def published_files(names: Iterable[str]) -> list[str]:
+    """Those among a folder's files, in their order."""
+    return sorted(name for name in names if _PUBLISHED.fullmatch(name))
 
 
 def _small_files(names: Iterable[str]) -> list[str]:
@@ -87,12 +104,18 @@ def _small_files(names: Iterable[str]) -> list[str]:
 
 
 def _first_weight_file(names: Collection[str]) -> str | None:
-    """The file of all weights, or the index of several, that transformers would take."""
-    return next((name for name in WEIGHT_FILES if name in names), None)
+    """The file of all weights, or the index of several, that transformers or QMoE would take."""
+    return next((name for name in (*WEIGHT_FILES, PUBLISHED_DENSE) if name in names), None)
 
 
-def _weight_files(first: Path) -> list[str]:
-    """The name of ``first`` or, if that is an index, those in it; ``open_checkpoint`` checks it."""
+def _weight_files(first: Path, names: Iterable[str]) -> list[str]:
+    """The name of ``first`` or, if that is an index, those in it; ``open_checkpoint`` checks it.
+
+    Args:
+        names: of all files beside it; QMoE's have no index.
+    """
+    if first.name == PUBLISHED_DENSE:
+        return published_files(names)
     if first.suffix != ".json":
         return [first.name]
     if not first.is_file():  # reading a pipe or a device might not end
