@@ -48,7 +48,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Progress
 from qmoe_format.quantize import RECIPES
 
-# The arguments of ``convert``. A recipe that is not registered is left out.
+# The arguments of ``convert``.
 OURS: dict[str, dict[str, Any]] = {
     **{
         f"rd {bits:g}": {"recipe": "rd", "bits_per_weight": bits}
@@ -56,10 +56,10 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "qmoe": {"recipe": "qmoe"},
     "rtn": {"recipe": "rtn"},
-    "moqe": {"recipe": "moqe"},
+    **{f"gptq {bits}": {"recipe": "gptq", "bits": bits} for bits in (2, 3, 4)},
+    **{f"moqe {bits}": {"recipe": "moqe", "bits": bits} for bits in (2, 3, 4)},
     "finequant": {"recipe": "finequant"},
     "int4-experts": {"recipe": "int4-experts"},
-    "gptq": {"recipe": "gptq"},
 }
 QUICK = ("rd 1", "qmoe", "rtn", "IQ1_S", "TQ1_0", "IQ2_XXS", "IQ2_S", "Q4_K")
 MAIN_TEXT = "evaluation"
@@ -162,9 +162,8 @@ class Subject:
 
 
 def labels(patterns: Sequence[str]) -> list[str]:
-    """The recipes, of those that are registered, and types that match one of the patterns."""
-    ours = [label for label, options in OURS.items() if options["recipe"] in RECIPES]
-    known = [*ours, *TYPES]
+    """The recipes and types that match one of the patterns."""
+    known = [*OURS, *TYPES]
     for pattern in patterns:
         if not any(fnmatchcase(label, pattern) for label in known):
             raise SystemExit(f"there is no {pattern!r}, only {', '.join(known)}")
