@@ -1,9 +1,10 @@
 """Size and speed of the codec beside QMoE's scheme, plain packing, zstd and dense products.
 
-    python -m benchmarks.codec [--quick]
+    python -m benchmarks.codec [--quick] [--levels]
 
-Writes benchmarks/results/codec.json and codec.png. All figures of one source are of the same levels;
-all speeds of one table are medians of one run, in which the schemes take turns.
+Writes benchmarks/results/codec.json and codec.png; with --levels, of levels beyond -1 to 1, only
+levels.json. All figures of one source are of the same levels; all speeds of one table are medians
+of one run, in which the schemes take turns.
 
 Sizes, in bits per weight:
 
@@ -32,6 +33,7 @@ import zstandard
 import qmoe_format
 from benchmarks import qmoe_scheme, report
 from qmoe_format import codec
+from qmoe_format.dtypes import from_float32
 
 Levels = npt.NDArray[np.int8]
 
@@ -63,6 +65,21 @@ def gaussian(rows: int, columns: int) -> Levels:
     low = weights < weights.min(axis=1, keepdims=True) / 2
     levels: Levels = high.astype(np.int8) - low.astype(np.int8)
     return levels
+
+
+def multilevel(kind: str, bits: float, rows: int, columns: int) -> Levels:
+    """Normal or Laplacian weights, rounded to multiples of a step, of this order-0 entropy."""
+    weights = getattr(np.random.default_rng(0), kind)(size=(rows, columns))
+
+    def rounded(step: float) -> Levels:
+        levels: Levels = np.rint(weights / step).astype(np.int8)
+        return levels
+
+    least, most = 0.1, 10.0
+    while most / least > 1.0001:
+        step = (least * most) ** 0.5
+        least, most = (step, most) if entropy(rounded(step)) > bits else (least, step)
+    return rounded(most)
 
 
 def switch_mini() -> Iterator[tuple[str, list[Levels]]]:
@@ -121,7 +138,7 @@ PACKINGS = {"2-bit": (4, 4), "base-3": (3, 5)}
 
 def entropy(levels: Levels) -> float:
     """Order-0 entropy of all levels together, bits per weight."""
-    counts = np.array([np.count_nonzero(levels == value) for value in (-1, 0, 1)])
+    counts = np.bincount(levels.ravel() + np.int16(127))
     shares = counts[counts > 0] / levels.size
     return float(-(shares * np.log2(shares)).sum())
 
@@ -132,7 +149,7 @@ def entropy(levels: Levels) -> float:
 def our_size(matrices: list[Levels], profile: codec.Profile) -> tuple[float, float]:
     """Payload and total bits per weight of a stack in a file."""
     rows, columns = matrices[0].shape
-    scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
+    scales = np.full((rows, 2), 0x3C00, np.uint16)
     rows_per_segment = profile.rows_per_segment(columns)
     segment_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +164,7 @@ def our_size(matrices: list[Levels], profile: codec.Profile) -> tuple[float, flo
                     levels, scales, width=profile.width, rows_per_segment=rows_per_segment
                 )
                 experts.append(matrix)
-                segment_bytes += matrix.levels.segment_bytes
+                segment_bytes += sum(each.segment_bytes for each in matrix.levels.strings)
         with qmoe_format.open(path) as model:
             stored = model.tensors["w"].stored_bytes + model.dictionary_bytes
             for expert, levels in enumerate(matrices):
@@ -210,14 +227,15 @@ def coding_work(levels: Levels) -> dict[str, Callable[[], Any]]:
     work: dict[str, Callable[[], Any]] = {}
     out = np.empty_like(levels)
     for scheme, profile in OURS.items():
-        share = 1 - np.count_nonzero(levels) / levels.size
-        dictionary = codec.standard_dictionary(share, profile.width)
-        rows = profile.rows_per_segment(levels.shape[1])
-        encoded = codec.encode(levels, dictionary, rows_per_segment=rows)
+        encode = partial(
+            codec.encode,
+            levels,
+            width=profile.width,
+            rows_per_segment=profile.rows_per_segment(levels.shape[1]),
+        )
+        encoded = encode()
         for threads in (1, 2):
-            work[f"{scheme}: encode, {threads} thread"] = partial(
-                codec.encode, levels, dictionary, threads, rows
-            )
+            work[f"{scheme}: encode, {threads} thread"] = partial(encode, threads=threads)
             work[f"{scheme}: decode, {threads} thread"] = partial(
                 codec.decode, encoded, out, threads
             )
@@ -242,12 +260,11 @@ def product_work(levels: Levels) -> dict[str, Callable[[], Any]]:
     work: dict[str, Callable[[], Any]] = {}
     rows, columns = levels.shape
     x = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
-    scales = np.random.default_rng(2).random((rows, 1, 2), np.float32)
+    scales = from_float32(np.random.default_rng(2).random((rows, 2), np.float32), "BF16")
     for scheme, profile in OURS.items():
         matrix = codec.encode_matrix(
             levels,
             scales,
-            scale_dtype="F32",
             width=profile.width,
             rows_per_segment=profile.rows_per_segment(columns),
         )
@@ -297,6 +314,44 @@ def measure_speeds(quick: bool) -> list[dict[str, Any]]:
                      "weights_per_second": rate}
                 )  # fmt: skip
                 print(f"iid {share:g} {shape} {name:60} {rate / 1e9:8.3f} Gweights/s", flush=True)
+    return records
+
+
+def measure_levels(quick: bool) -> list[dict[str, Any]]:
+    """Size and speed, on one core, of levels beyond -1 to 1, beside a product in bfloat16."""
+    torch.set_num_threads(1)
+    rows, columns = (256 if quick else 2048), 3072
+    x = np.random.default_rng(1).standard_normal(columns).astype(np.float32)
+    scales = np.full((rows, 2), 0x3C00, np.uint16)
+    records = []
+    for kind in ("normal", "laplace"):
+        for bits in (1.2, 1.7, 2.0, 2.5):
+            levels = multilevel(kind, bits, rows, columns)
+            limit = entropy(levels)
+            work: dict[str, Callable[[], Any]] = {}
+            record: dict[str, Any] = {"source": f"{kind} {bits}", "entropy": limit}
+            for width, profile in ((12, codec.PROFILES["fast"]), (16, codec.PROFILES["size"])):
+                matrix = codec.encode_matrix(
+                    levels, scales, width=width, rows_per_segment=profile.rows_per_segment(columns)
+                )
+                payload = matrix.levels.payload_bits_per_weight
+                record[f"{width} bit"] = {
+                    "payload": payload,
+                    "above_entropy_percent": 100 * (payload / limit - 1),
+                }
+                work[f"{width} bit: decode"] = partial(
+                    codec.decode, matrix.levels, np.empty_like(levels)
+                )
+                work[f"{width} bit: matvec"] = partial(codec.matvec, matrix, x)
+            dense = torch.from_numpy(codec.dequantize(matrix)).bfloat16()
+            vector = torch.from_numpy(x).bfloat16()
+            work["torch bfloat16: matvec"] = partial(torch.mv, dense, vector)
+            seconds = report.medians(work, rounds=3 if quick else 9)
+            record["weights_per_second"] = {
+                name: levels.size / taken["median"] for name, taken in seconds.items()
+            }
+            records.append(record)
+            print(json.dumps(record), flush=True)
     return records
 
 
@@ -368,7 +423,14 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small data, no zstd -19, no files")
-    quick = parser.parse_args().quick
+    parser.add_argument("--levels", action="store_true", help="levels beyond -1 to 1, only")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    if arguments.levels:
+        levels = measure_levels(quick)
+        if not quick:
+            report.save("levels", {"levels": levels})
+        return
     records = measure_sizes(1 << 18 if quick else 1 << 22, quick)
     speeds = measure_speeds(quick)
     compared = ratios(speeds)

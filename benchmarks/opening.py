@@ -56,7 +56,7 @@ def count(asked: set[tuple[int, int]]) -> int:
 def write(path: Path) -> None:
     """One stack of 2048 experts, all alike."""
     levels = np.random.default_rng(0).choice([0, 1, -1], (ROWS, COLUMNS), p=[0.885, 0.0575, 0.0575])
-    scales = np.full((ROWS, 1, 2), 0x3C00, np.uint16)
+    scales = np.full((ROWS, 2), 0x3C00, np.uint16)
     matrix = encode_matrix(levels.astype(np.int8), scales)
     with (
         Writer(path) as writer,

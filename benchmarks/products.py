@@ -56,7 +56,7 @@ def main() -> None:
         for share in ZEROS:
             p = [share, (1 - share) / 2, (1 - share) / 2]
             levels = np.random.default_rng(0).choice([0, 1, -1], (rows, columns), p=p)
-            scales = np.full((rows, 1, 2), 0x3C00, np.uint16)
+            scales = np.full((rows, 2), 0x3C00, np.uint16)
             matrix = codec.encode_matrix(levels.astype(np.int8), scales)
             for tokens in TOKENS:
                 seconds = report.medians(kernels(matrix, tokens), ROUNDS)

@@ -1,8 +1,8 @@
 """QMoE's own code (arXiv 2310.16795, section 4), for comparison: no ``.qmoe`` file uses it.
 
-Codewords of 16 bits stand for the 65,536 sequences of 1 to 14 pairs of levels that are most probable
-at 88.5 % zeros; a row is parsed greedily, longest match first. The set contains every prefix of its
-members. This costs it 17 %, for codewords that always lose to a longer match.
+Codewords of 16 bits stand for the 65,536 sequences of 1 to 14 pairs of levels that are most
+probable at 88.5 % zeros; a row is parsed greedily, longest match first. The set contains every
+prefix of its members. This costs it 17 %, for codewords that always lose to a longer match.
 
 The table must be generated in IEEE binary64, multiplying from left to right, because rounding
 breaks ties between equal probabilities (exact arithmetic agrees in 486 of 65,536 places).

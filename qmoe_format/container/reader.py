@@ -264,10 +264,9 @@ def _open_listed(path: str, shard: ListedShard, memory_map: bool) -> FileSource:
     """A shard that the text file at ``path`` names."""
     try:
         return FileSource(Path(path).with_name(shard.file), memory_map=memory_map)
-    except QMoEError as error:
-        if error.code != "not-found":
-            raise
-        raise QMoEError("truncated", f"shard {shard.file!r} is missing") from error
+    except QMoEError as error:  # [S-2]
+        wrong = f"shard {shard.file!r} cannot be opened ({error.problem})"
+        raise QMoEError("truncated", wrong) from error
 
 
 def _check_listed(source: FileSource, shard: ListedShard) -> None:

@@ -56,14 +56,15 @@ def parse_shard_list(text: Bytes) -> list[ListedShard]:
     Raises:
         QMoEError: ``malformed``, ``version``, ``limit``, ``duplicate``.
     """
-    top = fields(canonical_json.loads(text), "the list of shards", _TOP)
-    if top["format"] != FORMAT:  # [S-1]
-        raise QMoEError("malformed", f"the format is {top['format'][:80]!r}, not {FORMAT!r}")
-    version = top["version"]
-    if len(version) != 2 or any(type(number) is not int for number in version):
+    top = canonical_json.loads(text)
+    version = top.get("version") if type(top) is dict else None
+    if type(version) is not list or [type(number) for number in version] != [int, int]:  # [S-1]
         raise QMoEError("malformed", "the version is not a major and a minor number")
     if tuple(version) != VERSION:  # [P-4]
         raise QMoEError("version", f"the shards have format version {version[0]}.{version[1]}")
+    fields(top, "the list of shards", _TOP)
+    if top["format"] != FORMAT:  # [S-1]
+        raise QMoEError("malformed", f"the format is {top['format'][:80]!r}, not {FORMAT!r}")
     limits.check("number of shards", len(top["shards"]), 0, limits.ENTRIES)
     shards = [ListedShard(**fields(record, "a shard", _SHARD)) for record in top["shards"]]
     for each in shards:

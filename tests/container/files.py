@@ -180,19 +180,19 @@ def matrix(
     zeros: float = 0.8,
     values: int = 2,
     columns_scaled: bool = False,
-    group_size: int = 0,
+    most: int = 1,
     rows_per_segment: int | None = 1,
     **options: Any,
 ) -> EncodedMatrix:
-    """A random ternary matrix with BF16 scales; ``values``: 2 for low and high, 1 for symmetric."""
+    """A random matrix; ``values``: 2 scales a row or 1; ``most``: the largest magnitude."""
     rng = np.random.default_rng(seed)
     other = (1 - zeros) / 2
     levels = rng.choice(np.array([0, 1, -1], np.int8), (rows, columns), p=[zeros, other, other])
-    groups = -(-columns // group_size) if group_size else 1
-    scale = rng.integers(0x3C00, 0x3E00, (rows, groups, values)).astype(np.uint16)
+    scale = rng.integers(0x3C00, 0x3E00, (rows, values)).astype(np.uint16)
     column = rng.integers(0x3F00, 0x4000, columns).astype(np.uint16) if columns_scaled else None
-    options |= {"group_size": group_size, "rows_per_segment": rows_per_segment}
-    return encode_matrix(levels, scale, column, **options)
+    if most > 1:
+        levels *= rng.integers(1, most, (rows, columns), dtype=np.int8, endpoint=True)
+    return encode_matrix(levels, scale, column, rows_per_segment=rows_per_segment, **options)
 
 
 def sample() -> bytes:
@@ -206,7 +206,7 @@ def sample() -> bytes:
                 "moe.experts.wi", (2, 5, 33), "BF16", "int-dict", transposed=True
             ) as stack:
                 for expert in range(2):
-                    stack.append(matrix(5, 33, seed=expert, width=8))
+                    stack.append(matrix(5, 33, seed=expert, width=8, most=1 + expert))
             writer.add_tensor("norm", np.arange(6, dtype=np.float32), "F32", "raw")
             writer.add_tensor("router", np.arange(200, dtype=np.uint16) // 9, "BF16")
             with writer.add_stack("bias", (3, 4), "I8", "raw", members="e.{}.bias") as stack:
@@ -215,13 +215,13 @@ def sample() -> bytes:
         return path.read_bytes()
 
 
-def ternary(
+def one_matrix(
     rows: int = 40, columns: int = 50, **options: Any
 ) -> tuple[dict[str, Any], list[bytes], EncodedMatrix]:
-    """Index and extents (the matrix in 0, its dictionary in 1) of one ternary matrix."""
+    """Index and extents of one matrix: itself in 0, its dictionaries in 1 and perhaps 2."""
     value = matrix(rows, columns, width=8, **options)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ternary.qmoe"
+        path = Path(folder) / "matrix.qmoe"
         with Writer(path) as writer:
             writer.add_tensor("w", value, "F32", "int-dict")
         return *take_apart(path.read_bytes()), value

@@ -23,12 +23,12 @@ from tests.container.files import (
     code_of,
     dumps,
     index_of,
+    one_matrix,
     opened,
     read_all,
     sample,
     take_apart,
     tensor,
-    ternary,
 )
 
 SAMPLE = sample()
@@ -180,7 +180,7 @@ def test_a_file_that_shrinks_in_the_moment_of_reading(
 
 def test_what_a_small_hostile_file_may_claim(tmp_path: Path) -> None:
     """[N-3]: terabytes in a number, 600 MiB for the whole process, an error in either case."""
-    index, extents, _ = ternary(rows=3, columns=20)
+    index, extents, _ = one_matrix(rows=3, columns=20)
     claims: dict[str, bytes] = {}
     big = 2**40
     for encoding in ("raw", "zstd"):
@@ -199,7 +199,7 @@ def test_what_a_small_hostile_file_may_claim(tmp_path: Path) -> None:
     )
     for shape in ([2**31 - 1, 2**31 - 1], [0, 2**31 - 1], [2**31 - 1, 0], [3, 2**31 - 1]):
         changed = {**index, "tensors": [{**index["tensors"][0], "shape": shape}]}
-        claims[f"ternary {shape}"] = assemble(changed, extents)
+        claims[f"matrix {shape}"] = assemble(changed, extents)
     claims["extent table"] = assemble(index_of(), [], extent_count=2**24)
     claims["index"] = assemble(index_of(), [], index_length=2**28)
     for number, (what, data) in enumerate(claims.items()):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import zstandard
 
@@ -17,11 +18,11 @@ from tests.container.files import (
     code_at_opening,
     code_of,
     index_of,
+    one_matrix,
     opened,
     read_all,
     take_apart,
     tensor,
-    ternary,
 )
 
 
@@ -182,32 +183,33 @@ def test_the_ratio_of_content_to_frame() -> None:
 
 
 # Offsets in the header of an extent, section 7.1.
-DICTIONARY, BASE, WIDTH, SPARE, NONZEROS, SEGMENT_BYTES = 0, 4, 8, 9, 16, 24
+DICTIONARY, BASE, WIDTH, REFINED, SPARE, ONES, SEGMENT_BYTES = 0, 4, 8, 9, 10, 16, 24
 ROWS, COLUMNS = 40, 50
 ROW_SCALES = 32
 COLUMN_SCALES = align(ROW_SCALES + ROWS * 4, 16)
 OFFSETS = align(COLUMN_SCALES + COLUMNS * 2, 16)
 LENGTHS = align(OFFSETS + 8, 16)
 SEGMENTS = align(LENGTHS + ROWS, 16)
+SECOND = 32  # the header of a refinement, in front of everything else
 
 
 def put(extent: bytearray, at: int, kind: str, value: int) -> None:
     struct.pack_into("<" + kind, extent, at, value)
 
 
-def get(extent: bytes, at: int, kind: str) -> int:
+def get(extent: bytes | bytearray, at: int, kind: str) -> int:
     return int(struct.unpack_from("<" + kind, extent, at)[0])
 
 
-def code_of_extent(change: Callable[[bytearray], Any], **keys: Any) -> str | None:
+def code_of_extent(change: Callable[[bytearray], Any], most: int = 1, **keys: Any) -> str | None:
     """The code after a change of the matrix's extent, or of its entry in the index."""
-    index, extents, _ = ternary(ROWS, COLUMNS, columns_scaled=True)
+    index, extents, _ = one_matrix(ROWS, COLUMNS, columns_scaled=True, most=most)
     extent = bytearray(extents[0])
     changed = change(extent)
     if isinstance(changed, bytes):
         extent = bytearray(changed)
     record = index["tensors"][0] | keys
-    data = assemble({**index, "tensors": [record]}, [bytes(extent), extents[1]])
+    data = assemble({**index, "tensors": [record]}, [bytes(extent), *extents[1:]])
     assert code_at_opening(data) is None
     code = code_of(data)
     # Reading finds what verification finds.
@@ -225,25 +227,47 @@ def nothing(_: bytearray) -> None:
     pass
 
 
-def test_the_extent_is_laid_out_as_the_tests_below_think() -> None:
-    _, extents, value = ternary(ROWS, COLUMNS, columns_scaled=True)
-    extent, levels = extents[0], value.levels
-    assert get(extent, DICTIONARY, "I") == 0
-    assert get(extent, BASE, "I") == levels.length_base
-    assert extent[WIDTH] == 1
-    assert get(extent, NONZEROS, "Q") == levels.nonzeros
-    assert get(extent, SEGMENT_BYTES, "Q") == levels.segment_bytes
+def refinement_at() -> tuple[int, int, int]:
+    """Where block offsets, lengths and segments of the refinement are, after the mask's."""
+    _, _, value = one_matrix(ROWS, COLUMNS, columns_scaled=True, most=5)
+    offsets = align(SECOND + SEGMENTS + value.levels.mask.segment_bytes, 16)
+    lengths = align(offsets + 8, 16)
+    return offsets, lengths, align(lengths + ROWS, 16)
+
+
+OFFSETS_2, LENGTHS_2, SEGMENTS_2 = refinement_at()
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_the_extent_is_laid_out_as_the_tests_below_think(most: int) -> None:
+    _, extents, value = one_matrix(ROWS, COLUMNS, columns_scaled=True, most=most)
+    extent, strings = extents[0], value.levels.strings
+    assert len(strings) == 1 + (most > 1)
+    shift = SECOND * (most > 1)
     assert value.column_scale is not None
-    for at, array in (
-        (ROW_SCALES, value.row_scale),
-        (COLUMN_SCALES, value.column_scale),
-        (OFFSETS, levels.block_offsets),
-        (LENGTHS, levels.lengths),
-        (SEGMENTS, levels.segments[: levels.segment_bytes]),
+    sections: list[tuple[int, npt.NDArray[Any]]] = [
+        (shift + ROW_SCALES, value.row_scale),
+        (shift + COLUMN_SCALES, value.column_scale),
+    ]
+    for number, (header, at) in enumerate(
+        [
+            (0, (shift + OFFSETS, shift + LENGTHS, shift + SEGMENTS)),
+            (SECOND, (OFFSETS_2, LENGTHS_2, SEGMENTS_2)),
+        ][: len(strings)]
     ):
-        assert extent[at : at + array.nbytes] == array.tobytes()
-    assert len(extent) == align(SEGMENTS + levels.segment_bytes + 8, 16)
-    assert code_of_extent(nothing) is None
+        bits = strings[number]
+        assert get(extent, header + DICTIONARY, "I") == number
+        assert get(extent, header + BASE, "I") == bits.length_base
+        assert extent[header + WIDTH] == 1
+        assert extent[header + REFINED] == len(strings) - 1 - number
+        assert get(extent, header + ONES, "Q") == bits.ones
+        assert get(extent, header + SEGMENT_BYTES, "Q") == bits.segment_bytes
+        arrays = bits.block_offsets, bits.lengths, bits.segments[: bits.segment_bytes]
+        sections += zip(at, arrays, strict=True)
+    for start, array in sections:
+        assert extent[start : start + array.nbytes] == array.tobytes()
+    assert len(extent) == align(start + array.nbytes + 8, 16)
+    assert code_of_extent(nothing, most) is None
 
 
 @pytest.mark.parametrize(
@@ -259,12 +283,14 @@ def test_the_extent_is_laid_out_as_the_tests_below_think() -> None:
         ("E-4", lambda e: put(e, WIDTH, "B", 0), "malformed"),
         ("E-4", lambda e: put(e, WIDTH, "B", 3), "malformed"),
         ("E-4", lambda e: put(e, WIDTH, "B", 255), "malformed"),
+        ("E-4", lambda e: put(e, REFINED, "B", 2), "malformed"),
+        ("E-4", lambda e: put(e, REFINED, "B", 255), "malformed"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 2**32 - 1), "malformed"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 2**32), "limit"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 2**64 - 1), "limit"),
         ("E-4", lambda e: put(e, SEGMENT_BYTES, "Q", 0), "malformed"),
         ("E-5", lambda e: put(e, SPARE, "B", 1), "padding"),
-        ("E-5", lambda e: put(e, SPARE + 6, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SPARE + 5, "B", 1), "padding"),
         ("E-5", lambda e: put(e, OFFSETS - 1, "B", 1), "padding"),
         ("E-5", lambda e: put(e, LENGTHS - 1, "B", 1), "padding"),
         ("E-5", lambda e: put(e, SEGMENTS - 1, "B", 1), "padding"),
@@ -280,8 +306,8 @@ def test_the_extent_is_laid_out_as_the_tests_below_think() -> None:
         ("E-8", lambda e: put(e, COLUMN_SCALES - 4, "H", 0x7FC0), "value"),
         ("E-8", lambda e: put(e, COLUMN_SCALES + 2 * COLUMNS - 2, "H", 0x7F80), "value"),
         ("E-8", lambda e: put(e, ROW_SCALES, "H", 0x7F7F), None),
-        ("E-14", lambda e: put(e, NONZEROS, "Q", get(e, NONZEROS, "Q") + 1), "malformed"),
-        ("E-14", lambda e: put(e, NONZEROS, "Q", 2**64 - 1), "malformed"),
+        ("E-14", lambda e: put(e, ONES, "Q", get(e, ONES, "Q") + 1), "malformed"),
+        ("E-14", lambda e: put(e, ONES, "Q", 2**64 - 1), "malformed"),
     ],
 )  # fmt: skip
 def test_one_change_of_a_ternary_extent(
@@ -290,15 +316,54 @@ def test_one_change_of_a_ternary_extent(
     assert code_of_extent(change) == expected, requirement
 
 
+def longer_lengths(extent: bytearray) -> None:
+    """Every length is one above a base that is one less."""
+    put(extent, SECOND + BASE, "I", get(extent, SECOND + BASE, "I") - 1)
+    for row in range(ROWS):
+        extent[LENGTHS_2 + row] += 1
+
+
+@pytest.mark.parametrize(
+    ("requirement", "change", "expected"),
+    [
+        ("E-1", lambda e: put(e, SECOND + DICTIONARY, "I", 2), "malformed"),
+        ("E-4", lambda e: bytes(e[:63]), "malformed"),
+        ("E-4", lambda e: bytes(e[:32]), "malformed"),
+        ("E-4", lambda e: bytes(e[:-16]), "malformed"),
+        ("E-4", lambda e: bytes(e + bytes(16)), "malformed"),
+        ("E-4", lambda e: put(e, SECOND + WIDTH, "B", 3), "malformed"),
+        ("E-4", lambda e: put(e, REFINED, "B", 0), "malformed"),
+        ("E-4", lambda e: put(e, REFINED, "B", 2), "malformed"),
+        ("E-4", lambda e: put(e, SECOND + REFINED, "B", 1), "malformed"),
+        ("E-4", lambda e: put(e, SECOND + SEGMENT_BYTES, "Q", 2**32), "limit"),
+        ("E-4", lambda e: put(e, SECOND + SEGMENT_BYTES, "Q", 2**32 - 1), "malformed"),
+        ("E-5", lambda e: put(e, SPARE, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SECOND + SPARE, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SECOND + SPARE + 5, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, LENGTHS_2 - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, SEGMENTS_2 - 1, "B", 1), "padding"),
+        ("E-5", lambda e: put(e, len(e) - 8, "B", 1), "padding"),
+        ("E-6", lambda e: put(e, SECOND + BASE, "I", get(e, SECOND + BASE, "I") + 1), "malformed"),
+        ("E-6", lambda e: put(e, OFFSETS_2, "I", 1), "malformed"),
+        ("E-6", lambda e: put(e, OFFSETS_2 + 4, "I", 2**32 - 1), "malformed"),
+        ("E-9", longer_lengths, "malformed"),
+        ("E-14", lambda e: put(e, SECOND + ONES, "Q", get(e, SECOND + ONES, "Q") - 1), "malformed"),
+        ("E-14", lambda e: put(e, SECOND + ONES, "Q", 2**64 - 1), "malformed"),
+        ("E-16", lambda e: put(e, SECOND + ONES, "Q", 0), "malformed"),
+    ],
+)  # fmt: skip
+def test_one_change_of_a_refined_extent(
+    requirement: str, change: Callable[[bytearray], Any], expected: str | None
+) -> None:
+    assert code_of_extent(change, most=5) == expected, requirement
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {"symmetric": True},
         {"column_scale": False},
-        {"scale_dtype": "F32"},
-        {"group_size": 25},
-        {"width": 9},
-        {"signs": "codeword"},
+        {"rows_per_segment": 2},
         {"shape": [40, 49]},
         {"shape": [41, 50]},
         {"shape": [40, 51]},
@@ -327,7 +392,7 @@ def test_lengths_that_balance_each_other_are_found_by_the_block_offsets() -> Non
 
 def rebuilt(base: int, kind: str, lengths: list[int], rows: int, columns: int) -> bytes:
     """A file whose one matrix has such lengths, zeros for scales and segments; width 8."""
-    index, extents, _ = ternary(rows, columns)
+    index, extents, _ = one_matrix(rows, columns)
     total = base * rows + sum(lengths)
     parts = [
         struct.pack("<IIB7xQQ", 0, base, struct.calcsize(kind), 0, total),
@@ -351,7 +416,7 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
         return f"{caught.value.code}: {caught.value}"
 
     with opened(rebuilt(7, "B", [0, 1, 255], 3, 50)) as file:
-        assert file.encoded("w").levels.lengths.tolist() == [0, 1, 255]
+        assert file.encoded("w").levels.mask.lengths.tolist() == [0, 1, 255]
     for data in (
         rebuilt(6, "B", [1, 2, 3], 3, 50),
         rebuilt(7, "H", [0, 1, 255], 3, 50),
@@ -366,7 +431,7 @@ def test_lengths_in_another_form_than_the_shortest() -> None:
     extents[0] = extents[0][:8] + b"\3" + extents[0][9:]  # of which there are none
     assert "lengths have 3 bytes" in message(assemble(index, extents))
     with opened(rebuilt(7, "H", [0, 1, 256], 3, 50)) as file:
-        assert file.encoded("w").levels.lengths.dtype == np.uint16
+        assert file.encoded("w").levels.mask.lengths.dtype == np.uint16
 
 
 def test_a_segment_too_short_for_the_row_is_found_before_anything_is_decoded() -> None:
@@ -381,14 +446,12 @@ def test_a_segment_too_short_for_the_row_is_found_before_anything_is_decoded() -
             assert caught.value.code == expected
 
 
-@pytest.mark.parametrize(
-    ("shape", "segments"), [([2**31 - 1, 0], 1), ([0, 2**31 - 1], 0), ([0, 0], 0)]
-)
-def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], segments: int) -> None:
-    """It takes a few bytes, whatever its sides and the number of its groups."""
-    index, extents, _ = ternary(3, 20)
-    keys = {"shape": shape, "group_size": 1, "rows_per_segment": 2**31 - 1}
-    extent = struct.pack("<IIB7x16x", 0, 0, 1) + bytes(16 * 2 * segments + 16)
+@pytest.mark.parametrize(("shape", "sections"), [([3, 0], 3), ([0, 2**31 - 1], 0), ([0, 0], 0)])
+def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], sections: int) -> None:
+    """It takes a few bytes, whatever its sides."""
+    index, extents, _ = one_matrix(3, 20)
+    keys = {"shape": shape, "rows_per_segment": 2**31 - 1}
+    extent = struct.pack("<IIB7x16x", 0, 0, 1) + bytes(16 * sections + 16)
     data = assemble({**index, "tensors": [index["tensors"][0] | keys]}, [extent, extents[1]])
     found = read_all(data)["w"]
     assert isinstance(found, np.ndarray)
@@ -398,7 +461,7 @@ def test_a_matrix_without_elements_is_nothing_to_wait_for(shape: list[int], segm
 @pytest.mark.parametrize("encoding", ["raw", "zstd", "int-dict"])
 def test_reading_a_tensor_of_an_unknown_type(encoding: str) -> None:
     """[T-5]"""
-    index, extents, _ = ternary(3, 20)
+    index, extents, _ = one_matrix(3, 20)
     record = index["tensors"][0] | {"dtype": "F4"}
     if encoding != "int-dict":
         record = tensor(name="w", dtype="F4", encoding=encoding)
@@ -414,7 +477,7 @@ def test_reading_a_tensor_of_an_unknown_type(encoding: str) -> None:
     ("requirement", "change", "keys", "expected"),
     [
         ("D-1", None, {"max_length": 100}, "malformed"),
-        ("D-1", None, {"max_nonzeros": 2}, "malformed"),
+        ("D-1", None, {"max_ones": 2}, "malformed"),
         ("D-1", None, {"width": 9}, "malformed"),
         ("D-2", lambda tree: tree[:-1], {}, "malformed"),
         ("D-2", lambda tree: tree + b"\0", {}, "malformed"),
@@ -433,7 +496,7 @@ def test_dictionaries(
     expected: str | None,
 ) -> None:
     """The code of each defect of a tree is the codec's to test; here, that it is looked at."""
-    index, extents, _ = ternary(3, 20)
+    index, extents, _ = one_matrix(3, 20)
     with opened(assemble(index, extents)) as file:
         tree = file.dictionaries[0].tree
     extents[1] = change(tree) if change else tree
@@ -443,7 +506,7 @@ def test_dictionaries(
 
 
 def test_a_dictionary_that_no_matrix_uses_is_verified_too() -> None:
-    index, extents, _ = ternary(3, 20)
+    index, extents, _ = one_matrix(3, 20)
     second = index["dictionaries"][0] | {"extent": 2, "max_length": 99}
     data = assemble(
         {**index, "dictionaries": [*index["dictionaries"], second]}, [*extents, extents[1]]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from qmoe_format import container
-from qmoe_format.container.encodings import ENCODINGS, RAW, Encoding, GetDictionary, Sink
+from qmoe_format.container.encodings import ENCODINGS, RAW, Encoding, GetDictionary, Payload, Sink
 from qmoe_format.container.entries import Item
 from qmoe_format.container.inspection import describe
 from qmoe_format.dtypes import Bytes
@@ -35,8 +35,8 @@ class Xor(Encoding):
     ) -> npt.NDArray[Any]:
         return RAW.decode(stored[1:] ^ np.uint8(item.parameters["mask"]), item, dictionary)
 
-    def payload(self, header: bytes) -> tuple[int, int]:
-        return 0, header[0]
+    def payload(self, header: Bytes, item: Item) -> Payload:
+        return Payload(0, int(header[0]))
 
     def encode(self, value: npt.NDArray[Any], item: Item, sink: Sink) -> None:
         sink.write(bytes([np.count_nonzero(value)]))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 import qmoe_format
-from qmoe_format.codec import EncodedMatrix, dequantize
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import STORAGE, from_float32
 from tests.container.files import assemble, matrix, read_all, sample, take_apart
 
@@ -100,14 +100,13 @@ def test_a_stack_of_arrays(
     zeros=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     values=st.sampled_from([1, 2]),
     columns_scaled=st.booleans(),
-    group_size=st.sampled_from([0, 1, 7, 128, 1000]),
+    most=st.sampled_from([1, 2, 5, 127]),
     rows_per_segment=st.sampled_from([None, 1, 3, 100]),
     width=st.sampled_from([8, 12]),
-    signs=st.sampled_from(["plane", "codeword"]),
     dtype=st.sampled_from(["BF16", "F16", "F32", "F64"]),
     seed=st.integers(0, 99),
 )
-def test_ternary_matrices(tmp_path: Path, dtype: str, **options: Any) -> None:
+def test_matrices(tmp_path: Path, dtype: str, **options: Any) -> None:
     value = matrix(**options)
     path = tmp_path / "file.qmoe"
     with qmoe_format.Writer(path) as writer:
@@ -117,45 +116,39 @@ def test_ternary_matrices(tmp_path: Path, dtype: str, **options: Any) -> None:
             stack.append(value)
     with qmoe_format.open(path) as file:
         file.verify()
-        assert len(file.dictionaries) == 1
+        used = {each.dictionary for each in value.levels.strings}
+        assert set(file.dictionaries) == used
         for found in (file.encoded("w"), file.encoded("s", 1)):
             assert_same(found, value)
         expected = from_float32(dequantize(value), dtype)
         assert bits(file.read("w")) == bits(expected)
         assert bits(file.read_expert("s", 0)) == bits(expected)
-        parameters = file.tensors["s"].parameters
-        assert parameters["symmetric"] == (options["values"] == 1)
-        assert parameters["width"] == options["width"]
+        assert file.tensors["s"].parameters["symmetric"] == (options["values"] == 1)
 
 
-@pytest.mark.parametrize("scale_dtype", ["BF16", "F16", "F32"])
-def test_every_type_of_scale(tmp_path: Path, scale_dtype: str) -> None:
-    from qmoe_format.codec import encode_matrix
-
-    levels = np.array([[0, 1, -1], [1, 0, 0]], np.int8)
-    row = from_float32(np.array([[[-1.5, 2.25]], [[0.125, 3.0]]], np.float32), scale_dtype)
-    column = from_float32(np.array([1.0, 0.5, 4.0], np.float32), scale_dtype)
-    value = encode_matrix(levels, row, column, scale_dtype=scale_dtype)
+def test_values(tmp_path: Path) -> None:
+    levels = np.array([[0, 3, -1], [1, 0, 0]], np.int8)
+    row = from_float32(np.array([[-1.5, 2.25], [0.125, 3.0]], np.float32), "BF16")
+    column = from_float32(np.array([1.0, 0.5, 4.0], np.float32), "BF16")
     path = tmp_path / "file.qmoe"
     with qmoe_format.Writer(path) as writer:
-        writer.add_tensor("w", value, "F32", "int-dict")
+        writer.add_tensor("w", encode_matrix(levels, row, column), "F32", "int-dict")
     with qmoe_format.open(path) as file:
-        assert file.read("w").tolist() == [[0.0, 1.125, -6.0], [3.0, 0.0, 0.0]]
+        assert file.read("w").tolist() == [[0.0, 3.375, -6.0], [3.0, 0.0, 0.0]]
 
 
 def assert_same(found: EncodedMatrix, value: EncodedMatrix) -> None:
-    assert found.dictionary == value.dictionary
     assert bits(found.row_scale) == bits(value.row_scale)
     assert found.row_scale.shape == value.row_scale.shape
     assert (found.column_scale is None) == (value.column_scale is None)
     if found.column_scale is not None and value.column_scale is not None:
         assert bits(found.column_scale) == bits(value.column_scale)
-    size = value.levels.segment_bytes
-    assert bits(found.levels.segments[:size]) == bits(value.levels.segments[:size])
-    assert bits(found.levels.lengths) == bits(value.levels.lengths)
-    assert bits(found.levels.block_offsets) == bits(value.levels.block_offsets)
-    assert found.levels.nonzeros == value.levels.nonzeros
-    assert (found.scale_dtype, found.group_size) == (value.scale_dtype, value.group_size)
+    for a, b in zip(found.levels.strings, value.levels.strings, strict=True):
+        assert a.dictionary == b.dictionary
+        assert bits(a.segments[: a.segment_bytes]) == bits(b.segments[: b.segment_bytes])
+        assert bits(a.lengths) == bits(b.lengths)
+        assert bits(a.block_offsets) == bits(b.block_offsets)
+        assert a.ones == b.ones
 
 
 def test_arrays_of_the_file_are_read_only_and_outlive_it(tmp_path: Path) -> None:
@@ -165,8 +158,9 @@ def test_arrays_of_the_file_are_read_only_and_outlive_it(tmp_path: Path) -> None
         norm = file.read("norm")
         encoded = file.encoded("moe.experts.wi", 1)
     assert norm.tolist() == [0, 1, 2, 3, 4, 5]
-    assert encoded.levels.segments.sum() > 0
-    for array in (norm, encoded.row_scale, encoded.levels.segments):
+    mask, refinement = encoded.levels.strings
+    assert mask.segments.sum() > 0
+    for array in (norm, encoded.row_scale, mask.segments, refinement.segments):
         assert not array.flags.writeable
         assert not array.flags.owndata
 

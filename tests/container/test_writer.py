@@ -315,7 +315,7 @@ def test_dictionaries_are_shared_and_do_not_cut_a_stack(tmp_path: Path) -> None:
     path = tmp_path / "model.qmoe"
     dictionaries = [fit_dictionary(share, 8) for share in (0.5, 0.9, 0.5)]
     levels = np.zeros((4, 30), np.int8)
-    scale = np.zeros((4, 1, 2), np.uint16)
+    scale = np.zeros((4, 2), np.uint16)
     with Writer(path) as writer:
         for name in ("a", "b"):
             with writer.add_stack(name, (3, 4, 30), "BF16", "int-dict") as stack:
@@ -362,11 +362,11 @@ U8 = np.zeros(2, np.uint8)
         (lambda w: w.add_stack("s", (1, 2), "U8", members="é{}"), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "U8", transposed=True), "argument"),
         (lambda w: w.add_stack("s", (1, 2, 2), "U8", transposed=1), "argument"),
-        (lambda w: w.add_stack("s", (1, 2), "U8", "raw", width=8), "argument"),
+        (lambda w: w.add_stack("s", (1, 2), "U8", "raw", symmetric=True), "argument"),
         (lambda w: w.add_stack("s", (1, 2), "F32", "int-dict"), "argument"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", width=7), "limit"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", widht=8), "argument"),
-        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", width="8"), "argument"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", rows_per_segment=0), "limit"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", symetric=True), "argument"),
+        (lambda w: w.add_stack("s", (1, 2, 2), "F32", "int-dict", symmetric=1), "argument"),
     ],
 )  # fmt: skip
 def test_a_call_that_is_refused_changes_nothing(
@@ -389,14 +389,12 @@ def test_a_call_that_is_refused_changes_nothing(
 
 def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
     with Writer(tmp_path / "model.qmoe") as writer:
-        stack = writer.add_stack("s", (2, 3, 40), "BF16", "int-dict", scale_dtype="BF16")
+        stack = writer.add_stack("s", (2, 3, 40), "BF16", "int-dict", symmetric=False)
         for wrong in (
             np.zeros((3, 40), np.uint16),
             matrix(3, 41),
             matrix(40, 3),
-            encode_matrix(
-                np.zeros((3, 40), np.int8), np.zeros((3, 1, 2), np.float16), scale_dtype="F16"
-            ),
+            matrix(3, 40, values=1),
         ):
             with pytest.raises(QMoEError) as caught:
                 stack.append(wrong)
@@ -404,11 +402,8 @@ def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
         stack.append(matrix(3, 40, width=8))
         # What the first expert was, all have to be.
         for wrong in (
-            matrix(3, 40, width=9),
-            matrix(3, 40, width=8, signs="codeword"),
-            matrix(3, 40, width=8, values=1),
-            matrix(3, 40, width=8, group_size=20),
-            matrix(3, 40, width=8, columns_scaled=True),
+            matrix(3, 40, rows_per_segment=2),
+            matrix(3, 40, columns_scaled=True),
         ):
             with pytest.raises(QMoEError) as caught:
                 stack.append(wrong)
@@ -421,7 +416,7 @@ def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
         for call in calls:
             with pytest.raises(QMoEError, match="1 of 2 experts"):
                 call()
-        stack.append(matrix(3, 40, width=8, seed=1))
+        stack.append(matrix(3, 40, width=9, seed=1, most=3))  # but for these
         with pytest.raises(QMoEError, match="has all its 2 experts"):
             stack.append(matrix(3, 40, width=8))
     assert code_of((tmp_path / "model.qmoe").read_bytes()) is None
@@ -430,7 +425,7 @@ def test_experts_that_do_not_fit_their_stack(tmp_path: Path) -> None:
 def test_scales_that_are_not_finite(tmp_path: Path) -> None:
     """[W-3] Such a matrix cannot even be made."""
     with pytest.raises(QMoEError) as caught:
-        encode_matrix(np.zeros((1, 1), np.int8), np.array([[[0x7F80, 0]]], np.uint16))
+        encode_matrix(np.zeros((1, 1), np.int8), np.array([[0x7F80, 0]], np.uint16))
     assert caught.value.code == "value"
 
 
@@ -570,7 +565,7 @@ def test_the_number_of_attachments_and_dictionaries(
     values = [
         encode_matrix(
             np.zeros((2, 9), np.int8),
-            np.zeros((2, 1, 2), np.uint16),
+            np.zeros((2, 2), np.uint16),
             dictionary=fit_dictionary(share, 8),
         )
         for share in (0.5, 0.7, 0.9)

@@ -21,9 +21,9 @@ from tests.refusals import refusal
 
 @pytest.fixture
 def layer(tmp_path: Path) -> Path:
-    """Shards: two stacks, one of them ternary, and another tensor."""
+    """Shards: two stacks, one of them int-dict, and another tensor."""
     path = tmp_path / "layer.qmoe.json"
-    scales = np.full((3, 1, 2), [0xBF80, 0x3F80], np.uint16)
+    scales = np.full((3, 2), [0xBF80, 0x3F80], np.uint16)
     with qmoe_format.Writer(path, shard_bytes=1) as writer:
         writer.add_attachment("config.json", b'{"model_type": "mixtral"}')
         writer.add_attachment("tokenizer.json", b"{}")

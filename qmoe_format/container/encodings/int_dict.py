@@ -209,8 +209,10 @@ def _headers(stored: Bytes) -> list[Header]:
     headers = [mask, _header(stored, _HEADER.size)] if mask.refined else [mask]
     for each in headers:
         limits.check("segment_bytes", each.segment_bytes, 0, limits.SEGMENT_BYTES)
-    if any(each.length_width not in (1, 2, 4) for each in headers):
-        raise QMoEError("malformed", "lengths do not have 1, 2 or 4 bytes each")
+    for each in headers:
+        if each.length_width not in (1, 2, 4):
+            wrong = f"lengths have {each.length_width} bytes each, not 1, 2 or 4"
+            raise QMoEError("malformed", wrong)
     if mask.refined and headers[1].refined:
         raise QMoEError("malformed", "a refinement is refined")
     return headers
