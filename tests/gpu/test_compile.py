@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, with both compilers, without spills."""
+"""Every kernel compiles for every architecture, without spills."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def compile_and_check(kernel: Kernel, jobs: Iterable[tuple[Compiler, str]]) -> N
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("variant", variants.MAIN)
 def test_main_kernels_everywhere(variant: str, architecture: str) -> None:
+    """The older compiler on some architectures: it compiles them alike, but needs as long."""
+    old, new = nvrtc.compilers()
+    compilers = (old, new) if architecture in ("sm_75", "sm_90", "sm_120") else (new,)
     kernel = variants.MAIN[variant]().kernel
-    compile_and_check(kernel, [(compiler, architecture) for compiler in nvrtc.compilers()])
+    compile_and_check(kernel, [(compiler, architecture) for compiler in compilers])
 
 
 @pytest.mark.parametrize("variant", variants.OTHER)

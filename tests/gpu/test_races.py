@@ -328,7 +328,7 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "more codewords than the ring has room for": (
         refined_products,
-        "made + upto + 32 <= from + RING",
+        "made + upto + 16 <= from + RING",
         "made + upto <= from + 32 * RING",
         WRONG,
     ),

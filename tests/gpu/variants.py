@@ -119,7 +119,6 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product, 4 tokens": partial(matmul, 4),
     "product, fp16": partial(matmul, 1, "fp16"),
     "product, fp32, 8 tokens": partial(matmul, 8, "fp32"),
-    "product, width 8": partial(matmul, 1, width=8),
     "product, width 16, symmetric": partial(matmul, 1, width=16, scales=1),
     "product, 60 % zeros": partial(matmul, 1, zeros=0.6),
     "product, 60 % zeros, 16 tokens": partial(matmul, 16, zeros=0.6),
@@ -128,7 +127,6 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product, many non-zeros, 16 tokens": partial(matmul, 16, **MANY),
     "product, column scales, 8 tokens": partial(matmul, 8, column_scales=True),
     "product, x not in shared memory": partial(matmul, 1, rows=1, columns=60_000),
-    "product, refined, 60 % zeros": partial(matmul, 1, zeros=0.6, refined=(0.7, 12)),
     "product, refined, 60 % zeros, 16 tokens": partial(matmul, 16, zeros=0.6, refined=(0.7, 12)),
     "product, refined, many non-zeros and ones, 8 tokens": partial(
         matmul, 8, refined=(0.3, 16), **MANY

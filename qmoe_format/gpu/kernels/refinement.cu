@@ -14,7 +14,7 @@
 typedef Entry<REFINEMENT_ENTRY, REFINEMENT_SLOTS> RefinementEntry;
 
 // Besides a step's non-zeros, the ring has room for at least one entry of 255 zeros.
-static_assert(32 * CODEWORDS * SLOTS + 255 + 32 <= RING, "too many non-zeros in a step");
+static_assert(32 * CODEWORDS * SLOTS + 255 + 16 <= RING, "too many non-zeros in a step");
 
 // A segment's refinement that is about to be read, as one lane sees it.
 struct Refinement {
@@ -75,7 +75,7 @@ struct Magnitudes {
             const u32 zeros = entry.length() - entry.ones(), upto = sum_upto_lane(zeros);
             const u32 before = made + upto - zeros;
             // The next zero's byte is cleared, too, in a vector of 16.
-            const bool taken = refinement.bits > 0 && made + upto + 32 <= from + RING;
+            const bool taken = refinement.bits > 0 && made + upto + 16 <= from + RING;
             const int codewords = __popc(__ballot_sync(FULL, taken));
             const u32 all = __shfl_sync(FULL, upto, max(codewords, 1) - 1);
             made = codewords ? made + all : after;
