@@ -58,7 +58,9 @@ def stored(path: Path) -> dict[str, list[bytes]]:
     """The segments of every expert of every stack."""
     with qmoe_format.open(path) as file:
         return {
-            name: [file.encoded(name, e).levels.segments.tobytes() for e in range(entry.shape[0])]
+            name: [
+                file.encoded(name, e).levels.mask.segments.tobytes() for e in range(entry.shape[0])
+            ]
             for name, entry in file.tensors.items()
             if entry.stack
         }
