@@ -40,9 +40,9 @@ class LevelWeights:
 
     def counts(self) -> list[int]:
         """How many levels each matrix has, between its largest magnitude and minus that."""
-        return (
-            (2 * self.levels.abs().amax((1, 2)).int() + 1).tolist() if self.levels.numel() else []
-        )
+        if not self.levels.numel():
+            return [1] * len(self.levels)
+        return (2 * self.levels.abs().amax((1, 2)).int() + 1).tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qmoe_format.quantize.hessian import Statistics, inverse_factor
+from qmoe_format.quantize.level_weights import LevelWeights, Quantized
 
 Array = npt.NDArray[np.float64]
 
@@ -53,11 +54,24 @@ def energy(weights: Array, sums: Array) -> Array:
     return result
 
 
-def entropy(levels: Tensor) -> float:
-    """Bits per level, if coded by their own frequencies."""
-    share = np.array([float((levels == t).float().mean()) for t in (-1, 0, 1)])
-    share = share[share > 0]
-    return float(-(share * np.log2(share)).sum())
+def levels_of(result: Quantized) -> LevelWeights:
+    """What a recipe of this kind returns."""
+    assert isinstance(result.weights, LevelWeights)
+    return result.weights
+
+
+def code_length(levels: Tensor) -> float:
+    """Bits per level of mask, signs and refinement, the strings coded by their own frequencies."""
+    nonzeros = float(levels.count_nonzero())
+    ups = float(levels.abs().sum(dtype=torch.float64)) - nonzeros
+    bits = binary_bits(nonzeros, levels.numel() - nonzeros) + nonzeros + binary_bits(ups, nonzeros)
+    return bits / levels.numel()
+
+
+def binary_bits(ones: float, zeros: float) -> float:
+    """The ideal code length of a string of bits."""
+    counts = [count for count in (ones, zeros) if count]
+    return sum(count * math.log2((ones + zeros) / count) for count in counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +85,16 @@ class Batch:
     column_scale: Tensor
 
     @classmethod
-    def of(cls, experts: int, rows: int, columns: int, seed: int) -> Batch:
+    def of(cls, experts: int, rows: int, columns: int, seed: int, most: int = 1) -> Batch:
+        """``most``: the largest level; the more, the less it is worth."""
         inputs = [correlated(3 * columns + 5, columns, seed + e) for e in range(experts)]
         sums = torch.stack([x.T @ x / x.square().mean(1).sum() for x in inputs])
         hessian = sums + 0.05 * torch.eye(columns)
         weights = random(experts, columns, rows, seed=seed + 50)
         column_scale = random(experts, columns, seed=seed + 51).mul(0.3).exp()
-        scale = 1.2 * random(experts, rows, seed=seed + 52).mul(0.2).exp()
+        scale = 1.2 / most * random(experts, rows, seed=seed + 52).mul(0.2).exp()
         value = scale[:, None] * column_scale[:, :, None]
-        levels = (weights / value).round().clamp(-1, 1)
+        levels = (weights / value).round().clamp(-most, most)
         return cls(weights, hessian, levels, scale, column_scale)
 
     @property
@@ -108,7 +123,8 @@ class Plain:
 
     Attributes:
         levels: ``[rows, columns]``.
-        margin: of each decision, the distance to the nearest threshold over high - low.
+        margin: of each decision, the distance to the nearest threshold over the largest value less
+            the smallest.
     """
 
     levels: npt.NDArray[np.int8]
@@ -118,40 +134,47 @@ class Plain:
 def plain_gptq(
     weights: Array,
     hessian: Array,
-    low: Array,
-    high: Array,
+    values: Array,
+    prices: Array | None = None,
     column_scale: Array | None = None,
-    price: Array | None = None,
 ) -> Plain:
     """Column by column in float64, without a factor of H and without blocks.
 
     Each column is eliminated from H^-1 once it is decided (Optimal Brain Surgeon), as in the
     derivation of GPTQ; a quantizer that uses a triangular factor has to get the same result.
+
+    Args:
+        weights: ``[rows, columns]``.
+        hessian: ``[columns, columns]``.
+        values: of each level, the middle one 0, before their column's scale, ``[rows, levels]``.
+        prices: of each level, likewise; by default 0.
+        column_scale: ``[columns]``; by default 1.
     """
     rows, columns = weights.shape
     rest = weights.copy()
     inverse = np.linalg.inv(hessian)
     levels = np.zeros((rows, columns), np.int8)
     margin = np.full((rows, columns), np.inf)
+    every = np.arange(rows)
     for column in range(columns):
         d = inverse[0, 0]
-        c = 1.0 if column_scale is None else column_scale[column]
-        values = np.stack([low * c, 0 * low, high * c], 1)
-        extra = np.zeros(rows) if price is None else price * d
-        costs = (rest[:, column, None] - values) ** 2 + extra[:, None] * np.array([1, 0, 1])
-        for row in range(rows):
-            choices = sorted([1, 0, 2], key=lambda k, row=row: costs[row, k])  # type: ignore[misc]
-            best = choices[0]
-            levels[row, column] = best - 1
-            # The costs of two values are equal at a threshold; each step away from it changes their
-            # difference by twice the distance of the values.
-            for other in choices[1:]:
-                apart = abs(values[row, best] - values[row, other])
-                if apart > 0:
-                    step = (costs[row, other] - costs[row, best]) / (2 * apart)
-                    span = values[row, 2] - values[row, 0]
-                    margin[row, column] = min(margin[row, column], step / span)
-        wrong = rest[:, column] - np.take_along_axis(values, levels[:, column, None] + 1, 1)[:, 0]
+        scaled = values * (1.0 if column_scale is None else column_scale[column])
+        costs = (rest[:, column, None] - scaled) ** 2
+        if prices is not None:
+            costs += d * prices
+        # Of equal costs the one of level 0, which is in the middle.
+        middle = values.shape[1] // 2
+        best = np.where(costs[:, middle] == costs.min(1), middle, costs.argmin(1))
+        levels[:, column] = best - middle
+        # The costs of two values are equal at a threshold; each step away from it changes their
+        # difference by twice the distance of the values.
+        apart = np.abs(scaled - scaled[every, best, None])
+        more = costs - costs[every, best, None]
+        steps = np.divide(more, 2 * apart, out=np.full_like(more, np.inf), where=apart > 0)
+        span = scaled[:, -1] - scaled[:, 0]
+        nearest = steps.min(1)
+        margin[:, column] = np.divide(nearest, span, out=np.full(rows, np.inf), where=span > 0)
+        wrong = rest[:, column] - scaled[every, best]
         rest[:, column + 1 :] -= wrong[:, None] * (inverse[0, 1:] / d)
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:] / d)
     return Plain(levels, margin)
