@@ -8,7 +8,7 @@ which no token attends to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -60,6 +60,7 @@ class Walk:
         check_calibrated(checkpoint.model.config.model_type)
         for key, value in family_for(checkpoint.model.config).settings.items():
             _set_everywhere(checkpoint.model, key, value)
+        self._checkpoint = checkpoint
         self._folder = folder
         self._thread = flushing_thread()
         lists = _block_lists(checkpoint)
@@ -181,6 +182,13 @@ class Walk:
         self.position += 1
         delete_row_files(self._folder, [*kept, *self._needed(self.position)])
 
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens of each batch the current block is given."""
+        runs = self.blocks[self.position].experts
+        index, _ = self._place(self.position)
+        return self._parts[index].counts if runs is None or runs.runs else []
+
     def hidden(self) -> Tensor:
         """The hidden states before the current block, or after the last.
 
@@ -188,6 +196,34 @@ class Walk:
             float32 [tokens, d], a memory map to read.
         """
         return self._needed(self.position)[0].mapped()
+
+    def outputs(self, number: int) -> list[Tensor]:
+        """What the model's last stage returns for the last ``number`` batches, after all blocks.
+
+        Returns:
+            Of each batch, float32 [tokens, d], without padding.
+        """
+        part = self._parts[-1]
+        hidden = self._hidden(len(self._parts) - 1, len(part.blocks)).mapped()
+        found = []
+        last = zip(part.tokens, hidden.split_with_sizes(part.counts), strict=True)
+        for tokens, rows in list(last)[len(part.tokens) - number :]:
+            returned = self._compute(part.output, tokens, rows)
+            found.append(returned[tokens.attended])
+        return found
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The function from what the last stage returns to logits, with its weights in memory.
+
+        Factors and caps that some models apply to logits are left out.
+        """
+        model = self._checkpoint.model
+        module = model.get_output_embeddings()
+        path = next(name for name, each in model.named_modules() if each is module)
+        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        weights = [each.float() for each in self._checkpoint.parameters(names).values()]
+        yield lambda rows: torch.nn.functional.linear(rows.cpu(), *weights)
 
     def _file(
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32

@@ -44,6 +44,7 @@ class BlockExperts:
     Attributes:
         stacks: by name, in the checkpoint's order.
         count: the number of experts.
+        counted: the number of tokens that count.
         elements: of the largest matrix and its Hessian.
         experts_in_memory: how many have room together.
     """
@@ -85,8 +86,9 @@ class BlockExperts:
         hessians = [each.columns**2 for each in (layer.inputs[0], layer.output)]
         expert_bytes = 4 * (sum(stack.rows * stack.columns for stack in stacks) + sum(hessians))
         self.experts_in_memory = max(1, resources.group_bytes // expert_bytes)
-        counted = int((routed.experts >= 0)[routed.counted].sum())
-        self._token_limit = max(1, math.ceil(token_cap * counted / self.count))
+        self.counted = int(routed.counted.sum())
+        pairs = int((routed.experts >= 0)[routed.counted].sum())
+        self._token_limit = max(1, math.ceil(token_cap * pairs / self.count))
         self._all_experts = all_experts
         widest = max(stack.columns for stack in stacks)
         self._chunk_tokens = max(resources.chunk_tokens, resources.chunk_elements // widest)

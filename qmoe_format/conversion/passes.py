@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qmoe_format.calibration.activations import RoutedTokens, RowFile
+from qmoe_format.calibration.model_part import Block
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, LayerStacks
@@ -21,8 +23,9 @@ from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.quantize_block import BlockRecord, quantize_block
 from qmoe_format.conversion.rate_control import RateControl
+from qmoe_format.conversion.sensitivity import Probes
 from qmoe_format.conversion.staging import Staging
-from qmoe_format.conversion.survey import StackSurvey, survey_block
+from qmoe_format.conversion.survey import StackSurvey, survey_block, with_prices
 from qmoe_format.conversion.work import Work
 from qmoe_format.machine import release_memory
 from qmoe_format.progress import Counter, Progress
@@ -63,32 +66,50 @@ class BlockPasses:
         self._options = options
         self._resources = resources
         self._progress = progress
-        self._walk = Walk(checkpoint, batches, work.folder, resources.device)
-        # Nothing depends on the blocks after the last one with experts.
-        last = max(number for number, block in enumerate(self._walk.blocks) if block.experts)
-        self._blocks = self._walk.blocks[: last + 1]
+        self._batches = batches
+        self._prices: dict[str, float] = {}  # by stack, see ``survey.with_prices``
 
     def survey(self) -> dict[str, StackSurvey]:
-        """Run the original model; measure each stack and the norms of hidden states."""
-        for step in self._steps("survey"):
+        """Run the original model; measure each stack, the norms of hidden states, and what an error
+        in each block does."""
+        layers = [layer for layer in self._checkpoint.layers if layer.runs]
+        probes = Probes(self._batches, len(layers))
+        walk = self._walk(probes.batches)
+        for step in self._steps("survey", walk, walk.blocks):
             experts = self._experts(step)
             step.outputs = step.routed.outputs()
             for group in experts.groups():
                 experts.add_outputs(experts.weights(group), group, step.outputs)
-            norms = self._norms(step)
-            _write_norms(norms, self._walk.hidden(), step.outputs)
+            norms = _norms(walk.hidden(), step.outputs)
+            own = norms[: sum(walk.counts[: len(self._batches)])]
+            with self._norms(step, len(own)).writing() as append:
+                append(own)
+            if step.experts.runs:
+                probes.disturb(step.outputs, norms, walk.counts, layers.index(step.experts))
             found = survey_block(self._experts(step, norms), self._options, step.counter)
             step.record = {name: asdict(survey) for name, survey in found.items()}
             release_memory()
+        if not self.work.records("probe"):
+            walk.start(len(walk.blocks))
+            measured = zip(layers, probes.sensitivities(walk), strict=True)
+            self.work.record("probe", 0, {layer.path: each for layer, each in measured})
         records = filter(None, self.work.records("survey"))
-        return {name: StackSurvey(**each) for record in records for name, each in record.items()}
+        found = {n: StackSurvey(**each) for record in records for n, each in record.items()}
+        priced = with_prices(found, self._checkpoint.layers, self.work.records("probe")[0])
+        self._prices = {name: survey.price for name, survey in priced.items()}
+        return priced
 
     def quantize(self, control: RateControl, staging: Staging) -> list[BlockRecord]:
         """Quantize each block for what the compressed blocks before it produce."""
         for record in filter(None, self.work.records("block")):
             control.finish(record)
-        for step in self._steps("block"):
-            norms = self._norms(step) if self._options.methods.rated else None
+        walk = self._walk(self._batches)
+        # Nothing depends on the blocks after the last one with experts.
+        last = max(number for number, block in enumerate(walk.blocks) if block.experts)
+        for step in self._steps("block", walk, walk.blocks[: last + 1]):
+            norms = None
+            if self._options.methods.rated:
+                norms = self._norms(step, len(step.routed.inputs)).mapped()
             attempt = partial(self._attempt, step, self._experts(step, norms), staging)
             step.record = control.quantize(attempt)
         return [record for record in self.work.records("block") if record]
@@ -99,31 +120,37 @@ class BlockPasses:
         step.counter.back_to(step.begin)
         step.counter.enter(step.name)
         step.outputs = None if step.is_last else step.routed.outputs()
-        return quantize_block(experts, self._options, rate, staging, step.outputs, step.counter)
+        return quantize_block(
+            experts, self._options, rate, self._prices, staging, step.outputs, step.counter
+        )
 
-    def _steps(self, kind: str) -> Iterator[_Step]:
+    def _walk(self, batches: Sequence[Batch]) -> Walk:
+        return Walk(self._checkpoint, batches, self.work.folder, self._resources.device)
+
+    def _steps(self, kind: str, walk: Walk, blocks: Sequence[Block]) -> Iterator[_Step]:
         """Walk through the blocks that have no record of this kind, and write these records."""
         done = len(self.work.records(kind))
-        left = [block.experts for block in self._blocks[done:] if block.experts]
+        left = [block.experts for block in blocks[done:] if block.experts]
         weights = count_weights(stack for layer in left for stack in layer.stacks)
         counter = Counter(self._progress, weights)
-        if done < len(self._blocks):
-            self._walk.start(done)
-        for number, block in enumerate(self._blocks[done:], done):
+        if done < len(blocks):
+            walk.start(done)
+        for number, block in enumerate(blocks[done:], done):
             name = block.name if kind == "block" else f"{kind} {block.name}"
-            is_last, record, outputs = number + 1 == len(self._blocks), None, None
+            is_last = kind == "block" and number + 1 == len(blocks)
+            record, outputs = None, None
             counter.enter(name)
-            if routed := self._walk.collect():
+            if routed := walk.collect():
                 assert block.experts
                 begin = counter.done
                 step = _Step(number, name, block.experts, is_last, routed, counter, begin)
                 yield step
                 record, outputs = step.record, step.outputs
             if not is_last:
-                self._walk.advance(outputs)
+                walk.advance(outputs)
             self.work.record(kind, number, record)
 
-    def _experts(self, step: _Step, norms: RowFile | None = None) -> BlockExperts:
+    def _experts(self, step: _Step, norms: Tensor | None = None) -> BlockExperts:
         calibration = self._options.calibration
         assert calibration
         return BlockExperts(
@@ -133,18 +160,19 @@ class BlockPasses:
             self._resources,
             token_cap=calibration.token_cap,
             all_experts=calibration.all_experts,
-            norms=norms.mapped() if norms else None,
+            norms=norms,
         )
 
-    def _norms(self, step: _Step) -> RowFile:
+    def _norms(self, step: _Step, tokens: int) -> RowFile:
         """Of the hidden states after a block of the original model."""
-        return RowFile(self.work.path(f"block-{step.number:04}.norms"), len(step.routed.inputs), 1)
+        return RowFile(self.work.path(f"block-{step.number:04}.norms"), tokens, 1)
 
 
-def _write_norms(norms: RowFile, hidden: Tensor, outputs: Tensor) -> None:
-    """Norms of residual + expert output, assuming that the two are orthogonal."""
-    with norms.writing() as append:
-        for first in range(0, len(outputs), _ROWS):
-            parts = [each[first : first + _ROWS] for each in (hidden, outputs)]
-            squares = [part.square().sum(1, keepdim=True) for part in parts]
-            append((squares[0] + squares[1]).sqrt())
+def _norms(hidden: Tensor, outputs: Tensor) -> Tensor:
+    """Norms of residual + expert output ``[tokens, 1]``, assuming that the two are orthogonal."""
+    norms = torch.empty(len(outputs), 1)
+    for first in range(0, len(outputs), _ROWS):
+        part = slice(first, first + _ROWS)
+        squares = [each[part].square().sum(1, keepdim=True) for each in (hidden, outputs)]
+        norms[part] = (squares[0] + squares[1]).sqrt()
+    return norms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypedDict
 
 from torch import Tensor
@@ -39,6 +39,7 @@ def quantize_block(
     experts: BlockExperts,
     options: ConvertOptions,
     rate: Rate | None,
+    prices: Mapping[str, float],
     staging: Staging,
     outputs: Tensor | None,
     counter: Counter,
@@ -46,6 +47,7 @@ def quantize_block(
     """Quantize a block's experts, a group at a time, into ``staging``.
 
     Args:
+        prices: factors for the rate's lambda, by stack.
         outputs: float32 ``[tokens, d]``, to which the quantized experts' outputs are added; None if
             nothing depends on them.
 
@@ -54,8 +56,13 @@ def quantize_block(
     """
     lam = float(rate.lam) if rate else None
     record = BlockRecord(lam=lam, quality={}, stack_bytes={}, dictionary_bytes={})
+    rates: dict[str, Rate | None] = {}
     for stack in experts.stacks.values():
-        record["quality"][stack.name] = {"name": stack.name, "lambda": rounded(lam), "experts": []}
+        rated = rate and options.methods.of(stack.name).recipe.rated
+        own = rate.times(prices.get(stack.name, 1.0)) if rate and rated else None
+        rates[stack.name] = own
+        own_lam = rounded(float(own.lam)) if own else None
+        record["quality"][stack.name] = {"name": stack.name, "lambda": own_lam, "experts": []}
         record["stack_bytes"][stack.name] = 0
     stage = counter.stage
     with staging.writing(experts.stacks) as writers:
@@ -65,8 +72,9 @@ def quantize_block(
             statistics = experts.statistics(weights, group)
             for matrix, stack in experts.stacks.items():
                 for coded, quality in _quantize(
-                    experts, stack, group, weights[matrix], statistics[matrix], options, rate
-                ):
+                    experts, stack, group, weights[matrix], statistics[matrix], options,
+                    rates[stack.name],
+                ):  # fmt: skip
                     writers[matrix].append(coded)
                     record["quality"][stack.name]["experts"].append(quality)
                     record["stack_bytes"][stack.name] += stored_bytes(coded)

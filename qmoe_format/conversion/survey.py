@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_format.checkpoints import ExpertStack
-from qmoe_format.conversion.block_experts import BlockExperts, Weights
+from qmoe_format.checkpoints import ExpertStack, LayerStacks
+from qmoe_format.conversion.block_experts import BlockExperts, Weights, count_weights
 from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, expected_bytes
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.errors import QMoEError
@@ -25,6 +25,7 @@ from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rate import ABSOLUTE, TRUST, Rate
 
 LAMBDAS = tuple(8e-6 * 5**step for step in range(9))
+POWER = 0.7  # of a block's estimated effect in its price
 _QUANTILES = 16
 _LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 _SAMPLE_EXPERTS = 2
@@ -33,9 +34,10 @@ _SAMPLE_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class StackSurvey:
-    """What was measured of a stack. The last three are empty if no size was asked for.
+    """What was measured of a stack. Sizes and dictionaries are empty if no size was asked for.
 
     Attributes:
+        tokens: that reach the block and count.
         energies: of each expert, 0 without tokens, None if its weights are all zero.
         spread: quantiles of the logarithm of a row's energy over its expert's, the mean of the
             experts that have tokens.
@@ -43,13 +45,16 @@ class StackSurvey:
             same for all if its recipe knows no rate.
         grid_steps: places of its dictionaries, see ``codec.dictionary.on_grid``, at each.
         dictionary_bytes: of one.
+        price: a factor for lambda, see ``with_prices``.
     """
 
+    tokens: int
     energies: list[float | None]
     spread: list[float]
     sizes: list[float]
     grid_steps: list[list[float]]
     dictionary_bytes: float
+    price: float = 1.0
 
     def expected(self, rate: Rate) -> tuple[float, set[int]]:
         """Bytes of the stack at a rate, and the grid steps of its dictionaries.
@@ -62,7 +67,7 @@ class StackSurvey:
         rows = -np.array(self.spread)
         most = math.log(TRUST)
         own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
-        lams = math.log(float(rate.lam)) + own.mean(1) - measured.mean()
+        lams = math.log(float(rate.lam) * self.price) + own.mean(1) - measured.mean()
         lams[[each is None for each in self.energies]] = np.inf
         size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
         nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - np.log(LAMBDAS)).argmin(1)
@@ -74,6 +79,40 @@ def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
     """The geometric mean over the experts that have tokens."""
     logs = [math.log(each) for s in surveys.values() for each in s.energies if each]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def with_prices(
+    surveys: Mapping[str, StackSurvey],
+    layers: Iterable[LayerStacks],
+    sensitivities: Mapping[str, float],
+) -> dict[str, StackSurvey]:
+    """Give the stacks of each block a price by what its errors do to the model's predictions.
+
+    At one lambda, a row accepts an error E_j rho_j (reference / (E_j rho_j))^ABSOLUTE (see
+    ``Rate``). All errors of a block together do that, times its sensitivity. If errors are
+    proportional to lambda, as they are with many levels, a bit does as much in every block when all
+    blocks do as much, per weight. All of these are estimates, so that prices go only part of the
+    way (``POWER``).
+
+    Args:
+        sensitivities: by the paths of layers; others have a price of 1.
+    """
+    reference = reference_energy(surveys)
+    effects: dict[str, float] = {}
+    for layer in layers:
+        errors = 0.0
+        for stack, survey in ((each, surveys[each.name]) for each in layer.stacks):
+            energies = [each for each in survey.energies if each]
+            rows = np.exp(np.log(energies)[:, None] + survey.spread)
+            factor = ((reference / rows) ** ABSOLUTE).clip(1 / TRUST, TRUST)
+            size = stack.rows * stack.columns
+            errors += float((rows * factor).mean(1).sum()) * size / max(1, survey.tokens)
+        effect = errors / count_weights(layer.stacks) * sensitivities.get(layer.path, 0.0)
+        if effect > 0:
+            effects |= {stack.name: effect for stack in layer.stacks}
+    mean = math.exp(_mean(map(math.log, effects.values()))) if effects else 1.0
+    prices = {n: min(max(mean / each, 1 / TRUST), TRUST) ** POWER for n, each in effects.items()}
+    return {n: replace(survey, price=prices.get(n, 1.0)) for n, survey in surveys.items()}
 
 
 def survey_block(
@@ -114,7 +153,7 @@ def survey_block(
     surveys = {}
     for matrix, stack in stacks.items():
         spread = torch.cat(spreads[matrix]).mean(0).nan_to_num().tolist()
-        survey = StackSurvey(energies[matrix], spread, [], [], 0.0)
+        survey = StackSurvey(experts.counted, energies[matrix], spread, [], [], 0.0)
         if sampled:
             counter.enter(f"{stage}, sizes of {matrix}")
             survey = _with_sizes(survey, experts, stack, samples[matrix], options)

@@ -3,6 +3,7 @@
     .NAME.work/lock              locked by the working process
     .NAME.work/state.json        the fingerprint of the conversion
     .NAME.work/survey-0003.json  a block is surveyed
+    .NAME.work/probe-0000.json   what an error in each block does
     .NAME.work/block-0003.norms  norms of the block's hidden states in the original model
     .NAME.work/block-0003.json   a block is quantized
     .NAME.work/stack-0007.qmoe   a quantized stack, see ``staging``
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from qmoe_format.checkpoints import Checkpoint
 
 BEGIN_AGAIN = "begin again with --force"
-KINDS = ("survey", "block")  # of records, in order
+KINDS = ("survey", "probe", "block")  # of records, in order
 SIZE = "bits_per_weight"  # in a fingerprint: it may change until the first block is quantized
 
 

@@ -35,6 +35,10 @@ class Rate:
     lam: float | Tensor
     reference: float
 
+    def times(self, factor: float) -> Rate:
+        """With a lambda that is larger by a factor."""
+        return Rate(self.lam * factor, self.reference)
+
 
 def row_prices(
     rate: Rate,
