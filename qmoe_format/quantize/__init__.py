@@ -1,4 +1,4 @@
-"""From weights to ternary weights. Matrices only: no files, no container.
+"""From weights to levels and scales. Matrices only: no files, no container.
 
 The registry of recipes needs no torch: a recipe's module is imported when it is first used.
 """
