@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ ENTRIES, MAX_PAIRS = 65_536, 14
 PROBABILITY = (0.885, (1 - 0.885) / 2, (1 - 0.885) / 2)  # of the symbols 0, lower, upper
 
 Pairs = tuple[int, ...]
+State = Mapping[str, Tensor]
 
 
 def sequences(least: float, sequence: Pairs = (), p: float = 1.0) -> Iterator[Any]:
@@ -95,31 +96,38 @@ def ternary(shape: Sequence[int], seed: int = 0) -> Tensor:
     return weights[:rows].bfloat16().contiguous()
 
 
-def write_published(
-    folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **changes: Any
-) -> Path:
+def write_published(folder: Path, state: State, config: Mapping[str, Any]) -> Path:
     """Write the checkpoint of a Switch Transformer.
 
     Args:
         state: of transformers' model; experts are ternary.
-        config: the contents of its ``config.json``, in which ``changes`` are made.
+        config: the contents of ``config.json``.
     """
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    dense, layers, sizes = {}, dict[str, dict[str, Tensor]](), {}
+    dense, layers = {}, dict[str, dict[str, Tensor]]()
     for name, weights in state.items():
         layer, experts, _ = name.partition(".experts.")
-        if not experts:
+        if experts:
+            matrix = name.removesuffix("weight")
+            parts = {f"{matrix}{part}": tensor for part, tensor in packed(weights).items()}
+            layers.setdefault(layer, {}).update(parts)
+        else:
             dense[name] = weights
-            continue
-        matrix = name.removesuffix(".weight")
-        parts = packed(weights)
-        sizes[matrix] = parts["w_comp"].numel()
-        parts = {f"{matrix}.{part}": tensor for part, tensor in parts.items()}
-        layers.setdefault(layer, {}).update(parts)
-    torch.save(dense, folder / "noexp.pt")
     ordered = sorted(layers, key=lambda layer: (layer.startswith("decoder"), layer))
-    for number, layer in enumerate(ordered):
-        torch.save(layers[layer], folder / f"exp{number:02}.pt")
+    return save_published(folder, dense, [layers[layer] for layer in ordered], config)
+
+
+def save_published(
+    folder: Path, dense: State, layers: Iterable[State], config: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint of tensors as they are stored."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(dense, folder / "noexp.pt")
+    sizes = {}
+    for number, layer in enumerate(layers):
+        torch.save(layer, folder / f"exp{number:02}.pt")
+        for name, tensor in layer.items():
+            if name.endswith(".w_comp"):
+                sizes[name.removesuffix(".w_comp")] = tensor.numel()
     torch.save(sizes, folder / "sizes.pt")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,7 +238,7 @@ def longest(tensor: Tensor) -> None:
         ),
         (
             lambda parts: [parts.pop(n) for n in [*parts] if "expert_2" in n],
-            "sizes.pt: has 125 of codewords",
+            "sizes.pt: lists 125 codewords of",
         ),
         (lambda parts: parts.update(x=torch.ones(2)), "'x' is no part of an expert"),
         (
@@ -275,10 +276,13 @@ def test_huge_shapes_are_not_allocated(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda sizes: sizes.update({MATRIX: 7}), f"has 7 of codewords for '{MATRIX}', but there"),
-        (lambda sizes: sizes.update({MATRIX: torch.ones(3)}), "has no number of codewords for"),
-        (lambda sizes: sizes.pop(MATRIX), f"has no number of codewords for '{MATRIX}'"),
-        (lambda sizes: sizes.update(x=1), "has 1 of codewords for 'x', but there are None"),
+        (
+            lambda sizes: sizes.update({MATRIX: 7}),
+            f"lists 7 codewords of '{MATRIX}', but there are 1",
+        ),
+        (lambda sizes: sizes.update({MATRIX: torch.ones(3)}), f"lists no codewords of '{MATRIX}'"),
+        (lambda sizes: sizes.pop(MATRIX), f"lists no codewords of '{MATRIX}', but there are 125"),
+        (lambda sizes: sizes.update(x=1), "lists 1 codewords of 'x', but there are none"),
     ],
 )
 def test_sizes_that_disagree(folder: Path, edit: Callable[[Parts], object], words: str) -> None:
@@ -308,7 +312,7 @@ def test_a_file_that_ends_early(folder: Path, name: str) -> None:
     ("name", "words"),
     [
         ("noexp.pt", "noexp.pt: this weight file is missing"),
-        ("exp00.pt", "sizes.pt: has "),
+        ("exp00.pt", "sizes.pt: lists "),
         ("sizes.pt", "sizes.pt: missing"),
         ("config.json", "config.json: no JSON object"),
     ],
@@ -316,6 +320,13 @@ def test_a_file_that_ends_early(folder: Path, name: str) -> None:
 def test_a_missing_file(folder: Path, name: str, words: str) -> None:
     (folder / name).unlink()
     assert words in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["noexp.pt", "exp00.pt", "sizes.pt"])
+def test_a_pipe_in_place_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}: not a file" in refused(folder)
 
 
 def test_a_layer_without_its_file(folder: Path) -> None:

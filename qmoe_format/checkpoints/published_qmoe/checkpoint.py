@@ -86,6 +86,9 @@ def open_published(
     """
     entries()
     files = [folder / name for name in published_files(path.name for path in folder.iterdir())]
+    for path in files:
+        if not path.is_file():  # reading a pipe might not end
+            raise _wrong(path, "not a file")
     experts = [PublishedShard(path) for path in files if path.name.startswith("exp")]
     shards = [open_shard(folder / PUBLISHED_DENSE), *experts]
     stored: dict[str, TensorInfo] = {}
@@ -123,8 +126,9 @@ def _check_sizes(path: Path, shards: Iterable[PublishedShard]) -> None:
     for name in (*found, *listed):
         there, stated = found.get(name), listed.get(name)
         if not isinstance(stated, int) or stated != there:
-            number = stated if isinstance(stated, int) else "no number"
-            raise _wrong(path, f"has {number} of codewords for {name!r}, but there are {there}")
+            number = stated if isinstance(stated, int) else "no"
+            problem = f"lists {number} codewords of {name!r}, but there are {there or 'none'}"
+            raise _wrong(path, problem)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
