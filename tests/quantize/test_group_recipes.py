@@ -157,10 +157,12 @@ def test_granularity_follows_outliers() -> None:
     assert [each.shape[1] for each in result.scales] == [1, 8, 16, 32]
 
 
-@pytest.mark.parametrize(("columns", "sizes"), [(32, {0}), (33, {0, 32}), (100, {0, 32, 64})])
-def test_no_group_is_longer_than_a_row(columns: int, sizes: set[int]) -> None:
-    for seed in range(5):
-        assert granularity(with_outliers(8, columns, seed=seed)) in sizes
+@pytest.mark.parametrize(("columns", "size"), [(32, 0), (64, 32), (100, 32)])
+def test_groups_are_shorter_than_a_row(columns: int, size: int) -> None:
+    """A longer one does not end the search either."""
+    weights = torch.ones(8, columns)
+    weights[:, 10] = 100
+    assert granularity(weights) == size
 
 
 def test_small_groups_help_against_outliers() -> None:
