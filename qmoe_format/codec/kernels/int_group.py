@@ -1,10 +1,9 @@
 """Kernels of ``int-group``: packed codes to weights, and products without storing them.
 
 Sixteen codes at a time become weights, exact to the bit ([G-6], [G-7]), in a vector that is then
-stored, or multiplied with x of one token or of four. On AVX2 that is five or six instructions for
-eight weights, whatever their bits, and the reason why there are no tables of values. (The sum of
-u x, less z times the sum of x, would take fewer, but where weights are 0 it leaves what was rounded
-of both. [M-1])
+stored, or multiplied with x of one token or of four. On AVX2 that is four or five instructions for
+eight weights; look-ups in tables take no fewer. (The sum of u x, less z times the sum of x, would
+save two of them, but where weights are 0 it leaves what was rounded of both. [M-1])
 
 ``grouped``, the first argument of all kernels after ``first`` and ``last``, is a tuple of
 
