@@ -170,10 +170,8 @@ def _package_contents(file: Any) -> dict[str, Any]:
         result = {"sha256": sha256(values.tobytes())}
         if tensor.encoding in ("int-dict", "int-group"):
             stored = file.encoded(name, expert)
-            if tensor.encoding == "int-dict":
-                levels = codec.decode(stored.levels)
-            else:
-                levels = codec.unpack_groups(stored)
+            plain = tensor.encoding == "int-group"
+            levels: Any = codec.unpack_groups(stored) if plain else codec.decode(stored.levels)
             result["levels"] = sha256(levels.tobytes())
         return result
 

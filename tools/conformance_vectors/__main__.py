@@ -6,7 +6,7 @@ writes ``DIR/manifest.json`` and ``DIR/vectors/`` (by default those of the packa
 each time. Each module ``*_vectors.py`` has the vectors of some sections of SPEC.md. What a reader
 has to find in an accepted file is computed from what was put in, not by a reader. Each rejected
 file has one defect and is otherwise right, checksums included; where one has two (those named
-``order-...``, a few of [N-2] and [S-2]), a rule says which comes first.
+``order-...``, a few of [N-2], [S-1] and [S-2]), a rule says which comes first.
 """
 
 from __future__ import annotations

@@ -121,6 +121,9 @@ def section_3_json() -> Iterator[Vector]:
         ("order-unknown",
          canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"b":0,"a":0}'),
          "Keys in descending order within a key of an unknown encoding"),
+        ("order-length",
+         canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"b":0,"aa":0}'),
+         "Keys in the order of their lengths"),
         ("order-prefix",
          canonical(unknown(x={}).index).replace(b'"x":{}', b'"x":{"ab":0,"a":0}'),
          "A key that begins the key before it"),
@@ -208,6 +211,8 @@ def section_3_names() -> Iterator[Vector]:
         ("tensor", "order", "b", "a", "malformed"),
         ("tensor", "order-number", "a.2", "a.10", "malformed"),
         ("tensor", "order-case", "a", "B", "malformed"),
+        ("tensor", "order-length", "b", "aa", "malformed"),
+        ("tensor", "order-prefix", "ab", "a", "malformed"),
         ("attachment", "twice", "a", "a", "duplicate"),
         ("attachment", "order", "b", "a", "malformed"),
     ):
@@ -391,8 +396,9 @@ def section_3_3_unknown_index() -> Iterator[Vector]:
              {"members": "a", "stack": True, "shape": [1, 3]}),
             ("no-dimension", "T-1", "malformed", "is a stack without a dimension",
              {"stack": True, "shape": []}),
-            ("empty-extent", "T-1", "malformed", "is a stack without experts, but has an extent",
-             {"stack": True, "shape": [0, 1], "extent": 7}),
+            ("transposed", "T-3", "malformed", "is transposed and has two dimensions",
+             {"transposed": True, "stack": True, "shape": [1, 3]}),
+            ("size", "L-1", "limit", "has 2^53 elements", {"shape": [2**27, 2**26]}),
             ("dimensions", "L-1", "limit", "has nine dimensions", {"shape": [1] * 9}),
             ("dimension", "L-1", "limit", "has a dimension of 2^40 + 1", {"shape": [2**40 + 1]}),
             ("shape-item", "J-4", "malformed", "has a shape with true", {"shape": [True]}),
@@ -400,6 +406,9 @@ def section_3_3_unknown_index() -> Iterator[Vector]:
             what = f"A tensor of an unknown {kind} {what}"
             name = f"unknown-{kind}-{name}"
             yield reject(name, f"{needed} T-5", code, what, small().change(**change, **keys))
+        content = small().tensor("b", "U8", [0, 5], stack=True).change(**change, extent=1)
+        what = f"A stack without experts of an unknown {kind}, whose extent is 1, not 0"
+        yield reject(f"unknown-{kind}-extent", "T-1 T-5", "malformed", what, content)
 
 
 def section_10_nesting() -> Iterator[Vector]:

@@ -214,7 +214,10 @@ def section_7_rows_per_segment() -> Iterator[Vector]:
     content.change(rows_per_segment=2**31)
     what = "2^31 rows in a segment, one more than the most"
     yield reject("rows-per-segment-2147483648", "E-3 L-1", "limit", what, content)
-    content.change(rows_per_segment=2)
+    content.change(dtype="F4")
+    what = "The same of an element type that no reader knows"
+    yield reject("rows-per-segment-unknown", "E-3 L-1 T-5", "limit", what, content)
+    content.change(rows_per_segment=2, dtype="F32")
     what = "Segments of two rows by the index, of one in the extent"
     yield reject_extent("rows-per-segment-2", "E-3 E-4", "malformed", what, content)
     content = coded(Matrix(levels, scales[:70], symmetric=True, rows_per_segment=70))
@@ -324,6 +327,8 @@ def section_7_dictionary() -> Iterator[Vector]:
         yield bad(f"dictionary-{number}", "E-1", "malformed", what, dictionary=number)
         yield bad(f"dictionary-refinement-{number}", "E-1", "malformed", f"{what}, refinement",
                   refinement={"dictionary": number})
+    yield bad("dictionary-no-rows", "E-1", "malformed", "Dictionary 1 of 1, but no rows",
+              Matrix([], []), dictionary=1)
     content = coded(Matrix(BASE, LOW_HIGH), tunstall(9, 0.9))
     content.index["dictionaries"] = []
     content.index["tensors"][0]["extent"] = 0
@@ -591,6 +596,8 @@ def section_7_2() -> Iterator[Vector]:
          row, segment(codewords, 8, signs(row), 0, 1 << 5), BOOK),
         ("bit-9", "E-13", "padding", "A bit between 9-bit codewords and signs is set",
          row, segment(nine.parse(mask(row)), 9, signs(row), 0, 1), nine),
+        ("no-columns", "E-10 E-13", "malformed", "A byte where there are no columns",
+         [], b"\0", BOOK),
         ("bit-no-signs", "E-13", "padding", "A bit after 9-bit codewords is set, no signs",
          [0] * 10, segment(nine.parse([0] * 10), 9, [], 0, 64), nine),
     ):

@@ -143,9 +143,9 @@ def section_9_shards() -> Iterator[Vector]:
     text = of(*[entry(*item) for item in three.items()])
     what = "A tensor is in the first and the third shard"
     yield reject_set("tensor-twice-far", "S-3", "duplicate", what, text, three)
-    text = of(entries[0], entries[1], entries[0])
-    what = "The first shard is named again as the third"
-    yield reject_set("twice-far", "S-3", "duplicate", what, text, data)
+    text = of(entry("a.qmoe", empty), entries[0], entry("a.qmoe", empty))
+    what = "A shard without tensors is named again as the third"
+    yield reject_set("twice-far", "S-3", "duplicate", what, text, data | {"a.qmoe": empty})
     inner = of(entries[0])
     text = of(entries[0], entry("inner.json", inner))
     what = "A shard that is itself the text of a set"

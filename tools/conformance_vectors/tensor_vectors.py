@@ -277,9 +277,9 @@ def section_6_trees() -> Iterator[Vector]:
         padded = patched(book.tree, {-1: book.tree[-1] | 0x80})
         yield bad_tree(f"order-entry-{name}-padding", f"{needed} D-2", "limit",
                        what.format("a bit after the tree"), book, padded)
-    first = Book(8, [comb([0] * 255, 256), comb([1] * 16, 256)])
+    late = Book(8, [comb([0] * 20, 256), comb([1] * 16, 256)])
     what = "Two defects, 512 leaves of 256, and a last entry of 17 ones: the second counts"
-    yield bad_tree("order-leaves-entry", "D-3 D-4 C-4", "limit", what, first)
+    yield bad_tree("order-leaves-entry", "D-3 D-4 C-4", "limit", what, late)
     content = Content().dictionary(BOOK, frame(BOOK.tree), encoding="zstd")
     content.int_dict("w", "F32", symmetric([1, 0, -1]))
     yield accept("dictionary-zstd", "D-2 Z-2", "A tree in a Zstandard frame", content)
