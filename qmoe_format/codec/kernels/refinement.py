@@ -38,7 +38,7 @@ from qmoe_format.codec.kernels.unaligned import advance, load32, pointer
 
 # Codewords of up to 16 ones, perhaps without a zero, that a list has room for.
 _CODEWORDS = np.uint64(2048)
-# Magnitudes that the last entry may add behind those of a segment, and a vector may known.
+# Magnitudes that the last entry may add behind those of a segment, and a vector may read.
 _BEHIND = 256 + 16
 _TOO_LARGE = np.uint64(128)
 

@@ -104,7 +104,7 @@ def _take_1(found, count, place, positions, codeword):
 
 @inlined
 def _take_2(found, count, place, positions, codeword):
-    """The same for entries of up to eight non-zeros."""
+    """The same for entries of up to eight ones."""
     store64(found, TWO * count, positions[TWO * codeword] + place)
     store64(found, TWO * count + EIGHT, positions[TWO * codeword + ONE] + place)
 
