@@ -149,6 +149,11 @@ def _group_size(header: Bytes) -> int:
     return int(size)
 
 
+def extent_length(item: Item, group_size: int) -> int:
+    """Bytes of the extent of a matrix."""
+    return _layout(item, group_size)[1]
+
+
 def _layout(item: Item, group_size: int) -> tuple[list[slice], int]:
     """Where the three sections of an extent are, and its length.
 
