@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.evaluation import Evaluation
 from qmoe_format.quantize.hessian import Statistics, relative_error
+from qmoe_format.quantize.level_weights import LevelWeights
 from qmoe_format.quantize.rate import Rate, weighted_energies
 from qmoe_format.quantize.rd import Search, quantize_rd
 
@@ -63,9 +64,16 @@ def samples(experts: int) -> list[Sample]:
 
 
 def entropy(levels: Tensor) -> float:
-    """Bits per level."""
-    shares = [float((levels == value).double().mean()) for value in (-1, 0, 1)]
-    return -sum(share * math.log2(share) for share in shares if share)
+    """Bits per weight of mask, signs and refinement."""
+    size, nonzeros = levels.numel(), int(levels.count_nonzero())
+    ups = int(levels.int().abs().sum()) - nonzeros
+    return (_coin(nonzeros, size) + nonzeros + _coin(ups, ups + nonzeros)) / size
+
+
+def _coin(ones: int, bits: int) -> float:
+    """The entropy of a string of bits, of which some are ones."""
+    shares = (ones / max(1, bits), 1 - ones / max(1, bits))
+    return -bits * sum(share * math.log2(share) for share in shares if share)
 
 
 def in_classes(levels: Tensor) -> float:
@@ -80,7 +88,8 @@ def point(some: list[Sample], lam: float, search: Search) -> Point:
     rows = []
     for weights, statistics, reference in some:
         rate = Rate(lam, reference)
-        made = quantize_rd(weights, "BF16", statistics, rate, search).weights
+        made = quantize_rd(weights, statistics, rate, search=search).weights
+        assert isinstance(made, LevelWeights)
         errors = relative_error(weights, made.dequantize(), statistics.sums).log().tolist()
         for levels, error in zip(made.levels, errors, strict=True):
             rows.append((entropy(levels), in_classes(levels), error))

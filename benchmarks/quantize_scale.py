@@ -150,10 +150,10 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
             if recipe.rated:
                 reference = weighted_energies(weights, statistics).mean(1).log().mean().exp()
                 rate = Rate(LAMBDA, float(reference))
-            ternary = recipe.quantize(weights, "BF16", statistics, rate).weights
+            quantized = recipe.quantize(weights, statistics, rate).weights
         with done.phase("coding", device):
             for place in range(len(experts)):
-                matrix = encode(ternary, place, "BF16", PROFILES["fast"], settings.threads)
+                matrix = encode(quantized, place, PROFILES["fast"], settings.threads)
                 done.stored_bytes += stored_bytes(matrix)
     done.experts += len(experts)
 

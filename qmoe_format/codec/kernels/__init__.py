@@ -9,6 +9,7 @@ and what they are made of:
     scan       the chunks of a segment as lists of non-zeros
     refinement the magnitudes of a segment's non-zeros
     cursor     the rows of a chunk
+    int_group  packed integers: their weights and products
     tables     look-up tables of a dictionary
     unaligned, simd    memory and vector instructions that Numba lacks
     jit        how all of it is compiled and cached
