@@ -1,4 +1,4 @@
-"""y = W x on a GPU, straight from the codewords, and W itself where it is wanted.
+"""y = W x on a GPU, straight from codewords or packed integers, and W itself where it is wanted.
 
 x and y are CuPy arrays or torch tensors, used as they are, on the current stream of their library.
 Nothing waits for the GPU, and every call can be captured in a CUDA graph once it has been made

@@ -1,4 +1,4 @@
-// A stack of int-dict matrices in the GPU's memory, as pack_int_dict.py lays it out.
+// A stack of int-dict matrices in the GPU's memory, as int_dict_packing.py lays it out.
 
 typedef Entry<ENTRY, SLOTS> MaskEntry;
 
