@@ -17,6 +17,7 @@ benchmarks/quantize_choices.py measures what these choices are worth.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ from qmoe_format.quantize.solution import Problem, Solution, finished
 _FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
 _FURTHER_BITS = 3.0  # of each further level, where an eighth of the non-zeros goes on
 _STEP = 4.0  # between levels, in roots of the price of a bit; 2.9 would be best for many levels
+_FINEST = 40.0  # steps between 0 and 3 times the root mean square, so that 127 reach any weight
 _TERNARY_ZEROS = 0.9  # with more zeros than that, three levels are as good as any number
 
 
@@ -156,8 +158,9 @@ def _first_scales(
     most = torch.where(ternary, 2.2, 3.0).to(scale)[:, None]
     scale = scale * torch.minimum((most + 0.8 * torch.log10(relative / 0.05)).clamp(min=1.0), most)
     spread = factor.diagonal(dim1=1, dim2=2)
-    limit = (scale[:, None] * columns[:, :, None]).log()
+    limit = (scale[:, None] * columns[:, :, None]).clamp(min=1e-30).log()
     step = (_STEP * price.sqrt()[:, None] * spread[:, :, None]).clamp(min=1e-30).log()
+    step = torch.maximum(step, limit - math.log(_FINEST))
     step = torch.where(ternary[:, None, None], torch.inf, step)
     both = -torch.logaddexp(-4 * step, -4 * limit) / 4
     mean = both.mean(2)

@@ -171,7 +171,8 @@ def finished(problem: Problem, solution: Solution) -> LevelWeights:
     scale = solution.scale * stretch.clamp(1 / MAX_STRETCH, MAX_STRETCH)
     used = solution.levels.any(1) & (scale > 0)
     rows = (torch.where(used, scale, 0.0).double() * problem.largest[:, None]).to(SCALE)
-    bad = ~torch.isfinite(rows.float() * columns.amax(1, keepdim=True).clamp(min=1.0))
+    most = solution.levels.abs().amax(1).clamp(min=1.0) * columns.amax(1, keepdim=True)
+    bad = ~torch.isfinite(rows.float() * most.clamp(min=1.0))
     if bad.any():
         expert, row = bad.nonzero()[0].tolist()
         raise QMoEError(
