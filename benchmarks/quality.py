@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import sys
 import sysconfig
@@ -125,7 +126,7 @@ class Subject:
     def measure(self, label: str) -> Record:
         """Replace the experts and measure. A refusal is a result, too."""
         started = time.perf_counter()
-        record: Record = {"options": OURS.get(label, {"type": label})}
+        record: Record = {"options": options_of(label)}
         try:
             with ProgressLine(label, "weights" if label in OURS else "matrices") as line:
                 replace = self._convert if label in OURS else self._theirs.replace
@@ -170,6 +171,10 @@ def labels(patterns: Sequence[str]) -> list[str]:
     return [label for label in known if any(fnmatchcase(label, each) for each in patterns)]
 
 
+def options_of(label: str) -> Record:
+    return OURS.get(label, {"type": label})
+
+
 def run(
     folders: Sequence[Path],
     chosen: Sequence[str],
@@ -184,35 +189,41 @@ def run(
     stated: Record = dict(settings)
     for name, text in {"calibration": read_text(calibration), **texts}.items():
         stated[f"{name}_sha256"] = hashlib.sha256(json.dumps(text).encode()).hexdigest()
-    models: dict[str, Record] = report.load("quality").get("models", {}) if save else {}
-
-    def save_now() -> None:
-        if save:
-            machine = report.machine()
-            for package in ("transformers", "gguf", "llama-cpp-python"):
-                with suppress(importlib.metadata.PackageNotFoundError):
-                    machine["versions"][package] = importlib.metadata.version(package)
-            report.save("quality", {"machine": machine, "models": models})
-
     for folder in folders:
-        result = models.get(folder.name, {})
-        if result.get("settings") != stated:
-            if result and resume:
-                raise SystemExit(f"{folder.name} was measured with other text or other settings")
-            result = models[folder.name] = {"settings": stated, "records": {}}
-        records: Records = result["records"]
-        missing = [each for each in chosen if not (resume and "bits" in records.get(each, {}))]
+        before: Record = report.load("quality").get("models", {}).get(folder.name, {})
+        kept: Records = before["records"] if save and before.get("settings") == stated else {}
+        if save and resume and before.get("settings") not in (None, stated):
+            raise SystemExit(f"{folder.name} was measured with other text or other settings")
+        missing = [
+            label
+            for label in chosen
+            if not (resume and "bits" in kept.get(label, {}))
+            or kept[label]["options"] != options_of(label)
+        ]
         if missing:
-            subject = Subject(
-                folder, calibration, texts, settings, theirs=not set(missing) <= set(OURS)
-            )
-            result["bf16"] = subject.bf16()
+            theirs = not set(missing) <= set(OURS)
+            subject = Subject(folder, calibration, texts, settings, theirs=theirs)
+            result = {"settings": stated, "bf16": subject.bf16(), "records": {}}
         for label in missing:
-            records[label] = subject.measure(label)
-            save_now()
-        print(f"\n{folder.name}\n{table(records)}", flush=True)
+            kept[label] = result["records"][label] = subject.measure(label)
+            if save:
+                store(folder.name, result)
+        print(f"\n{folder.name}\n{table(kept)}", flush=True)
     if save:
-        plot(models, report.RESULTS / "quality.png")
+        plot(report.load("quality")["models"], report.RESULTS / "quality.png")
+
+
+def store(model: str, result: Record) -> None:
+    """Add to the results, to which others may be adding as well."""
+    models: dict[str, Record] = report.load("quality").get("models", {})
+    before = models.get(model, {})
+    kept = before["records"] if before.get("settings") == result["settings"] else {}
+    models[model] = {**result, "records": {**kept, **result["records"]}}
+    machine = report.machine()
+    for package in ("transformers", "gguf", "llama-cpp-python"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            machine["versions"][package] = importlib.metadata.version(package)
+    report.save("quality", {"machine": machine, "models": models})
 
 
 # Output
@@ -240,13 +251,14 @@ def table(records: Records) -> str:
     return "\n".join([*lines, "* ours; KL and loss gap in thousandths of a nat"])
 
 
-OUR_CURVE = "rd (ours), asked for several sizes"
-PLOTTED = {OUR_CURVE: "C0o-", "our other recipes": "C3s", "llama.cpp's types": "C2D"}
-
-
-def _group(label: str) -> str:
-    curve, others, theirs = PLOTTED
-    return theirs if label not in OURS else curve if label.startswith("rd ") else others
+OURS_LINE, OURS_POINT, THEIRS = (
+    "rd (ours), asked for several sizes",
+    "our other recipes",
+    "GGUF types",
+)
+STYLES = {OURS_LINE: "C0o-", OURS_POINT: "C3s", THEIRS: "C2D"}
+# Which corner of a label is near its point; for ours in reverse.
+PLACES = [("left", "bottom"), ("left", "top"), ("right", "bottom"), ("right", "top")]
 
 
 def plot(models: dict[str, Record], path: Path) -> None:
@@ -257,37 +269,59 @@ def plot(models: dict[str, Record], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(5.2 * len(models), 4.8), squeeze=False, layout="constrained"
+        1, len(models), figsize=(5.2 * len(models), 5), squeeze=False, layout="constrained"
     )
+    drawn: list[list[tuple[float, float, str, str]]] = []
     for panel, (model, result) in zip(axes[0], models.items(), strict=True):
-        groups: dict[str, list[tuple[float, float, str]]] = {name: [] for name in PLOTTED}
-        for label, each in result["records"].items():
-            if "bits" in each:
-                groups[_group(label)].append((each["bits"], each["kl"], label))
-        for (name, points), style in zip(groups.items(), PLOTTED.values(), strict=True):
-            if not points:
-                continue
-            bits, kl, names = zip(*sorted(points), strict=True)
-            panel.plot(bits, kl, style, markersize=5, label=name)
-            below = name == OUR_CURVE
-            for x, y, text in zip(bits, kl, names, strict=True):
-                panel.annotate(
-                    text.removeprefix("rd "),
-                    (x, y),
-                    (-4, -3) if below else (4, 3),
-                    textcoords="offset points",
-                    ha="right" if below else "left",
-                    va="top" if below else "bottom",
-                    fontsize=8,
-                    color=style[:2],
-                )
+        drawn.append([])
+        for group, style in STYLES.items():
+            points = sorted(
+                (each["bits"], each["kl"], label.removeprefix("rd "), style[:2])
+                for label, each in result["records"].items()
+                if "bits" in each and _group(label) == group
+            )
+            drawn[-1] += points
+            panel.plot(*[[each[i] for each in points] for i in (0, 1)], style, ms=5, label=group)
         panel.set(yscale="log", title=model, xlabel="bits per expert weight, everything included")
         panel.grid(alpha=0.3, which="both")
         panel.margins(x=0.1)
     axes[0][0].set_ylabel("KL(bf16 ‖ quantized), nats per token")
-    axes[0][0].legend()
-    figure.suptitle("Loss of quality over size of the experts: lower left is better")
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(STYLES))
+    figure.suptitle("Loss over size of the experts: lower left is better")
+    figure.draw_without_rendering()
+    for panel, points in zip(axes[0], drawn, strict=True):
+        _label(panel, points)
     figure.savefig(path, dpi=110)
+
+
+def _group(label: str) -> str:
+    if label not in OURS:
+        return THEIRS
+    return OURS_LINE if label.startswith("rd ") else OURS_POINT
+
+
+def _label(panel: Any, points: list[tuple[float, float, str, str]]) -> None:
+    """Write each label where it hides no point and no other label, if there is such a place."""
+    from matplotlib.transforms import Bbox
+
+    centers = panel.transData.transform([point[:2] for point in points])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centers]
+    for x, y, text, color in points:
+        places = PLACES[::-1] if color == "C0" else PLACES
+        for distance, (side, edge) in itertools.product((4, 12, 20), places):
+            offset = (distance if side == "left" else -distance, 3 if edge == "bottom" else -3)
+            note = panel.annotate(
+                text, (x, y), offset, textcoords="offset points",
+                ha=side, va=edge, fontsize=8, color=color,
+            )  # fmt: skip
+            box = note.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            note.remove()
+        else:
+            continue
+        taken.append(box)
 
 
 def main() -> None:
