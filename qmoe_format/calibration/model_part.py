@@ -120,6 +120,11 @@ class ModelPart:
         """Whether a module is part of this stage."""
         return path.startswith(f"{self._name}.")
 
+    def parents(self) -> list[str]:
+        """The names of the modules that this stage is in, the nearest first."""
+        parts = self._name.split(".")
+        return [".".join(parts[:number]) for number in range(len(parts) - 1, 0, -1)]
+
     @torch.no_grad()
     def _calls(self, states: Tensor | None) -> list[partial[Any]]:
         """Of the blocks, with tokens of the first batch."""

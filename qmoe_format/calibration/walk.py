@@ -216,12 +216,20 @@ class Walk:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The function from what the last stage returns to logits, with its weights in memory.
 
-        Factors and caps that some models apply to logits are left out.
+        Factors and caps that some models apply to logits are left out. Without a head, what the
+        stage returns stands for them.
         """
-        model = self._checkpoint.model
+        model, last = self._checkpoint.model, self._parts[-1]
         module = model.get_output_embeddings()
-        path = next(name for name, each in model.named_modules() if each is module)
-        names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        heads = [n for n, each in model.named_modules() if each is module and module is not None]
+        # A model of several models may not tell which of their heads it uses.
+        heads += [
+            f"{n}.lm_head" for n in last.parents() if hasattr(model.get_submodule(n), "lm_head")
+        ]
+        if not heads:
+            yield lambda rows: rows.cpu()
+            return
+        names = [f"{heads[0]}.{n}" for n, _ in model.get_submodule(heads[0]).named_parameters()]
         weights = [each.float() for each in self._checkpoint.parameters(names).values()]
         yield lambda rows: torch.nn.functional.linear(rows.cpu(), *weights)
 

@@ -142,7 +142,7 @@ def test_calibrated(model_type: str, converted: Callable[..., Path], tmp_path: P
     for name, original in before.items():
         if name in experts:
             difference = (after[name] - original).square().sum() / original.square().sum()
-            assert 0 < difference < 0.6, name
+            assert 0 < difference < 0.7, name
         else:
             assert after[name].equal(original), name
 
