@@ -4,10 +4,10 @@
 
 Writes benchmarks/results/quantize_choices.json. Each variant quantizes some experts of each stack
 of mixtral-mini at three lambdas, on one thread. Both the Hessians and the errors are those of the
-evaluation text, which has far more tokens than there are columns. Bits are the entropy of the
-levels, and the logarithm of the error is interpolated linearly in them. ``bits in classes`` is the
-entropy if a matrix's columns, sorted by their share of non-zeros, were coded in four classes with a
-dictionary each, which the format does not support.
+evaluation text, which has far more tokens than there are columns. Bits are the entropy of mask,
+signs and refinement, and the logarithm of the error is interpolated linearly in them. ``bits in
+classes`` is the entropy if a matrix's columns, sorted by their share of non-zeros, were coded in
+four classes with dictionaries of their own, which the format does not support.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from qmoe_format.quantize.rd import Search, quantize_rd
 MODEL = "mixtral-mini"
 LAMBDAS = (0.015, 0.03, 0.06)
 CLASSES = 4
-DEFAULT = "as it is"
+DEFAULT, THREE = "as it is", "three levels"
 VARIANTS = {
     DEFAULT: Search(),
+    THREE: Search(),
     "10 rounds instead of 20": Search(rounds=10),
     "40 rounds": Search(rounds=40),
     "60 rounds": Search(rounds=60),
@@ -83,12 +84,12 @@ def in_classes(levels: Tensor) -> float:
     return sum(entropy(part) * part.shape[1] for part in parts) / levels.shape[1]
 
 
-def point(some: list[Sample], lam: float, search: Search) -> Point:
+def point(some: list[Sample], lam: float, search: Search, most: int | None = None) -> Point:
     """Means over the matrices: bits, bits in classes, logarithm of the error."""
     rows = []
     for weights, statistics, reference in some:
         rate = Rate(lam, reference)
-        made = quantize_rd(weights, statistics, rate, search=search).weights
+        made = quantize_rd(weights, statistics, rate, most, search).weights
         assert isinstance(made, LevelWeights)
         errors = relative_error(weights, made.dequantize(), statistics.sums).log().tolist()
         for levels, error in zip(made.levels, errors, strict=True):
@@ -108,7 +109,8 @@ def main() -> None:
     wanted = base_error = base_seconds = 0.0
     for label, search in VARIANTS.items():
         started = time.perf_counter()
-        points = sorted(point(some, lam, search) for lam in LAMBDAS)
+        most = 3 if label == THREE else None
+        points = sorted(point(some, lam, search, most) for lam in LAMBDAS)
         seconds = time.perf_counter() - started
         bits, classes, errors = zip(*points, strict=True)
         if label == DEFAULT:

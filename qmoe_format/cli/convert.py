@@ -182,7 +182,7 @@ def _read_rules(path: Path | None) -> list[str]:
     if path is None:
         return []
     with os_errors(f"cannot read {path}"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 

@@ -133,7 +133,9 @@ def fit_dictionary(
 
 @lru_cache(maxsize=256)
 def _on_grid(step: int, width: int) -> Dictionary:
-    return fit_dictionary(1.0 / (1.0 + math.exp(-step / 8)), width)
+    # Found by trying: from here down, these widths take the least space.
+    most = 8 if step < -7 else 12 if step < -3 else MAX_WIDTH
+    return fit_dictionary(1.0 / (1.0 + math.exp(-step / 8)), min(width, most))
 
 
 def standard_dictionary(zero_fraction: float, width: int = FAST.width) -> Dictionary:
@@ -141,6 +143,11 @@ def standard_dictionary(zero_fraction: float, width: int = FAST.width) -> Dictio
 
     The grid has steps of 1/8 in ln(p / (1 - p)); being off by half a step costs less than 0.05 %
     of the bits. ``zero_fraction`` may be 0 or 1 (the grid ends at 0.018 and 0.9991).
+
+    Args:
+        zero_fraction: share of the bits that are 0.
+        width: the most bits in a codeword. Where ones prevail there are only 12 or 8: an entry may
+            have 16 ones, and with more bits most entries would need more.
 
     Example:
         >>> from qmoe_format.codec import standard_dictionary

@@ -13,7 +13,7 @@ class Profile:
     wastes half a codeword at its end, 3.5 bits of rounding to bytes, and a byte for its length.
 
     Attributes:
-        width: bits in a codeword.
+        width: the most bits in a codeword.
         segment_weights: weights in a segment, roughly.
     """
 

@@ -100,7 +100,7 @@ def encode(
     Args:
         levels: int8 [rows, columns] of -127 to 127.
         threads: do not change the result.
-        width: bits in a codeword of those dictionaries that are not given.
+        width: of the dictionaries that are not given, see ``standard_dictionary``.
         rows_per_segment: by default as many as hold about 4096 weights (profile ``fast``).
         dictionary: by default the standard one for the share of zeros.
         refinement_dictionary: by default the standard one for the share of zeros in the refinement.
@@ -132,16 +132,16 @@ def encode(
     span = rows_per_segment * columns
     nonzeros = int(np.count_nonzero(flat))
 
-    def encoded(kernel: Any, dictionary: Dictionary | None, zeros: int, bits: int) -> EncodedBits:
+    def encoded(kernel: Any, dictionary: Dictionary | None, ones: int, bits: int) -> EncodedBits:
         if dictionary is None:
-            dictionary = standard_dictionary(zeros / max(bits, 1), width)
+            dictionary = standard_dictionary(1 - ones / max(bits, 1), width)
         return _encode(kernel, flat, span, -(-rows // rows_per_segment), dictionary, threads)
 
-    mask = encoded(encode_masks, dictionary, flat.size - nonzeros, flat.size)
+    mask = encoded(encode_masks, dictionary, nonzeros, flat.size)
     refinement = None
     if least < -1 or greatest > 1:
-        magnitudes = int(np.abs(flat).sum(dtype=np.int64))
-        refinement = encoded(encode_refinements, refinement_dictionary, nonzeros, magnitudes)
+        bits = int(np.abs(flat).sum(dtype=np.int64))
+        refinement = encoded(encode_refinements, refinement_dictionary, bits - nonzeros, bits)
     return EncodedLevels(rows, columns, rows_per_segment, mask, refinement)
 
 

@@ -58,8 +58,8 @@ class Rule:
     def parse(cls, text: str, *, calibrated: bool) -> Rule:
         """Read ``PATTERN=RECIPE[:CHOICE...]``, such as ``*.down_proj=gptq:3``.
 
-        Choices are values of the recipe's ``choices``, in their order. ``int-group`` stands for
-        ``gptq`` with calibration text and up to 4 bits, and for ``moqe`` otherwise.
+        Choices are values of the recipe's ``choices``. ``int-group`` stands for ``gptq`` with
+        calibration text, and for ``moqe`` without it or with a choice that only that has.
 
         Raises:
             QMoEError: ``argument``.
@@ -70,16 +70,26 @@ class Rule:
             advice = "write PATTERN=RECIPE or PATTERN=RECIPE:CHOICE, such as '*.down_proj=gptq:3'"
             raise QMoEError("argument", f"rule {text!r} is not understood", advice)
         if name == "int-group":
-            name = "gptq" if calibrated and values[:1] != ["8"] else "moqe"
+            name = "gptq" if calibrated and not {"8", "linear", "log"} & {*values} else "moqe"
         try:
             recipe = find_recipe(name)
-            if len(values) > len(recipe.choices):
-                advice = f"{name} takes {', '.join(recipe.choices) or 'none'}"
-                raise QMoEError("argument", f"{len(values)} choices are too many", advice)
-            read = (int(value) if value.isdecimal() else value for value in values)
-            return cls(pattern, Method(recipe, dict(zip(recipe.choices, read, strict=False))))
+            choices = dict(_choice(recipe, value) for value in values)
+            if len(choices) < len(values):
+                raise QMoEError("argument", "two choices are of one kind", "leave out one of them")
+            return cls(pattern, Method(recipe, choices))
         except QMoEError as error:
             raise error.at(f"rule {text!r}") from error
+
+
+def _choice(recipe: Recipe, text: str) -> tuple[str, object]:
+    """The choice that has this value."""
+    value = int(text) if text.isdecimal() else text
+    for name, values in recipe.choices.items():
+        if value in values:
+            return name, value
+    known = "; ".join(f"{n} {', '.join(map(str, v))}" for n, v in recipe.choices.items())
+    advice = f"choose one of {known}" if known else "leave it out"
+    raise QMoEError("argument", f"recipe {recipe.name!r} has no choice {text!r}", advice)
 
 
 @dataclass(frozen=True, slots=True)

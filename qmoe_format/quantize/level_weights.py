@@ -33,7 +33,7 @@ class LevelWeights:
         scales, sizes = self.row_scale.float(), self.levels.abs()
         high = scales[..., -1:]
         low = scales[..., :1] if scales.shape[-1] == 2 else -high
-        weights = torch.where(self.levels > 0, high, low) * sizes
+        weights = torch.where(self.levels > 0, high, low) * sizes + 0.0  # no zero is negative
         if self.column_scale is None:
             return weights
         return weights * self.column_scale[:, None].float()

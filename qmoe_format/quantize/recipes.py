@@ -6,8 +6,8 @@ and list it in ``RECIPES``. It is imported when first used: names and summaries 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Recipe:
             ``calibrated``, then with the rate if ``rated``, and with ``choices`` as keywords.
         calibrated: whether it needs ``Statistics``, and so calibration text.
         rated: whether it needs a ``Rate``, and statistics with row importances.
-        choices: what else a user may choose: names of keywords.
+        choices: what else a user may choose: the values of some keywords.
         encoding: of the matrices in a file, ``int-dict`` or ``int-group``.
     """
 
@@ -41,7 +41,7 @@ class Recipe:
     function: str
     calibrated: bool = False
     rated: bool = False
-    choices: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     encoding: str = "int-dict"
 
     def quantize(
@@ -78,17 +78,21 @@ class Recipe:
         quantized: Quantized = getattr(import_module(module), function)(*arguments, **choices)
         return quantized
 
-    def check_choices(self, names: Iterable[str]) -> None:
+    def check_choices(self, choices: Mapping[str, object]) -> None:
         """Refuse what cannot be chosen with this recipe.
 
         Raises:
             QMoEError: ``argument``.
         """
-        for name in names:
+        for name, value in choices.items():
             if name not in self.choices:
                 those = [each.name for each in RECIPES.values() if name in each.choices]
                 advice = f"use it with {' or '.join(those)}" if those else "leave it out"
                 raise QMoEError("argument", f"recipe {self.name!r} has no {name!r}", advice)
+            if value not in self.choices[name]:
+                problem = f"recipe {self.name!r} does not have {name} {value!r}"
+                advice = f"choose one of {', '.join(map(str, self.choices[name]))}"
+                raise QMoEError("argument", problem, advice)
 
 
 RECIPES = {
@@ -111,28 +115,28 @@ RECIPES = {
             "qmoe_format.quantize.rd:quantize_rd",
             calibrated=True,
             rated=True,
-            choices=("levels",),
+            choices={"levels": (3,)},
         ),
         Recipe(
             "gptq",
             "GPTQ on 2, 3 or 4 bits between each row's extremes",
             "qmoe_format.quantize.gptq_int:quantize_gptq",
             calibrated=True,
-            choices=("bits",),
+            choices={"bits": (2, 3, 4)},
             encoding="int-group",
         ),
         Recipe(
             "moqe",
             "2, 3, 4 or 8 bits, one scale a row, as in MoQE; needs no text",
             "qmoe_format.quantize.moqe:quantize_moqe",
-            choices=("bits", "grid"),
+            choices={"bits": (2, 3, 4, 8), "grid": ("linear", "log")},
             encoding="int-group",
         ),
         Recipe(
             "finequant",
             "4 or 8 bits, groups as small as pays, as in FineQuant; needs no text",
             "qmoe_format.quantize.finequant:quantize_finequant",
-            choices=("bits",),
+            choices={"bits": (4, 8)},
             encoding="int-group",
         ),
         Recipe(

@@ -123,6 +123,46 @@ def test_a_stale_quantization_config(switch: Make, tmp_path: Path) -> None:
     assert_unpacks_to(file, state, tmp_path / "unpacked")
 
 
+def test_rules(switch: Make, tmp_path: Path, qmoe: Any) -> None:
+    """Those of a file come first, so that those on the command line overrule them."""
+    source, file, rules = switch(), tmp_path / "m.qmoe", tmp_path / "rules.txt"
+    rules.write_text("\ufeff# two rules\n\n*.wi=moqe:2:log  # small\n  *.w?=moqe:8\n", "utf-8")
+    options = ("--rules", rules, "--rule", "*.wo=int4-experts", "--rule", "encoder.*.wi=moqe:3")
+    done = qmoe("convert", source, file, *options)
+    assert (done.code, done.err) == (0, "")
+    direct = convert(
+        source, tmp_path / "direct.qmoe", rules=["*.wi=moqe:3", "*.wo=int4-experts"], threads=1
+    )
+    assert file.read_bytes() == direct.read_bytes()
+    assert qmoe("convert", source, file, "--force", "--rules", rules).code == 0
+    with qmoe_format.open(file) as opened:
+        kinds = [opened.tensors[PREFIX + name].parameters["bits"] for name in ("wi", "wo")]
+    assert kinds == [8, 8], "the last one that matches counts"
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        (None, "not-found", "cannot read"),
+        (b"*.wi=moqe\n*.wi\n", "argument", "rule '*.wi' is not understood"),
+        (b"*.wi=moqe:5", "argument", "recipe 'moqe' has no choice '5'"),
+        (b"\xff\xfe*.wi=moqe", "argument", "no stack matches"),
+    ],
+)
+def test_rules_that_cannot_be_read(
+    switch: Make, tmp_path: Path, qmoe: Any, content: bytes | None, code: str, said: str
+) -> None:
+    rules = tmp_path / "rules.txt"
+    if content is not None:
+        rules.write_bytes(content)
+    done = qmoe("convert", switch(), tmp_path / "m.qmoe", "--rules", rules)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error[{code}]: ")
+    assert done.err.count("\n") == 1
+    assert said in done.err
+    assert not (tmp_path / "m.qmoe").exists()
+
+
 def test_the_callers_thread_count_of_torch_is_restored(switch: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -157,9 +157,11 @@ def test_json_has_exactly_the_documented_keys(converted: Converted, qmoe_process
                 "shape",
                 "dtype",
                 "bytes",
-                "payload_bits_per_weight",
                 "total_bits_per_weight",
+                "payload_bits_per_weight",
                 "zero_fraction",
+                "refinement_bits_per_weight",
+                "refinement_zero_fraction",
             ]
             entry = file.tensors[tensor["name"]]
             weights = np.prod(tensor["shape"])

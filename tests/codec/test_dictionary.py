@@ -67,7 +67,7 @@ def test_rate_is_near_the_entropy(width: int, within: float) -> None:
 
 
 @pytest.mark.parametrize(("width", "within"), [(12, 1.02), (16, 1.015)])
-@pytest.mark.parametrize("step", [1.7, 1.2])
+@pytest.mark.parametrize("step", [1.7, 1.2, 0.9])
 def test_rate_of_levels_is_near_the_entropy(width: int, within: float, step: float) -> None:
     """Of normal weights, rounded to multiples of ``step`` standard deviations."""
     weights = np.random.default_rng(0).standard_normal((200, 3072))
@@ -77,6 +77,15 @@ def test_rate_of_levels_is_near_the_entropy(width: int, within: float, step: flo
     encoded = encode(levels, width=width)
     limit = -float((shares * np.log2(shares)).sum())
     assert limit < encoded.payload_bits_per_weight < within * limit
+
+
+@pytest.mark.parametrize(("zero_fraction", "width"), [(0.25, 8), (0.3, 12), (0.5, 14)])
+def test_where_ones_prevail_codewords_are_narrow(zero_fraction: float, width: int) -> None:
+    """They take less space than 14 bits would."""
+    assert standard_dictionary(zero_fraction, 14).width == width
+    levels = random_levels(50, 3072, zero_fraction)
+    wide = encode(levels, dictionary=fit_dictionary(zero_fraction, 14)).mask.segment_bytes
+    assert encode(levels, width=14).mask.segment_bytes <= wide
 
 
 @pytest.mark.parametrize("zero_fraction", [0.0, 1e-12, 0.5, 1 - 1e-12, 1.0])

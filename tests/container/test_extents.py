@@ -316,6 +316,16 @@ def test_one_change_of_a_ternary_extent(
     assert code_of_extent(change) == expected, requirement
 
 
+def test_lengths_of_no_segment_have_a_width() -> None:
+    """[E-4], in a matrix without rows, whose refinement is malformed anyway ([E-16])."""
+    index, extents, _ = one_matrix(0, 50)
+    header = struct.pack("<IIBB22x", 0, 0, 1, 1) + struct.pack("<IIBB22x", 0, 0, 3, 0)
+    with opened(assemble(index, [header + bytes(16), extents[1]])) as file:
+        with pytest.raises(QMoEError, match="lengths have 3 bytes") as caught:
+            file.read("w")
+        assert caught.value.code == "malformed"
+
+
 def longer_lengths(extent: bytearray) -> None:
     """Every length is one above a base that is one less."""
     put(extent, SECOND + BASE, "I", get(extent, SECOND + BASE, "I") - 1)

@@ -32,8 +32,8 @@ def quantized(experts: BlockExperts, folder: Path) -> tuple[Any, ...]:
     folder.mkdir()
     counter = Counter(None, 0)
     outputs = torch.zeros(TOKENS, HIDDEN)
-    staging = Staging(folder, list(experts.stacks.values()))
-    record = quantize_block(experts, OPTIONS, Rate(0.01, 1.0), staging, outputs, counter)
+    staging = Staging(folder, list(experts.stacks.values()), OPTIONS.methods)
+    record = quantize_block(experts, OPTIONS, Rate(0.01, 1.0), {}, staging, outputs, counter)
     survey = survey_block(experts, OPTIONS, counter)
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     return survey, record, outputs.tolist(), files

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import qmoe_format
 from qmoe_format.calibration.text import text_sha256
+from qmoe_format.codec import EncodedMatrix
+from qmoe_format.codec.segments import decode
 from qmoe_format.conversion import Calibration, convert
 from qmoe_format.errors import QMoEError
 
@@ -30,6 +35,13 @@ pytest.importorskip("transformers", reason="needs the extra 'convert'")
         (["--resume"], "can be resumed"),
         (["--calibration", "TEXT", "--recipe", "rtn"], "'rtn' does not use calibration text"),
         (["--calibration", "TEXT", "--recipe", "qmoe", "--lambda", "1"], "one size only"),
+        (["--levels", "3"], "'rtn' has no 'levels'; use it with rd"),
+        (["--bits", "4"], "'rtn' has no 'bits'; use it with gptq or moqe or finequant"),
+        (["--recipe", "moqe", "--bits", "5"], "'moqe' does not have bits 5"),
+        (["--recipe", "int4-experts", "--grid", "log"], "no 'grid'; use it with moqe"),
+        (["--rule", "*=gptq"], "'gptq' needs calibration text"),
+        (["--rule", "experts"], "rule 'experts' is not understood"),
+        (["--calibration", "TEXT", "--rule", "*.w2=rtn"], "no stack matches '*.w2'"),
         (["--calibration", "TEXT", "--device", "abacus"], "'abacus' cannot be used"),
         (["--calibration", "TEXT", "--text-column", "body"], "no column 'body'"),
         (["--calibration", "TEXT", "--sequence-length", "1"], "2 or more"),
@@ -55,6 +67,10 @@ def test_what_makes_no_sense(
         ["--token-cap", "many"],
         ["--samples", "0"],
         ["--seed", "-1"],
+        ["--bits", "0"],
+        ["--levels", "5"],
+        ["--grid", "sine"],
+        ["--recipe", "gptq9"],
     ],
 )
 def test_wrong_usage(qmoe: Any, options: list[str]) -> None:
@@ -99,8 +115,32 @@ def test_everything_on_the_command_line(
     assert file.read_bytes() == direct.read_bytes()
     shown = qmoe("inspect", file, "--quality").out.splitlines()
     assert shown[0] == f"recipe rd, text with SHA-256 {text_sha256(text)}"
-    assert shown[1].endswith(" bits/weight, lambda 0.1 to 0.1")
-    assert shown[5].startswith("decoder.block.1.layer.2.mlp.experts.wi ")
+    least, most = shown[1].partition(" bits/weight, lambda ")[2].split(" to ")
+    assert float(least) <= 0.1 <= float(most)
+    columns = ("bits/weight", "kurtosis", "levels", "zeros")
+    places = [shown[3].index(column) for column in columns]
+    assert places == sorted(places)
+    assert shown[3].split()[-3:] == list(columns[1:])
+    row = re.fullmatch(
+        r"decoder\.block\.1\.layer\.2\.mlp\.experts\.wi +4 +0 .* "
+        r"(\d+\.\d)  +(\d+) / \d+ / (\d+)  +(\d+) %",
+        shown[5],
+    )
+    assert row
+    (stack, *_) = json.loads(qmoe("inspect", file, "--quality", "--json").out)["stacks"]
+    kurtosis, levels, zeros = (
+        [expert[name] for expert in stack["experts"]] for name in ("kurtosis", "levels", "zeros")
+    )
+    assert row.groups() == (
+        f"{sum(kurtosis) / 4:.1f}", f"{min(levels)}", f"{max(levels)}", f"{25 * sum(zeros):.0f}"
+    )  # fmt: skip
+    with qmoe_format.open(file) as opened:
+        for expert, (count, share) in enumerate(zip(levels, zeros, strict=True)):
+            values = opened.read_expert(stack["name"], expert)
+            assert share == (values == 0).mean()
+            encoded = opened.encoded(stack["name"], expert)
+            assert isinstance(encoded, EncodedMatrix)
+            assert count == 2 * np.abs(decode(encoded.levels)).max() + 1
 
 
 def test_a_report_that_is_there_stays(

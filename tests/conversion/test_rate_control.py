@@ -24,10 +24,11 @@ WEIGHTS = 4 * EXPERTS * ROWS * COLUMNS
 SPREAD = [-8.0, -2.0, 0.0, 1.0]
 SURVEYS = {
     stack.name: StackSurvey(
+        tokens=1000,
         energies=[0.0, *(100.0 ** (number - each) for each in range(EXPERTS - 1))],
         spread=SPREAD,
         sizes=[20_000 - 2000.0 * step for step in range(len(LAMBDAS))],
-        grid_steps=[8.0 * step for step in range(len(LAMBDAS))],
+        grid_steps=[[8.0 * step] for step in range(len(LAMBDAS))],
         dictionary_bytes=1.0,
     )
     for number, stack in enumerate(STACKS)

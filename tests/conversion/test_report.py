@@ -27,6 +27,9 @@ EXPERT: dict[str, Any] = {
     "fallback": None,
     "relative_error": None,
     "bits": 0.5,
+    "kurtosis": 3,
+    "levels": 5,
+    "zeros": 0.25,
 }
 
 
@@ -44,11 +47,12 @@ def file_with(text: bytes, path: Path) -> Path:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    text = dump_report(quality())
-    assert json.loads(text) == quality()
-    assert text.count(b"\n") == 8
-    with qmoe_format.open(file_with(text, tmp_path / "m.qmoe")) as file:
-        assert read_report(file) == quality()
+    for report in (quality(), quality(relative_error=0.1, kurtosis=None, levels=255, zeros=0)):
+        text = dump_report(report)
+        assert json.loads(text) == report
+        assert text.count(b"\n") == 8
+        with qmoe_format.open(file_with(text, tmp_path / "m.qmoe")) as file:
+            assert read_report(file) == report
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,9 @@ def test_there_and_back(tmp_path: Path) -> None:
                 {"bits": None},
                 {"fallback": 1},
                 {"relative_error": "small"},
+                {"kurtosis": "heavy"},
+                {"levels": 3.5},
+                {"zeros": None},
             )
         ),
         dump_report(quality()).replace(b'"layer.experts.wi"', b"7"),

@@ -128,7 +128,7 @@ def test_choices_that_a_recipe_does_not_have(name: str, choice: str, advice: str
 @pytest.mark.parametrize(
     ("name", "choices", "said"),
     [
-        ("rd", {"levels": 5}, "5 levels; ask for 3"),
+        ("rd", {"levels": 5}, "recipe 'rd' does not have levels 5; choose one of 3"),
         ("gptq", {"bits": 8}, "recipe 'gptq' does not have bits 8; choose one of 2, 3, 4"),
         ("moqe", {"bits": 5}, "recipe 'moqe' does not have bits 5; choose one of 2, 3, 4, 8"),
         ("moqe", {"grid": "sine"}, "does not have grid 'sine'; choose one of linear, log"),
