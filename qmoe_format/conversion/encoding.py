@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -15,7 +16,6 @@ from qmoe_format.codec import (
     encode_matrix,
     pack_groups,
 )
-from qmoe_format.codec.dictionary import on_grid
 from qmoe_format.container.encodings import INT_DICT, INT_GROUP, ZSTD, int_dict, int_group
 from qmoe_format.container.entries import Item
 from qmoe_format.container.writer import StackWriter, Writer
@@ -90,17 +90,11 @@ def expected_bytes(sample: Matrix, rows: int, profile: Profile) -> int:
 
 
 def dictionaries(matrix: Matrix) -> dict[str, int]:
-    """Bytes of a matrix's dictionaries, by their place on the grid, which determines them."""
+    """Bytes of a matrix's dictionaries, by a hash of each."""
     if isinstance(matrix, GroupedMatrix):
         return {}
-    levels = matrix.levels
-    shares = [levels.zero_fraction]  # of 0 bits, to which dictionaries are fitted
-    if levels.refinement:
-        shares.append(levels.nonzeros / (levels.nonzeros + levels.refinement.ones))
-    return {
-        str(round(on_grid(share))): dictionary_bytes(each.dictionary)
-        for share, each in zip(shares, levels.strings, strict=True)
-    }
+    used = (each.dictionary for each in matrix.levels.strings)
+    return {sha256(each.tree).hexdigest()[:16]: dictionary_bytes(each) for each in used}
 
 
 @cache

@@ -179,11 +179,11 @@ class TargetRate:
     def _expected(self, finished: _Finished, lam: float, names: Iterable[str]) -> float:
         """Bytes of some stacks and their new dictionaries by their surveys."""
         rate, total = Rate(lam, self._reference), 0.0
-        known = {int(step) for step in finished.dictionary_bytes}
+        known = set(finished.dictionary_bytes)
         for survey in (self._surveys[name] for name in names):
-            size, steps = survey.expected(rate)
-            total = total + size + len(steps - known) * survey.dictionary_bytes
-            known |= steps
+            size, used = survey.expected(rate)
+            total = total + size + len(used - known) * survey.dictionary_bytes
+            known |= used
         return total
 
 

@@ -43,7 +43,7 @@ class StackSurvey:
             experts that have tokens.
         sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy; the
             same for all if its recipe knows no rate.
-        grid_steps: places of its dictionaries, see ``codec.dictionary.on_grid``, at each.
+        dictionaries: hashes of its dictionaries, at each.
         dictionary_bytes: of one.
         price: a factor for lambda, see ``with_prices``.
     """
@@ -52,12 +52,12 @@ class StackSurvey:
     energies: list[float | None]
     spread: list[float]
     sizes: list[float]
-    grid_steps: list[list[float]]
+    dictionaries: list[list[str]]
     dictionary_bytes: float
     price: float = 1.0
 
-    def expected(self, rate: Rate) -> tuple[float, set[int]]:
-        """Bytes of the stack at a rate, and the grid steps of its dictionaries.
+    def expected(self, rate: Rate) -> tuple[float, set[str]]:
+        """Bytes of the stack at a rate, and the hashes of its dictionaries.
 
         Interpolated at the lambda that is equivalent if an expert's own energy is the reference, on
         average over its rows; see ``Rate``, also for ``TRUST``.
@@ -71,8 +71,7 @@ class StackSurvey:
         lams[[each is None for each in self.energies]] = np.inf
         size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
         nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - np.log(LAMBDAS)).argmin(1)
-        steps = {round(step) for place in set(nearest.tolist()) for step in self.grid_steps[place]}
-        return float(size), steps
+        return float(size), {each for place in nearest for each in self.dictionaries[place]}
 
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
@@ -230,13 +229,13 @@ def _with_sizes(
     matrices = [matrix for batch in done for matrix in batch]
     parts = [matrices[first : first + number] for first in range(0, len(matrices), number)]
     sizes = [_mean(expected_bytes(each, stack.rows, profile) for each in part) for part in parts]
-    steps = [[float(s) for each in part for s in dictionaries(each)] for part in parts]
+    used = [[name for each in part for name in dictionaries(each)] for part in parts]
     found = [size for each in matrices for size in dictionaries(each).values()]
     repeat = len(LAMBDAS) // len(lambdas)
     return replace(
         survey,
         sizes=list(accumulate(sizes * repeat, min)),  # less for a greater lambda, whatever they say
-        grid_steps=steps * repeat,
+        dictionaries=used * repeat,
         dictionary_bytes=_mean(found) if found else 0.0,
     )
 
