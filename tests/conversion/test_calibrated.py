@@ -285,7 +285,7 @@ def test_later_blocks_see_what_earlier_ones_have_become(
     original = experts_inputs(switch_folder, head, batches)
     compressed = experts_inputs(tmp_path / "unpacked", head, batches)
     (_, planned), (_, given) = seen[:2], seen[2:]
-    assert far(planned, original) < 1e-9
+    assert far(planned[: len(original)], original) < 1e-9  # after these come copies with noise
     assert far(given, compressed) < 1e-4 < 100 * far(given, compressed) < far(given, original)
 
 

@@ -28,7 +28,7 @@ SURVEYS = {
         energies=[0.0, *(100.0 ** (number - each) for each in range(EXPERTS - 1))],
         spread=SPREAD,
         sizes=[20_000 - 2000.0 * step for step in range(len(LAMBDAS))],
-        grid_steps=[[8.0 * step] for step in range(len(LAMBDAS))],
+        dictionaries=[[f"{step}"] for step in range(len(LAMBDAS))],
         dictionary_bytes=1.0,
     )
     for number, stack in enumerate(STACKS)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 
-from qmoe_format.codec.dictionary import on_grid
+from qmoe_format.codec import encode_matrix
 from qmoe_format.conversion import Calibration, ConvertOptions
 from qmoe_format.conversion.block_experts import BlockExperts, Weights
+from qmoe_format.conversion.encoding import dictionaries
 from qmoe_format.conversion.survey import LAMBDAS, StackSurvey, survey_block
 from qmoe_format.progress import Counter
 from tests.conversion.conftest import EXPERTS, Block
 
-ZEROS = on_grid(1.0)
+ZEROS = [*dictionaries(encode_matrix(np.zeros((1, 1), np.int8), np.zeros((1, 1), np.uint16)))]
 OPTIONS = ConvertOptions(calibration=Calibration("text.txt"), bits_per_weight=1.0)
 
 
@@ -36,7 +38,7 @@ def surveyed(experts: BlockExperts, zero: set[int]) -> dict[str, StackSurvey]:
 def test_samples_are_of_experts_with_weights(block: Block, zero: set[int]) -> None:
     """A cheap bit makes few zeros, unless a sample has nothing else."""
     for survey in surveyed(block("mixtral"), zero).values():
-        assert max(survey.grid_steps[0]) < ZEROS
+        assert not {*ZEROS} & {*survey.dictionaries[0]}
         for expert, energy in enumerate(survey.energies):
             assert (energy is None) == (expert in zero)
 
@@ -44,4 +46,4 @@ def test_samples_are_of_experts_with_weights(block: Block, zero: set[int]) -> No
 def test_nothing_but_zeros(block: Block) -> None:
     for survey in surveyed(block("mixtral"), set(range(EXPERTS))).values():
         assert survey.energies == [None] * EXPERTS
-        assert survey.grid_steps == [[ZEROS]] * len(LAMBDAS)
+        assert survey.dictionaries == [ZEROS] * len(LAMBDAS)
