@@ -287,7 +287,7 @@ def plot(models: dict[str, Record], path: Path) -> None:
         panel.margins(x=0.1)
     axes[0][0].set_ylabel("KL(bf16 ‖ quantized), nats per token")
     handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(STYLES))
+    figure.legend(*handles, loc="outside lower center", ncols=3 if len(models) > 1 else 1)
     figure.suptitle("Loss over size of the experts: lower left is better")
     figure.draw_without_rendering()
     for panel, points in zip(axes[0], drawn, strict=True):

@@ -107,6 +107,32 @@ def quality(models: dict[str, Any]) -> str:
     )
 
 
+def beside_gguf(models: dict[str, Any]) -> str:
+    """Losses of small models in files and in llama.cpp's types, in order of size."""
+    rows = []
+    for model, found in models.items():
+        measured = [item for item in found["records"].items() if "bits" in item[1]]
+        for label, record in sorted(measured, key=lambda item: float(item[1]["bits"])):
+            ours = "recipe" in record["options"]
+            rows.append(
+                [
+                    f"{model}, {f'**{label}**' if ours else label}",
+                    f"{record['bits']:.2f}",
+                    *(
+                        f"{1e3 * each['kl']:.2f} ± {1e3 * each['kl_error']:.2f}"
+                        for each in (record, record["code"], record["licenses"])
+                    ),
+                    f"{1e3 * record['loss_gap']:+.2f} ± {1e3 * record['loss_gap_error']:.2f}",
+                    f"{record['top1']:.1%} ± {record['top1_error']:.1%}",
+                ]
+            )
+    return table(
+        "model, **recipe** or type | bits | KL, 10⁻³ nats | KL, code | KL, licenses | "
+        "loss gap, 10⁻³ nats | same top 1",
+        rows,
+    )
+
+
 def targets(models: dict[str, Any]) -> str:
     """The project's targets, and whether it reached them."""
     rows = []
@@ -258,6 +284,7 @@ def all_figures() -> str:
     codec, opening, memory, quantize = map(load, ("codec", "opening", "convert_memory", "quantize"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
+    beside = load("quality")["models"]
     choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
@@ -325,6 +352,18 @@ than *at qmoe's* reuse the survey that precedes its conversion.
 {targets(quantize["models"])}
 
 ![KL, loss gap and output error against bits per weight](results/quantize.png)
+
+Our recipes (in bold) beside GGUF's types (`python -m benchmarks.quality`): the types are made by
+llama.cpp's own code from the same weights in the same run, with an importance matrix of the same
+calibration text. Only experts are quantized; bits are per weight of theirs, with all scales and
+dictionaries. *Same top 1* is the share of tokens for which the most likely next one is the same.
+The calibration text is English prose and documentation; *code* is modules of Python's standard
+library, *licenses* are those of Python packages. Standard errors are those of the mean over windows
+of text.
+
+{beside_gguf(beside)}
+
+![KL against bits per weight of our recipes and of GGUF's types](results/quality.png)
 
 What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
 of {tried["model"]}, one thread). Sorting an expert's columns by their share of non-zeros into four
