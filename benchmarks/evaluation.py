@@ -14,13 +14,16 @@ A causal model predicts each next token in windows of 257; an encoder-decoder fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,10 +41,13 @@ from qmoe_format.calibration.sequences import (
 from qmoe_format.calibration.text import Chat, read_documents
 from qmoe_format.checkpoints import LayerStacks, open_checkpoint
 from qmoe_format.checkpoints.tokenizers import load_tokenizer
+from qmoe_format.conversion.passes import BlockPasses
 from qmoe_format.dtypes import to_float32
 from qmoe_format.progress import Progress
 from qmoe_format.quantize.hessian import Statistics, relative_error
 
+MODELS = ("switch-mini", "mixtral-mini")  # folders in DATA
+CALIBRATION_TEXT = DATA / "text" / "calibration.jsonl"
 EVALUATION_TEXT = DATA / "text" / "eval.jsonl"
 CAUSAL_WINDOW = 257
 
@@ -210,48 +216,57 @@ class Original:
 
 
 class Evaluation:
-    """One of the small trained models and what its original says about the evaluation text.
+    """What the original model says about the evaluation text, and what its experts compute there.
 
     Attributes:
+        text: the original's predictions.
         original: its matrices, float32 ``[experts, rows, columns]`` by stack.
         sums: S of each, and the number of tokens.
     """
 
-    def __init__(self, name: str, windows: int | None = None) -> None:
-        """Run the original.
-
-        Args:
-            name: the model's folder in ``DATA``.
-            windows: the number of windows, chosen at random; by default all.
-        """
-        self._model = Model(DATA / name)
-        self.original = {name: torch.stack(each) for name, each in self._model.matrices.items()}
+    def __init__(self, model: Model, windows: Sequence[Batch]) -> None:
+        """Run the original."""
+        self._model = model
+        self.original = {name: torch.stack(each) for name, each in model.matrices.items()}
         self.sums = {
             name: Statistics.zeros(len(weights), weights.shape[2])
             for name, weights in self.original.items()
         }
-        with self._model.watched(lambda name, *inputs: self.sums[name].add(*inputs)):
-            self._text = Original(
-                self._model, self._model.windows(read_text(EVALUATION_TEXT), windows)
-            )
-        self.windows = len(self._text.windows)
-        self.cross_entropy = self._text.cross_entropy
-        self.cross_entropy_error = self._text.cross_entropy_error
+        with model.watched(lambda name, *inputs: self.sums[name].add(*inputs)):
+            self.text = Original(model, windows)
 
-    def measure(self, path: Path) -> dict[str, Any]:
-        """Measure a file; its weights stay in the model."""
-        load_experts(self._model, path)
+    def measure(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Compare the model as it is now."""
         errors = {}
         for name, matrices in self._model.matrices.items():
             sums = self.sums[name]
             error = relative_error(self.original[name], torch.stack(matrices), sums.sums)
             errors[name] = error[sums.tokens >= sums.sums.shape[2]]
-        return {**self._text.compare(), "output_error": _summary(errors)}
+        return {**self.text.compare(progress), "output_error": _summary(errors)}
 
 
 def read_text(path: Path) -> list[str | Chat]:
     """The documents of a file."""
     return [text for (text,) in read_documents(path)]
+
+
+@contextmanager
+def surveys_shared(folder: Path) -> Iterator[None]:
+    """Survey a model and a text only once: the survey does not depend on the size asked for."""
+    survey = BlockPasses.survey
+    others = shutil.ignore_patterns("lock", "state.json", "*.rows")
+
+    def shared(self: BlockPasses) -> Any:
+        asked = self.work.load("state") | {"bits_per_weight": None}
+        kept = folder / hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        kept.mkdir(exist_ok=True)
+        shutil.copytree(kept, self.work.folder, dirs_exist_ok=True)
+        found = survey(self)
+        shutil.copytree(self.work.folder, kept, ignore=others, dirs_exist_ok=True)
+        return found
+
+    with mock.patch.object(BlockPasses, "survey", shared):
+        yield
 
 
 def load_experts(model: Model, path: Path) -> None:

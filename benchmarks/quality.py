@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,18 @@ from transformers.utils.logging import disable_progress_bar
 
 import qmoe_format
 from benchmarks import report
-from benchmarks.evaluation import EVALUATION_TEXT, Model, Original, load_experts, read_text
+from benchmarks.evaluation import (
+    CALIBRATION_TEXT,
+    EVALUATION_TEXT,
+    MODELS,
+    Evaluation,
+    Model,
+    Original,
+    load_experts,
+    read_text,
+    surveys_shared,
+)
 from benchmarks.gguf_types import TYPES, GGUFExperts
-from benchmarks.quantize import CALIBRATION_TEXT, MODELS, Record, Records, surveys_shared
 from benchmarks.report import DATA
 from qmoe_format.calibration.text import Chat
 from qmoe_format.cli.progress_line import ProgressLine
@@ -49,13 +59,20 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Progress
 from qmoe_format.quantize import RECIPES
 
-# The arguments of ``convert``.
-OURS: dict[str, dict[str, Any]] = {
+Record = dict[str, Any]
+Records = dict[str, Record]
+
+# The arguments of ``convert`` and of ``Calibration``.
+FEW = {"samples": 40}
+OURS: Records = {
     **{
         f"rd {bits:g}": {"recipe": "rd", "bits_per_weight": bits}
-        for bits in (0.5, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0)
+        for bits in (0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0)
     },
+    "rd 1, few": {"recipe": "rd", "bits_per_weight": 1.0, **FEW},
     "qmoe": {"recipe": "qmoe"},
+    "qmoe, few": {"recipe": "qmoe", **FEW},
+    "qmoe, masked": {"recipe": "qmoe", "mask_special_tokens": True},
     "rtn": {"recipe": "rtn"},
     **{f"gptq {bits}": {"recipe": "gptq", "bits": bits} for bits in (2, 3, 4)},
     **{f"moqe {bits}": {"recipe": "moqe", "bits": bits} for bits in (2, 3, 4)},
@@ -104,10 +121,12 @@ class Subject:
         """``theirs``: whether GGUF's types will be asked for."""
         self._folder, self._model = folder, Model(folder)
         self._calibration = Calibration(calibration, samples=settings["samples"])
-        self._originals = {}
-        for name, text in texts.items():
-            count = settings["windows" if name == MAIN_TEXT else "other_windows"]
-            self._originals[name] = Original(self._model, self._model.windows(text, count))
+        main, count = texts[MAIN_TEXT], settings["other_windows"]
+        self._main = Evaluation(self._model, self._model.windows(main, settings["windows"]))
+        self._others = {
+            name: Original(self._model, self._model.windows(texts[name], count))
+            for name in OTHER_TEXTS
+        }
         if theirs:
             sequences = self._model.batches(read_text(calibration), samples=settings["samples"])
             with ProgressLine("importance matrix", "batches") as line:
@@ -120,7 +139,7 @@ class Subject:
                 "cross_entropy": original.cross_entropy,
                 "cross_entropy_error": original.cross_entropy_error,
             }
-            for name, original in self._originals.items()
+            for name, original in {MAIN_TEXT: self._main.text, **self._others}.items()
         }
 
     def measure(self, label: str) -> Record:
@@ -134,23 +153,24 @@ class Subject:
         except QMoEError as error:
             return {**record, "failed": str(error)}
         record["seconds"] = round(time.perf_counter() - started, 1)
-        for name, original in self._originals.items():
+        with ProgressLine(f"{label}, {MAIN_TEXT}", "windows") as line:
+            record |= self._main.measure(line)
+        for name, original in self._others.items():
             with ProgressLine(f"{label}, {name}", "windows") as line:
                 found = original.compare(line)
-            if name == MAIN_TEXT:
-                record |= found
-            else:
-                record[name] = {what: found[what] for what in ("kl", "kl_error")}
+            record[name] = {what: found[what] for what in ("kl", "kl_error")}
         return record
 
     def _convert(self, label: str, progress: Progress) -> float | None:
-        options = OURS[label]
+        fields = Calibration.__dataclass_fields__.keys() & OURS[label].keys()
+        options = {name: value for name, value in OURS[label].items() if name not in fields}
+        calibration = replace(self._calibration, **{name: OURS[label][name] for name in fields})
         calibrated = RECIPES[options["recipe"]].calibrated
         with tempfile.TemporaryDirectory() as work:
             path = qmoe_format.convert(
                 self._folder,
                 Path(work) / "model.qmoe",
-                calibration=self._calibration if calibrated else None,
+                calibration=calibration if calibrated else None,
                 progress=progress,
                 **options,
             )
@@ -295,9 +315,12 @@ def plot(models: dict[str, Record], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _group(label: str) -> str:
+def _group(label: str) -> str | None:
+    """What a point is drawn as; None for those calibrated otherwise."""
     if label not in OURS:
         return THEIRS
+    if OURS[label].keys() & {"samples", "mask_special_tokens"}:
+        return None
     return OURS_LINE if label.startswith("rd ") else OURS_POINT
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.evaluation import Evaluation
+from benchmarks.evaluation import EVALUATION_TEXT, Evaluation, Model, read_text
+from benchmarks.report import DATA
 from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.level_weights import LevelWeights
 from qmoe_format.quantize.rate import Rate, weighted_energies
@@ -54,7 +55,8 @@ Point = tuple[float, float, float]
 
 def samples(experts: int) -> list[Sample]:
     """Weights of some experts of each stack, their statistics, and the reference of their rates."""
-    evaluation = Evaluation(MODEL)
+    model = Model(DATA / MODEL)
+    evaluation = Evaluation(model, model.windows(read_text(EVALUATION_TEXT)))
     found = []
     for name, weights in evaluation.original.items():
         statistics = evaluation.sums[name].of(slice(0, experts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import FEW
 from benchmarks.report import load
 
 README = Path(__file__).parents[1] / "README.md"
@@ -22,6 +23,11 @@ SOURCES = {
     ("gaussian", 3072): "normal weights, 3072 wide",
     ("switch-mini wi", 256): "trained experts, 256 wide",
     ("switch-mini wo", 1024): "trained experts, 1024 wide",
+}
+BESIDE = {
+    "rd 0.8": ("IQ1_M", "IQ2_XXS", "qmoe"),
+    "rd 1": ("IQ2_XXS", "IQ2_S", "qmoe"),
+    "rd 2": ("IQ3_XXS", "Q4_K"),
 }
 RATIOS = (
     "decode / zstd to int8",
@@ -77,36 +83,6 @@ def speeds(records: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
     )
 
 
-def quality(models: dict[str, Any]) -> str:
-    """Losses of two small models in files, relative to those of the recipe ``qmoe``."""
-    rows = []
-    for model, found in models.items():
-        files = found["files"]
-        for label, record in files.items():
-            baseline = files.get("qmoe, few" if "few" in label else "qmoe", {})
-            if "bits" not in record or "bits" not in baseline:
-                rows.append([f"{model}, {label}", "not reached", *[""] * 6])
-                continue
-            error = record["output_error"]["geometric_mean"]
-            rows.append(
-                [
-                    f"{model}, {label}",
-                    f"{record['bits']:.3f}",
-                    f"{record['zero_fraction']:.1%}",
-                    f"{record['loss_gap']:+.4f} ± {record['loss_gap_error']:.4f}",
-                    f"{record['kl']:.6f}",
-                    f"{record['kl'] / baseline['kl']:.2f} ×",
-                    f"{error / baseline['output_error']['geometric_mean']:.2f} ×",
-                    f"{record['seconds']:.0f} ({record['quantizer_seconds']:.0f})",
-                ]
-            )
-    return table(
-        "model, recipe | bits per weight, total | zeros | loss gap, nats | KL | KL / qmoe's | "
-        "output error / qmoe's | seconds (quantizer)",
-        rows,
-    )
-
-
 def beside_gguf(models: dict[str, Any]) -> str:
     """Losses of small models in files and in llama.cpp's types, in order of size."""
     rows = []
@@ -118,6 +94,7 @@ def beside_gguf(models: dict[str, Any]) -> str:
                 [
                     f"{model}, {f'**{label}**' if ours else label}",
                     f"{record['bits']:.2f}",
+                    f"{100 * record['output_error']['geometric_mean']:.2f} %",
                     *(
                         f"{1e3 * each['kl']:.2f} ± {1e3 * each['kl_error']:.2f}"
                         for each in (record, record["code"], record["licenses"])
@@ -127,27 +104,10 @@ def beside_gguf(models: dict[str, Any]) -> str:
                 ]
             )
     return table(
-        "model, **recipe** or type | bits | KL, 10⁻³ nats | KL, code | KL, licenses | "
-        "loss gap, 10⁻³ nats | same top 1",
+        "model, **recipe** or type | bits | output error | KL, 10⁻³ nats | KL, code | "
+        "KL, licenses | loss gap, 10⁻³ nats | same top 1",
         rows,
     )
-
-
-def targets(models: dict[str, Any]) -> str:
-    """The project's targets, and whether it reached them."""
-    rows = []
-    for model, found in models.items():
-        for check in found["checks"]:
-            least = f"{check['least']:g} to " if "least" in check else "at most "
-            value = "no answer" if check["value"] is None else f"{check['value']:.3g}"
-            rows.append(
-                [
-                    f"{model}: {check['what']}",
-                    f"{least}{check['most']:g}",
-                    value if check["reached"] else f"**{value}, missed**",
-                ]
-            )
-    return table("what | target | reached", rows)
 
 
 def speeds_of_models(results: list[dict[str, Any]]) -> str:
@@ -180,6 +140,39 @@ def choices(variants: dict[str, Any]) -> str:
         for label, found in variants.items()
     ]
     return table("recipe `rd` | error at equal bits | time", rows[1:])
+
+
+def conversion_choices(models: dict[str, Any]) -> str:
+    """What other choices in a conversion would cost."""
+    first, *_ = models.values()
+    rows = [
+        [
+            label,
+            *(f"{found[label]['kl'] / found['as it is']['kl']:.2f} ×" for found in models.values()),
+        ]
+        for label in first
+        if label != "as it is"
+    ]
+    return table(" | ".join(["recipe `rd`", *models]), rows)
+
+
+def levels_coded(records: list[dict[str, Any]]) -> str:
+    """Size and speed of levels beyond -1 to 1."""
+    rows = []
+    for record in records:
+        excess = (record[width]["above_entropy_percent"] for width in ("12 bit", "16 bit"))
+        rate = record["weights_per_second"]
+        product, dense = rate["12 bit: matvec"], rate["torch bfloat16: matvec"]
+        rows.append(
+            [
+                record["source"].replace("normal", "normal,").replace("laplace", "Laplacian,"),
+                *(f"{each:.1f} %" for each in excess),
+                f"{rate['12 bit: decode'] / 1e9:.2f}",
+                f"{product / 1e9:.2f}",
+                f"{product / dense:.2f} ×",
+            ]
+        )
+    return table("weights, entropy | fast | size | decode | product | vs. bf16", rows)
 
 
 def conversions(found: list[dict[str, Any]]) -> str:
@@ -217,7 +210,7 @@ def scale(run: dict[str, Any]) -> str:
 
 def main_figures() -> str:
     """The text between the marks of README.md."""
-    codec, quantize, runtime = map(load, ("codec", "quantize", "runtime"))
+    codec, quality, runtime = map(load, ("codec", "quality", "runtime"))
     (schemes,) = (
         record["schemes"]
         for record in codec["sizes"]
@@ -248,19 +241,15 @@ def main_figures() -> str:
             f"{codec['ratios'][f'iid 0.6, {FAST}']['matvec / torch bf16']:.2f} ×",
         ],
     ]
-    for model, found in quantize["models"].items():
-        files = found["files"]
-        ours, qmoe, rtn = (files[label] for label in ("rd at qmoe's", "qmoe", "rtn"))
-        rows.append(
-            [
-                f"{model} at {ours['bits']:.2f} bits: KL(bf16 ‖ file), nats per token",
-                f"{ours['kl']:.5f}",
-                f"{qmoe['kl']:.5f}: QMoE's recipe; {rtn['kl']:.5f}: rounding, "
-                f"{rtn['bits']:.2f} bits",
-            ]
-        )
-        gaps = [f"{each['loss_gap']:+.4f} ± {each['loss_gap_error']:.4f}" for each in (ours, qmoe)]
-        rows.append(["its loss minus that of bf16", gaps[0], f"{gaps[1]}: QMoE's recipe"])
+    for model, found in quality["models"].items():
+        records = found["records"]
+        for label, others in BESIDE.items():
+            beside = "; ".join(
+                f"{1e3 * records[other]['kl']:.2f}: {other} at {records[other]['bits']:.2f}"
+                for other in others
+            )
+            what = f"{model} at {records[label]['bits']:.2f} bits: KL(bf16 ‖ file), 10⁻³ nats"
+            rows.append([what, f"{1e3 * records[label]['kl']:.2f}", beside])
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
     for what, key, digits, unit in [
@@ -275,16 +264,17 @@ From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["c
 
 {table("what | `.qmoe` | compared with", rows)}
 
-![KL, loss gap and output error against bits per weight](benchmarks/results/quantize.png)
+![KL against bits per weight of our recipes and of GGUF's types](benchmarks/results/quality.png)
 """
 
 
 def all_figures() -> str:
     """The text of benchmarks/README.md."""
-    codec, opening, memory, quantize = map(load, ("codec", "opening", "convert_memory", "quantize"))
+    codec, opening, memory, levels = map(load, ("codec", "opening", "convert_memory", "levels"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
-    beside = load("quality")["models"]
+    beside, converted, grouped = map(load, ("quality", "convert_choices", "int_group"))
+    imported = load("import_qmoe")
     choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
@@ -294,6 +284,9 @@ def all_figures() -> str:
     slowest, fastest = f"{min(packed):.1f}", f"{max(packed):.1f}"
     opened = opening["milliseconds"]["open and take an expert"]["median"]
     threads = large["runs"]["cpu"]["threads"]
+    speedups = sorted(
+        each["times as fast as torch bf16"] for each in grouped["results"] if each["tokens"] == 1
+    )
     return f"""\
 # Figures
 
@@ -320,6 +313,16 @@ product y = W x straight from the codewords, 8192 × 14336, is compared with `to
 
 {speeds(codec["speeds"], codec["ratios"])}
 
+Levels beyond -1 to 1 (`python -m benchmarks.codec --levels`): normal and Laplacian weights on the
+uniform grid that gives their levels this entropy in bits. `fast` and `size` are the payload above
+it; speeds are those of `fast` on one thread, in 10⁹ weights/s.
+
+{levels_coded(levels["levels"])}
+
+Integers in groups, `int-group` (`python -m benchmarks.int_group`): on matrices beyond the cache,
+products with one token are {min(speedups):.2f} to {max(speedups):.2f} times as fast as `torch` with
+dense bf16, {speedups[len(speedups) // 2]:.2f} in the median over bits, grids and groups.
+
 Opening a file and reading one of 2048 experts takes {opened:.1f} ms. It touches the preamble, the
 index, that expert and its dictionary (`python -m benchmarks.opening`).
 
@@ -327,6 +330,12 @@ Peak memory of conversions, including mapped pages of files (`python -m benchmar
 those with a recipe's name are calibrated, the others by rounding:
 
 {conversions(memory["results"])}
+
+Importing a checkpoint as QMoE's authors publish them, with the shapes of switch-base-128 and random
+weights (`python -m benchmarks.import_qmoe`): {imported["expert_weights"] / 1e9:.2f} G weights of \
+experts from {imported["bits_per_expert_weight"]["published"]:.3f} to
+{imported["bits_per_expert_weight"]["converted"]:.3f} bits, all levels and scales equal, with a peak
+of {imported["convert"]["peak_resident_bytes"] / 1e9:.2f} GB.
 
 Reading quantized checkpoints: a matrix of 2048 × 7168 from a warm page cache to float32, on one
 core, compared with bf16 in the same run (`python -m benchmarks.native_formats`). Much of either is
@@ -336,32 +345,21 @@ the time of touching new memory.
 
 ## Quantizer
 
-What conversion loses (`python -m benchmarks.quantize`), for two small trained models, with all of
-the calibration and evaluation texts. The loss gap (cross-entropy minus that of the bf16 checkpoint)
-and KL(bf16 ‖ file) are per token, computed in fp32. The output error is the geometric mean over the
-experts' matrices of each one's error on held-out tokens. `qmoe` is the QMoE paper's recipe; `rd`,
-ours, was asked for the size of `qmoe` and for others; *few* means 40 sequences of calibration text.
-*Special tokens masked* is `--mask-special-tokens`, as in the paper. It is not the default because
-nothing then preserves the model's outputs for these tokens.
+What conversion loses (`python -m benchmarks.quality`): our recipes (in bold) and GGUF's types.
+These are made by llama.cpp's own code from the same weights in the same run, with an importance matrix of
+the same calibration text. Only experts are quantized; bits are per weight of theirs, with all
+scales and dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16
+checkpoint) are per token, computed in fp32; the output error is the geometric mean over the
+experts' matrices of each one's error on held-out tokens. *Same top 1* is the share of tokens for
+which the most likely next one is the same. The calibration text is English prose and documentation;
+*code* is modules of Python's standard library, *licenses* are those of Python packages. Standard
+errors are those of the mean over windows of text.
 
-Seconds are those of the conversion and, in parentheses, of the quantizer in it. Other sizes of `rd`
-than *at qmoe's* reuse the survey that precedes its conversion.
+`rd`, ours, was asked for several sizes; `qmoe` is the QMoE paper's recipe, and *masked* is
+`--mask-special-tokens`, as in the paper. It is not the default because nothing then preserves the
+model's outputs for these tokens. *Few* means {FEW["samples"]} sequences of calibration text.
 
-{quality(quantize["models"])}
-
-{targets(quantize["models"])}
-
-![KL, loss gap and output error against bits per weight](results/quantize.png)
-
-Our recipes (in bold) beside GGUF's types (`python -m benchmarks.quality`): the types are made by
-llama.cpp's own code from the same weights in the same run, with an importance matrix of the same
-calibration text. Only experts are quantized; bits are per weight of theirs, with all scales and
-dictionaries. *Same top 1* is the share of tokens for which the most likely next one is the same.
-The calibration text is English prose and documentation; *code* is modules of Python's standard
-library, *licenses* are those of Python packages. Standard errors are those of the mean over windows
-of text.
-
-{beside_gguf(beside)}
+{beside_gguf(beside["models"])}
 
 ![KL against bits per weight of our recipes and of GGUF's types](results/quality.png)
 
@@ -371,6 +369,13 @@ classes, each with a dictionary of its own, is not done; it would multiply the s
 {classes:.3f}.
 
 {choices(tried["variants"])}
+
+What choices in a conversion are worth (`python -m benchmarks.convert_choices`): KL relative to that
+of `rd` as it is, at {converted["settings"]["bits"]:g} bits, with \
+{converted["settings"]["samples"]} sequences of calibration text, on
+{converted["settings"]["windows"]} windows of the evaluation text.
+
+{conversion_choices(converted["models"])}
 
 Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model

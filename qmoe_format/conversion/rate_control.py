@@ -21,7 +21,7 @@ from qmoe_format.conversion.survey import StackSurvey, reference_energy
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.rate import Rate
 
-LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 1.0  # sizes between these two can be asked for
+LEAST_LAMBDA, MOST_LAMBDA = 1e-5, 10.0  # sizes between these two can be asked for
 SLACK = 10.0  # how many times beyond them lambda may go to correct a prediction
 CLOSE = 0.01  # of the bits asked for: a last block that misses them by more is quantized again
 TOLERANCE = 0.02  # of the bits asked for: a conversion that misses them by more fails

@@ -52,6 +52,8 @@ class Search:
         columns_every: number of rounds after which to refit the scales of columns.
         group: number of columns that descent decides together.
         lengthen: how much to lengthen weights where inputs are rare, see ``Solution.fit``.
+        damping: of Hessians in the descent, at least, relative to their mean diagonal: the share of
+            the plain error of weights in what is minimized.
     """
 
     passes: int = 3
@@ -61,6 +63,7 @@ class Search:
     columns_every: int = 4
     group: int = GROUP
     lengthen: float = 8.0
+    damping: float = 0.015
 
 
 def quantize_rd(
@@ -82,7 +85,7 @@ def quantize_rd(
         return quantize_rtn(weights)
     columns = weights.shape[2]
     share = columns / statistics.tokens.clamp(min=1).double()
-    damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=0.015)
+    damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=search.damping)
     ready = factored(statistics, damping)
     problem = Problem.of(weights, ready, _eased(ready, damping, later), search.lengthen)
     unit = ready.unit * problem.largest.square().cpu()

@@ -34,7 +34,6 @@ CASES: dict[str, dict[str, Any]] = {
     "qmoe": {},
     "rd": {"rate_lambda": 0.02},
     "rd, 3 levels": {"rate_lambda": 0.02, "levels": 3},
-    "rd, size": {"bits_per_weight": 2.0, "profile": "size"},
     "gptq": {},
     "gptq, 2 bits": {"bits": 2},
     "moqe": {},
@@ -125,7 +124,7 @@ def report_of(file: Path) -> Any:
         return read_report(opened)
 
 
-@pytest.mark.parametrize("bits", [1.9, 2.6])
+@pytest.mark.parametrize("bits", [3.4, 5.0])
 def test_a_file_of_several_recipes(
     folder: Path, converted: Convert, made: Made, tmp_path: Path, bits: float
 ) -> None:
