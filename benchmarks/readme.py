@@ -346,9 +346,9 @@ the time of touching new memory.
 ## Quantizer
 
 What conversion loses (`python -m benchmarks.quality`): our recipes (in bold) and GGUF's types.
-These are made by llama.cpp's own code from the same weights in the same run, with an importance matrix of
-the same calibration text. Only experts are quantized; bits are per weight of theirs, with all
-scales and dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16
+These are made by llama.cpp's own code from the same weights in the same run, with an importance
+matrix of the same calibration text. Only experts are quantized; bits are per weight of theirs, with
+all scales and dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16
 checkpoint) are per token, computed in fp32; the output error is the geometric mean over the
 experts' matrices of each one's error on held-out tokens. *Same top 1* is the share of tokens for
 which the most likely next one is the same. The calibration text is English prose and documentation;
