@@ -55,23 +55,22 @@ class Variant:
 
 
 def absolute(value: float) -> Variant:
+    """With errors between relative and absolute ones, see ``rate.Rate``."""
     return Variant([(module, "ABSOLUTE", value) for module in (rate, survey)])
 
 
 VARIANTS = {
     DEFAULT: Variant(),
     "three levels": Variant(options=(("levels", 3),)),
-    "blocks count by the sizes of their outputs, not by what errors do": Variant(
-        [(survey, "POWER", 0.0)]
-    ),
-    "by what errors do in full, not to the power of 0.7": Variant([(survey, "POWER", 1.0)]),
-    "by what errors do to the power of 0.45": Variant([(survey, "POWER", 0.45)]),
-    "errors of rows count relative to the row": absolute(0.0),
-    "absolutely to the power of 0.6, not 0.3": absolute(0.6),
-    "a fourth of the plain error of weights": Variant(search=Search(damping=0.004)),
-    "four times the plain error of weights": Variant(search=Search(damping=0.06)),
+    "errors count alike in all blocks": Variant([(survey, "POWER", 0.0)]),
+    "by what they do in full, not to the power of 0.45": Variant([(survey, "POWER", 1.0)]),
+    "errors count relative to the row": absolute(0.0),
+    "half as absolutely": absolute(0.3),
+    "absolutely to the power of 0.8, not 0.6": absolute(0.8),
+    "four times the plain error of weights": Variant(search=Search(damping=0.015)),
     "Hessians pooled": Variant(pooled=True),
     "no lengthening where inputs are rare": Variant(search=Search(lengthen=0.0)),
+    "twice the lengthening": Variant(search=Search(lengthen=16.0)),
     "rows not stretched": Variant([(solution, "MAX_STRETCH", 1.0)]),
 }
 

@@ -25,7 +25,7 @@ from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rate import ABSOLUTE, TRUST, Rate
 
 LAMBDAS = tuple(8e-6 * 5**step for step in range(9))
-POWER = 0.7  # of a block's estimated effect in its price
+POWER = 0.45  # of a block's estimated effect in its price
 _QUANTILES = 16
 _LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
 _SAMPLE_EXPERTS = 2

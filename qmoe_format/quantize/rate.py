@@ -11,7 +11,7 @@ from torch import Tensor
 from qmoe_format.quantize.grids import FORBIDDEN, Prices
 from qmoe_format.quantize.hessian import Statistics, row_energies
 
-ABSOLUTE = 0.30  # where prices lie between relative (0) and absolute (1) errors, see Rate
+ABSOLUTE = 0.60  # where prices lie between relative (0) and absolute (1) errors, see Rate
 TRUST = 30.0  # the factor by which that may change a row's price: energies are estimates
 
 

@@ -63,7 +63,7 @@ class Search:
     columns_every: int = 4
     group: int = GROUP
     lengthen: float = 8.0
-    damping: float = 0.015
+    damping: float = 0.004
 
 
 def quantize_rd(
