@@ -67,7 +67,7 @@ FEW = {"samples": 40}
 OURS: Records = {
     **{
         f"rd {bits:g}": {"recipe": "rd", "bits_per_weight": bits}
-        for bits in (0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0)
+        for bits in (0.3, 0.6, 0.8, 1.0, 1.4, 2.0, 3.0)
     },
     "rd 1, few": {"recipe": "rd", "bits_per_weight": 1.0, **FEW},
     "qmoe": {"recipe": "qmoe"},
