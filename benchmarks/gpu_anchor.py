@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import qmoe_scheme
+from qmoe_format.checkpoints.published_qmoe.dictionary import kernel_table, sequences
 from qmoe_format.gpu.launch import Kernel, Launch
 
 WARPS = (4, 8, 16, 32)  # rows per block; the benchmark takes the best for each matrix
@@ -41,7 +42,7 @@ class Anchor:
 
 def encode(levels: npt.NDArray[np.int8], low_high: npt.NDArray[np.uint16]) -> Anchor:
     """Encode levels int8 [rows, columns] with scales bf16 [rows, 2]."""
-    dictionary = qmoe_scheme.qmoe_dictionary().decoder_table()
+    dictionary = kernel_table(*sequences()).ravel()
     codewords, offsets = qmoe_scheme.encode(levels)
     scales = np.ascontiguousarray(low_high, "<u2").view("<u4")[:, 0]
     return Anchor(len(levels), levels.shape[1], dictionary, codewords, offsets.view("<u4"), scales)

@@ -69,7 +69,7 @@ def test_the_dictionary() -> None:
 
 def test_other_arithmetic_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dictionary, "_ZERO", np.longdouble("0.885"))
-    said = refusal(dictionary.entries.__wrapped__, "checkpoint")
+    said = refusal(dictionary.sequences.__wrapped__, "checkpoint")
     assert "arithmetic does not give QMoE's dictionary" in said
 
 

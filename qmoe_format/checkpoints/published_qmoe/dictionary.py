@@ -35,8 +35,22 @@ def entries() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]]:
     Raises:
         QMoEError: ``checkpoint`` if this machine rounds in another way.
     """
+    pairs, counts = sequences()
+    level = np.array([0, -1, 1], np.int8)
+    return level[np.stack([pairs % 3, pairs // 3], axis=2)].reshape(ENTRIES, -1), counts
+
+
+@lru_cache(maxsize=1)
+def sequences() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Pairs of each codeword, uint8 [65536, 14], and how many there are, uint8 [65536].
+
+    Pair k is the symbols k mod 3 and k div 3: 0, 1 and 2 for zero, lower and upper value.
+
+    Raises:
+        QMoEError: ``checkpoint`` if this machine rounds in another way.
+    """
     pairs, counts = _most_probable()
-    found = hashlib.sha256(_kernel_table(pairs, counts).tobytes()).hexdigest()
+    found = hashlib.sha256(kernel_table(pairs, counts).tobytes()).hexdigest()
     if found != SHA256:
         raise QMoEError(
             "checkpoint",
@@ -44,15 +58,11 @@ def entries() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]]:
             f"checkpoints need (its SHA-256 is {found})",
             "convert on a machine whose floating-point numbers are IEEE 754 binary64",
         )
-    level = np.array([0, -1, 1], np.int8)
-    return level[np.stack([pairs % 3, pairs // 3], axis=2)].reshape(ENTRIES, -1), counts
+    return pairs, counts
 
 
 def _most_probable() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Pairs uint8 [65536, 14] and counts uint8 [65536].
-
-    Pair k is the symbols k mod 3 and k div 3: 0, 1 and 2 for zero, lower and upper value.
-    """
+    """As ``sequences``, in whatever way this machine rounds."""
     other = (1 - _ZERO) / 2
     single = (_ZERO, other, other)
     probability = [1.0 * first * second for first in single for second in single]
@@ -73,7 +83,7 @@ def _most_probable() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     return pairs, counts
 
 
-def _kernel_table(
+def kernel_table(
     pairs: npt.NDArray[np.uint8], counts: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint32]:
     """As in QMoE's kernel: [65536, 2], seven pairs of four bits above the count; little-endian."""
