@@ -1,6 +1,6 @@
 """What each choice in the recipe ``rd`` is worth: error at equal bits with one of them changed.
 
-    python -m benchmarks.quantize_choices [--experts N]
+    python -m benchmarks.quantize_choices [--experts N] [--only-levels]
 
 Writes benchmarks/results/quantize_choices.json. Each variant quantizes some experts of each stack
 of mixtral-mini at three lambdas, on one thread. Both the Hessians and the errors are those of the
@@ -8,6 +8,9 @@ evaluation text, which has far more tokens than there are columns. Bits are the 
 signs and refinement, and the logarithm of the error is interpolated linearly in them. ``bits in
 classes`` is the entropy if a matrix's columns, sorted by their share of non-zeros, were coded in
 four classes with dictionaries of their own, which the format does not support.
+
+``levels`` is the error with as many levels as pay over that of three levels: on both models, at
+equal bits, and at more bits than three levels can use beside the least error that they reach.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.evaluation import EVALUATION_TEXT, Evaluation, Model, read_text
+from benchmarks.evaluation import EVALUATION_TEXT, MODELS, Evaluation, Model, read_text
 from benchmarks.report import DATA
 from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.level_weights import LevelWeights
@@ -30,11 +33,12 @@ from qmoe_format.quantize.rd import Search, quantize_rd
 
 MODEL = "mixtral-mini"
 LAMBDAS = (0.015, 0.03, 0.06)
+LEVEL_LAMBDAS = tuple(4e-4 * 2.5**step for step in range(6))
+EQUAL_BITS, MORE_BITS = (1.0, 1.2, 1.4), 2.0
 CLASSES = 4
-DEFAULT, THREE = "as it is", "three levels"
+DEFAULT = "as it is"
 VARIANTS = {
     DEFAULT: Search(),
-    THREE: Search(),
     "10 rounds instead of 20": Search(rounds=10),
     "40 rounds": Search(rounds=40),
     "60 rounds": Search(rounds=60),
@@ -53,9 +57,9 @@ Sample = tuple[Tensor, Statistics, float]
 Point = tuple[float, float, float]
 
 
-def samples(experts: int) -> list[Sample]:
+def samples(name: str, experts: int) -> list[Sample]:
     """Weights of some experts of each stack, their statistics, and the reference of their rates."""
-    model = Model(DATA / MODEL)
+    model = Model(DATA / name)
     evaluation = Evaluation(model, model.windows(read_text(EVALUATION_TEXT)))
     found = []
     for name, weights in evaluation.original.items():
@@ -100,19 +104,48 @@ def point(some: list[Sample], lam: float, search: Search, most: int | None = Non
     return bits, classes, error
 
 
+def levels(some: list[Sample]) -> dict[str, float]:
+    """Errors with many levels over those with three."""
+    curves = {}
+    for most in (3, None):
+        points = sorted(point(some, lam, Search(), most) for lam in LEVEL_LAMBDAS)
+        bits, _, errors = np.transpose(points)
+        curves[most] = bits, errors
+    best = float(curves[3][1].min())
+    found = {"bits of three levels, at most": float(curves[3][0].max())}
+    for bits in EQUAL_BITS:
+        three, many = (float(np.interp(bits, *curve)) for curve in curves.values())
+        found[f"error at {bits:g} bits"] = math.exp(many - three)
+    many = float(np.interp(MORE_BITS, *curves[None]))
+    return found | {f"error at {MORE_BITS:g} bits / least of three levels": math.exp(many - best)}
+
+
 def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--experts", type=int, default=2, help="of each stack (default: 2)")
+    parser.add_argument("--only-levels", action="store_true", help="keep the other results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    some = samples(options.experts)
+    results = report.load("quantize_choices") if options.only_levels else {}
+    results.pop("machine", None)
+    results["experts"] = options.experts
+    results["levels"] = {}
+    for name in MODELS:
+        results["levels"][name] = levels(samples(name, options.experts))
+        print(name, results["levels"][name], flush=True)
+    if not options.only_levels:
+        results |= variants(samples(MODEL, options.experts))
+    report.save("quantize_choices", results)
+
+
+def variants(some: list[Sample]) -> dict[str, Any]:
+    """Errors and seconds with other searches, relative to the default's."""
     point(some, LAMBDAS[0], Search())  # warm-up
     results: dict[str, Any] = {}
     wanted = base_error = base_seconds = 0.0
     for label, search in VARIANTS.items():
         started = time.perf_counter()
-        most = 3 if label == THREE else None
-        points = sorted(point(some, lam, search, most) for lam in LAMBDAS)
+        points = sorted(point(some, lam, search) for lam in LAMBDAS)
         seconds = time.perf_counter() - started
         bits, classes, errors = zip(*points, strict=True)
         if label == DEFAULT:
@@ -125,10 +158,7 @@ def main() -> None:
             "bits in classes / bits": classes[1] / bits[1],
         }
         print(label, {what: round(value, 3) for what, value in results[label].items()}, flush=True)
-    report.save(
-        "quantize_choices",
-        {"model": MODEL, "experts": options.experts, "bits": wanted, "variants": results},
-    )
+    return {"model": MODEL, "bits": wanted, "variants": results}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def add_parser(commands: Commands) -> None:
         "convert",
         help="compress a Hugging Face checkpoint",
         description="Compress the experts of a Hugging Face checkpoint (safetensors or .bin), and "
-        "keep all other tensors as they are. `qmoe families` lists the types of models.",
+        "keep all other tensors as they are. `qmoe families` lists the types of models. What the "
+        "authors of QMoE publish is converted without loss.",
         epilog="example: qmoe convert switch-base-8/ switch.qmoe --profile size",
     )
     parser.add_argument(
