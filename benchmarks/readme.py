@@ -96,7 +96,7 @@ def beside_gguf(models: dict[str, Any]) -> str:
                     f"{record['bits']:.2f}",
                     f"{100 * record['output_error']['geometric_mean']:.2f} %",
                     *(
-                        f"{1e3 * each['kl']:.2f} ± {1e3 * each['kl_error']:.2f}"
+                        f"{1e3 * each['kl']:#.3g} ± {1e3 * each['kl_error']:.2g}"
                         for each in (record, record["code"], record["licenses"])
                     ),
                     f"{1e3 * record['loss_gap']:+.2f} ± {1e3 * record['loss_gap_error']:.2f}",
@@ -245,11 +245,11 @@ def main_figures() -> str:
         records = found["records"]
         for label, others in BESIDE.items():
             beside = "; ".join(
-                f"{1e3 * records[other]['kl']:.2f}: {other} at {records[other]['bits']:.2f}"
+                f"{1e3 * records[other]['kl']:#.3g}: {other} at {records[other]['bits']:.2f}"
                 for other in others
             )
             what = f"{model} at {records[label]['bits']:.2f} bits: KL(bf16 ‖ file), 10⁻³ nats"
-            rows.append([what, f"{1e3 * records[label]['kl']:.2f}", beside])
+            rows.append([what, f"{1e3 * records[label]['kl']:#.3g}", beside])
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
     for what, key, digits, unit in [

@@ -337,7 +337,7 @@ def zeros(model: Path, tmp_path: Path) -> Path:
     ("model", "options"),
     [
         ("switch", {"recipe": "qmoe"}),
-        ("switch", {"bits_per_weight": 1.3}),
+        ("switch", {"bits_per_weight": 2.0}),
         ("mixtral", {"rate_lambda": 1e-4, "all_experts": True}),
     ],
     indirect=["model"],
