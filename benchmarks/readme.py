@@ -27,7 +27,7 @@ SOURCES = {
 BESIDE = {
     "rd 0.8": ("IQ1_M", "IQ2_XXS", "qmoe"),
     "rd 1": ("IQ2_XXS", "IQ2_S", "qmoe"),
-    "rd 2": ("IQ3_XXS", "Q4_K"),
+    "rd 2": ("IQ3_XXS",),
 }
 RATIOS = (
     "decode / zstd to int8",
@@ -89,12 +89,12 @@ def beside_gguf(models: dict[str, Any]) -> str:
     for model, found in models.items():
         measured = [item for item in found["records"].items() if "bits" in item[1]]
         for label, record in sorted(measured, key=lambda item: float(item[1]["bits"])):
-            ours = "recipe" in record["options"]
+            ours, error = "recipe" in record["options"], record.get("output_error")
             rows.append(
                 [
                     f"{model}, {f'**{label}**' if ours else label}",
                     f"{record['bits']:.2f}",
-                    f"{100 * record['output_error']['geometric_mean']:.2f} %",
+                    f"{100 * error['geometric_mean']:#.3g} %" if error else "",
                     *(
                         f"{1e3 * each['kl']:#.3g} ± {1e3 * each['kl_error']:.2g}"
                         for each in (record, record["code"], record["licenses"])
@@ -140,20 +140,6 @@ def choices(variants: dict[str, Any]) -> str:
         for label, found in variants.items()
     ]
     return table("recipe `rd` | error at equal bits | time", rows[1:])
-
-
-def conversion_choices(models: dict[str, Any]) -> str:
-    """What other choices in a conversion would cost."""
-    first, *_ = models.values()
-    rows = [
-        [
-            label,
-            *(f"{found[label]['kl'] / found['as it is']['kl']:.2f} ×" for found in models.values()),
-        ]
-        for label in first
-        if label != "as it is"
-    ]
-    return table(" | ".join(["recipe `rd`", *models]), rows)
 
 
 def levels_coded(records: list[dict[str, Any]]) -> str:
@@ -243,10 +229,11 @@ def main_figures() -> str:
     ]
     for model, found in quality["models"].items():
         records = found["records"]
-        for label, others in BESIDE.items():
+        for label in (each for each in BESIDE if each in records):
             beside = "; ".join(
                 f"{1e3 * records[other]['kl']:#.3g}: {other} at {records[other]['bits']:.2f}"
-                for other in others
+                for other in BESIDE[label]
+                if other in records
             )
             what = f"{model} at {records[label]['bits']:.2f} bits: KL(bf16 ‖ file), 10⁻³ nats"
             rows.append([what, f"{1e3 * records[label]['kl']:#.3g}", beside])
@@ -273,8 +260,7 @@ def all_figures() -> str:
     codec, opening, memory, levels = map(load, ("codec", "opening", "convert_memory", "levels"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
-    beside, converted, grouped = map(load, ("quality", "convert_choices", "int_group"))
-    imported = load("import_qmoe")
+    beside, grouped, imported = map(load, ("quality", "int_group", "import_qmoe"))
     choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
@@ -369,13 +355,6 @@ classes, each with a dictionary of its own, is not done; it would multiply the s
 {classes:.3f}.
 
 {choices(tried["variants"])}
-
-What choices in a conversion are worth (`python -m benchmarks.convert_choices`): KL relative to that
-of `rd` as it is, at {converted["settings"]["bits"]:g} bits, with \
-{converted["settings"]["samples"]} sequences of calibration text, on
-{converted["settings"]["windows"]} windows of the evaluation text.
-
-{conversion_choices(converted["models"])}
 
 Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
