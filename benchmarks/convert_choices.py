@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.quantize import RECIPES, rate, solution
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rd import Search, quantize_rd
+
+Record = dict[str, Any]
 
 DEFAULT = "as it is"
 BITS, SAMPLES, WINDOWS = 1.2, 60, 60
@@ -96,31 +98,22 @@ def pooled(found: dict[str, Statistics], output: str) -> dict[str, Statistics]:
 def changed(label: str) -> Iterator[None]:
     """Convert as a variant says."""
     global _chosen
-    variant, statistics = VARIANTS[label], BlockExperts.statistics
+    _chosen, variant, statistics = label, VARIANTS[label], BlockExperts.statistics
 
     def shared(self: BlockExperts, *arguments: Any) -> dict[str, Statistics]:
-        found = statistics(self, *arguments)
-        return pooled(found, self._output) if variant.pooled else found
+        return pooled(statistics(self, *arguments), self._output)
 
     recipe = replace(RECIPES["rd"], function=f"{__name__}:quantize")
-    _chosen = label
-    with mock.patch.object(BlockExperts, "statistics", shared), mock.patch.dict(RECIPES, rd=recipe):
-        before = [(module, name, getattr(module, name)) for module, name, _ in variant.constants]
-        try:
-            for module, name, value in variant.constants:
-                setattr(module, name, value)
-            yield
-        finally:
-            for module, name, value in before:
-                setattr(module, name, value)
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.dict(RECIPES, rd=recipe))
+        if variant.pooled:
+            patches.enter_context(mock.patch.object(BlockExperts, "statistics", shared))
+        for constant in variant.constants:
+            patches.enter_context(mock.patch.object(*constant))
+        yield
 
 
-Record = dict[str, Any]
-
-
-def measure(
-    model: Model, original: Original, folder: Path, bits: float, label: str
-) -> dict[str, Any]:
+def measure(model: Model, original: Original, folder: Path, bits: float, label: str) -> Record:
     """Convert, replace the experts, and compare."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work, changed(label):

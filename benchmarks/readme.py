@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import FEW
 from benchmarks.report import load
 
 README = Path(__file__).parents[1] / "README.md"
@@ -104,7 +103,7 @@ def beside_gguf(models: dict[str, Any]) -> str:
                 ]
             )
     return table(
-        "model, **recipe** or type | bits | output error | KL, 10⁻³ nats | KL, code | "
+        "model, **ours** or type | bits | output error | KL, 10⁻³ nats | KL, code | "
         "KL, licenses | loss gap, 10⁻³ nats | same top 1",
         rows,
     )
@@ -331,35 +330,33 @@ the time of touching new memory.
 
 ## Quantizer
 
-What conversion loses (`python -m benchmarks.quality`): our recipes (in bold) and GGUF's types.
-These are made by llama.cpp's own code from the same weights in the same run, with an importance
-matrix of the same calibration text. Only experts are quantized; bits are per weight of theirs, with
-all scales and dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16
-checkpoint) are per token, computed in fp32; the output error is the geometric mean over the
-experts' matrices of each one's error on held-out tokens. *Same top 1* is the share of tokens for
-which the most likely next one is the same. The calibration text is English prose and documentation;
-*code* is modules of Python's standard library, *licenses* are those of Python packages. Standard
-errors are those of the mean over windows of text.
-
-`rd`, ours, was asked for several sizes; `qmoe` is the QMoE paper's recipe, and *masked* is
-`--mask-special-tokens`, as in the paper. It is not the default because nothing then preserves the
-model's outputs for these tokens. *Few* means {FEW["samples"]} sequences of calibration text.
+What conversion loses (`python -m benchmarks.quality`): `rd`, our recipe (in bold), asked for
+several sizes, and GGUF's types. These are made by llama.cpp's own code from the same weights, with
+an importance matrix of the same calibration text; those without an output error were measured in an
+earlier run. Only experts are quantized; bits are per weight of theirs, with all scales and
+dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16 checkpoint) are
+per token, computed in fp32; the output error is the geometric mean over the experts' matrices of
+each one's error on held-out tokens. *Same top 1* is the share of tokens for which the most likely
+next one is the same. The calibration text is English prose and documentation; *code* is modules of
+Python's standard library, *licenses* are those of Python packages. Standard errors are those of the
+mean over windows of text.
 
 {beside_gguf(beside["models"])}
 
 ![KL against bits per weight of our recipes and of GGUF's types](results/quality.png)
 
 What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
-of {tried["model"]}, one thread). Sorting an expert's columns by their share of non-zeros into four
-classes, each with a dictionary of its own, is not done; it would multiply the size of the levels by
-{classes:.3f}.
+of {tried["model"]}, one thread), measured when it was limited to three levels. Sorting an expert's
+columns by their share of non-zeros into four classes, each with a dictionary of its own, is not
+done; it would multiply the size of the levels by {classes:.3f}.
 
 {choices(tried["variants"])}
 
 Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
 (`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
-100 Gparam/h; `rd` at that size needs a GPU, on which it has not been run yet.
+100 Gparam/h; `rd` at that size needs a GPU, on which it has not been run yet. These, too, were
+measured when `rd` was limited to three levels.
 
 {scale(large["runs"]["cpu"])}
 
