@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,20 +103,22 @@ class GGUFExperts:
     """Replaces a model's experts by what llama.cpp makes of them."""
 
     def __init__(
-        self, model: Model, batches: Sequence[Batch], progress: Progress | None = None
+        self,
+        model: Model,
+        original: Mapping[str, torch.Tensor],
+        batches: Sequence[Batch],
+        progress: Progress | None = None,
     ) -> None:
         """
         Args:
             model: with its original weights.
+            original: these, float32 ``[experts, rows, columns]`` by stack.
             batches: of the calibration text.
             progress: called with the number of batches read and to read.
         """
         self._types = GGUFTypes()
         self._model = model
-        self._weights = {
-            name: [each.numpy().copy() for each in experts]
-            for name, experts in model.matrices.items()
-        }
+        self._original = original
         self._importance = column_importance(model, batches, progress)
 
     def replace(self, name: str, progress: Progress | None = None) -> float:
@@ -132,12 +134,12 @@ class GGUFExperts:
         Raises:
             QMoEError: ``argument`` if the rows of a matrix are no whole blocks of the type.
         """
-        done, total = 0, sum(map(len, self._weights.values()))
-        for stack, experts in self._weights.items():
-            columns = experts[0].shape[1]
+        done, total = 0, sum(map(len, self._original.values()))
+        for stack, experts in self._original.items():
+            columns = experts.shape[2]
             if not self._types.fits(name, columns):
                 raise QMoEError("argument", f"{stack}: {columns} columns, not whole blocks")
-            for expert, weights in enumerate(experts):
+            for expert, weights in enumerate(experts.numpy()):
                 found = self._types.round_trip(name, weights, self._importance[stack][expert])
                 self._model.replace(stack, expert, found)
                 done += 1

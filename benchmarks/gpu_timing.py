@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -87,7 +88,8 @@ class Cuda:
     def times(self, works: Sequence[Work], rounds: int) -> list[dict[str, Any]]:
         """Seconds per call of each work, in a graph and by plain launches, with its record.
 
-        The works take turns, so that a slowdown of the device affects all of them alike.
+        The works take turns, so that a slowdown of the device affects all of them alike. One that
+        cannot be captured is left out, with a note.
         """
         torch.cuda.synchronize()  # what the works use was made on another stream
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -95,10 +97,11 @@ class Cuda:
             for work in works:  # compile, allocate, choose algorithms
                 work.run(0)
             stream.synchronize()
-            in_graph = [max(work.copies, GRAPH_CALLS) for work in works]
-            graphs = [
-                captured(work.calls(count)) for work, count in zip(works, in_graph, strict=True)
-            ]
+            found = [(work, max(work.copies, GRAPH_CALLS)) for work in works]
+            recorded = [(work, count, captured(work, count)) for work, count in found]
+            works = [work for work, _, graph in recorded if graph]
+            in_graph = [count for _, count, graph in recorded if graph]
+            graphs = [graph for _, _, graph in recorded if graph]
             one_by_one = [min(count, PLAIN_CALLS) for count in in_graph]
             plain = [work.calls(count) for work, count in zip(works, one_by_one, strict=True)]
             replays = take_turns([graph.replay for graph in graphs], in_graph, rounds)
@@ -147,14 +150,18 @@ class Cuda:
         cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
-def captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of what ``launch`` does on the current stream."""
+def captured(work: Work, count: int) -> torch.cuda.CUDAGraph | None:
+    """A graph of ``count`` calls; None if the stream cannot record them."""
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
     try:
-        launch()
-    finally:
-        graph.capture_end()
+        graph.capture_begin()
+        try:
+            work.calls(count)()
+        finally:
+            graph.capture_end()
+    except RuntimeError as error:
+        print(f"left out: {work.call}, {work.way}: {error}", file=sys.stderr)
+        return None
     return graph
 
 

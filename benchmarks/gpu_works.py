@@ -169,6 +169,13 @@ def dense_fused(turns: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Run
         for expert_wt, expert_y in zip(*singles[i], strict=True):
             torch.mm(x, expert_wt, out=expert_y)
 
+    def vectors(i: int) -> None:
+        for expert, expert_y in zip(w[i], one_y, strict=True):
+            torch.mv(expert, x0, out=expert_y)
+
+    if tokens == 1:
+        x0, one_y = x[0], list(y[:, 0])
+        yield "mv, eight times", vectors
     yield "bmm, y = x Wt", lambda i: torch.bmm(each, wt[i], out=y)
     yield "bmm, yt = W xt", lambda i: torch.bmm(w[i], each_t, out=yt)
     yield "mm, eight times", loop

@@ -130,7 +130,7 @@ class Subject:
         if theirs:
             sequences = self._model.batches(read_text(calibration), samples=settings["samples"])
             with ProgressLine("importance matrix", "batches") as line:
-                self._theirs = GGUFExperts(self._model, sequences, line)
+                self._theirs = GGUFExperts(self._model, self._main.original, sequences, line)
 
     def bf16(self) -> Record:
         return {
