@@ -80,6 +80,10 @@ class Cuda:
         cache = torch.cuda.get_device_properties(self.name).L2_cache_size
         return 4 * cache // max(size, 1) + 1
 
+    def run_bytes(self, stack: gpu.DeviceStack) -> int:
+        """What products read of a stack if it has runs, otherwise 0."""
+        return stack.packed.runs.bytes if stack.packed.runs else 0
+
     def execute(self, launch: Launch) -> None:
         """Launch a kernel on torch's current stream."""
         library = Library(torch.cuda.current_device(), torch)

@@ -52,9 +52,10 @@ class Problem:
             threads=report.machine()["cores"],
         )
         mask = self.matrix.levels.mask
-        self.bytes = mask.segment_bytes + 4 * (mask.lengths.size + 1) + bits.nbytes
-        self.experts = sets_of_experts(device, self.bytes) * FUSED
+        self.experts = sets_of_experts(device, mask.segment_bytes) * FUSED
         self.stack = device.gpu.upload([self.expert(number) for number in range(self.experts)])
+        coded = mask.segment_bytes + 4 * (mask.lengths.size + 1)
+        self.bytes = (device.run_bytes(self.stack) // self.experts or coded) + bits.nbytes
         self.anchor = gpu_anchor.encode(levels, bits)
         stored = (self.anchor.codewords, self.anchor.offsets, self.anchor.low_high)
         self.anchor_bytes = sum(array.nbytes for array in stored)

@@ -236,6 +236,26 @@ def main_figures() -> str:
             )
             what = f"{model} at {records[label]['bits']:.2f} bits: KL(bf16 ‖ file), 10⁻³ nats"
             rows.append([what, f"{1e3 * records[label]['kl']:#.3g}", beside])
+    gpu = load("gpu")
+    for rows_of, columns, call, what in (
+        (4096, 14336, "one 1", "y = W x"),
+        (4096, 1536, "fused 1", "eight experts, one token"),
+    ):
+        (compared,) = (
+            each["compared"]
+            for each in gpu["shapes"]
+            if (each["rows"], each["columns"]) == (rows_of, columns)
+        )
+        found = {record["zeros"]: record for record in compared if record["call"] == call}
+        rows.append(
+            [
+                f"{gpu['device']['name']}: {what}, {rows_of} × {columns}, 88.5 % zeros, µs",
+                f"{found[0.885]['microseconds']:.1f}",
+                f"ours is {found[0.885]['bf16_graph']:.1f} × torch in bf16, "
+                f"{found[0.885]['anchor_graph']:.0f} × QMoE's kernel; at 60 % zeros "
+                f"{found[0.6]['bf16_graph']:.1f} × and {found[0.6]['anchor_graph']:.0f} ×",
+            ]
+        )
     (ways,) = (each["ways"] for each in runtime["results"] if each["case"] == "mixtral-like")
     shown = [ways[way] for way in ("qmoe fp32", "transformers bf16", "transformers fp32")]
     for what, key, digits, unit in [
@@ -254,12 +274,49 @@ From the scripts in `benchmarks/`, on a shared machine with {codec["machine"]["c
 """
 
 
+def on_gpu(shapes: list[dict[str, Any]]) -> str:
+    """Products on a GPU beside dense bf16 and QMoE's kernel."""
+
+    def ratio(record: dict[str, Any], family: str) -> str:
+        return f"{record[f'{family}_graph']:#.3g} ×"
+
+    rows = []
+    for shape in shapes:
+        found = {(r["call"], r["zeros"]): r for r in shape["compared"]}
+        for zeros, bits in shape["bits_per_weight"].items():
+            one, eight, many = (
+                found[call, float(zeros)] for call in ("one 1", "fused 1", "fused 16")
+            )
+            rows.append(
+                [
+                    f"{shape['rows']} × {shape['columns']}, {100 * float(zeros):g} %",
+                    f"{bits:.2f}",
+                    f"{one['microseconds']:.1f}",
+                    *(ratio(one, family) for family in ("bf16", "anchor")),
+                    f"{eight['microseconds']:.1f}",
+                    *(ratio(eight, family) for family in ("bf16", "anchor")),
+                    ratio(many, "bf16"),
+                ]
+            )
+    return table(
+        "matrix, zeros | bits | one, µs | vs. bf16 | vs. QMoE | eight, µs | vs. bf16 | vs. QMoE | "
+        "16 tokens each, vs. bf16",
+        rows,
+    )
+
+
 def all_figures() -> str:
     """The text of benchmarks/README.md."""
     codec, opening, memory, levels = map(load, ("codec", "opening", "convert_memory", "levels"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
-    beside, grouped, imported = map(load, ("quality", "int_group", "import_qmoe"))
+    beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
+    decoded = sorted(
+        record["of_bandwidth"]
+        for shape in gpu["shapes"]
+        for record in shape["compared"]
+        if record["call"] == "decode 0"
+    )
     choice = sorted(result["chosen / best"] for result in kernels)
     classes = tried["variants"]["as it is"]["bits in classes / bits"]
     packed = [
@@ -376,8 +433,21 @@ kernel takes {choice[len(choice) // 2]:.2f} times as long as the fastest one in 
 
 ## GPU
 
-Nothing has been run on one. `results/gpu_kernels.json` has registers, shared memory and spills of
-all kernels for compute capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
+On one {gpu["device"]["name"]} (`python -m benchmarks.gpu`): y = W x with one matrix and one token;
+then one token and eight experts, in one launch; then 16 tokens for each of eight experts. Compared
+are the fastest of several ways to multiply with torch in bf16, and QMoE's kernel, which we wrote
+from the paper. Each was timed in a CUDA graph, with matrices from memory, not from the L2 cache.
+*Bits* are those that a product reads, in the form that `gpu.upload` makes; the codewords, which
+decoding reads, are in memory as well.
+
+{on_gpu(gpu["shapes"])}
+
+![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
+
+Decoding writes bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least
+for small matrices. `results/gpu_prototypes.json` has what the layout was decided by.
+`results/gpu_kernels.json` has registers, shared memory and spills of all kernels for compute
+capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
 """
 
 

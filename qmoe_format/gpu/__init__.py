@@ -11,9 +11,10 @@
 x and y are CuPy arrays or torch tensors. The first call imports CuPy, an optional dependency
 (``pip install 'qmoe-format[cuda13]'`` or ``[cuda12]``); ``available()`` says whether it can run.
 
-How it works: ``packing`` lays out a stack, ``launch_plan`` chooses the kernels for a call,
-``kernels/*.cu`` are their source, ``launch`` runs them. Modules whose names begin with ``int_dict``
-or ``int_group`` belong to one encoding. Only ``cuda`` and ``launch`` use CuPy.
+How it works: ``packing`` lays out a stack, ``transcode`` makes ``runs`` of it for fast products,
+``launch_plan`` chooses the kernels for a call, ``kernels/*.cu`` are their source, ``launch`` runs
+them. Modules whose names begin with ``int_dict`` or ``int_group`` belong to one encoding. Only
+``cuda``, ``device_stack``, ``launch`` and ``transcode`` use CuPy.
 """
 
 from qmoe_format.gpu.cuda import available, require

@@ -111,9 +111,10 @@ def out_of_memory() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "CUDARuntimeError"):
-            raise
-        if "memory" not in str(error).lower():
+        # A kernel's "illegal memory access" is another matter.
+        runtime = type(error).__name__ == "CUDARuntimeError"
+        wanted = "cudaErrorMemoryAllocation" in str(error)
+        if type(error).__name__ != "OutOfMemoryError" and not (runtime and wanted):
             raise
         raise QMoEError(
             "memory",

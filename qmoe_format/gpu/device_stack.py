@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from qmoe_format.codec import EncodedMatrix
 from qmoe_format.gpu import cuda, packing
+from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.packing import Layout, Matrix, PackedStack
+from qmoe_format.gpu.runs import choose
+from qmoe_format.gpu.transcode import runs_of
 
 STAGING = 32 << 20  # bytes of page-locked memory in each of two buffers
 
@@ -50,7 +54,8 @@ class DeviceStack:
     @property
     def bytes(self) -> int:
         """Memory that the stack takes on the GPU."""
-        return self.packed.layout.bytes
+        runs = self.packed.runs.bytes if self.packed.runs else 0
+        return self.packed.layout.bytes + runs
 
     def __len__(self) -> int:
         return self.packed.layout.experts
@@ -65,13 +70,17 @@ class DeviceStack:
         return (DeviceMatrix(self, expert) for expert in range(len(self)))
 
 
-def upload(matrices: Matrix | Sequence[Matrix], *, device: int | None = None) -> DeviceStack:
+def upload(
+    matrices: Matrix | Sequence[Matrix], *, device: int | None = None, runs: bool = True
+) -> DeviceStack:
     """Copy matrices to a GPU as they are encoded. The copy is complete when this returns.
 
     Args:
         matrices: ``int-dict`` or ``int-group``; one, or several that differ in nothing but their
             weights, number of levels, dictionaries and group sizes.
         device: number of the GPU; by default CuPy's current one.
+        runs: make products with ``int-dict`` matrices two to five times as fast by keeping them in
+            a second form as well, which takes 1.2 to 1.5 times the memory of the first.
 
     Raises:
         QMoEError: ``dependency`` without CuPy; ``device`` without a suitable GPU; ``memory``;
@@ -94,7 +103,12 @@ def upload(matrices: Matrix | Sequence[Matrix], *, device: int | None = None) ->
         with cuda.out_of_memory():
             buffer = cupy.zeros(layout.bytes, np.uint8)
         _copy(cupy, layout, sequence, buffer)
-    return DeviceStack(number, PackedStack(layout, layout.arrays(buffer)))
+        stack = PackedStack(layout, layout.arrays(buffer))
+        if runs and isinstance(layout, DictLayout):
+            encoded = [matrix for matrix in sequence if isinstance(matrix, EncodedMatrix)]
+            if run_layout := choose(layout, encoded, cuda.limits(number)):
+                stack = replace(stack, runs=runs_of(stack, run_layout, number))
+    return DeviceStack(number, stack)
 
 
 def _copy(cupy: Any, layout: Layout, matrices: Sequence[Matrix], buffer: Any) -> None:

@@ -38,14 +38,19 @@ class Launch:
 
     Attributes:
         kernel: what is launched.
-        blocks: how many.
+        blocks: how many, or how many in each of three dimensions.
         arguments: CuPy arrays, torch tensors and numpy scalars, in the kernel's order; None for
             an array that it does not use.
     """
 
     kernel: Kernel
-    blocks: int
+    blocks: int | tuple[int, int, int]
     arguments: tuple[Any, ...]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks in each dimension."""
+        return (self.blocks, 1, 1) if isinstance(self.blocks, int) else self.blocks
 
 
 def execute(launches: Sequence[Launch], device: int, stream: Any) -> None:
@@ -58,20 +63,18 @@ def execute(launches: Sequence[Launch], device: int, stream: Any) -> None:
     """
     with cuda.module().cuda.Device(device), stream:
         for launch in launches:
-            kernel, shared = launch.kernel, launch.kernel.shared_bytes
-            function = _compiled(device, kernel.source, kernel.name)
-            if shared > DEFAULT_SHARED:
-                function.max_dynamic_shared_size_bytes = shared
+            kernel = launch.kernel
+            function = _compiled(device, kernel.source, kernel.name, kernel.shared_bytes)
             arguments = tuple(map(_argument, launch.arguments))
-            function((launch.blocks,), (kernel.threads,), arguments, shared_mem=shared)
+            function(launch.grid, (kernel.threads,), arguments, shared_mem=kernel.shared_bytes)
 
 
 @cache
-def _compiled(device: int, source: str, name: str) -> Any:
+def _compiled(device: int, source: str, name: str, shared_bytes: int) -> Any:
     """The function, loaded on ``device``, which is the current one."""
     compiled = cuda.module().RawModule(code=source, options=("--std=c++17",))
     try:
-        return compiled.get_function(name)
+        function = compiled.get_function(name)
     except (ImportError, RuntimeError) as error:
         if not any(what in str(error).lower() for what in ("nvrtc", "cuda headers")):
             raise
@@ -81,6 +84,9 @@ def _compiled(device: int, source: str, name: str) -> Any:
             "run: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 for CUDA 12, "
             "nvidia-cuda-nvrtc nvidia-cuda-runtime for CUDA 13",
         ) from error
+    if shared_bytes > DEFAULT_SHARED:
+        function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
 
 
 def _argument(argument: Any) -> Any:

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_format.gpu import int_dict_kernels, int_group_kernels
+from qmoe_format.gpu import int_dict_kernels, int_group_kernels, runs
 from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Kernel, Launch
 from qmoe_format.gpu.packing import Layout, PackedStack
+from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 
 SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
+MOST_GRID_Z = 65535  # blocks in the third dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,8 @@ def _products(
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
+    if stack.runs and pairs.count // per_x <= MOST_GRID_Z:
+        return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -145,6 +149,22 @@ def _products(
     arguments = (x, y, listed, tiles, *_ints(pairs.expert, pairs.count, per_x))
     blocks = min(limits.multiprocessors, pairs.count * layout.units)
     return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
+
+
+def _by_runs(
+    stack: PackedStack, packed: PackedRuns, x: Any, y: Any, pairs: _Pairs, limits: DeviceLimits
+) -> Launch:
+    """y [pairs, rows], one token after another, even if they have the same expert."""
+    layout = packed.layout
+    mode = "ONE" if pairs.experts is None else "LIST"
+    kernel = _run_kernel(layout, element_type(x.dtype), element_type(y.dtype), mode)
+    scales = (stack.arrays["row_scale"], stack.arrays["column_scale"])
+    # A block stages x of one pair: one that came to a second would be late.
+    each = -(-layout.groups // max(limits.multiprocessors // pairs.count, 1))
+    sizes = _ints(layout.experts, layout.rows)
+    call = (x, y, pairs.experts, *_ints(pairs.expert, each), np.uint32(128 * layout.slots - 4))
+    grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
+    return Launch(kernel, grid, (*packed.arrays.values(), *scales, *sizes, *call))
 
 
 def _sort(
@@ -199,6 +219,11 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
     if isinstance(layout, DictLayout):
         return int_dict_kernels.product(layout, product, limits)
     return int_group_kernels.product(layout, product)
+
+
+@lru_cache(maxsize=1024)
+def _run_kernel(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
+    return runs.product(layout, x, y, pairs)
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import int_dict_packing, int_group_packing
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.int_group_packing import GroupLayout
+from qmoe_format.gpu.runs import PackedRuns
 
 Matrix = EncodedMatrix | GroupedMatrix
 Layout = DictLayout | GroupLayout
@@ -25,10 +26,12 @@ class PackedStack:
 
     Attributes:
         arrays: numpy's or a device's, by name, in the order of the kernels' parameters.
+        runs: ``int-dict`` matrices once more, for products.
     """
 
     layout: Layout
     arrays: dict[str, Any]
+    runs: PackedRuns | None = None
 
 
 def pack(matrices: Sequence[Matrix]) -> PackedStack:

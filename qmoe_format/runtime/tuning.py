@@ -22,7 +22,8 @@ class Tuning:
         weights_per_thread: weights for which waking another thread pays.
         scratch_bytes: of decoded weights at a time.
         gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch per stack.
-        gpu_expert_tokens: up to this many tokens of an expert, a GPU multiplies from codewords.
+        gpu_expert_tokens: up to this many tokens of an expert, a GPU multiplies weights as they
+            are stored. (On an H100, decoding pays from about 20 at 60 % zeros, 40 at 88.5 %.)
     """
 
     threads: int = field(default_factory=cores)
@@ -33,4 +34,4 @@ class Tuning:
     weights_per_thread: int = 1 << 18
     scratch_bytes: int = 8 << 20
     gpu_layer_tokens: int = 64
-    gpu_expert_tokens: int = 64
+    gpu_expert_tokens: int = 32

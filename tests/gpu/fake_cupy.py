@@ -35,6 +35,10 @@ class Array(np.ndarray):
     def device(self) -> Any:
         return SimpleNamespace(id=self.gpu)
 
+    def get(self) -> np.ndarray:
+        """On the CPU."""
+        return np.array(self)
+
     @property
     def data(self) -> Any:
         return SimpleNamespace(ptr=self.ctypes.data)
@@ -171,11 +175,11 @@ class Function:
         self.max_dynamic_shared_size_bytes = 48 << 10
 
     def __call__(
-        self, grid: tuple[int], block: tuple[int], arguments: Any, *, shared_mem: int
+        self, grid: tuple[int, int, int], block: tuple[int], arguments: Any, *, shared_mem: int
     ) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes, "more than was asked for"
         plain = tuple(map(_plain, arguments))
-        launch = Launch(Kernel(self.name, self.code, block[0], shared_mem), grid[0], plain)
+        launch = Launch(Kernel(self.name, self.code, block[0], shared_mem), grid, plain)
         self.cupy.launched.append(launch)
         shim.execute(launch)
 

@@ -87,6 +87,9 @@ class Cpu(Cuda):
         self.timed.append(works[0].weights)
         return [timed(work) for work in works]
 
+    def run_bytes(self, stack: Any) -> int:
+        return 0
+
     def bandwidth(self, rounds: int) -> dict[str, float]:
         return {"read": 1e12, "write": 1e12}
 

@@ -11,6 +11,7 @@ from qmoe_format import gpu
 from qmoe_format.codec import dequantize, encode_matrix, pack_groups
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.gpu import packing
+from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.packing import Matrix
 from tests.gpu import shim
 from tests.gpu.fake_cupy import FakeCupy
@@ -58,15 +59,21 @@ def test_upload(cupy: FakeCupy, members: list[Matrix]) -> None:
     check_uploaded(stack, members)
     assert stack.device == 1
     assert stack.shape == (EXPERTS, ROWS, COLUMNS)
-    assert stack.bytes == packed.layout.bytes
+    runs = stack.packed.runs
+    assert bool(runs) == isinstance(packed.layout, DictLayout)
+    assert stack.bytes == packed.layout.bytes + (runs.bytes if runs else 0)
+    assert gpu.upload(members, runs=False).bytes == packed.layout.bytes
     assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
     assert stack[-1].expert == 3
 
 
 def test_upload_is_complete_when_it_returns(cupy: FakeCupy, members: list[Matrix]) -> None:
     """torch's streams do not wait for CuPy's."""
-    gpu.upload(members)
+    gpu.upload(members, runs=False)
     assert cupy.stream.waits == 1
+    launched = cupy.launched
+    gpu.upload(members)
+    assert cupy.stream.waits == (3 if launched else 2)
 
 
 def test_upload_of_more_than_the_staging_buffers_hold(cupy: FakeCupy) -> None:
@@ -77,14 +84,15 @@ def test_upload_of_more_than_the_staging_buffers_hold(cupy: FakeCupy) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_matvec(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_matvec(cupy: FakeCupy, members: list[Matrix], dtype: str, runs: bool) -> None:
     x, values = integers(cupy, COLUMNS, dtype=dtype)
-    y = gpu.matvec(gpu.upload(members)[2], x)
+    y = gpu.matvec(gpu.upload(members, runs=runs)[2], x)
     assert y.dtype == x.dtype
     assert isinstance(y, cupy.ndarray)
     want = (dequantize(members[2]) @ values).astype(np.float32)
     assert np.array_equal(y, from_float32(want, dtype))
-    assert np.array_equal(y, gpu.matvec(gpu.upload(members[2]), x))
+    assert np.array_equal(y, gpu.matvec(gpu.upload(members[2], runs=runs), x))
 
 
 def test_matmul_into_out_of_another_type(cupy: FakeCupy, members: list[Matrix]) -> None:
@@ -96,6 +104,7 @@ def test_matmul_into_out_of_another_type(cupy: FakeCupy, members: list[Matrix]) 
 
 def test_no_tokens(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members)
+    cupy.launched.clear()
     x, experts = cupy.empty((0, COLUMNS), np.float16), cupy.empty((0, 2), np.int32)
     assert gpu.matmul(stack[0], x).shape == (0, ROWS)
     assert gpu.expert_matvec(stack, x, experts).shape == (0, 2, ROWS)
@@ -107,15 +116,16 @@ def test_no_tokens(cupy: FakeCupy, members: list[Matrix]) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 20])  # a list of pairs; groups of them
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
 def test_expert_matvec(
-    cupy: FakeCupy, members: list[Matrix], tokens: int, each: bool, weighted: bool
+    cupy: FakeCupy, members: list[Matrix], tokens: int, each: bool, weighted: bool, runs: bool
 ) -> None:
     k = 2
     x, values = integers(cupy, *((tokens, k, COLUMNS) if each else (tokens, COLUMNS)), dtype="F32")
     chosen = np.random.default_rng(0).integers(0, EXPERTS, (tokens, k)).astype(np.int32)
     weights, scales = integers(cupy, tokens, k)
     weights = weights if weighted else None
-    y = gpu.expert_matvec(gpu.upload(members), x, cupy.asarray(chosen), weights)
+    y = gpu.expert_matvec(gpu.upload(members, runs=runs), x, cupy.asarray(chosen), weights)
     dense = np.stack([dequantize(matrix) for matrix in members])[chosen].astype(np.float64)
     every = values if each else np.repeat(values[:, None], k, axis=1)
     want = np.einsum("tkrc,tkc->tkr", dense, every)
@@ -137,7 +147,7 @@ def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
 
 
 def test_a_captured_call_keeps_its_scratch_arrays(cupy: FakeCupy, members: list[Matrix]) -> None:
-    stack = gpu.upload(members)
+    stack = gpu.upload(members, runs=False)
     x, _ = integers(cupy, 20, COLUMNS)
     experts = cupy.asarray(np.zeros((20, 2), np.int32))
     gpu.expert_matvec(stack, x, experts)
@@ -150,6 +160,7 @@ def test_a_captured_call_keeps_its_scratch_arrays(cupy: FakeCupy, members: list[
 def test_kernels_are_compiled_once(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members)
     x, _ = integers(cupy, COLUMNS)
+    cupy.launched.clear()
     for expert in range(3):
         gpu.matvec(stack[expert], x)
     assert len({launch.kernel.source for launch in cupy.launched}) == 1

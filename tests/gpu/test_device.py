@@ -13,10 +13,11 @@ import torch
 import torch.utils.dlpack
 
 from qmoe_format import gpu
-from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec import EncodedMatrix, decode, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu.packing import Matrix
+from tests.gpu import run_reference
 from tests.gpu.problems import (
     KINDS,
     NAMES,
@@ -72,21 +73,28 @@ def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.contiguous().view(torch.uint8).cpu().numpy()
 
 
-def stack_of(kind: Kind, shape: Shape, experts: int) -> tuple[list[Matrix], gpu.DeviceStack]:
+def stack_of(
+    kind: Kind, shape: Shape, experts: int, runs: bool = True
+) -> tuple[list[Matrix], gpu.DeviceStack]:
     members = [matrix(kind, shape, seed) for seed in range(experts)]
-    return members, gpu.upload(members)
+    return members, gpu.upload(members, runs=runs)
 
 
 # -- Results ---------------------------------------------------------------------------------------
 
 
+with_and_without_runs = pytest.mark.parametrize("runs", [False, True], ids=["codewords", "runs"])
+
+
 @all_kinds
+@with_and_without_runs
 @pytest.mark.parametrize("tokens", [1, 3, 8, 13, 64])
-def test_matmul(kind: Kind, tokens: int) -> None:
+def test_matmul(kind: Kind, tokens: int, runs: bool) -> None:
     for exact in (False, True):
         shape = Shape(70, 1000, 0.8, None, 0, exact)
         coded, x = matrix(kind, shape), vectors(kind, shape, tokens)
-        y = numbers(gpu.matmul(gpu.upload(coded)[0], on_gpu(x, kind.dtype)), kind.dtype)
+        stack = gpu.upload(coded, runs=runs)
+        y = numbers(gpu.matmul(stack[0], on_gpu(x, kind.dtype)), kind.dtype)
         if exact:
             assert np.array_equal(y, rounded(x @ dequantize(coded).T, kind.dtype))
         else:
@@ -95,20 +103,22 @@ def test_matmul(kind: Kind, tokens: int) -> None:
 
 @pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("tokens", [1, 5, 33])
+@with_and_without_runs
 @pytest.mark.parametrize("kind", [BF16, REFINED, FOUR_BITS], ids=["ternary", "refined", "groups"])
-def test_shapes(kind: Kind, size: tuple[int, int], tokens: int) -> None:
+def test_shapes(kind: Kind, size: tuple[int, int], tokens: int, runs: bool) -> None:
     shape = Shape(*size, 0.885, None, 0)
     coded, x = matrix(kind, shape), vectors(kind, shape, tokens)
     out = gpu.require().empty((tokens, size[0]), "float32")
-    y = gpu.matmul(gpu.upload(coded), on_gpu(x, "bf16"), out=out)
+    y = gpu.matmul(gpu.upload(coded, runs=runs), on_gpu(x, "bf16"), out=out)
     assert within_tolerance(coded, x, numbers(y, "fp32"))
 
 
 @all_kinds
+@with_and_without_runs
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (2, 4), (5, 2), (40, 3)])
-def test_expert_matvec(kind: Kind, tokens: int, k: int) -> None:
+def test_expert_matvec(kind: Kind, tokens: int, k: int, runs: bool) -> None:
     shape = Shape(70, 1000, 0.8, None, 0, exact=True)
-    members, stack = stack_of(kind, shape, 5)
+    members, stack = stack_of(kind, shape, 5, runs)
     rng = np.random.default_rng(0)
     experts = rng.choice([0, 1, 1, 1, 1, 4], (tokens, k)).astype(np.int32)
     weights = rng.choice([-2.0, 0.5, 1.0], (tokens, k)).astype(np.float32)
@@ -125,10 +135,11 @@ def test_expert_matvec(kind: Kind, tokens: int, k: int) -> None:
         assert np.array_equal(y, rounded(sums, kind.dtype))
 
 
+@with_and_without_runs
 @pytest.mark.parametrize("tokens", [1, 50])
-def test_experts_outside_the_stack(tokens: int) -> None:
+def test_experts_outside_the_stack(tokens: int, runs: bool) -> None:
     shape = Shape(33, 300, 0.885, None, 0, exact=True)
-    members, stack = stack_of(FP32, shape, 3)
+    members, stack = stack_of(FP32, shape, 3, runs)
     experts = np.random.default_rng(0).integers(-3, 7, (tokens, 4), np.int32)
     experts[0, :2] = -(2**31), 2**31 - 1
     x = vectors(FP32, shape, tokens)
@@ -167,22 +178,24 @@ def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: 
     assert gpu.decode(gpu.upload(coded)[0], dtype).get().tobytes() == expected.tobytes()
 
 
+@with_and_without_runs
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-40])
-def test_a_token_with_odd_numbers_leaves_others_alone(value: float) -> None:
+def test_a_token_with_odd_numbers_leaves_others_alone(value: float, runs: bool) -> None:
     shape = Shape(64, 500, 0.885, None, 0, exact=True)
     coded, x = matrix(FP32, shape), vectors(FP32, shape, 9)
     x[4, 3::7] = value
-    y = numbers(gpu.matmul(gpu.upload(coded), on_gpu(x, "fp32")), "fp32")
+    y = numbers(gpu.matmul(gpu.upload(coded, runs=runs), on_gpu(x, "fp32")), "fp32")
     others = np.arange(9) != 4
     assert np.array_equal(y[others], x[others] @ dequantize(coded).T)
     if value == 1e-40:  # counts as 0 or as itself
         assert within_tolerance(coded, np.where(x == value, 0, x)[4:5], y[4:5])
 
 
+@with_and_without_runs
 @pytest.mark.parametrize("kind", [BF16, replace(REFINED, dtype="fp32"), FOUR_BITS])
-def test_the_same_every_time(kind: Kind) -> None:
+def test_the_same_every_time(kind: Kind, runs: bool) -> None:
     shape = Shape(500, 3000, 0.885, None, 0)
-    _, stack = stack_of(kind, shape, 8)
+    _, stack = stack_of(kind, shape, 8, runs)
     x = on_gpu(vectors(kind, shape, 40), kind.dtype)
     experts = gpu.require().asarray(np.random.default_rng(0).integers(0, 8, (40, 2), np.int32))
     weights = on_gpu(np.random.default_rng(1).random((40, 2), np.float32), kind.dtype)
@@ -204,7 +217,7 @@ def test_a_stack_of_more_than_4_gib() -> None:
     experts = (4 << 30) // coded.levels.mask.segment_bytes + 2
     if gpu.require().cuda.runtime.memGetInfo()[0] < 6 << 30:
         pytest.skip("the GPU has less than 6 GiB free")
-    stack = gpu.upload([coded] * (experts - 1) + [other])
+    stack = gpu.upload([coded] * (experts - 1) + [other], runs=False)
     x = vectors(BF16, shape, 1)
     y = numbers(gpu.matmul(stack[-1], on_gpu(x, "bf16")), "bf16")
     assert np.array_equal(y, rounded(x @ dequantize(other).T, "bf16"))
@@ -351,3 +364,19 @@ def test_each_array_stays_on_its_gpu() -> None:
     y = gpu.matmul(there, given)  # while GPU 0 is current
     assert y.device.id == 1
     assert within_tolerance(coded, x, numbers(y, "bf16"), "bf16")
+
+
+# -- Runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_transcoding(size: tuple[int, int]) -> None:
+    """As numpy does it."""
+    members = [matrix(REFINED, Shape(*size, 0.885, None, 0), seed) for seed in range(2)]
+    runs = gpu.upload(members).packed.runs
+    if runs is None:  # x of 70001 columns does not fit
+        assert size[1] > 26_000
+        return
+    levels = np.stack([decode(m.levels) for m in members if isinstance(m, EncodedMatrix)])
+    for name, expected in run_reference.runs(levels, runs.layout).arrays.items():
+        assert np.array_equal(runs.arrays[name].get(), expected), name

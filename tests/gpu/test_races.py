@@ -16,10 +16,12 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from qmoe_format.codec import dequantize
+from qmoe_format.codec import EncodedMatrix, dequantize
+from qmoe_format.codec import decode as decode_levels
 from qmoe_format.dtypes import from_float32
-from qmoe_format.gpu.packing import Matrix, pack
-from tests.gpu import shim
+from qmoe_format.gpu.packing import Matrix, PackedStack, pack
+from qmoe_format.gpu.runs import RunLayout
+from tests.gpu import run_reference, shim
 from tests.gpu.problems import (
     DictKind,
     Floats,
@@ -101,6 +103,44 @@ def refined_zeros(machine: Machine) -> None:
     assert not decode(stack, "bf16", machine, part=(1, 1)).any()
 
 
+@cache
+def runs(columns: int, bits: int = 3, lanes: int = 4) -> tuple[list[Matrix], PackedStack]:
+    """Refined matrices, one of them empty."""
+    shape = replace(SHAPE, columns=columns)
+    coded = [matrix(REFINED, replace(shape, zeros=0.2 + 0.4 * seed), seed) for seed in range(3)]
+    layout = RunLayout(3, SHAPE.rows, columns, bits, lanes, 2, column_scales=False)
+    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
+    return coded, replace(pack(coded), runs=run_reference.runs(levels, layout))
+
+
+def run_products(machine: Machine, columns: int = 304, *layout: int) -> None:
+    """Several x for one matrix, at aligned addresses if ``columns`` is a multiple of four."""
+    coded, stack = runs(columns, *layout)
+    x = vectors(REFINED, replace(SHAPE, columns=columns), 3)
+    y = matmul(REFINED, stack, x, machine, 1)
+    assert np.array_equal(y, x @ dequantize(coded[1]).T), "wrong result"
+
+
+def run_products_unaligned(machine: Machine) -> None:
+    run_products(machine, 301)
+
+
+def run_products_of_short_rows(machine: Machine) -> None:
+    """A region has no more slots than a code can pass."""
+    run_products(machine, 80, 4, 16)
+
+
+def run_mixtures(machine: Machine) -> None:
+    coded, stack = runs(304)
+    x = vectors(REFINED, replace(SHAPE, columns=304), 2)
+    experts = np.array([[2, 0, 7], [1, -1, 1]], np.int32)
+    y = expert_matvec(REFINED, stack, x, experts, machine=machine)
+    there = (experts >= 0) & (experts < 3)
+    dense = np.stack([dequantize(member) for member in coded])[experts.clip(0, 2)]
+    assert np.array_equal(y[there], np.einsum("tc,tkrc->tkr", x, dense)[there]), "wrong result"
+    assert np.isnan(y[~there]).all(), "wrong result"
+
+
 def group_products(machine: Machine) -> None:
     products(machine, BITS)
 
@@ -117,6 +157,7 @@ Call = Callable[[Machine], None]
 CALLS: tuple[Call, ...] = (
     *(products, products_of_large_x, mixtures, decoded),
     *(refined_products, refined_mixtures, refined_decoded, refined_zeros),
+    *(run_products, run_products_unaligned, run_products_of_short_rows, run_mixtures),
     *(group_products, group_mixtures, group_decoded),
 )
 
@@ -129,8 +170,8 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     # Barriers.
     "x and table, no barrier": (
         products,
-        "__syncthreads();\n    for (; number",
-        "for (; number",
+        "__syncthreads();\n    for (; number < part.to",
+        "for (; number < part.to",
         RACE,
     ),
     "next tile, no barrier": (
@@ -215,8 +256,8 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "the total of 31 lanes": (
         products,
-        "__shfl_sync(FULL, upto, 31)",
-        "__shfl_sync(FULL, upto, 30)",
+        "__shfl_sync(FULL, upto, 31), more",
+        "__shfl_sync(FULL, upto, 30), more",
         f"{WRONG}|{OUTSIDE}|{RACE}",
     ),
     # The ends of things.
@@ -361,6 +402,44 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "(u64)expert * STRINGS + string;\n        const u32*",
         "(u64)expert * STRINGS;\n        const u32*",
         WRONG,
+    ),
+    # Runs.
+    "x of runs, no barrier": (
+        run_products,
+        "__syncthreads();\n    for (; number < to;",
+        "for (; number < to;",
+        RACE,
+    ),
+    "unaligned x, no barrier": (
+        run_products_unaligned,
+        "__syncthreads();\n        stage_unaligned",
+        "stage_unaligned",
+        RACE,
+    ),
+    "the lines without a column": (run_products, "lines[i * 8] = {};\n#pragma", "\n#pragma", RACE),
+    "the path goes on after its end": (
+        run_products_of_short_rows,
+        "i < left ? bytes_of_code<i>(words) : 0",
+        "bytes_of_code<i>(words)",
+        f"{OUTSIDE}|{RACE}",
+    ),
+    "no way back to the first slot": (
+        run_products,
+        "place = max(place, place - ring)",
+        "place = place",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    "a run too few in a sum": (
+        run_mixtures,
+        "for (int distance = LANES; distance > 0",
+        "for (int distance = LANES / 2; distance > 0",
+        WRONG,
+    ),
+    "the first words of another matrix": (
+        run_mixtures,
+        "stack.words + stack.bases[expert] * 32",
+        "stack.words + stack.bases[0] * 32",
+        f"{OUTSIDE}|{WRONG}",
     ),
     # Groups.
     "x, no barrier": (

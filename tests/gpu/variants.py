@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 
 from benchmarks import gpu_anchor
 from qmoe_format import codec
-from qmoe_format.gpu import launch_plan
+from qmoe_format.gpu import launch_plan, runs
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack, pack
+from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from tests.gpu.problems import dictionary, random_levels
 
 H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10)
@@ -84,6 +86,28 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
+def run_matvec(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch of a product from runs."""
+    packed = stack(columns=columns, **options)
+    column_scales = bool(options.get("column_scales"))
+    layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
+    packed = replace(packed, runs=PackedRuns(layout, {}))
+    x, y = array((1, columns), dtype), array((1, 4), dtype)
+    return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[0]
+
+
+def transcode(name: str, bits: int, lanes: int) -> Launch:
+    """A launch of the transcoder."""
+    layout = RunLayout(1, 4, 2048, bits, lanes, 2, column_scales=False)
+    levels = array((1, 4, 2048), "fp16")
+    nothing = {key: array((1,), "int32") for key in ("offsets", "bases", "words", "starts")}
+    return {
+        "sizes": lambda: runs.sizes(layout, levels, None, H200),
+        "offsets": lambda: runs.offsets(layout, None, None),
+        "codes": lambda: runs.codes(layout, levels, nothing, 0, H200),
+    }[name]()
+
+
 def expert_matvec(tokens: int, place: int, dtype: str = "bf16", **options: Any) -> Launch:
     """The launch at ``place`` of weighted products with 8 experts per token."""
     packed = packed_stack(**options)
@@ -109,6 +133,7 @@ def anchor(warps: int) -> Launch:
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
     "product, groups of 16 tokens": partial(expert_matvec, 2, 1),
+    "product of runs": partial(run_matvec, 14336, 6, 16, column_scales=True),
     "decode": decode,
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
@@ -134,6 +159,13 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product, refined, x not in shared memory": partial(
         matmul, 1, rows=1, columns=60_000, refined=(0.95, 12)
     ),
+    "product of runs, 3 bits, fp32": partial(run_matvec, 1536, 3, 2, "fp32", column_scales=True),
+    "product of runs, 4 bits, any columns": partial(run_matvec, 4097, 4, 8, scales=1),
+    "product of runs, 5 bits, fp16": partial(run_matvec, 7168, 5, 8, "fp16"),
+    "product of runs, 8 bits": partial(run_matvec, 2048, 8, 4),
+    "sizes of runs": partial(transcode, "sizes", 5, 8),
+    "offsets of runs": partial(transcode, "offsets", 5, 8),
+    "codes of runs": partial(transcode, "codes", 6, 2),
     "decode, fp16, column scales": partial(decode, "fp16", column_scales=True),
     "decode, fp32, width 8": partial(decode, "fp32", width=8),
     "decode, 60 % zeros": partial(decode, zeros=0.6),

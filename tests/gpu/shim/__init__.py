@@ -54,8 +54,8 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
         Fault: after which the arrays hold what the kernel had written so far.
     """
     name, threads, shared = launch.kernel.name, launch.kernel.threads, launch.kernel.shared_bytes
-    if launch.blocks < 1 or not 1 <= threads <= MOST_THREADS:
-        raise Fault(f"{name}: no GPU runs {launch.blocks} blocks of {threads} threads")
+    if min(launch.grid) < 1 or not 1 <= threads <= MOST_THREADS:
+        raise Fault(f"{name}: no GPU runs {launch.grid} blocks of {threads} threads")
     if not 0 <= shared <= MOST_SHARED:
         raise Fault(f"{name}: no GPU has {shared} bytes of shared memory")
     compiled = _compiled_kernel(launch.kernel.source, name)
@@ -69,7 +69,7 @@ def execute(launch: Launch, order: int = FORWARD) -> None:
             pointers,
             arrays,
             len(arrays),
-            (ctypes.c_uint * 3)(launch.blocks, 1, 1),
+            (ctypes.c_uint * 3)(*launch.grid),
             (ctypes.c_uint * 3)(threads, 1, 1),
             shared,
             begin,

@@ -1,0 +1,33 @@
+// The first code of each group, and after the last one the number of codes: as many for every lane
+// as the longest of the group's runs has. A matrix ends with a whole number of words.
+
+extern "C" __global__ void __launch_bounds__(32) run_offsets(
+    const u32* sizes,  // uint32 [count, rows, 2]
+    u32* offsets,      // uint32 [count, groups + 1]
+    int count, int rows) {
+    const int lane = threadIdx.x % 32, groups = (rows + ROWS - 1) / ROWS;
+    for (int matrix = blockIdx.x; matrix < count; matrix += gridDim.x) {
+        u32* const out = offsets + (u64)matrix * (groups + 1);
+        u32 before = 0;
+        for (int first = 0; first <= groups; first += 32) {
+            const int group = first + lane;
+            u32 longest = group < groups ? 1 : 0;
+            for (int h = 0; h < HALVES; h++) {
+                const int row = group * ROWS + h / 2;
+                if (row >= rows) break;
+                const u32 size = sizes[((u64)matrix * rows + row) * 2 + h % 2];
+                longest = max(longest, (size + LANES - 1) / LANES);
+            }
+            u32 upto = longest;
+#pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const u32 value = __shfl_up_sync(FULL, upto, distance);
+                if (lane >= distance) upto += value;
+            }
+            u32 at = before + upto - longest;
+            if (group == groups) at = (at + 31) / 32 * 32;
+            if (group <= groups) out[group] = at;
+            before += __shfl_sync(FULL, upto, 31);
+        }
+    }
+}

@@ -1,0 +1,290 @@
+// y = W x for (token, expert) pairs from runs of gap codes. The grid is [x][pairs of an x][blocks of
+// a pair], so that no thread divides; a block's warps take groups of the matrix in turn. What takes
+// long is asked for first: offsets, x, and words as soon as their offsets are there.
+
+#define ONE 0
+#define LIST 1
+
+constexpr u32 CODE = (1u << BITS) - 1;
+constexpr int LINE_BYTES = 128;  // of x in shared memory
+constexpr int X_BYTES = (SLOTS + 1) * LINE_BYTES;
+
+// The arrays and sizes; for shapes, see the parameters of the kernel.
+struct Stack {
+    const u32* offsets;
+    const u16* starts;
+    const u64* bases;
+    const u32* words;
+    const bf16 *row_scale, *column_scale;
+    int experts, rows;
+
+    __device__ int groups() const { return (rows + ROWS - 1) / ROWS; }
+};
+
+// What a lane needs to know of a group before it walks its run.
+struct Group {
+    u32 offset, end;  // codes of each run, from the matrix's first on
+    u32 start;        // where the run begins
+    float scale;      // of the lane's half row
+
+    Group() = default;
+    __device__ Group(const Stack& stack, int expert, int number) {
+        const u32* const at = stack.offsets + (u64)expert * (stack.groups() + 1) + number;
+        offset = __ldg(at);
+        end = __ldg(at + 1);
+    }
+    __device__ void load_rest(const Stack& stack, int expert, int number) {
+        const int lane = threadIdx.x % 32, half = lane / LANES, row = number * ROWS + half / 2;
+        start = __ldg(stack.starts + ((u64)expert * stack.groups() + number) * 32 + lane);
+        const u64 at = (u64)expert * stack.rows + min(row, stack.rows - 1);
+        scale = to_float(stack.row_scale[at * SCALES + (half % 2 ? 0 : SCALES - 1)]);
+        if (SCALES == 1 && half % 2) scale = negative(scale);
+    }
+};
+
+// The codes of one lane: 32 of them in BITS words, which begin anywhere in a word.
+struct Codes {
+    const u32* at;
+    u32 phase;
+    u32 ahead[BITS + 1];
+
+    Codes() = default;
+    __device__ Codes(const u32* words, const Group& group)
+        : at(words + (u64)group.offset * BITS / 32 * 32 + threadIdx.x % 32),
+          phase(group.offset * BITS % 32) {
+        ahead[BITS] = __ldg(at);
+        load();
+    }
+    __device__ void load() {
+        ahead[0] = ahead[BITS];
+#pragma unroll
+        for (int i = 1; i <= BITS; i++) ahead[i] = __ldg(at + 32 * i);
+        at += 32 * BITS;
+    }
+    __device__ void take(u32 (&words)[BITS]) const {
+#pragma unroll
+        for (int i = 0; i < BITS; i++) {
+            words[i] = __funnelshift_r(ahead[i], ahead[i + 1], phase);
+        }
+    }
+};
+
+// Code i in bytes of x. Shifted once, left or right, wherever it is.
+template <int i>
+__device__ __forceinline__ u32 bytes_of_code(const u32 (&words)[BITS]) {
+    constexpr int at = i * BITS % 32, word = i * BITS / 32, left = 7 - at;
+    if constexpr (at + BITS <= 32) {
+        const u32 code = words[word] & CODE << at;
+        return left < 0 ? code >> max(-left, 0) : code << max(left, 0);
+    } else {
+        return (__funnelshift_r(words[word], words[word + 1], at) & CODE) * LINE_BYTES;
+    }
+}
+
+// A lane's path through x. `place` is relative to the end of x, so it is negative until the next
+// region begins. The way back to the first slot, one bank further, is to subtract `ring`, and then
+// the result is the greater one of the two as unsigned numbers.
+struct Path {
+    const u8* x_end;
+    u32 place, ring;
+    float sums[2];  // in turn: so an addition need not wait for the one before
+
+    template <int i, int n>
+    __device__ __forceinline__ void walk(const u32 (&words)[BITS], int left) {
+        if constexpr (i < n) {
+            place += i < left ? bytes_of_code<i>(words) : 0;
+            place = max(place, place - ring);
+            const float x = *(const float*)(x_end + (int)place);
+            if (i < left) sums[i % 2] += x;
+            walk<i + 1, n>(words, left);
+        }
+    }
+    // The last 1 to 32 codes, eight at a time; after the end the path stays where it is.
+    template <int i>
+    __device__ __forceinline__ void finish(const u32 (&words)[BITS], int left) {
+        if constexpr (i < 32) {
+            if (left >= i + 8) {
+                walk<i, i + 8>(words, 32);
+                finish<i + 8>(words, left);
+            } else if (left > i) {
+                walk<i, i + 8>(words, left);
+            }
+        }
+    }
+};
+
+// x is staged 16 bytes at a time, which have so many columns, or the same ones twice or four times.
+constexpr int QUARTER = LANES < 4 ? LANES : 4;
+constexpr int STEP = THREADS / 8;  // slots that the block writes at a time
+constexpr int USED = (COLUMNS + LANES - 1) / LANES;  // slots with columns
+
+__device__ constexpr int line_of(int slot) { return 1 + slot + slot / (REACH - 1); }
+
+struct alignas(16) Four {
+    float x[4];
+};
+
+template <typename T>
+struct alignas(sizeof(T) * QUARTER) Quarter {
+    T x[QUARTER];
+    __device__ Quarter() = default;
+    // `sure`: the columns are there; otherwise some may be beyond the last one.
+    __device__ Quarter(const T* from, int column, bool sure) {
+        if (sure) {
+            *this = *(const Quarter*)(from + column);
+        } else {  // all are, or none; no branch, for other loads follow
+            *this = *(const Quarter*)(from + (column < COLUMNS ? column : 0));
+#pragma unroll
+            for (int i = 0; i < QUARTER; i++) {
+                if (column >= COLUMNS) x[i] = T{};
+            }
+        }
+    }
+};
+
+// The block copies x to shared memory, times the column scales: a line of zeros, then one for each
+// slot, of which every REACH-th is zero. Every warp does this, so each instruction counts.
+// `meanwhile` is done while x is on its way, or if column scales take the registers for that, later.
+template <int first, int parts, typename Meanwhile>
+__device__ __forceinline__ void stage(const X_TYPE* x, const bf16* scale, int column, int slot,
+                                      Four* lines, Meanwhile meanwhile) {
+    // So many are asked for before one is needed; more would not fit the registers.
+    constexpr int AHEAD = 4, NOW = parts < AHEAD ? parts : AHEAD;
+    Quarter<X_TYPE> given[NOW];
+    Quarter<bf16> scales[NOW];
+#pragma unroll
+    for (int k = 0; k < NOW; k++) {
+        const bool sure = (first + k + 1) * STEP * LANES <= COLUMNS;
+        const int at = column + (first + k) * STEP * LANES;
+        given[k] = Quarter<X_TYPE>(x, at, sure);
+        if (COLUMN_SCALES) scales[k] = Quarter<bf16>(scale, at, sure);
+    }
+    if (first == 0 && !COLUMN_SCALES) meanwhile();
+#pragma unroll
+    for (int k = 0; k < NOW; k++) {
+        const int of = slot + (first + k) * STEP;
+        Four four;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            four.x[j] = to_float(given[k].x[j % QUARTER]);
+            if (COLUMN_SCALES) four.x[j] *= to_float(scales[k].x[j % QUARTER]);
+        }
+        if ((first + k + 1) * STEP <= USED || of < USED) {
+            lines[line_of(of) * 8] = four;
+        }
+    }
+    if constexpr (parts > NOW) {
+        stage<first + NOW, parts - NOW>(x, scale, column, slot, lines, meanwhile);
+    } else if (COLUMN_SCALES) {
+        meanwhile();
+    }
+}
+
+// The same if x begins anywhere.
+__device__ __noinline__ void stage_unaligned(const X_TYPE* x, const bf16* scale, float* shared) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < COLUMNS * HALVES; i += THREADS) {
+        const int column = i / HALVES, slot = column / LANES;
+        float value = to_float(x[column]);
+        if (COLUMN_SCALES) value *= to_float(scale[column]);
+        shared[line_of(slot) * 32 + i % HALVES * LANES + column % LANES] = value;
+    }
+}
+
+template <typename Meanwhile>
+__device__ __forceinline__ void stage_x(const X_TYPE* x, const bf16* scale, u8* shared,
+                                        Meanwhile meanwhile) {
+    Four* const lines = (Four*)shared + threadIdx.x % 8;
+    const int slot = threadIdx.x / 8;
+    if (COLUMNS % QUARTER == 0 && (u64)x % sizeof(Quarter<X_TYPE>) == 0) {
+        const int column = slot * LANES + threadIdx.x % 8 * 4 % LANES;
+        stage<0, (USED + STEP - 1) / STEP>(x, scale, column, slot, lines, meanwhile);
+#pragma unroll 1
+        for (int i = REACH * slot; i < line_of(USED); i += REACH * STEP) lines[i * 8] = {};
+#pragma unroll 1
+        for (int i = line_of(USED) + slot; i <= SLOTS; i += STEP) lines[i * 8] = {};
+    } else {
+        meanwhile();
+#pragma unroll 1
+        for (int i = slot; i <= SLOTS; i += STEP) lines[i * 8] = {};
+        __syncthreads();
+        stage_unaligned(x, scale, (float*)shared);
+    }
+}
+
+// Groups `from` to `to` of an expert, by the warps of a block.
+__device__ __forceinline__ void multiply_groups(const Stack& stack, int expert, int from, int to,
+                                                const X_TYPE* x, Y_TYPE* y, u32 ring, u8* shared) {
+    const int lane = threadIdx.x % 32, half = lane / LANES;
+    int number = from + threadIdx.x / 32;
+    Group next = {};
+    if (number < to) next = Group(stack, expert, number);
+    const u32* const words = stack.words + stack.bases[expert] * 32;
+    const bf16* const scale = stack.column_scale + (u64)expert * COLUMNS;
+    Codes codes = {};
+    stage_x(x, scale, shared, [&] {
+        if (number < to) {
+            codes = Codes(words, next);
+            next.load_rest(stack, expert, number);
+        }
+    });
+    __syncthreads();
+    for (; number < to; number += THREADS / 32) {
+        const Group group = next;
+        Path path = {shared + X_BYTES, group.start * 4 - X_BYTES, ring, {}};
+        const bool more = number + THREADS / 32 < to;
+        if (more) {
+            next = Group(stack, expert, number + THREADS / 32);
+            next.load_rest(stack, expert, number + THREADS / 32);
+        }
+        u32 now[BITS];
+        int left = (int)(group.end - group.offset);
+        for (;;) {
+            codes.take(now);
+            if (left <= 32) break;
+            left -= 32;
+            codes.load();
+            path.walk<0, 32>(now, 32);
+        }
+        if (more) codes = Codes(words, next);
+        path.finish<0>(now, left);
+        float sum = (path.sums[0] + path.sums[1]) * group.scale;
+#pragma unroll
+        for (int distance = LANES; distance > 0; distance /= 2) {
+            sum += __shfl_xor_sync(FULL, sum, distance);
+        }
+        const int row = number * ROWS + half / 2;
+        if (lane % (2 * LANES) == 0 && row < stack.rows) y[row] = from_float<Y_TYPE>(sum);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
+    const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
+    const u16* starts,         // uint16 [experts, groups, 32]: 32 * (slot + 1) + bank
+    const u64* bases,          // uint64 [experts]: the first line of each matrix
+    const u32* words,          // uint32 [lines, 32]
+    const bf16* row_scale,     // bf16 [experts, rows, SCALES]
+    const bf16* column_scale,  // bf16 [experts, COLUMNS] if COLUMN_SCALES
+    int experts, int rows,
+    const X_TYPE* x,    // bf16, fp16 or fp32 [x, COLUMNS]
+    Y_TYPE* y,          // bf16, fp16 or fp32 [x, pairs of an x, rows]
+    const int* listed,  // int32 [x, pairs of an x]. LIST: their experts
+    int expert,         // ONE: the expert of all pairs
+    int groups_per_block,
+    u32 ring) {  // bytes of a region, less 4: an argument, because for a constant the compiler does
+                 // not find the instruction that subtracts and takes the maximum
+    extern __shared__ unsigned char shared[];
+    const Stack stack = {offsets, starts, bases, words, row_scale, column_scale, experts, rows};
+    const int from = blockIdx.x * groups_per_block;
+    const int to = min(from + groups_per_block, stack.groups());
+    const int pair = blockIdx.z * gridDim.y + blockIdx.y;
+    const int e = PAIRS == LIST ? listed[pair] : expert;
+    Y_TYPE* const out = y + (u64)pair * rows;
+    if (e >= 0 && e < experts) {
+        multiply_groups(stack, e, from, to, x + (u64)blockIdx.z * COLUMNS, out, ring, shared);
+        return;
+    }
+    for (int r = from * ROWS + threadIdx.x; r < min(to * ROWS, rows); r += THREADS) {
+        out[r] = from_float<Y_TYPE>(__uint_as_float(0x7fc00000u));  // NaN
+    }
+}

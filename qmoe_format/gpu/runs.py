@@ -1,0 +1,192 @@
+"""Runs of gap codes, ``kernels/runs.cu``: a second form of ``int-dict`` matrices, made on the GPU.
+
+The kernels that read codewords as they are stored need a look-up in a table, a scan and shuffles
+for every step of a warp. Here a lane has codes of its own, and adds for each of them one x whose
+address depends on nothing else. That takes more memory than the codewords, and much less time.
+Decoding reads the codewords.
+
+    offsets   uint32 [experts, groups + 1]: the first code of each group, and how many there are
+    starts    uint16 [experts, groups, 32]: 32 * (slot + 1) + bank of the landing before each run
+    bases     uint64 [experts]: the first line of each matrix in ``words``
+    words     uint32 [lines, 32]: a lane's codes one after another; GUARD lines are read beyond
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qmoe_format.codec import EncodedMatrix
+from qmoe_format.gpu.cuda import DeviceLimits
+from qmoe_format.gpu.int_dict_packing import DictLayout
+from qmoe_format.gpu.kernel_text import source
+from qmoe_format.gpu.launch import Kernel, Launch
+
+THREADS = 1024
+TRANSCODE_THREADS = 256
+GUARD = 16  # lines
+MOST_SLOTS = 2046  # so that a start has 16 bits
+MOST_LANDINGS = 1.5  # per weight
+# A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
+COLUMNS_PER_LANE = 512
+# More lanes where there are few rows: a warp of an H100 has something to do if eight such matrices
+# are multiplied at once.
+ROWS_TIMES_LANES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """How matrices of one shape are cut into runs.
+
+    Attributes:
+        bits: of a code.
+        lanes: to a half row: 1, 2, 4, 8 or 16.
+        scales: per row, 1 or 2.
+    """
+
+    experts: int
+    rows: int
+    columns: int
+    bits: int
+    lanes: int
+    scales: int
+    column_scales: bool
+
+    @property
+    def groups(self) -> int:
+        """Parts of a matrix that a warp takes at a time."""
+        return -(-self.rows * self.lanes // 16)
+
+    @property
+    def slots(self) -> int:
+        """Places of a region; x of each takes a line of 128 bytes in shared memory."""
+        reach = (1 << self.bits) - 1
+        return reach * -(-math.ceil(self.columns / self.lanes) // (reach - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRuns:
+    """Runs in a device's memory, by the names above."""
+
+    layout: RunLayout
+    arrays: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that they take."""
+        return sum(int(array.nbytes) for array in self.arrays.values())
+
+
+def choose(
+    layout: DictLayout, matrices: Sequence[EncodedMatrix], limits: DeviceLimits
+) -> RunLayout | None:
+    """How to cut ``matrices``; None if that does not pay.
+
+    It does not for large levels, which are as many landings, and for rows so long that their x does
+    not fit into shared memory.
+    """
+    weights = len(matrices) * layout.rows * layout.columns
+    strings = [bits for m in matrices for bits in (m.levels.mask, m.levels.refinement) if bits]
+    landings = sum(bits.ones for bits in strings)
+    if not weights or landings > MOST_LANDINGS * weights:
+        return None
+    density = min(max(landings / weights / 2, 1e-4), 0.5)
+    bits = min(range(3, 9), key=lambda bits: _bits_per_place(bits, density))
+    wanted = max(layout.columns // COLUMNS_PER_LANE, ROWS_TIMES_LANES // layout.rows, 2)
+    lanes = 1 << min(wanted.bit_length() - 1, 4)
+    found = RunLayout(
+        layout.experts,
+        layout.rows,
+        layout.columns,
+        bits,
+        lanes,
+        layout.scales,
+        layout.column_scales,
+    )
+    fits = found.slots <= MOST_SLOTS and shared_bytes(found) <= limits.shared_bytes
+    return found if fits else None
+
+
+def _bits_per_place(bits: int, density: float) -> float:
+    """Size of half a row's codes if landings are independent, and two bits for a code's time."""
+    missed = (1 - density) ** ((1 << bits) - 1)
+    return (bits + 2) * density * (1 + missed / (1 - missed))
+
+
+def shared_bytes(layout: RunLayout) -> int:
+    """Shared memory of a product: a line of x for each slot, and one before them."""
+    return 128 * (layout.slots + 1)
+
+
+def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
+    """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
+    text = source(
+        *("types", "runs", "run_product"),
+        **_defines(layout),
+        X_TYPE=x,
+        Y_TYPE=y,
+        PAIRS=pairs,
+        COLUMNS=layout.columns,
+        SLOTS=layout.slots,
+        SCALES=layout.scales,
+        COLUMN_SCALES=int(layout.column_scales),
+        THREADS=THREADS,
+    )
+    return Kernel("product", text, THREADS, shared_bytes(layout))
+
+
+def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:
+    """Count the landings of ``levels`` fp16 [count, rows, columns].
+
+    They go to ``found``, uint32 [count, rows, 2].
+    """
+    text = source("types", "runs", "run_walk", "run_sizes", **_transcoding(layout))
+    arguments = (levels, found, *_shape(layout, len(levels)))
+    return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
+
+
+def offsets(layout: RunLayout, sizes: Any, found: Any) -> Launch:
+    """Make ``found``, the array ``offsets``, from ``sizes``."""
+    text = source("types", "runs", "run_offsets", **_transcoding(layout))
+    arguments = (sizes, found, *_shape(layout, layout.experts)[:2])
+    return Launch(Kernel("run_offsets", text, 32), layout.experts, arguments)
+
+
+def codes(
+    layout: RunLayout,
+    levels: Any,
+    arrays: dict[str, Any],
+    first: int,
+    limits: DeviceLimits,
+) -> Launch:
+    """Write the runs of ``levels``, matrices from ``first`` on, into ``words`` and ``starts``."""
+    text = source("types", "runs", "run_walk", "run_codes", **_transcoding(layout))
+    of_matrices = (arrays["offsets"][first:], arrays["bases"][first:])
+    written = (arrays["words"], arrays["starts"][first:])
+    arguments = (levels, *of_matrices, *written, *_shape(layout, len(levels)))
+    warps = len(levels) * layout.groups * 32 // layout.lanes
+    return _by_warps("run_codes", text, warps, limits, arguments)
+
+
+def _shape(layout: RunLayout, count: int) -> tuple[np.int32, ...]:
+    return np.int32(count), np.int32(layout.rows), np.int32(layout.columns)
+
+
+def _defines(layout: RunLayout) -> dict[str, int]:
+    return {"BITS": layout.bits, "LANES": layout.lanes}
+
+
+def _transcoding(layout: RunLayout) -> dict[str, int]:
+    return {**_defines(layout), "THREADS": TRANSCODE_THREADS}
+
+
+def _by_warps(
+    name: str, text: str, warps: int, limits: DeviceLimits, arguments: tuple[Any, ...]
+) -> Launch:
+    """A launch whose warps share out the work."""
+    blocks = min(limits.multiprocessors * 8, -(-warps * 32 // TRANSCODE_THREADS))
+    return Launch(Kernel(name, text, TRANSCODE_THREADS), blocks, arguments)

@@ -1,0 +1,69 @@
+"""Runs of gap codes from codewords that are already in a GPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qmoe_format.gpu import cuda, launch_plan, runs
+from qmoe_format.gpu.arrays import Library
+from qmoe_format.gpu.launch import execute
+from qmoe_format.gpu.launch_plan import Workspace
+from qmoe_format.gpu.packing import PackedStack
+from qmoe_format.gpu.runs import PackedRuns, RunLayout
+
+SCRATCH = 256 << 20  # bytes of decoded levels, unless one matrix takes more
+
+
+def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
+    """Transcode a stack on GPU ``device``, some matrices at a time; waits until it is done.
+
+    Raises:
+        QMoEError: ``memory``; ``dependency`` if CuPy cannot compile.
+    """
+    cupy, limits = cuda.module(), cuda.limits(device)
+    stream = cupy.cuda.get_current_stream()
+    experts, rows, columns = layout.experts, layout.rows, layout.columns
+    with cuda.out_of_memory():
+        batch = max(1, min(experts, SCRATCH // (2 * rows * columns)))
+        levels = cupy.empty((batch, rows, columns), np.float16)
+        sizes = cupy.empty((experts, rows, 2), np.uint32)
+        offsets = cupy.empty((experts, layout.groups + 1), np.uint32)
+        workspace = Workspace(limits, Library(device).empty)
+        unscaled = _unscaled(stack, cupy)
+
+        def batches() -> Iterator[tuple[int, Any]]:
+            for first in range(0, experts, batch):
+                part = levels[: min(batch, experts - first)]
+                decoding = launch_plan.decode(unscaled, first, len(part), part, workspace)
+                execute(decoding, device, stream)
+                yield first, part
+
+        for first, part in batches():
+            execute([runs.sizes(layout, part, sizes[first:], limits)], device, stream)
+        execute([runs.offsets(layout, sizes, offsets)], device, stream)
+        ends = np.cumsum(offsets[:, -1].get().astype(np.uint64) // 32 * layout.bits)
+        arrays = {
+            "offsets": offsets,
+            "starts": cupy.empty((experts, layout.groups, 32), np.uint16),
+            "bases": cupy.asarray(np.concatenate([[0], ends[:-1]]).astype(np.uint64)),
+            "words": cupy.zeros((int(ends[-1]) + runs.GUARD, 32), np.uint32),
+        }
+        for first, part in batches():
+            execute([runs.codes(layout, part, arrays, first, limits)], device, stream)
+        stream.synchronize()
+    return PackedRuns(layout, arrays)
+
+
+def _unscaled(stack: PackedStack, cupy: Any) -> PackedStack:
+    """The stack with scales of 1, so that its weights are its levels."""
+    high, low = 0x3F80, 0xBF80  # 1 and -1 in bf16
+    arrays = dict(stack.arrays)
+    scales = np.empty(arrays["row_scale"].shape, np.uint16)
+    scales[..., 0], scales[..., -1] = low, high
+    arrays["row_scale"] = cupy.asarray(scales)
+    arrays["column_scale"] = cupy.asarray(np.full(arrays["column_scale"].shape, high, np.uint16))
+    return replace(stack, arrays=arrays)

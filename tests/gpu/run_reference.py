@@ -1,0 +1,75 @@
+"""Runs of gap codes as ``kernels/runs.cu`` describes them, slowly, one landing at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout
+
+
+def landings(levels: npt.NDArray[np.int_], layout: RunLayout) -> list[int]:
+    """The places where a half row's path lands; of ``levels`` [columns] those above zero count."""
+    reach = (1 << layout.bits) - 1
+    by_place = {}
+    for column, level in enumerate(levels.tolist()):
+        slot, region = divmod(column, layout.lanes)
+        by_place[region * layout.slots + slot + slot // (reach - 1)] = level
+    path, here = [], -1
+    for place in sorted(place for place, level in by_place.items() if level > 0):
+        while place - here > reach:
+            here = (here + reach + 1) // reach * reach - 1
+            path.append(here)
+        path += [place] * by_place[place]
+        here = place
+    return path
+
+
+def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> PackedRuns:
+    """Pack levels [experts, rows, columns]."""
+    reach, lanes = (1 << layout.bits) - 1, layout.lanes
+    experts, rows, _ = matrices.shape
+    offsets = np.zeros((experts, layout.groups + 1), np.uint32)
+    starts = np.zeros((experts, layout.groups, 32), np.uint16)
+    lines: list[npt.NDArray[np.uint32]] = []
+    bases = []
+    for e, levels in enumerate(matrices.astype(int)):
+        columns_of_codes: list[list[int]] = [[] for _ in range(32)]
+        for group in range(layout.groups):
+            first = group * 16 // lanes
+            halves = []
+            for row in range(first, first + 16 // lanes):
+                there = row < rows
+                halves += [
+                    landings(sign * levels[row], layout) if there else [] for sign in (1, -1)
+                ]
+            count = max(1, *(-(-len(path) // lanes) for path in halves))
+            end = int(offsets[e, group]) + count
+            if group == layout.groups - 1:
+                count += -end % 32
+            offsets[e, group + 1] = offsets[e, group] + count
+            for half, path in enumerate(halves):
+                last = path[-1] if path else -1
+                rest = last if last < 0 else last // reach * reach + reach - 1
+                path += [rest] * (count * lanes - len(path))
+                codes = [after - before for before, after in pairwise([-1, *path])]
+                for run in range(lanes):
+                    bank = half * lanes + run
+                    columns_of_codes[bank] += codes[run * count : (run + 1) * count]
+                    before = path[run * count - 1] if run else -1
+                    region, slot = divmod(before, layout.slots) if before >= 0 else (0, -1)
+                    starts[e, group, bank] = 32 * (slot + 1) + half * lanes + region
+        bits = np.array(columns_of_codes)[:, :, None] >> np.arange(layout.bits) & 1
+        packed = np.packbits(bits.reshape(32, -1).astype(np.uint8), axis=1, bitorder="little")
+        bases.append(sum(map(len, lines)))
+        lines.append(packed.view("<u4").T)
+    words = np.concatenate([*lines, np.zeros((GUARD, 32), np.uint32)])
+    arrays = {
+        "offsets": offsets,
+        "starts": starts,
+        "bases": np.array(bases, np.uint64),
+        "words": np.ascontiguousarray(words),
+    }
+    return PackedRuns(layout, arrays)
