@@ -60,7 +60,8 @@ class StackSurvey:
         """Bytes of the stack at a rate, and the hashes of its dictionaries.
 
         Interpolated at the lambda that is equivalent if an expert's own energy is the reference, on
-        average over its rows; see ``Rate``, also for ``TRUST``.
+        average over its rows; see ``Rate``, also for ``TRUST``. Below ``LAMBDAS`` sizes go on to
+        grow as between the first two.
         """
         energies = np.array([each or rate.reference for each in self.energies])
         shift = np.log(rate.reference / energies)[:, None]
@@ -69,8 +70,11 @@ class StackSurvey:
         own, measured = (np.clip(ABSOLUTE * each, -most, most) for each in (shift + rows, rows))
         lams = math.log(float(rate.lam) * self.price) + own.mean(1) - measured.mean()
         lams[[each is None for each in self.energies]] = np.inf
-        size = np.interp(lams, np.log(LAMBDAS), self.sizes).sum()
-        nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - np.log(LAMBDAS)).argmin(1)
+        grid = np.log(LAMBDAS)
+        size = np.interp(lams, grid, self.sizes).sum()
+        growth = max(self.sizes[0] - self.sizes[1], 0.0) / (grid[1] - grid[0])
+        size += growth * (grid[0] - lams).clip(0).sum()
+        nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - grid).argmin(1)
         return float(size), {each for place in nearest for each in self.dictionaries[place]}
 
 

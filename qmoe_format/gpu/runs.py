@@ -44,7 +44,7 @@ class RunLayout:
 
     Attributes:
         bits: of a code.
-        lanes: to a half row: 1, 2, 4, 8 or 16.
+        lanes: to a half row, a power of two up to 16.
         scales: per row, 1 or 2.
     """
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from qmoe_format.errors import QMoEError
@@ -33,7 +34,7 @@ SURVEYS = {
     )
     for number, stack in enumerate(STACKS)
 }
-RANGE = r"ask for 0\.404 to 1\.500"  # as the surveys have it
+RANGE = r"ask for 0\.404 to 1\.623"  # as the surveys have it
 
 
 def record(name: str, size: int, lam: float = 0.1, dictionary: int = 1) -> BlockRecord:
@@ -56,7 +57,7 @@ def true_bytes(name: str, rate: Rate, factor: float) -> int:
         own = (energy or 0.0) / rate.reference or 1.0
         steps = [step(lam * share(own * math.exp(row)) / share(math.exp(row))) for row in SPREAD]
         mean = sum(steps) / len(steps)
-        total += 20_000 - 2000 * min(max(mean, 0), len(LAMBDAS) - 1)
+        total += 20_000 - 2000 * min(mean, len(LAMBDAS) - 1)
     return round(factor * total)
 
 
@@ -166,3 +167,13 @@ def test_a_matrix_of_zeros_takes_least_at_any_rate() -> None:
         more = with_zero.expected(rate)[0] - survey.expected(rate)[0]
         assert more == pytest.approx(survey.sizes[-1])
     assert reference_energy({"s0": with_zero}) == reference_energy({"s0": survey})
+
+
+def test_below_the_least_lambda_measured_sizes_go_on_to_grow() -> None:
+    """Many levels at 3 bits get there; three levels, which grow no further, do not shrink."""
+    sizes = [900.0 - 100 * step for step in range(len(LAMBDAS))]
+    survey = replace(SURVEYS["s0"], energies=[1.0], sizes=sizes)
+    expected = [survey.expected(Rate(LAMBDAS[0] / 5**steps, 1.0))[0] for steps in (0, 1, 2)]
+    assert np.diff(expected) == pytest.approx([100.0, 100.0])
+    full = replace(survey, sizes=[sizes[1], *sizes[1:]])
+    assert full.expected(Rate(LAMBDAS[0] / 5, 1.0))[0] == pytest.approx(sizes[1])
