@@ -141,6 +141,33 @@ def choices(variants: dict[str, Any]) -> str:
     return table("recipe `rd` | error at equal bits | time", rows[1:])
 
 
+def more_levels(models: dict[str, dict[str, float]]) -> str:
+    """Errors with as many levels as pay, over those with three."""
+    rows = []
+    for model, found in models.items():
+        ceiling = found["bits of three levels, at most"]
+        ratios = [f"{value:.2f} ×" for what, value in found.items() if what.startswith("error")]
+        rows.append([model, f"{ceiling:.2f}", *ratios])
+    return table(
+        "model | bits of three levels, at most | at 1.0 bits | at 1.2 | at 1.4 | "
+        "at 2.0, over the least error of three levels",
+        rows,
+    )
+
+
+def convert_choices(models: dict[str, dict[str, Any]]) -> str:
+    """What other choices in a whole conversion would cost."""
+    labels = list(dict.fromkeys(label for found in models.values() for label in found))
+    rows = []
+    for label in labels[1:]:
+        ratios = [
+            f"{found[label]['kl'] / found[labels[0]]['kl']:.2f} ×" if label in found else ""
+            for found in models.values()
+        ]
+        rows.append([label, *ratios])
+    return table(" | ".join(["conversion by `rd`", *(f"KL, {model}" for model in models)]), rows)
+
+
 def levels_coded(records: list[dict[str, Any]]) -> str:
     """Size and speed of levels beyond -1 to 1."""
     rows = []
@@ -311,6 +338,8 @@ def all_figures() -> str:
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
+    converted = load("convert_choices")
+    whole = converted["settings"]
     decoded = sorted(
         record["of_bandwidth"]
         for shape in gpu["shapes"]
@@ -402,18 +431,28 @@ mean over windows of text.
 
 ![KL against bits per weight of our recipes and of GGUF's types](results/quality.png)
 
-What the choices in `rd` are worth (`python -m benchmarks.quantize_choices`: experts of each stack
-of {tried["model"]}, one thread), measured when it was limited to three levels. Sorting an expert's
-columns by their share of non-zeros into four classes, each with a dictionary of its own, is not
-done; it would multiply the size of the levels by {classes:.3f}.
+What the choices in `rd` are worth for its objective (`python -m benchmarks.quantize_choices`:
+experts of each stack of {tried["model"]}, one thread). Sorting an expert's columns by their share
+of non-zeros into four classes, each with a dictionary of its own, is not done; it would multiply the
+size of the levels by {classes:.3f}.
 
 {choices(tried["variants"])}
 
+Levels beyond -1 to 1, by the same script: the output error with as many levels as pay over that
+with three.
+
+{more_levels(tried["levels"])}
+
+And for the whole model, at {whole["bits"]} bits per weight with {whole["samples"]} sequences of
+calibration text (`python -m benchmarks.convert_choices`): KL relative to that of `rd` as it is.
+
+{convert_choices(converted["models"])}
+
 Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
-(`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
-100 Gparam/h; `rd` at that size needs a GPU, on which it has not been run yet. These, too, were
-measured when `rd` was limited to three levels.
+(`python -m benchmarks.quantize_scale`), measured when `rd` was limited to three levels. The paper's
+1.6 T parameters took 16 hours on one A6000, 100 Gparam/h; `rd` at that size needs a GPU, on which
+it has not been run yet.
 
 {scale(large["runs"]["cpu"])}
 

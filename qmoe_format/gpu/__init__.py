@@ -18,12 +18,13 @@ them. Modules whose names begin with ``int_dict`` or ``int_group`` belong to one
 """
 
 from qmoe_format.gpu.cuda import available, require
-from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack, upload
+from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack, add_runs, upload
 from qmoe_format.gpu.ops import decode, expert_matvec, matmul, matvec
 
 __all__ = [
     "DeviceMatrix",
     "DeviceStack",
+    "add_runs",
     "available",
     "decode",
     "expert_matvec",

@@ -66,6 +66,7 @@ class DictLayout(Layout):
         mask: the tables of the masks' dictionaries.
         refinement: of the refinements' dictionaries; None if all matrices are ternary.
         mean_codewords: of a mask's segment.
+        landings: the sum of all magnitudes.
     """
 
     rows_per_segment: int
@@ -74,6 +75,7 @@ class DictLayout(Layout):
     mask: Tables
     refinement: Tables | None
     mean_codewords: int
+    landings: int
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -146,6 +148,7 @@ def layout(matrices: Sequence[EncodedMatrix]) -> DictLayout:
         mask=tables[0],
         refinement=tables[1] if len(tables) > 1 else None,
         mean_codewords=_mean_codewords(matrices),
+        landings=sum(bits.ones for string in strings for bits in string if bits),
     )
 
 

@@ -14,13 +14,11 @@ Decoding reads the codewords.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from qmoe_format.codec import EncodedMatrix
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
@@ -81,40 +79,43 @@ class PackedRuns:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
 
-def choose(
-    layout: DictLayout, matrices: Sequence[EncodedMatrix], limits: DeviceLimits
-) -> RunLayout | None:
-    """How to cut ``matrices``; None if that does not pay.
+def choose(stack: DictLayout, limits: DeviceLimits) -> RunLayout | None:
+    """How to cut the matrices of ``stack``; None if that does not pay.
 
     It does not for large levels, which are as many landings, and for rows so long that their x does
     not fit into shared memory.
     """
-    weights = len(matrices) * layout.rows * layout.columns
-    strings = [bits for m in matrices for bits in (m.levels.mask, m.levels.refinement) if bits]
-    landings = sum(bits.ones for bits in strings)
-    if not weights or landings > MOST_LANDINGS * weights:
+    weights = stack.experts * stack.rows * stack.columns
+    if not weights or stack.landings > MOST_LANDINGS * weights:
         return None
-    density = min(max(landings / weights / 2, 1e-4), 0.5)
-    bits = min(range(3, 9), key=lambda bits: _bits_per_place(bits, density))
-    wanted = max(layout.columns // COLUMNS_PER_LANE, ROWS_TIMES_LANES // layout.rows, 2)
-    lanes = 1 << min(wanted.bit_length() - 1, 4)
+    wanted = max(stack.columns // COLUMNS_PER_LANE, ROWS_TIMES_LANES // stack.rows, 2)
     found = RunLayout(
-        layout.experts,
-        layout.rows,
-        layout.columns,
-        bits,
-        lanes,
-        layout.scales,
-        layout.column_scales,
+        stack.experts,
+        stack.rows,
+        stack.columns,
+        # Two bits more for a code's time.
+        bits=min(range(3, 9), key=lambda bits: (bits + 2) * _codes_per_weight(stack, bits)),
+        lanes=1 << min(wanted.bit_length() - 1, 4),
+        scales=stack.scales,
+        column_scales=stack.column_scales,
     )
     fits = found.slots <= MOST_SLOTS and shared_bytes(found) <= limits.shared_bytes
     return found if fits else None
 
 
-def _bits_per_place(bits: int, density: float) -> float:
-    """Size of half a row's codes if landings are independent, and two bits for a code's time."""
+def expected_bytes(stack: DictLayout, layout: RunLayout) -> int:
+    """About how much memory the runs of ``stack`` take, rather too much than too little."""
+    weights = stack.experts * stack.rows * stack.columns
+    codes = 1.2 * _codes_per_weight(stack, layout.bits) * weights
+    return int(codes * layout.bits / 8) + stack.experts * layout.groups * 32 * (2 + layout.bits)
+
+
+def _codes_per_weight(stack: DictLayout, bits: int) -> float:
+    """Landings and empty ones between them, if they are independent."""
+    places = 2 * stack.experts * stack.rows * stack.columns
+    density = min(max(stack.landings / places, 1e-4), 0.5)
     missed = (1 - density) ** ((1 << bits) - 1)
-    return (bits + 2) * density * (1 + missed / (1 - missed))
+    return 2 * density * (1 + missed / (1 - missed))
 
 
 def shared_bytes(layout: RunLayout) -> int:

@@ -54,12 +54,22 @@ class LazyStack:
             matrix = self._matrices[expert] = self._file.encoded(self.name, expert)
         return matrix
 
-    def upload(self, device: int = 0) -> DeviceStack:
-        """All experts in the memory of GPU number ``device``, where they stay."""
+    def upload(self, device: int = 0, *, runs: bool = True) -> DeviceStack:
+        """All experts in the memory of GPU number ``device``, where they stay.
+
+        Args:
+            runs: as in ``gpu.upload``, if they are not there yet.
+        """
         stack = self._uploaded.get(device)
         if stack is None:
             from qmoe_format import gpu
 
             matrices = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
-            stack = self._uploaded[device] = gpu.upload(matrices, device=device)
+            stack = self._uploaded[device] = gpu.upload(matrices, device=device, runs=runs)
         return stack
+
+    def add_runs(self, device: int = 0) -> None:
+        """See ``gpu.add_runs``."""
+        from qmoe_format import gpu
+
+        self._uploaded[device] = gpu.add_runs(self.upload(device, runs=False))

@@ -77,9 +77,12 @@ def load_model(
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     model.to(device)
     if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
-        for _, module in compressed_modules(model):
-            for stack in module.compressed.stacks:
-                stack.upload(model.device.index)
+        modules = (module for _, module in compressed_modules(model))
+        stacks = [stack for module in modules for stack in module.compressed.stacks]
+        for stack in stacks:
+            stack.upload(model.device.index, runs=False)
+        for stack in stacks:  # with the memory that is left
+            stack.add_runs(model.device.index)
     return model
 
 

@@ -119,6 +119,7 @@ class FakeCupy(ModuleType):
             number,
             self.capability,
             {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 << 10},
+            (self.free, 1 << 30),
             manager,
         )
 
@@ -158,6 +159,7 @@ class _Device:
     id: int
     compute_capability: str
     attributes: dict[str, int]
+    mem_info: tuple[int, int]
     manager: Any
 
     def __enter__(self) -> None:

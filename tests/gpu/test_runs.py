@@ -12,7 +12,7 @@ from qmoe_format.codec import EncodedMatrix, decode, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu import cuda
 from qmoe_format.gpu.int_dict_packing import layout as dict_layout
-from qmoe_format.gpu.runs import RunLayout, choose
+from qmoe_format.gpu.runs import RunLayout, choose, expected_bytes
 from qmoe_format.gpu.transcode import runs_of
 from tests.gpu import run_reference, shim
 from tests.gpu.fake_cupy import FakeCupy
@@ -92,7 +92,7 @@ def test_what_is_chosen(cupy: FakeCupy) -> None:
     def chosen(rows: int, columns: int, zeros: float, ones: float = 0.0) -> RunLayout | None:
         levels = random_levels(rows, columns, zeros, np.random.default_rng(0), ones)
         members = [encode_matrix(levels, np.ones((rows, 2), np.uint16))]
-        return choose(dict_layout(members), members, H200)
+        return choose(dict_layout(members), H200)
 
     many = chosen(4096, 512, 0.885)
     assert many is not None
@@ -104,3 +104,17 @@ def test_what_is_chosen(cupy: FakeCupy) -> None:
     assert chosen(1, 40_000, 0.9) is None  # 160 KB of x
     assert chosen(0, 100, 0.9) is None
     assert cuda.limits(0).shared_bytes == H200.shared_bytes
+
+
+def test_runs_only_if_memory_is_left(cupy: FakeCupy) -> None:
+    levels = random_levels(64, 1000, 0.885, np.random.default_rng(0))
+    member = encode_matrix(levels, np.ones((64, 2), np.uint16))
+    slow = gpu.upload(member, runs=False)
+    fast = gpu.add_runs(slow)
+    assert fast.packed.runs
+    assert gpu.add_runs(fast) is fast
+    expected = expected_bytes(dict_layout([member]), fast.packed.runs.layout)
+    assert fast.packed.runs.bytes <= expected <= 1.5 * fast.packed.runs.bytes
+    cupy.free = (1 << 30) // 10 + expected - 1
+    assert gpu.add_runs(slow) is slow
+    assert gpu.upload(member).packed.runs is None

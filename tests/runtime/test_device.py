@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qmoe_format import QMoEFile, gpu
+from qmoe_format.codec import EncodedMatrix
 from qmoe_format.gpu.device_stack import DeviceStack
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
@@ -126,9 +127,9 @@ def test_a_stack_is_uploaded_once(
     uploads: list[int] = []
     real = gpu.upload
 
-    def upload(matrices: Any, device: int) -> DeviceStack:
+    def upload(matrices: Any, device: int, runs: bool) -> DeviceStack:
         uploads.append(device)
-        return real(matrices, device=device)
+        return real(matrices, device=device, runs=runs)
 
     monkeypatch.setattr(gpu, "upload", upload)
     stack = LazyStack(file, "gate")
@@ -136,6 +137,11 @@ def test_a_stack_is_uploaded_once(
         grouped_linear([stack], to_gpu(random(2, HIDDEN)), [Group(0, 0, 2)], Tuning())
     assert uploads == [0]
     assert len(stack.upload(0)) == EXPERTS
+    later = LazyStack(file, "gate")
+    assert later.upload(0, runs=False).packed.runs is None
+    later.add_runs(0)
+    ternary = isinstance(later.matrix(0), EncodedMatrix)
+    assert bool(later.upload(0).packed.runs) == bool(stack.upload(0).packed.runs) == ternary
 
 
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])
