@@ -433,8 +433,8 @@ mean over windows of text.
 
 What the choices in `rd` are worth for its objective (`python -m benchmarks.quantize_choices`:
 experts of each stack of {tried["model"]}, one thread). Sorting an expert's columns by their share
-of non-zeros into four classes, each with a dictionary of its own, is not done; it would multiply the
-size of the levels by {classes:.3f}.
+of non-zeros into four classes, each with a dictionary of its own, is not done; it would multiply
+the size of the levels by {classes:.3f}.
 
 {choices(tried["variants"])}
 
