@@ -416,16 +416,17 @@ the time of touching new memory.
 
 ## Quantizer
 
-What conversion loses (`python -m benchmarks.quality`): `rd`, our recipe (in bold), asked for
-several sizes, and GGUF's types. These are made by llama.cpp's own code from the same weights, with
-an importance matrix of the same calibration text; those without an output error were measured in an
-earlier run. Only experts are quantized; bits are per weight of theirs, with all scales and
-dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the bf16 checkpoint) are
-per token, computed in fp32; the output error is the geometric mean over the experts' matrices of
-each one's error on held-out tokens. *Same top 1* is the share of tokens for which the most likely
-next one is the same. The calibration text is English prose and documentation; *code* is modules of
-Python's standard library, *licenses* are those of Python packages. Standard errors are those of the
-mean over windows of text.
+What conversion loses (`python -m benchmarks.quality`): our recipes (in bold), of which `rd` was
+asked for several sizes, and GGUF's types. These are made by llama.cpp's own code from the same
+weights, with an importance matrix of the same calibration text; those without an output error are
+of an earlier run. *Few* is calibrated with 40 sequences; *masked* leaves special tokens out
+(`--mask-special-tokens`), as QMoE does. Only experts are quantized; bits are per weight of theirs,
+with all scales and dictionaries. KL(bf16 ‖ file) and the loss gap (cross-entropy minus that of the
+bf16 checkpoint) are per token, computed in fp32; the output error is the geometric mean over the
+experts' matrices of each one's error on held-out tokens. *Same top 1* is the share of tokens for
+which the most likely next one is the same. The calibration text is English prose and documentation;
+*code* is modules of Python's standard library, *licenses* are those of Python packages. Standard
+errors are those of the mean over windows of text.
 
 {beside_gguf(beside["models"])}
 

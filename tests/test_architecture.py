@@ -24,7 +24,7 @@ ROOMS = (
     "conversion export",
     "runtime",
     "cli",
-    "conformance",
+    "conformance __main__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 
