@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, packing
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.packing import Layout, Matrix, PackedStack
@@ -106,27 +107,36 @@ def upload(
     return add_runs(stack) if runs else stack
 
 
-def add_runs(stack: DeviceStack) -> DeviceStack:
+def add_runs(stack: DeviceStack, *, spare: int = 0) -> DeviceStack:
     """Make products with ``int-dict`` matrices two to five times as fast.
 
     That takes a second form of them, of 1.2 to 1.5 times the memory of the first, see ``runs``.
 
+    Args:
+        stack: what to make faster.
+        spare: bytes of the GPU's memory to leave free, besides ``SPARE`` of it.
+
     Returns:
         The stack with that form; the stack as it is if it has the form, if large levels or very
-        long rows speak against it, or if less than ``SPARE`` of the GPU's memory would be left.
+        long rows speak against it, or for want of memory.
 
     Raises:
-        QMoEError: ``memory``; ``dependency`` if CuPy cannot compile.
+        QMoEError: ``dependency`` if CuPy cannot compile.
     """
     layout, device = stack.packed.layout, cuda.require().cuda.Device(stack.device)
     if stack.packed.runs or not isinstance(layout, DictLayout):
         return stack
     run_layout = choose(layout, cuda.limits(stack.device))
     free, total = device.mem_info
-    if run_layout is None or expected_bytes(layout, run_layout) > free - SPARE * total:
+    if run_layout is None or expected_bytes(layout, run_layout) > free - SPARE * total - spare:
         return stack
-    with device:
-        runs = runs_of(stack.packed, run_layout, stack.device)
+    try:
+        with device:
+            runs = runs_of(stack.packed, run_layout, stack.device)
+    except QMoEError as error:
+        if error.code != "memory":
+            raise
+        return stack
     return replace(stack, packed=replace(stack.packed, runs=runs))
 
 

@@ -26,7 +26,7 @@ from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
-MOST_GRID_Z = 65535  # blocks in the third dimension
+MOST_BLOCKS = 65535  # in the second or third dimension of a grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _products(
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
-    if stack.runs and pairs.count // per_x <= MOST_GRID_Z:
+    if stack.runs and max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
         return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))

@@ -104,7 +104,7 @@ def choose(stack: DictLayout, limits: DeviceLimits) -> RunLayout | None:
 
 
 def expected_bytes(stack: DictLayout, layout: RunLayout) -> int:
-    """About how much memory the runs of ``stack`` take, rather too much than too little."""
+    """How much memory the runs of ``stack`` may take, if rows are about equally dense."""
     weights = stack.experts * stack.rows * stack.columns
     codes = 1.2 * _codes_per_weight(stack, layout.bits) * weights
     return int(codes * layout.bits / 8) + stack.experts * layout.groups * 32 * (2 + layout.bits)
@@ -115,7 +115,7 @@ def _codes_per_weight(stack: DictLayout, bits: int) -> float:
     places = 2 * stack.experts * stack.rows * stack.columns
     density = min(max(stack.landings / places, 1e-4), 0.5)
     missed = (1 - density) ** ((1 << bits) - 1)
-    return 2 * density * (1 + missed / (1 - missed))
+    return max(2 * density * (1 + missed / (1 - missed)), 2 * stack.landings / places)
 
 
 def shared_bytes(layout: RunLayout) -> int:

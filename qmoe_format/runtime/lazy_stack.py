@@ -58,14 +58,20 @@ class LazyStack:
         """All experts in the memory of GPU number ``device``, where they stay.
 
         Args:
-            runs: as in ``gpu.upload``, if they are not there yet.
+            runs: make products fast if memory for all stacks of the file is left then. Without
+                effect on a stack that is there.
         """
         stack = self._uploaded.get(device)
         if stack is None:
             from qmoe_format import gpu
 
             matrices = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
-            stack = self._uploaded[device] = gpu.upload(matrices, device=device, runs=runs)
+            stack = gpu.upload(matrices, device=device, runs=False)
+            if runs:
+                entries = self._file.tensors.values()
+                others = sum(entry.stored_bytes for entry in entries if entry.stack)
+                stack = gpu.add_runs(stack, spare=others)
+            self._uploaded[device] = stack
         return stack
 
     def add_runs(self, device: int = 0) -> None:

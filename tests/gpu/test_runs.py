@@ -115,6 +115,16 @@ def test_runs_only_if_memory_is_left(cupy: FakeCupy) -> None:
     assert gpu.add_runs(fast) is fast
     expected = expected_bytes(dict_layout([member]), fast.packed.runs.layout)
     assert fast.packed.runs.bytes <= expected <= 1.5 * fast.packed.runs.bytes
-    cupy.free = (1 << 30) // 10 + expected - 1
-    assert gpu.add_runs(slow) is slow
+    cupy.free = (1 << 30) // 10 + expected + 1000
+    assert gpu.add_runs(slow, spare=999).packed.runs
+    assert gpu.add_runs(slow, spare=1001) is slow
+    cupy.free -= 1001
     assert gpu.upload(member).packed.runs is None
+
+
+def test_runs_that_do_not_fit_after_all(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = gpu.upload(
+        encode_matrix(np.ones((9, 90), np.int8), np.ones((9, 2), np.uint16)), runs=False
+    )
+    monkeypatch.setattr(cupy, "zeros", lambda *_: cupy.empty(2 << 30, np.uint8))
+    assert gpu.add_runs(slow) is slow

@@ -12,6 +12,8 @@ import torch
 from qmoe_format import QMoEFile, gpu
 from qmoe_format.codec import EncodedMatrix
 from qmoe_format.gpu.device_stack import DeviceStack
+from qmoe_format.gpu.int_dict_packing import DictLayout
+from qmoe_format.gpu.runs import expected_bytes
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
 from qmoe_format.runtime.tuning import Tuning
@@ -142,6 +144,19 @@ def test_a_stack_is_uploaded_once(
     later.add_runs(0)
     ternary = isinstance(later.matrix(0), EncodedMatrix)
     assert bool(later.upload(0).packed.runs) == bool(stack.upload(0).packed.runs) == ternary
+
+
+@shim.needs_compiler
+def test_runs_leave_memory_for_the_other_stacks(file: QMoEFile, calls: Calls) -> None:
+    uploaded = LazyStack(file, "gate").upload(0).packed
+    if not isinstance(uploaded.layout, DictLayout):
+        return  # no runs
+    assert uploaded.runs
+    others = sum(entry.stored_bytes for entry in file.tensors.values() if entry.stack)
+    expected = expected_bytes(uploaded.layout, uploaded.runs.layout)
+    for spare, there in ((others, True), (others - 1, False)):
+        gpu.require().free = (1 << 30) // 10 + 1 + expected + spare
+        assert bool(LazyStack(file, "gate").upload(0).packed.runs) == there
 
 
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])
