@@ -173,11 +173,6 @@ inline float __fmaf_ieee_rn(float a, float b, float c) { return shim::fma_ieee(a
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __double2float_rn(double x) { return float(x); }
-inline int __double2loint(double x) { return int(shim::bits<unsigned long long>(x)); }
-inline int __double2hiint(double x) { return int(shim::bits<unsigned long long>(x) >> 32); }
-inline double __hiloint2double(int high, int low) {
-    return shim::bits<double>((unsigned long long)(unsigned)high << 32 | (unsigned)low);
-}
 inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __int2float_rn(int x) { return float(x); }
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
