@@ -1,4 +1,4 @@
-"""Expert weights on an NVIDIA GPU, multiplied as they are stored: int-dict or int-group.
+"""Expert weights on an NVIDIA GPU, multiplied while compressed: int-dict or int-group.
 
     from qmoe_format import gpu
 

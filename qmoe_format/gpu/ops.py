@@ -1,4 +1,4 @@
-"""y = W x on a GPU, straight from codewords or packed integers, and W itself where it is wanted.
+"""y = W x on a GPU from compressed weights, and W itself where it is wanted.
 
 x and y are CuPy arrays or torch tensors, used as they are, on the current stream of their library.
 Nothing waits for the GPU, and every call can be captured in a CUDA graph once it has been made
@@ -51,7 +51,7 @@ def matvec(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
 def matmul(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
     """Multiply a matrix by each row of x: y = x W^T. Otherwise like ``matvec``.
 
-    Meant for 2 to 64 tokens; for more, ``decode`` and a dense product are faster.
+    Meant for 2 to about 32 tokens; for more, ``decode`` and a dense product are faster.
 
     Args:
         weights: ``stack[e]``, or a stack of one matrix.

@@ -1,4 +1,4 @@
-// Runs of gap codes: how products with one token read ternary and refined matrices.
+// Runs of gap codes: the form in which products read ternary and refined matrices.
 //
 // A row is two half rows, its levels above zero and its levels below. A half row is a path over
 // places, one for each column, that lands on its non-zeros; a code of BITS bits is the distance to
