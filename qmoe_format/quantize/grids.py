@@ -15,7 +15,7 @@ from torch import Tensor
 
 MOST = 127  # the largest level of a file
 FORBIDDEN = 1e30  # a price that nothing pays; finite, because 0 of it is 0
-_SKIPPED = 4  # the levels that a weight may reach from 0 without passing one that pays
+SKIPPED = 4  # the levels that a weight may reach from 0 without passing one that pays
 
 Round: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 """Called with a column's place in its part, the column x ``[experts, rows]``, and where to put its
@@ -100,7 +100,7 @@ class Multiples:
         first, further = (p[:, None] * squared for p in (self.prices.first, self.prices.further))
         # Where the value is 0, the threshold is infinite or NaN, and no x is greater.
         threshold = (value + first / value) / 2
-        for q in range(2, _SKIPPED + 1):
+        for q in range(2, SKIPPED + 1):
             one = (q * value + (first + (q - 1) * further) / (q * value)) / 2
             threshold = torch.minimum(threshold, one)
         inverse, shift = 1 / value, 0.5 - further / (2 * value * value)

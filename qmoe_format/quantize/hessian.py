@@ -73,7 +73,7 @@ class Statistics:
         return torch.where(mean > 0, torch.maximum(rho, 1e-3 * mean), 1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Factored:
     """Damped Hessians and their factors.
 
@@ -150,7 +150,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     upper = torch.linalg.cholesky(hessian.double().flip(-2, -1)).flip(-2, -1)
     eye = torch.eye(hessian.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
     factor: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return factor.to(hessian.dtype)
+    return factor.to(hessian.dtype).contiguous()
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def weighted_energies(weights: Tensor, statistics: Statistics) -> Tensor:
     return energies * statistics.importance()
 
 
-def level_prices(levels: Tensor, price: Tensor, ternary: Tensor) -> Prices:
+def level_prices(nonzeros, total, size: int, price: Tensor, ternary: Tensor) -> Prices:
     """What levels cost by the code lengths that these levels give (SPEC.md section 7).
 
     The mask codes 0 and not 0 in -log2 of their shares, and a non-zero has a sign. Unless levels
@@ -86,9 +86,7 @@ def level_prices(levels: Tensor, price: Tensor, ternary: Tensor) -> Prices:
         price: of a bit, in units of the error, ``[experts, rows]``.
         ternary: bool ``[experts]``.
     """
-    size = levels[0].numel()
-    nonzeros = levels.count_nonzero(dim=(1, 2)).double()
-    ups = levels.abs().sum(dim=(1, 2), dtype=torch.float64) - nonzeros
+    ups = total - nonzeros
     share = (ups + 0.5) / (ups + nonzeros + 1)
     end = torch.where(ternary, 0.0, -torch.log2(1 - share))
     first = torch.log2((size - nonzeros + 0.5) / (nonzeros + 0.5)) + 1 + end

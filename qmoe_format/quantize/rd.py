@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize.descent import descend
-from qmoe_format.quantize.gptq import GROUP, gptq
-from qmoe_format.quantize.grids import FORBIDDEN, Multiples, Prices
+from qmoe_format.quantize.descent import Descent, gptq_pass
+from qmoe_format.quantize.grids import FORBIDDEN, Prices
 from qmoe_format.quantize.hessian import Factored, Statistics, factored
 from qmoe_format.quantize.level_weights import Quantized, check_weights
 from qmoe_format.quantize.rate import Rate, level_prices, row_prices
 from qmoe_format.quantize.rtn import quantize_rtn
-from qmoe_format.quantize.solution import Problem, Solution, finished
+from qmoe_format.quantize.solution import Problem, Solution, finished, padded
+from qmoe_format.quantize.refit import Normal
+from torch.nn.functional import pad
 
 _FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
 _FURTHER_BITS = 3.0  # of each further level, where an eighth of the non-zeros goes on
@@ -61,7 +62,7 @@ class Search:
     rounds: int = 20
     first_price: float = 3.0
     columns_every: int = 4
-    group: int = GROUP
+    group: int = 16
     lengthen: float = 8.0
     damping: float = 0.004
 
@@ -83,35 +84,41 @@ def quantize_rd(
         raise QMoEError("argument", f"{levels} levels", "ask for 3, or leave it open")
     if not weights.numel():
         return quantize_rtn(weights)
-    columns = weights.shape[2]
+    rows, columns = weights.shape[1:]
     share = columns / statistics.tokens.clamp(min=1).double()
     damping, later = (0.05 * share).clamp(min=0.1), (0.05 * share).clamp(min=search.damping)
     ready = factored(statistics, damping)
-    problem = Problem.of(weights, ready, _eased(ready, damping, later), search.lengthen)
+    extra = -columns % 64
+    hessian = padded(_eased(ready, damping, later), (extra, extra))
+    ready.factor = padded(ready.factor, (extra, extra))
+    for h, u in zip(hessian, ready.factor):
+        if extra:
+            h.diagonal()[columns:] = 1
+            u.diagonal()[columns:] = 1
+    problem = Problem.of(weights, ready, hessian, search.lengthen)
     unit = ready.unit * problem.largest.square().cpu()
-    price = row_prices(rate, problem.energy, unit, statistics.importance(), ready.fallback)
+    importance = statistics.importance()
+    if importance.shape[1] > 1:
+        importance = pad(importance, (0, -rows % 16), value=1.0)
+    price = row_prices(rate, problem.energy, unit, importance, ready.fallback)
     ternary = torch.full((len(weights),), levels == 3, device=weights.device)
-    solution = _start(problem, ready.factor, price, ternary, search)
-    ternary |= (solution.levels == 0).double().mean((1, 2)) > _TERNARY_ZEROS
+    size = rows * columns
+    solution = _start(problem, ready.factor, price, ternary, search, size)
+    zeros = 1 - solution.levels.count_nonzero(dim=(1, 2)) / size
+    ternary |= zeros > _TERNARY_ZEROS
     used, fallback = ready.damping, ready.fallback
     del ready  # two Hessians that are no longer needed
-    generator = torch.Generator().manual_seed(0)
+    descent = Descent(*problem.weights.shape[1:])
+    normals = solution.normals
+    nonzeros, total = level_counts(solution.levels)
     for step in range(search.rounds):
-        order = torch.randperm(columns, generator=generator).to(weights.device)
-        problem = problem.reordered(order)
-        solution = solution.reordered(order)
         raised = 1 + (search.first_price - 1) * max(0.0, 1 - 2 * (step + 1) / search.rounds)
-        descend(
-            solution.levels, solution.gradient, problem.hessian, solution.scale,
-            solution.column_scale, level_prices(solution.levels, raised * price, ternary),
-            search.group,
-        )  # fmt: skip
-        solution = solution.rows_refitted()
+        prices = level_prices(nonzeros, total, size, raised * price, ternary)
+        sums = descent.round(solution, problem.hessian, prices, ternary)
+        aim, rest, nonzeros, total = sums[:, :, 0], sums[:, :, 1], sums[:, :, 2].sum(1), sums[:, :, 3].sum(1)
+        solution.refit_rows(aim.float(), rest.float())
         if (step + 1) % search.columns_every == 0:
-            solution = solution.columns_refitted(problem)
-    order = problem.order.argsort()
-    problem = problem.reordered(order)
-    solution = solution.reordered(order)
+            solution.refit_columns(problem, normals)
     return Quantized(finished(problem, solution), used, fallback)
 
 
@@ -125,21 +132,28 @@ def _eased(ready: Factored, damping: Tensor, later: Tensor) -> Tensor:
 
 
 def _start(
-    problem: Problem, factor: Tensor, price: Tensor, ternary: Tensor, search: Search
+    problem: Problem, factor: Tensor, price: Tensor, ternary: Tensor, search: Search, size: int
 ) -> Solution:
     """The GPTQ passes."""
     scale, columns = _first_scales(problem, factor, price, ternary)
     price = search.start_price * price
     further = torch.where(ternary[:, None], FORBIDDEN, price * _FURTHER_BITS)
     prices = Prices(price * _FIRST_BITS, further)
+    normals = [Normal() for _ in scale]
     for step in range(search.passes):
-        levels = gptq(problem.weights, factor, Multiples(scale, columns, prices))
-        prices = level_prices(levels, price, ternary)
-        solution = Solution.fit(problem, levels, scale, columns)
+        levels = gptq_pass(problem, factor, scale, columns, prices, ternary.tolist())
+        prices = level_prices(*level_counts(levels), size, price, ternary)
+        solution = Solution(problem, levels, scale, columns)
         if step:
-            solution = solution.columns_refitted(problem)
+            for each in normals: each.matrix=None
+            solution.refit_columns(problem, normals)
         scale, columns = solution.scale, solution.column_scale
+    solution.normals = normals
     return solution
+
+
+def level_counts(levels: Tensor):
+    return levels.count_nonzero(dim=(1, 2)).double(), levels.abs().sum((1, 2)).double()
 
 
 def _first_scales(
@@ -152,20 +166,22 @@ def _first_scales(
     worth what the largest weights are, 2 to 3 times the root mean square. A soft minimum of the two
     is fitted by scales of rows and columns.
     """
-    rms = problem.weights.square().mean(2).sqrt()
+    rms = problem.weights.square().sum(1).div(problem.shape[0]).sqrt()
     rms += 1e-3 * rms.amax(1, keepdim=True) + 1e-30
     columns = rms / rms.log().mean(1, keepdim=True).exp()  # of geometric mean 1
-    scale = (problem.weights / columns[:, :, None]).square().mean(1).sqrt()
+    scale = (problem.weights / columns[:, None]).square().sum(2).div(problem.shape[1]).sqrt()
     # The smaller the scale relative to the root mean square, the fewer zeros.
     relative = (price / problem.energy.mean(1, keepdim=True).clamp(min=1e-30)).clamp(1e-9, 1.0)
     most = torch.where(ternary, 2.2, 3.0).to(scale)[:, None]
     scale = scale * torch.minimum((most + 0.8 * torch.log10(relative / 0.05)).clamp(min=1.0), most)
     spread = factor.diagonal(dim1=1, dim2=2)
-    limit = (scale[:, None] * columns[:, :, None]).clamp(min=1e-30).log()
-    step = (_STEP * price.sqrt()[:, None] * spread[:, :, None]).clamp(min=1e-30).log()
+    limit = (scale[:, :, None] * columns[:, None]).clamp(min=1e-30).log()
+    step = (_STEP * price.sqrt()[:, :, None] * spread[:, None]).clamp(min=1e-30).log()
     step = torch.maximum(step, limit - math.log(_FINEST))
     step = torch.where(ternary[:, None, None], torch.inf, step)
     both = -torch.logaddexp(-4 * step, -4 * limit) / 4
-    mean = both.mean(2)
+    both = both[:, : problem.shape[0], : problem.shape[1]]
+    mean = both.mean(1)
     mean = mean - mean.mean(1, keepdim=True)
-    return (both - mean[:, :, None]).mean(1).exp(), mean.exp()
+    extra = -problem.shape[1] % 64, -problem.shape[0] % 16
+    return pad((both - mean[:, None]).mean(2).exp(), (0, extra[1]), value=1.0), pad(mean.exp(), (0, extra[0]), value=1.0)

@@ -26,43 +26,31 @@ def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
     return torch.where((ratio > 0.05) & (ratio < 20), ratio, 1.0)
 
 
-def refit_columns(
-    levels: Tensor,
-    hessian: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    column_scale: Tensor,
-    steps: int = 8,
-) -> Tensor:
-    """Column scales of one expert that minimize the error, ``[columns]``.
+class Normal:
+    """The normal equations of one expert's column scales, kept from one refit to the next.
 
-    With A = diag(r) T, the normal equations are ((A^T A) o H) c = v, v_i = A_i . (WH)_i. Their
-    diagonal is large, so that a few steps of conjugate gradients from the current scales, with the
-    diagonal as preconditioner, are as good as an exact solution and much faster.
-
-    Args:
-        levels: ``[columns, rows]``.
-        hessian: ``[columns, columns]``.
-        target: H W^T, or another target in its place, ``[columns, rows]``.
-        scale: ``[rows]``.
-        column_scale: the current ones, ``[columns]``.
-        steps: of conjugate gradients.
+    With A = diag(r) T, the normal matrix is (A^T A) o H. It changes little from refit to refit.
     """
-    a = levels * scale
-    normal = (a @ a.T).mul_(hessian)
-    aim = (a * target).sum(1)
-    diagonal = normal.diagonal()
-    ridge = COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean())
-    diagonal += ridge
-    aim += ridge * column_scale
-    new = _conjugate_gradients(normal, aim, column_scale, steps)
-    ratio = new / column_scale
-    new = torch.where((ratio > 0.1) & (ratio < 10), new, column_scale)
 
-    def error(c: Tensor) -> Tensor:
-        return (c * (normal @ c - 2 * aim)).sum(dtype=torch.float64)
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
 
-    return torch.where(error(new) < error(column_scale), new, column_scale)
+    def solve(self, a: Tensor, hessian: Tensor, aim: Tensor, column_scale: Tensor, steps: int = 8) -> Tensor:
+        """The change of column scales, ``[columns]``.
+
+        Args:
+            a: diag(r) T, ``[rows, columns]``.
+            hessian: ``[columns, columns]``.
+            aim: A_i . G_i of each column, ``[columns]``.
+            column_scale: the current ones, ``[columns]``.
+        """
+        if self.matrix is None:
+            self.matrix = (a.T @ a).mul_(hessian)
+            diagonal = self.matrix.diagonal()
+            diagonal += COLUMN_RIDGE * (diagonal + 0.1 * diagonal.mean()) + 1e-30
+        step = _conjugate_gradients(self.matrix, aim, torch.zeros_like(aim), steps)
+        ratio = 1 + step / column_scale
+        return torch.where((ratio > 0.1) & (ratio < 10), step, 0.0)
 
 
 def _conjugate_gradients(matrix: Tensor, aim: Tensor, start: Tensor, steps: int) -> Tensor:
