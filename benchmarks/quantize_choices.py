@@ -29,7 +29,7 @@ from benchmarks.report import DATA
 from qmoe_format.quantize.hessian import Statistics, relative_error
 from qmoe_format.quantize.level_weights import LevelWeights
 from qmoe_format.quantize.rate import Rate, weighted_energies
-from qmoe_format.quantize.rd import Search, quantize_rd
+from qmoe_format.quantize.rd import EFFORTS, Search, quantize_rd
 
 MODEL = "mixtral-mini"
 LAMBDAS = (0.015, 0.03, 0.06)
@@ -39,18 +39,18 @@ CLASSES = 4
 DEFAULT = "as it is"
 VARIANTS = {
     DEFAULT: Search(),
-    "10 rounds instead of 20": Search(rounds=10),
-    "40 rounds": Search(rounds=40),
-    "60 rounds": Search(rounds=60),
-    "columns refitted every round, not every 4th": Search(columns_every=1),
-    "columns refitted every 10th round": Search(columns_every=10),
+    "10 rounds instead of 40": Search(rounds=10),
+    "20 rounds": EFFORTS[1],
+    "80 rounds": Search(rounds=80),
+    "160 rounds": EFFORTS[3],
+    "two GPTQ passes": Search(passes=2),
+    "all columns refitted every 5th round, not an eighth": Search(columns=1.0),
+    "columns refitted once": Search(columns_every=40),
+    "columns put into another order once": Search(reorder_every=40),
+    "columns in another order every 5th round": Search(reorder_every=5),
     "the full price from the first round on, not three times it": Search(first_price=1.0),
-    "the full price in the first passes, not 0.3 of it": Search(start_price=1.0),
+    "the full price in the first pass, not 0.3 of it": Search(start_price=1.0),
     "no lengthening where inputs are rare": Search(lengthen=0.0),
-    "groups of 1 column instead of 16": Search(group=1),
-    "groups of 4 columns": Search(group=4),
-    "groups of 32 columns": Search(group=32),
-    "groups of 64 columns": Search(group=64),
 }
 
 Sample = tuple[Tensor, Statistics, float]
@@ -95,7 +95,7 @@ def point(some: list[Sample], lam: float, search: Search, most: int | None = Non
     rows = []
     for weights, statistics, reference in some:
         rate = Rate(lam, reference)
-        made = quantize_rd(weights, statistics, rate, most, search).weights
+        made = quantize_rd(weights, statistics, rate, most, search=search).weights
         assert isinstance(made, LevelWeights)
         errors = relative_error(weights, made.dequantize(), statistics.sums).log().tolist()
         for levels, error in zip(made.levels, errors, strict=True):

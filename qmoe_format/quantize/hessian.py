@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # an export not declared as one
 
+_BLOCK = 1024  # columns: half of a symmetric matrix is computed, in blocks, where it is larger
 MAX_DAMPING = 100.0  # of the mean diagonal; beyond that, a Hessian is hardly more than the identity
 
 
@@ -56,7 +57,11 @@ class Statistics:
     def add(self, expert: int, inputs: Tensor) -> None:
         """Add tokens of one expert, x ``[tokens, columns]``."""
         inputs = inputs.to(self.sums.dtype)
-        self.sums[expert].addmm_(inputs.T, inputs)
+        sums = self.sums[expert]
+        for first in range(0, len(sums), _BLOCK):
+            here, rest = slice(first, first + _BLOCK), slice(first + _BLOCK, None)
+            sums[here, first:].addmm_(inputs[:, here].T, inputs[:, first:])
+            sums[rest, here] = sums[here, rest].T
         self.tokens[expert] += len(inputs)
 
     def weigh(self, expert: int, importance: Tensor) -> None:
@@ -73,7 +78,7 @@ class Statistics:
         return torch.where(mean > 0, torch.maximum(rho, 1e-3 * mean), 1.0)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Factored:
     """Damped Hessians and their factors.
 
@@ -117,7 +122,8 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
             reason = "inputs are all zero" if statistics.tokens[expert] else "no tokens"
         while reason is None:
             # The scale changes no decision of a quantizer, and keeps float32 in range.
-            hessian[expert] = (sums.double() / mean).float()
+            for rows, scaled in zip(sums.split(_BLOCK), hessian[expert].split(_BLOCK), strict=True):
+                scaled.copy_(rows.double() / mean)
             hessian[expert].diagonal().add_(d)
             try:
                 factor[expert] = inverse_factor(hessian[expert])
@@ -136,7 +142,7 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """U, upper triangular, with H^-1 = U^T U; computed in float64, returned in H's dtype.
+    """U, upper triangular, with H^-1 = U^T U; factorized in float64, inverted in H's dtype.
 
     With the order of rows and columns reversed, H = L L^T becomes H = V V^T with V upper, so
     U = V^-1, and no inverse of H is ever formed.
@@ -147,10 +153,21 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         LinAlgError: an H is not positive definite.
     """
-    upper = torch.linalg.cholesky(hessian.double().flip(-2, -1)).flip(-2, -1)
-    eye = torch.eye(hessian.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    factor: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return factor.to(hessian.dtype).contiguous()
+    flipped = hessian.flip(-2, -1).double()
+    upper = torch.linalg.cholesky(flipped).to(hessian.dtype).flip(-2, -1)
+    del flipped
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    columns = hessian.shape[-1]
+    for first in range(0, columns, _BLOCK):
+        here = slice(first, min(first + _BLOCK, columns))
+        own = upper[..., here, here]
+        eye = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
+        inverse[..., here, here] = torch.linalg.solve_triangular(own, eye, upper=True)
+        right = upper[..., :first, here] @ inverse[..., here, here]
+        for above in range(0, first, _BLOCK):
+            row = slice(above, above + _BLOCK)
+            inverse[..., row, here] = -inverse[..., row, above:first] @ right[..., above:, :]
+    return inverse
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:

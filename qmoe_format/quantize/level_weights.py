@@ -108,7 +108,12 @@ def normalized(weights: Tensor) -> tuple[Tensor, Tensor]:
         Each W^T over its largest magnitude, float32 ``[experts, columns, rows]``; and those
         magnitudes, float64 ``[experts]``, 1 for an all-zero matrix.
     """
-    largest = weights.abs().amax((1, 2)).double()
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = largest_magnitudes(weights)
     scaled = (weights.double() / largest[:, None, None]).float()
     return scaled.transpose(1, 2).contiguous(), largest
+
+
+def largest_magnitudes(weights: Tensor) -> Tensor:
+    """Of each matrix, 1 for an all-zero one: float64 ``[experts]``."""
+    largest = weights.abs().amax((1, 2)).double()
+    return torch.where(largest > 0, largest, 1.0)

@@ -75,14 +75,18 @@ def weighted_energies(weights: Tensor, statistics: Statistics) -> Tensor:
     return energies * statistics.importance()
 
 
-def level_prices(nonzeros, total, size: int, price: Tensor, ternary: Tensor) -> Prices:
+def level_prices(
+    nonzeros: Tensor, total: Tensor, size: int, price: Tensor, ternary: Tensor
+) -> Prices:
     """What levels cost by the code lengths that these levels give (SPEC.md section 7).
 
     The mask codes 0 and not 0 in -log2 of their shares, and a non-zero has a sign. Unless levels
     are ternary, the refinement has a 1 for each step up and a 0 at the end.
 
     Args:
-        levels: float ``[experts, columns, rows]``.
+        nonzeros: their number, float64 ``[experts]``.
+        total: the sum of the magnitudes of levels, the same shape.
+        size: the number of levels of an expert.
         price: of a bit, in units of the error, ``[experts, rows]``.
         ternary: bool ``[experts]``.
     """

@@ -1,6 +1,6 @@
 """The matrices of some experts and a quantization of them, as the recipe ``rd`` works on them.
 
-All matrices are in float32, padded with zeros to whole tiles of the kernels.
+All matrices are in float32 and padded, see ``padding``; the columns may stand in another order.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Factored
-from qmoe_format.quantize.level_weights import SCALE, LevelWeights
-from qmoe_format.quantize.refit import Normal, refit_rows
+from qmoe_format.quantize.level_weights import SCALE, LevelWeights, largest_magnitudes
+from qmoe_format.quantize.padding import padded
+from qmoe_format.quantize.refit import column_steps, refit_rows
+from qmoe_format.quantize.steps import steps_on
 
 MAX_LENGTHEN = 0.8  # of what a row falls short
 MAX_STRETCH = 1.3  # a row with hardly any non-zeros may have any length
+MAX_SHARE = 1.5  # of the steps of columns that are best one by one
+_COLUMNS = 512  # of a triangular matrix, at a time
 
 
 @dataclass(slots=True)
@@ -34,7 +37,8 @@ class Problem:
             H' the undamped Hessian and d GPTQ's damping.
         energy: E_j = w_j H w_j / columns, ``[experts, rows]``.
         square: w_j w_j, ``[experts, rows]``.
-        lengthen: how much to lengthen Q where inputs are rare, see ``Solution.fit``.
+        lengthen: how much to lengthen Q where inputs are rare, see ``Solution``.
+        order: the column of W at each place, int64 ``[columns]``.
     """
 
     shape: tuple[int, int]
@@ -46,82 +50,92 @@ class Problem:
     energy: Tensor
     square: Tensor
     lengthen: float
+    order: Tensor
 
     @classmethod
     def of(cls, matrices: Tensor, ready: Factored, hessian: Tensor, lengthen: float) -> Problem:
-        """The problem of W ``[experts, rows, columns]``; ``ready`` is H' + d I."""
+        """The problem of W ``[experts, rows, columns]``; ``ready`` is H' + d I, padded as H."""
         _, rows, columns = matrices.shape
-        weights, largest = normalized(matrices)
-        exact = _products(weights, hessian)
-        unseen = _products(_products(weights, ready.factor.mT), ready.factor)
+        largest = largest_magnitudes(matrices)
+        weights = padded((matrices.double() / largest[:, None, None]).float())
+        # One product per expert: the result of a batched one may depend on the batch.
+        exact = torch.stack([w @ h for w, h in zip(weights, hessian, strict=True)])
         # A fallback has the identity for H' + d I: with d = 1, nothing was seen.
-        damping = torch.tensor([1.0 if d is None else d for d in ready.damping])
+        damping = [1.0 if d is None else d for d in ready.damping]
+        parts = zip(weights, ready.factor, damping, strict=True)
         return cls(
             shape=(rows, columns),
             largest=largest,
             weights=weights,
             hessian=hessian,
             exact=exact,
-            seen=torch.addcmul(weights, damping.to(unseen)[:, None, None], unseen, value=-1),
-            energy=_dots(weights, exact) / columns,
-            square=_dots(weights, weights).clamp(min=1e-30),
+            seen=torch.stack([w - _over_hessian(w, u).mul_(d) for w, u, d in parts]),
+            energy=(weights * exact).sum(2) / columns,
+            square=weights.square().sum(2).clamp(min=1e-30),
             lengthen=lengthen,
+            order=torch.arange(weights.shape[2], device=weights.device),
         )
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the columns into another order."""
+        self.weights = self.weights.index_select(2, order)
+        self.exact = self.exact.index_select(2, order)
+        self.seen = self.seen.index_select(2, order)
+        rows = (each.index_select(0, order) for each in self.hessian)
+        self.hessian = torch.stack([each.index_select(1, order) for each in rows])
+        self.order = self.order[order]
 
 
 class Solution:
     """A quantization of a problem.
 
+    The least error for a number of bits makes Q too short (reverse water-filling, Cover and Thomas,
+    Elements of Information Theory, 10.3.3): along an eigenvector of H with eigenvalue h, by a share
+    of D / (h s^2), where D is the error of a column and s^2 the mean square of a weight. What a
+    model has learned about rare inputs lies where h is small; shortening that hardly shows in the
+    error, but raises the loss in first order. Therefore the target is W H + k ``seen``, with k
+    proportional to D / s^2, which leaves small errors alone, and limited by the share 1 - w.q / w.w
+    that the row falls short.
+
     Attributes:
-        levels: int8 ``[experts, rows, columns]``.
+        levels: T, int8 ``[experts, rows, columns]``.
         scale: ``[experts, rows]``.
         column_scale: ``[experts, columns]``.
-        target: W H and a little of ``Problem.seen``, see ``fit``.
-        gradient: target - Q H.
-        ratio: ``[experts, rows]``, by which target - gradient is yet to be multiplied.
+        target: W H + k ``seen``, ``[experts, rows, columns]``.
+        gradient: target - Q H, the same shape, but for ``ratio``.
+        ratio: by which target - gradient is yet to be multiplied, ``[experts, rows]``.
     """
 
-    levels: Tensor
-    scale: Tensor
-    column_scale: Tensor
-    target: Tensor
-    gradient: Tensor
-    ratio: Tensor
-
-    def __init__(self, problem: Problem, levels: Tensor, scale: Tensor, columns: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, levels: Tensor, scale: Tensor, column_scale: Tensor
+    ) -> None:
         """Refit the scales of rows to levels and column scales."""
-        self.levels, self.scale, self.column_scale = levels, scale, columns
+        self.levels, self.scale, self.column_scale = levels, scale, column_scale
         self.ratio = torch.ones_like(scale)
-        self.target = torch.empty_like(problem.exact)
-        self.gradient = torch.empty_like(problem.exact)
-        for expert, quantized in enumerate(self.values()):
-            torch.mm(quantized, problem.hessian[expert], out=self.gradient[expert])
-        self._fit(problem, self.gradient)
+        self.target = problem.exact.clone()
+        self.gradient = problem.exact.clone()
+        for expert, hessian in enumerate(problem.hessian):
+            quantized = (levels[expert] * scale[expert, :, None]).mul_(column_scale[expert])
+            self.gradient[expert].addmm_(quantized, hessian, alpha=-1)
+        self.fit(problem)
 
-    def values(self) -> Tensor:
-        """Q."""
-        return self.levels * self.scale[:, :, None] * self.column_scale[:, None]
-
-    def _fit(self, problem: Problem, product: Tensor) -> None:
-        """Refit the scales of rows for a target that fits the rest.
-
-        The least error for a number of bits makes Q too short (reverse water-filling, Cover and
-        Thomas, Elements of Information Theory, 10.3.3): along an eigenvector of H with eigenvalue
-        h, by a share of D / (h s^2), where D is the error of a column and s^2 the mean square of a
-        weight. What a model has learned about rare inputs lies where h is small; shortening that
-        hardly shows in the error, but raises the loss in first order. Therefore the target is
-        W H + k ``seen``, with k proportional to D / s^2, which leaves small errors alone, and
-        limited by the share 1 - w.q / w.w that the row falls short.
-        """
-        quantized = self.values()
-        own, aim = _dots(quantized, product), _dots(quantized, problem.exact)
+    def fit(self, problem: Problem) -> None:
+        """Refit the scales of rows for a target that fits the rest."""
+        steps = steps_on(self.levels.device)
+        own, aim, seen, along = (
+            steps.row_sums(
+                self.levels, self.scale, self.column_scale, self.target, self.gradient,
+                problem.exact, problem.seen, problem.weights,
+            )  # fmt: skip
+            .float()
+            .unbind(2)
+        )
         error = problem.energy * problem.shape[1] - 2 * aim + own
-        short = 1 - _dots(quantized, problem.weights) / problem.square
+        short = 1 - along / problem.square
         longer = torch.minimum(problem.lengthen * error / problem.square, MAX_LENGTHEN * short)
         longer = longer.clamp(min=0)
-        ratio = refit_rows(own, aim + longer * _dots(quantized, problem.seen))
-        torch.addcmul(problem.exact, longer[:, :, None], problem.seen, out=self.target)
-        torch.addcmul(self.target, ratio[:, :, None], product, value=-1, out=self.gradient)
+        ratio = refit_rows(own, aim + longer * seen)
+        steps.aim_at(problem.exact, problem.seen, longer, ratio, self.target, self.gradient)
         self.scale = self.scale * ratio
         self.ratio = torch.ones_like(self.scale)
 
@@ -134,22 +148,33 @@ class Solution:
         self.ratio = refit_rows(aim - rest, aim)
         self.scale = self.scale * self.ratio
 
-    def refit_columns(self, problem: Problem, normals: list[Normal]) -> None:
-        """Least-squares scales of columns, then of rows."""
-        product = torch.sub(self.target, self.gradient).mul_(self.ratio[:, :, None])
-        gradient = torch.sub(self.target, product, out=self.gradient)
-        for expert in range(len(self.levels)):
+    def refit_columns(self, problem: Problem, most: int) -> None:
+        """Better scales of at most so many columns, then of all rows.
+
+        The steps that are best one by one go together, as far as their sum lowers the error.
+        """
+        for expert, gradient in enumerate(self.gradient):
+            ratio = self.ratio[expert, :, None]
+            torch.lerp(self.target[expert], gradient, ratio, out=gradient)
             a = self.levels[expert] * self.scale[expert, :, None]
-            aim = (a * gradient[expert]).sum(0)
-            step = normals[expert].solve(a, problem.hessian[expert], aim, self.column_scale[expert])
-            a *= step
-            change = a @ problem.hessian[expert]
-            curved = (a * change).sum(dtype=torch.float64)
-            along = (step * aim).sum(dtype=torch.float64)
-            share = float((along / curved).clamp(0, 1.5)) if curved > 0 else 0.0
-            product[expert].add_(change, alpha=share)
-            self.column_scale[expert].add_(step, alpha=share)
-        self._fit(problem, product)
+            hessian, column_scale = problem.hessian[expert], self.column_scale[expert]
+            aim, own = (a * gradient).sum(0), a.square().sum(0) * hessian.diagonal()
+            columns, step = column_steps(aim, own, column_scale, most)
+            move = a.index_select(1, columns).mul_(step)
+            change = move @ hessian.index_select(0, columns)
+            curved = (change.index_select(1, columns) * move).sum(dtype=torch.float64)
+            gained = step.double() @ aim[columns].double()
+            share = torch.where(curved > 0, gained / curved, 0.0).clamp(0, MAX_SHARE).float()
+            gradient.sub_(change.mul_(share))
+            column_scale.index_add_(0, columns, step * share)
+        self.fit(problem)
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the columns into another order."""
+        self.levels = self.levels.index_select(2, order)
+        self.target = self.target.index_select(2, order)
+        self.gradient = self.gradient.index_select(2, order)
+        self.column_scale = self.column_scale.index_select(1, order)
 
 
 def finished(problem: Problem, solution: Solution) -> LevelWeights:
@@ -163,10 +188,14 @@ def finished(problem: Problem, solution: Solution) -> LevelWeights:
     Raises:
         QMoEError: ``value`` if a scale is out of range.
     """
-    columns = solution.column_scale.to(SCALE).float()
-    solution = Solution(problem, solution.levels, solution.scale, columns)
+    order = problem.order.argsort()
+    problem.reorder(order)
+    solution.reorder(order)
+    # What this changes in Q H is far below what levels leave.
+    columns = solution.column_scale = solution.column_scale.to(SCALE).float()
+    solution.fit(problem)
     aim = problem.energy * problem.shape[1]
-    found = _dots(problem.weights, solution.target - solution.gradient)
+    found = (problem.weights * (solution.target - solution.gradient)).sum(2)
     stretch = torch.nan_to_num(aim / torch.where(found > 0, found, aim), nan=1.0)
     scale = solution.scale * stretch.clamp(1 / MAX_STRETCH, MAX_STRETCH)
     used = solution.levels.any(2) & (scale > 0)
@@ -182,30 +211,17 @@ def finished(problem: Problem, solution: Solution) -> LevelWeights:
             "rescale the model",
         )
     alive = (rows > 0)[:, :, None] & (columns > 0)[:, None]
-    own = (slice(None), slice(problem.shape[0]), slice(problem.shape[1]))
-    levels = torch.where(alive, solution.levels, 0)[own]
-    return LevelWeights(levels.contiguous(), rows[own[:2]][:, :, None], columns[:, own[2]].to(SCALE))
+    height, width = problem.shape
+    levels = torch.where(alive, solution.levels, 0)[:, :height, :width].contiguous()
+    return LevelWeights(levels, rows[:, :height, None], columns[:, :width].to(SCALE))
 
 
-def normalized(weights: Tensor) -> tuple[Tensor, Tensor]:
-    largest = weights.abs().amax((1, 2)).double()
-    largest = torch.where(largest > 0, largest, 1.0)
-    scaled = (weights.double() / largest[:, None, None]).float()
-    rows, columns = weights.shape[1:]
-    return padded(scaled, (-columns % 64, -rows % 16)), largest
-
-
-def padded(matrices: Tensor, extra: tuple[int, int]) -> Tensor:
-    if not any(extra):
-        return matrices.contiguous()
-    return pad(matrices, (0, extra[0], 0, extra[1]))
-
-
-def _dots(one: Tensor, other: Tensor) -> Tensor:
-    """Dot product of each row of two matrices, ``[experts, rows]``."""
-    return torch.stack([(a * b).sum(1) for a, b in zip(one, other, strict=True)])
-
-
-def _products(matrices: Tensor, hessians: Tensor) -> Tensor:
-    """One product per expert: the result of a batched one may depend on the batch."""
-    return torch.stack([m @ h for m, h in zip(matrices, hessians, strict=True)])
+def _over_hessian(weights: Tensor, factor: Tensor) -> Tensor:
+    """W H^-1 = W U^T U of one expert, without the half of U that is 0."""
+    middle, result = torch.empty_like(weights), torch.empty_like(weights)
+    columns = weights.shape[1]
+    for first in range(0, columns, _COLUMNS):
+        here, end = slice(first, first + _COLUMNS), first + _COLUMNS
+        middle[:, here] = weights[:, first:] @ factor[here, first:].T
+        result[:, here] = middle[:, :end] @ factor[:end, here]
+    return result

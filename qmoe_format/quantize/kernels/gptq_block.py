@@ -9,24 +9,23 @@ from qmoe_format.codec.kernels.simd import load_vector, store_vector
 from qmoe_format.codec.kernels.unaligned import pointer
 from qmoe_format.quantize.kernels.rounding import rounded
 from qmoe_format.quantize.kernels.vectors import broadcast, store_levels, transpose
+from qmoe_format.quantize.padding import BLOCK, LANES
 
-LANES = 16
-BLOCK = 64  # columns: 16 rows of them fill 4 KB
 _ONE = np.float32(1)
 
 
 @kernel
 def gptq_block(
-    rest, factor, levels, errors, block, scale, column_scale, first, further, ternary, begin, end
+    block, rest, factor, levels, errors, scale, column_scale, first, further, ternary, begin, end
 ):
     """Round the columns of a block in the rows from ``begin`` to ``end``.
 
     Args:
+        block: its first column.
         rest: what is to be rounded, float32 ``[rows, columns]``.
         factor: U, float32 ``[columns, columns]``.
         levels: the result, int8 ``[rows, columns]``.
-        errors: the block's errors over U_ii, float32 ``[rows, BLOCK]``, to be written.
-        block: its first column.
+        errors: the result, errors over U_ii, float32 ``[rows, columns]``.
         scale, first, further: of rows, see ``Multiples``, float32 ``[rows]``.
         column_scale: float32 ``[columns]``.
         ternary: whether levels end at 1.
@@ -65,6 +64,7 @@ def gptq_block(
         for lane in range(LANES):
             for i in range(0, BLOCK, LANES):
                 at = (i + lane) * LANES
-                store_vector(e, (row + lane) * BLOCK + i, load_vector(t, at))
-                store_levels(out, (row + lane) * columns + block + i, load_vector(q, at))
+                there = (row + lane) * columns + block + i
+                store_vector(e, there, load_vector(t, at))
+                store_levels(out, there, load_vector(q, at))
     return tile[0] + chosen[0] + errors[0, 0]  # they live until here

@@ -9,9 +9,9 @@ from qmoe_format.quantize.grids import MOST, SKIPPED
 from qmoe_format.quantize.kernels.vectors import (
     broadcast,
     floor,
+    greater,
     least,
     magnitude,
-    most,
     where_greater,
     with_sign,
 )
@@ -32,6 +32,6 @@ def rounded(x, value, inverse, squared, first, further, ternary):
             reward = (least_reward + step * np.float32(q - 1)) * np.float32(1 / q)
             threshold = least(value * np.float32(q) + reward, threshold)
         levels = floor(size * inverse + (broadcast(_HALF) - step * inverse * _HALF))
-        levels = most(levels, broadcast(_ONE))
+        levels = greater(levels, broadcast(_ONE))
         levels = least(levels, broadcast(_MOST))
     return with_sign(where_greater(size * _TWO, threshold, levels), x)

@@ -15,6 +15,7 @@ from numba.extending import overload
 from qmoe_format.codec.kernels.jit import inlined, instruction
 from qmoe_format.codec.kernels.simd import WIDTH, vector
 
+
 _FLOAT, _BYTE, _INDEX = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 _FLOATS, _BYTES = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_BYTE, WIDTH)
 _FUSED = ("contract", "nsz")
@@ -67,7 +68,7 @@ def least(builder, one, other):
 
 
 @instruction(lambda *_: vector(vector, vector))
-def most(builder, one, other):
+def greater(builder, one, other):
     """The greater one in each lane; ``other`` where one is NaN."""
     return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 

@@ -1,0 +1,124 @@
+"""The inner steps of the recipe ``rd`` on a CPU: kernels on rows, divided among torch's threads.
+
+``gpu_steps`` has the same functions. Tensors are contiguous, rows a multiple of ``LANES`` and
+columns of ``BLOCK``. With E_j the error of a row j, prices are in its units; see ``Multiples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_format.codec.threads import in_parts
+from qmoe_format.quantize.grids import Prices
+from qmoe_format.quantize.kernels import fit, gptq_block, sweep
+from qmoe_format.quantize.padding import BLOCK, LANES
+
+_LEAST = 16  # times LANES: fewer rows are not worth a thread
+
+
+def round_block(
+    rest: Tensor,
+    factor: Tensor,
+    levels: Tensor,
+    errors: Tensor,
+    block: int,
+    scale: Tensor,
+    column_scale: Tensor,
+    prices: Prices,
+    ternary: Tensor,
+) -> None:
+    """GPTQ within a block of columns: set its ``levels`` and ``errors``.
+
+    Args:
+        rest: what is to be rounded, float32 ``[experts, rows, columns]``.
+        factor: U, ``[experts, columns, columns]``.
+        levels: int8 ``[experts, rows, columns]``.
+        errors: over U_ii, float32 ``[experts, rows, columns]``.
+        block: the first column.
+        scale, column_scale, prices: see ``Multiples``.
+        ternary: whether levels end at 1, bool ``[experts]``.
+    """
+    _by_rows(
+        gptq_block.gptq_block, block, rest, factor, levels, errors, scale, column_scale,
+        prices.first, prices.further, ternary,
+    )  # fmt: skip
+
+
+def descend(
+    levels: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    ratio: Tensor,
+    hessian: Tensor,
+    factors: Tensor,
+    scale: Tensor,
+    column_scale: Tensor,
+    prices: Prices,
+    ternary: Tensor,
+    order: Tensor,
+    members: Tensor,
+) -> Tensor:
+    """A round of descent: change ``levels`` and ``gradient``; see ``kernels.sweep.sweep``.
+
+    Returns:
+        q.target, q.gradient, the number of non-zeros and the sum of the magnitudes of levels of
+        each row, float64 ``[experts, rows, 4]``.
+    """
+    experts, rows, columns = levels.shape
+    sums = torch.empty(experts, rows, 4, dtype=torch.float64)
+    # Of one expert at a time. Only what is written takes memory.
+    moves = np.empty((rows, columns), np.int32)
+    sizes = np.empty((rows, columns), np.float32)
+    marks, counts = np.empty((len(order), rows), np.int32), np.empty(rows, np.int32)
+    turns = (order.numpy(), members.numpy(), moves, sizes, counts, marks)
+    _by_rows(
+        sweep.sweep, turns, levels, gradient, target, ratio, hessian, factors, scale, column_scale,
+        prices.first, prices.further, ternary, sums,
+    )  # fmt: skip
+    return sums
+
+
+def row_sums(
+    levels: Tensor,
+    scale: Tensor,
+    column_scale: Tensor,
+    target: Tensor,
+    gradient: Tensor,
+    exact: Tensor,
+    seen: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Dot products of each row q with target - gradient, ``exact``, ``seen`` and ``weights``.
+
+    Returns:
+        float64 ``[experts, rows, 4]``.
+    """
+    sums = torch.empty(*scale.shape, 4, dtype=torch.float64)
+    _by_rows(
+        fit.row_sums, 0, levels, scale, column_scale, target, gradient, exact, seen, weights, sums
+    )
+    return sums
+
+
+def aim_at(
+    exact: Tensor, seen: Tensor, longer: Tensor, ratio: Tensor, target: Tensor, gradient: Tensor
+) -> None:
+    """Multiply target - gradient by ``ratio``, and make the target ``exact`` + longer ``seen``."""
+    _by_rows(fit.aim_at, 0, exact, seen, longer, ratio, target, gradient)
+
+
+def _by_rows(kernel: Callable[..., object], shared: object, *arrays: Tensor) -> None:
+    """Call a kernel with what is shared, with each expert's part of arrays, and with rows."""
+    rows = arrays[0].shape[1]
+    threads = min(torch.get_num_threads(), max(1, rows // (LANES * _LEAST)))
+    assert all(each.is_contiguous() for each in arrays)
+    for parts in zip(*(each.numpy() for each in arrays), strict=True):
+
+        def work(first: int, last: int, parts: tuple[object, ...] = parts) -> None:
+            kernel(shared, *parts, first * LANES, last * LANES)
+
+        in_parts(rows // LANES, threads, work)
