@@ -15,9 +15,10 @@ from torch import Tensor
 from qmoe_format.codec.threads import in_parts
 from qmoe_format.quantize.grids import Prices
 from qmoe_format.quantize.kernels import fit, gptq_block, sweep
-from qmoe_format.quantize.padding import BLOCK, LANES
+from qmoe_format.quantize.padding import LANES
+from qmoe_format.quantize.refit import best_share, column_steps
 
-_LEAST = 16  # times LANES: fewer rows are not worth a thread
+_LEAST_ROWS = 256  # that are worth a thread
 
 
 def round_block(
@@ -111,14 +112,61 @@ def aim_at(
     _by_rows(fit.aim_at, 0, exact, seen, longer, ratio, target, gradient)
 
 
-def _by_rows(kernel: Callable[..., object], shared: object, *arrays: Tensor) -> None:
-    """Call a kernel with what is shared, with each expert's part of arrays, and with rows."""
+def refit_columns(
+    levels: Tensor,
+    scale: Tensor,
+    column_scale: Tensor,
+    target: Tensor,
+    gradient: Tensor,
+    ratio: Tensor,
+    hessian: Tensor,
+    most: int,
+) -> None:
+    """Change ``gradient`` and ``column_scale``; see ``Solution.refit_columns``."""
+    experts, rows, width = levels.shape
+    sums = torch.empty(experts, -(-rows // fit.CHUNK), 2, width)
+    _by_rows(fit.column_sums, 0, levels, scale, target, gradient, ratio, sums, unit=fit.CHUNK)
+    for expert in range(experts):
+        aim, square = sums[expert].sum(0)
+        own = square * hessian[expert].diagonal()
+        columns, steps = column_steps(aim, own, column_scale[expert], most)
+        at, one = columns.numpy(), slice(expert, expert + 1)
+        move, curved = torch.empty(1, rows, len(columns)), torch.empty(1, rows, dtype=torch.float64)
+        _by_rows(fit.moves, at, levels[one], scale[one], steps[None], move)
+        change = move @ hessian[expert].index_select(0, columns)
+        _by_rows(fit.moved_sums, at, move, change, curved)
+        share = best_share(steps, aim[columns], curved.sum())
+        gradient[expert].sub_(change[0], alpha=float(share))
+        column_scale[expert].index_add_(0, columns, steps * share)
+
+
+def take_columns(matrices: Tensor, order: Tensor) -> Tensor:
+    """``matrices[:, :, order]``."""
+    result = torch.empty_like(matrices)
+    _by_rows(fit.take_columns, order.numpy(), matrices, result)
+    return result
+
+
+def take_both(squares: Tensor, order: Tensor) -> Tensor:
+    """``squares[:, order][:, :, order]``."""
+    result = torch.empty_like(squares)
+    _by_rows(fit.take_both, order.numpy(), squares, result)
+    return result
+
+
+def _by_rows(
+    kernel: Callable[..., object], shared: object, *arrays: Tensor, unit: int = LANES
+) -> None:
+    """Call a kernel with what is shared, with each expert's part of arrays, and with rows.
+
+    Each thread gets whole units of rows.
+    """
     rows = arrays[0].shape[1]
-    threads = min(torch.get_num_threads(), max(1, rows // (LANES * _LEAST)))
+    threads = min(torch.get_num_threads(), max(1, rows // _LEAST_ROWS))
     assert all(each.is_contiguous() for each in arrays)
     for parts in zip(*(each.numpy() for each in arrays), strict=True):
 
         def work(first: int, last: int, parts: tuple[object, ...] = parts) -> None:
-            kernel(shared, *parts, first * LANES, last * LANES)
+            kernel(shared, *parts, first * unit, min(last * unit, rows))
 
-        in_parts(rows // LANES, threads, work)
+        in_parts(-(-rows // unit), threads, work)

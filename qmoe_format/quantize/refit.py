@@ -12,6 +12,7 @@ from torch import Tensor
 
 ROW_RIDGE = 1e-4
 COLUMN_RIDGE = 1e-3
+MAX_SHARE = 1.5  # of steps that are best one by one
 
 
 def refit_rows(own: Tensor, aim: Tensor) -> Tensor:
@@ -48,3 +49,14 @@ def column_steps(
     step = torch.where((ratio > 0.1) & (ratio < 10), step, 0.0)
     columns = (step * aim).topk(most).indices
     return columns, step[columns]
+
+
+def best_share(steps: Tensor, aim: Tensor, curved: Tensor) -> Tensor:
+    """How far to go when steps that are best one by one go together, float32.
+
+    Args:
+        steps, aim: of the columns that change, see ``column_steps``.
+        curved: tr(M H M^T), with M the change of Q, float64.
+    """
+    gained = steps.double() @ aim.double()
+    return torch.where(curved > 0, gained / curved, 0.0).clamp(0, MAX_SHARE).float()

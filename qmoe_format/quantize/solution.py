@@ -14,12 +14,11 @@ from qmoe_format.errors import QMoEError
 from qmoe_format.quantize.hessian import Factored
 from qmoe_format.quantize.level_weights import SCALE, LevelWeights, largest_magnitudes
 from qmoe_format.quantize.padding import padded
-from qmoe_format.quantize.refit import column_steps, refit_rows
+from qmoe_format.quantize.refit import refit_rows
 from qmoe_format.quantize.steps import steps_on
 
 MAX_LENGTHEN = 0.8  # of what a row falls short
 MAX_STRETCH = 1.3  # a row with hardly any non-zeros may have any length
-MAX_SHARE = 1.5  # of the steps of columns that are best one by one
 _COLUMNS = 512  # of a triangular matrix, at a time
 
 
@@ -78,11 +77,11 @@ class Problem:
 
     def reorder(self, order: Tensor) -> None:
         """Put the columns into another order."""
-        self.weights = self.weights.index_select(2, order)
-        self.exact = self.exact.index_select(2, order)
-        self.seen = self.seen.index_select(2, order)
-        rows = (each.index_select(0, order) for each in self.hessian)
-        self.hessian = torch.stack([each.index_select(1, order) for each in rows])
+        steps = steps_on(order.device)
+        self.weights = steps.take_columns(self.weights, order)
+        self.exact = steps.take_columns(self.exact, order)
+        self.seen = steps.take_columns(self.seen, order)
+        self.hessian = steps.take_both(self.hessian, order)
         self.order = self.order[order]
 
 
@@ -153,27 +152,18 @@ class Solution:
 
         The steps that are best one by one go together, as far as their sum lowers the error.
         """
-        for expert, gradient in enumerate(self.gradient):
-            ratio = self.ratio[expert, :, None]
-            torch.lerp(self.target[expert], gradient, ratio, out=gradient)
-            a = self.levels[expert] * self.scale[expert, :, None]
-            hessian, column_scale = problem.hessian[expert], self.column_scale[expert]
-            aim, own = (a * gradient).sum(0), a.square().sum(0) * hessian.diagonal()
-            columns, step = column_steps(aim, own, column_scale, most)
-            move = a.index_select(1, columns).mul_(step)
-            change = move @ hessian.index_select(0, columns)
-            curved = (change.index_select(1, columns) * move).sum(dtype=torch.float64)
-            gained = step.double() @ aim[columns].double()
-            share = torch.where(curved > 0, gained / curved, 0.0).clamp(0, MAX_SHARE).float()
-            gradient.sub_(change.mul_(share))
-            column_scale.index_add_(0, columns, step * share)
+        steps_on(self.levels.device).refit_columns(
+            self.levels, self.scale, self.column_scale, self.target, self.gradient, self.ratio,
+            problem.hessian, most,
+        )  # fmt: skip
         self.fit(problem)
 
     def reorder(self, order: Tensor) -> None:
         """Put the columns into another order."""
-        self.levels = self.levels.index_select(2, order)
-        self.target = self.target.index_select(2, order)
-        self.gradient = self.gradient.index_select(2, order)
+        steps = steps_on(order.device)
+        self.levels = steps.take_columns(self.levels, order)
+        self.target = steps.take_columns(self.target, order)
+        self.gradient = steps.take_columns(self.gradient, order)
         self.column_scale = self.column_scale.index_select(1, order)
 
 

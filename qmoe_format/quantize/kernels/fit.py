@@ -10,6 +10,8 @@ from qmoe_format.codec.kernels.unaligned import pointer
 from qmoe_format.quantize.kernels.vectors import broadcast, load_levels
 from qmoe_format.quantize.padding import LANES
 
+CHUNK = 256  # rows
+
 
 @kernel
 def row_sums(
@@ -47,3 +49,66 @@ def aim_at(_, exact, seen, longer, ratio, target, gradient, begin, end):
             aim = load_vector(x, at) + load_vector(s, at) * far
             store_vector(t, at, aim)
             store_vector(g, at, aim - product * change)
+
+
+@kernel
+def column_sums(_, levels, scale, target, gradient, ratio, sums, begin, end):
+    """Sums over rows, of which A = diag(r) T: A_i . G_i and A_i . A_i of each column i.
+
+    Before, target - gradient is multiplied by ``ratio``.
+
+    Args:
+        sums: float32 ``[rows / CHUNK, 2, columns]``, to be written: of each CHUNK of rows, so that
+            their order does not depend on threads.
+    """
+    columns = levels.shape[1]
+    lv, t, g, out = pointer(levels), pointer(target), pointer(gradient), pointer(sums)
+    for row in range(begin, end):
+        first = row // CHUNK * 2 * columns
+        if row % CHUNK == 0:
+            sums[row // CHUNK] = 0
+        size, change = broadcast(scale[row]), broadcast(ratio[row])
+        for column in range(0, columns, LANES):
+            at = row * columns + column
+            aim = load_vector(t, at)
+            own = aim + (load_vector(g, at) - aim) * change
+            store_vector(g, at, own)
+            a = load_levels(lv, at) * size
+            aims, squares = first + column, first + columns + column
+            store_vector(out, aims, load_vector(out, aims) + a * own)
+            store_vector(out, squares, load_vector(out, squares) + a * a)
+
+
+@kernel
+def moves(columns, levels, scale, steps, result, begin, end):
+    """What changes in Q where some columns' scales do: float32 ``[rows, number of columns]``."""
+    for row in range(begin, end):
+        for place in range(columns.shape[0]):
+            result[row, place] = levels[row, columns[place]] * scale[row] * steps[place]
+
+
+@kernel
+def moved_sums(columns, move, change, sums, begin, end):
+    """Dot products of the moves with the change of the gradient: float64 ``[rows]``."""
+    for row in range(begin, end):
+        total = 0.0
+        for place in range(columns.shape[0]):
+            total += move[row, place] * change[row, columns[place]]
+        sums[row] = total
+
+
+@kernel
+def take_columns(order, matrix, result, begin, end):
+    """The columns ``order`` of ``matrix``. Torch's ``index_select`` takes ten times as long."""
+    for row in range(begin, end):
+        for place in range(order.shape[0]):
+            result[row, place] = matrix[row, order[place]]
+
+
+@kernel
+def take_both(order, matrix, result, begin, end):
+    """The rows and columns ``order`` of ``matrix``."""
+    for row in range(begin, end):
+        source = order[row]
+        for place in range(order.shape[0]):
+            result[row, place] = matrix[source, order[place]]
