@@ -150,6 +150,8 @@ class BlockExperts:
             )
             for m in (first, output)
         }
+        if len(self._inputs) > 1:
+            found[first].known = {}
         for matrix in self._inputs[1:]:  # the same inputs, so the same sums
             rows = torch.zeros_like(found[first].row_importance)
             found[matrix] = replace(found[first], row_importance=rows)

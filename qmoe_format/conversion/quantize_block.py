@@ -72,7 +72,7 @@ def quantize_block(
             statistics = experts.statistics(weights, group)
             for matrix, stack in experts.stacks.items():
                 for coded, quality in _quantize(
-                    experts, stack, group, weights[matrix], statistics[matrix], options,
+                    experts, stack, group, weights[matrix], statistics.pop(matrix), options,
                     rates[stack.name],
                 ):  # fmt: skip
                     writers[matrix].append(coded)
