@@ -19,11 +19,9 @@ from torch import Tensor
 
 from qmoe_format.quantize.grids import Prices
 from qmoe_format.quantize.hessian import inverse_factor
-from qmoe_format.quantize.padding import BLOCK
+from qmoe_format.quantize.padding import BLOCK, GROUP
 from qmoe_format.quantize.solution import Problem, Solution
 from qmoe_format.quantize.steps import steps_on
-
-GROUP = 16  # columns that are decided together
 
 
 def descend(
