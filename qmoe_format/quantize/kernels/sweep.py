@@ -34,7 +34,6 @@ from qmoe_format.quantize.kernels.vectors import (
     store_vector,
     transpose,
     vector_sum,
-    where_greater,
     zero_vector,
 )
 from qmoe_format.quantize.padding import BLOCK, GROUP, LANES
@@ -52,11 +51,13 @@ def sweep(
 
     Args:
         turns: a tuple: the blocks' first columns in the order of their turns, int64 ``[blocks]``;
-            for each turn the block's columns, 0 to 63, in groups of 16, int64 ``[blocks, 64]``; and
+            for each turn the block's columns, 0 to 63, in groups of 16, int64 ``[blocks, 64]``;
             scratch space: columns and sizes of moves, int32 and float32 ``[rows, columns]``, their
-            counts, int32 ``[rows]``, and the counts after each turn, int32 ``[blocks, rows]``.
+            counts, int32 ``[rows]``, and the counts after each turn, int32 ``[blocks, rows]``; and
+            whether target - G is yet to be multiplied by ``ratio``, and whether to compute q.target
+            and q.G.
         levels: int8 ``[rows, columns]``.
-        gradient: G, float32 ``[rows, columns]``; target - G is yet to be multiplied by ``ratio``.
+        gradient: G, float32 ``[rows, columns]``.
         target: float32 ``[rows, columns]``.
         ratio: float32 ``[rows]``.
         hessian: float32 ``[columns, columns]``.
@@ -65,10 +66,10 @@ def sweep(
         scale, first, further: of rows, see ``Multiples``, float32 ``[rows]``.
         column_scale: float32 ``[columns]``.
         ternary: whether levels end at 1.
-        sums: the result, q.target, q.G, the number of non-zeros and the sum of magnitudes of
-            levels, float64 ``[rows, 4]``.
+        sums: the result, float64 ``[rows, 4]``: q.target, q.G, and how much the number of non-zeros
+            and the sum of magnitudes of levels have changed.
     """
-    order, members, moves, sizes, counts, marks = turns
+    order, members, moves, sizes, counts, marks, stretched, _ = turns
     columns = levels.shape[1]
     tile = np.empty(BLOCK * LANES, np.float32)
     before = np.empty(BLOCK * LANES, np.float32)
@@ -79,15 +80,17 @@ def sweep(
     lv, mv, sz = pointer(levels), pointer(moves), pointer(sizes)
     s, p1, p2 = pointer(scale), pointer(first), pointer(further)
     counts[begin:end] = 0
+    sums[begin:end] = 0
     for turn in range(order.shape[0]):
         block = order[turn]
         for row in range(begin, end, LANES):
             for lane in range(LANES):
                 j = row + lane
                 at, made = j * columns + block, j * columns
-                a, b = load_vector(aims, at), load_vector(aims, at + LANES)
-                c, d = load_vector(g, at), load_vector(g, at + LANES)
-                halves = a + (c - a) * ratio[j], b + (d - b) * ratio[j]
+                halves = _halves(g, at, LANES)
+                if stretched:
+                    a, b = _halves(aims, at, LANES)
+                    halves = a + (halves[0] - a) * ratio[j], b + (halves[1] - b) * ratio[j]
                 halves = _moved(halves, h, columns, block, mv, sz, made, made + counts[j])
                 _store_halves(t, lane * LANES, _TILE, halves)
                 for k in range(0, BLOCK, LANES):
@@ -119,8 +122,11 @@ def sweep(
                     for lane in range(LANES):
                         if (moving >> lane) & 1:
                             j = row + lane
+                            level = np.int8(before[own[i] * LANES + lane])
+                            sums[j, 2] += (level != 0) - (levels[j, column] != 0)
+                            sums[j, 3] += abs(level) - abs(levels[j, column])
+                            levels[j, column] = level
                             moves[j, counts[j]], sizes[j, counts[j]] = column, best[lane]
-                            levels[j, column] = np.int8(before[own[i] * LANES + lane])
                             counts[j] += 1
             for k in range(0, BLOCK, LANES):
                 transpose(t, k * LANES)
@@ -184,12 +190,11 @@ def _round_group(old, scales, column_scale, own, u, factor, prices, ternary, gai
 
 @inlined
 def _settle(turns, levels, gradient, target, hessian, scale, column_scale, sums, begin, end):
-    """Apply to each block the moves after its turn, and write ``sums``."""
-    order, _, moves, sizes, counts, marks = turns
+    """Apply to each block the moves after its turn, and write the first two of ``sums``."""
+    order, _, moves, sizes, counts, marks, _, summing = turns
     columns = levels.shape[1]
     g, h, aims, lv = pointer(gradient), pointer(hessian), pointer(target), pointer(levels)
     mv, sz, cs = pointer(moves), pointer(sizes), pointer(column_scale)
-    sums[begin:end] = 0
     for turn in range(order.shape[0]):
         block = order[turn]
         for j in range(begin, end):
@@ -199,20 +204,14 @@ def _settle(turns, levels, gradient, target, hessian, scale, column_scale, sums,
                 halves = _halves(g, at, LANES)
                 halves = _moved(halves, h, columns, block, mv, sz, made + marks[turn, j], last)
                 _store_halves(g, at, LANES, halves)
-            aim, own = zero_vector(), zero_vector()
-            nonzeros, total = zero_vector(), zero_vector()
-            for k in range(0, BLOCK, LANES):
-                level = load_levels(lv, at + k)
-                q = level * load_vector(cs, block + k)
-                aim = aim + q * load_vector(aims, at + k)
-                own = own + q * load_vector(g, at + k)
-                size = magnitude(level)
-                nonzeros = nonzeros + where_greater(size, zero_vector(), broadcast(_ONE))
-                total = total + size
-            sums[j, 0] += vector_sum(aim) * scale[j]
-            sums[j, 1] += vector_sum(own) * scale[j]
-            sums[j, 2] += vector_sum(nonzeros)
-            sums[j, 3] += vector_sum(total)
+            if summing:
+                aim, own = zero_vector(), zero_vector()
+                for k in range(0, BLOCK, LANES):
+                    q = load_levels(lv, at + k) * load_vector(cs, block + k)
+                    aim = aim + q * load_vector(aims, at + k)
+                    own = own + q * load_vector(g, at + k)
+                sums[j, 0] += vector_sum(aim) * scale[j]
+                sums[j, 1] += vector_sum(own) * scale[j]
 
 
 @inlined
