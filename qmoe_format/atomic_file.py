@@ -2,7 +2,7 @@
 
 A ``PartialFile`` is written as ``.NAME.XXXXXXXX.partial`` in the same folder, made durable, then
 renamed. A process that is killed leaves that file behind and nothing else; whatever had the final
-name is untouched. For files elsewhere see ``upload``.
+name is untouched. For files elsewhere see ``remote``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.remote import Location, RemotePath, location
-from qmoe_format.upload import Upload, new_upload
+from qmoe_format.remote.upload import Upload, new_upload
 
 _FLAGS = (
     os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

@@ -28,7 +28,7 @@ from qmoe_format.container.index import dump_index
 from qmoe_format.container.preamble import Preamble
 from qmoe_format.errors import QMoEError
 from qmoe_format.remote import Location
-from qmoe_format.upload import Upload
+from qmoe_format.remote.upload import Upload
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary

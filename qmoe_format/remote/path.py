@@ -1,10 +1,4 @@
-"""Files elsewhere: ``s3://bucket/model.qmoe``, or any other URL that ``fsspec`` knows.
-
-``RemotePath`` has what the package uses of ``pathlib.Path``, and reads ranges of bytes. fsspec, and
-the package that it needs for a scheme (s3fs, gcsfs, ...), are imported when there is a URL. Keys,
-endpoints and how often a request is repeated are these packages' business: they read environment
-variables and configuration files of their own.
-"""
+"""The path of a file elsewhere: what the package uses of ``pathlib.Path``, and ranges of bytes."""
 
 from __future__ import annotations
 

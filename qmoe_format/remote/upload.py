@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_format.errors import os_errors
-from qmoe_format.remote import RemotePath, remote_errors
+from qmoe_format.remote.path import RemotePath, remote_errors
 
 _PART = 1 << 25  # bytes; S3 takes no less than 5 MiB, and 10 000 parts
 
