@@ -36,7 +36,7 @@ class RemotePath:
         require("fsspec", extra="remote")
         from fsspec.core import url_to_fs
 
-        self._url = url.rstrip("/")
+        self._url = url if url.endswith("://") else url.rstrip("/")
         with remote_errors(f"cannot use {url}"):
             # A remembered listing could be older than what another program has written.
             fs, key = url_to_fs(self._url, use_listings_cache=False)
@@ -74,11 +74,11 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """The folder that it is in."""
-        return RemotePath(self._url.rpartition("/")[0])
+        return RemotePath(self._url[: -len(self.name)])
 
     def with_name(self, name: str) -> RemotePath:
         """A file beside it."""
-        return RemotePath(f"{self._url.rpartition('/')[0]}/{name}")
+        return RemotePath(self._url[: -len(self.name)] + name)
 
     def absolute(self) -> RemotePath:
         """The same."""
@@ -88,7 +88,7 @@ class RemotePath:
         """Bytes of the file."""
         info = self._info()
         if info.get("type") != "file" or info.get("size") is None:
-            raise QMoEError("io", f"{self}: not a file of known size", "give the URL of a file")
+            raise QMoEError("io", f"{self}: not a file", "give the URL of a file")
         return int(info["size"])
 
     def identity(self) -> str:
@@ -206,6 +206,8 @@ def location(path: str | os.PathLike[str] | RemotePath) -> Location:
     text = os.fspath(path)
     if not isinstance(path, str) or not _URL.match(text):
         return Path(text)
+    if text.endswith("://"):
+        raise QMoEError("argument", f"{text}: names no file", "add the rest of the URL")
     if text.lower().startswith("file://"):
         return Path(url2pathname(urlsplit(text).path))
     return RemotePath(text)
@@ -229,19 +231,21 @@ class remote_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, QMoEError | MemoryError):
             code, advice = _explained(error)
-            reason = str(error).strip().partition("\n")[0]
-            reason = reason or type(error).__name__
-            raise QMoEError(code, f"{self.action}: {reason}", advice) from error
+            reason = str(error) or type(error).__name__
+            if code == "not-found" and " " not in reason:  # but the path, once more
+                reason = "there is no such file"
+            raise QMoEError(code, f"{self.action}: {reason:.400}", advice) from error
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """Code and advice; each package has exceptions of its own, so nothing but ``io`` is left."""
+    """Code and advice. Packages have exceptions of their own: what is not known is ``io``."""
+    name = type(error).__name__
     if isinstance(error, ImportError):
         return "dependency", "install it; for s3 run: pip install 'qmoe-format[remote]'"
     if isinstance(error, FileNotFoundError):
         return "not-found", "check the URL"
-    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+    if isinstance(error, PermissionError) or "Credential" in name:
         return "io", "check the permissions, and the keys in the environment"
-    if isinstance(error, ValueError | TypeError) and not isinstance(error, OSError):
+    if name in ("ValueError", "ParamValidationError"):
         return "argument", "check the URL"
     return "io", "check the network and try again"
