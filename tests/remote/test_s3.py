@@ -250,6 +250,9 @@ def test_a_conversion(bucket: str, calls: list[Call], tmp_path: Path, switch: An
     source = copy_elsewhere(folder, f"{bucket}/model")
     here = qmoe_format.convert(folder, tmp_path / "m.qmoe", recipe="rtn")
     calls.clear()
+    nowhere = "s3://no-such-bucket-at-all/m.qmoe"
+    refusal(lambda: qmoe_format.convert(source, nowhere, recipe="rtn"), "not-found")
+    assert "GetObject" not in [operation for operation, _ in calls], "it is refused at once"
     qmoe_format.convert(source, f"{bucket}/out/m.qmoe", recipe="rtn")
     assert RemotePath(f"{bucket}/out/m.qmoe").read_bytes() == here.read_bytes()
     assert not open_uploads(bucket)
