@@ -117,9 +117,9 @@ class RemotePath:
             if error.code != "not-found":
                 raise
             return
-        # An object store may have an object with the name of the folder, too.
-        names = {str(each).rstrip("/").rpartition("/")[2] for each in found}
-        for name in sorted(names - {self.name, ""}):
+        # Without what a file, or an object with the name of the folder, says of itself.
+        inside = {str(each).rstrip("/") for each in found} - {self.key.rstrip("/")}
+        for name in sorted(each.rpartition("/")[2] for each in inside):
             yield self / name
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:

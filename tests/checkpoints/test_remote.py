@@ -162,6 +162,35 @@ def test_the_connection_breaks(
     assert f"cannot read {url}/model.safetensors: reset by peer" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a": {"data_offsets": [8, 16]}}, "begins at byte"),
+        ({"b": {"data_offsets": [0, 8]}}, "begins at byte"),
+        ({"b": {"data_offsets": [8, 12]}}, "has 4 bytes, not those of F32 [2]"),
+        ({"b": {"shape": [3]}}, "has 8 bytes, not those of F32 [3]"),
+        ({"b": {"shape": [2, 1.0]}}, "the entry of 'b' is wrong"),
+        ({"b": {"shape": [-2, -1]}}, "the entry of 'b' is wrong"),
+        ({"b": {"shape": [True, 2]}}, "the entry of 'b' is wrong"),
+        ({"b": {"dtype": 4}}, "the entry of 'b' is wrong"),
+        ({"b": {"data_offsets": [8]}}, "not enough values"),
+        ({"b": {"dtype": "F4"}}, "is of type F4"),
+        ({"c": {"dtype": "F32", "shape": [1], "data_offsets": [16, 20]}}, "the file at"),
+    ],
+)
+def test_wrong_headers(elsewhere: str, change: dict[str, dict[str, object]], words: str) -> None:
+    def entry(first: int) -> dict[str, object]:
+        return {"dtype": "F32", "shape": [2], "data_offsets": [first, first + 8]}
+
+    entries = {"a": entry(0), "b": entry(8)}
+    header = json.dumps(entries | {name: entries.get(name, {}) | change[name] for name in change})
+    path = RemotePath(f"{elsewhere}/a.safetensors")
+    path.fs.pipe_file(path.key, len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    message = refusal(lambda: list(open_shard(path).tensors()), "checkpoint")
+    assert str(path) in message
+    assert words in message
+
+
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -48,7 +48,10 @@ def test_questions(file: RemotePath) -> None:
     assert file.size() == 200
     assert list(folder.iterdir()) == [file]
     assert list(folder.glob("*.qmoe")) == [file]
-    assert [*folder.glob("x*"), *(folder / "none").iterdir()] == []
+    assert [*folder.glob("x*"), *(folder / "none").iterdir(), *file.iterdir()] == []
+    same = folder / "a"
+    file.fs.pipe_file(same.key, b"")
+    assert list(folder.iterdir()) == [same, file]
     before = file.identity()
     assert before == RemotePath(str(file)).identity()
     file.fs.pipe_file(file.key, bytes(201))

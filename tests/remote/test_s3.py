@@ -176,6 +176,15 @@ def test_writing_keeps_no_copy_here(
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_memory_holds_the_first_part_and_the_last_extent(bucket: str, calls: list[Call]) -> None:
+    with Writer(f"{bucket}/m.qmoe") as writer:
+        for number in range(5):
+            writer.add_tensor(f"t{number}", np.full(3000, number, np.uint8), "U8", "raw")
+            sent = sum(each["length"] for operation, each in calls if operation == "UploadPart")
+            assert sent >= 3000 * number - 2000
+
+
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("shard_bytes", [None, 50_000])
 @pytest.mark.parametrize("operation", ["UploadPart", "CompleteMultipartUpload"])
 def test_a_broken_upload_leaves_what_was_there(
