@@ -97,7 +97,7 @@ def add_parser(commands: Commands) -> None:
     group = parser.add_argument_group(
         "calibration", "run the model on text, and fit each expert to the tokens routed to it"
     )
-    group.add_argument("--calibration", type=Path, metavar="TEXT", help=f"the text: {TEXT_HELP}")
+    group.add_argument("--calibration", metavar="TEXT", help=f"the text: {TEXT_HELP}")
     add_text_options(group)
     group.add_argument(
         "--token-cap",

@@ -176,6 +176,8 @@ def test_commands(elsewhere: str, switch_folder: Path, qmoe: Run, tmp_path: Path
         assert (folder / "config.json").is_file()
     done = qmoe("unpack", target, f"{elsewhere}/unpacked")
     assert done.err.startswith("error[argument]")
+    done = qmoe("convert", source, f"{elsewhere}/n.qmoe", "--calibration", f"{elsewhere}/t.jsonl")
+    assert "text is read here only" in done.err
     done = qmoe("inspect", f"{elsewhere}/none.qmoe")
     assert done.err.startswith("error[not-found]")
     done = qmoe("inspect", f"file://{tmp_path}/unpacked1/experts.qmoe")
