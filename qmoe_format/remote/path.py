@@ -170,7 +170,8 @@ class RemotePath:
         """Keeps fsspec from reading megabytes ahead, where it opens a file for each range."""
         from fsspec import AbstractFileSystem
 
-        opens = type(self.fs).cat_file is AbstractFileSystem.cat_file
+        # Asynchronous ones have another method in its place.
+        opens = not self.fs.async_impl and type(self.fs).cat_file is AbstractFileSystem.cat_file
         return {"cache_type": "none"} if opens else {}
 
     def _ends_before(self, end: int) -> bool:
