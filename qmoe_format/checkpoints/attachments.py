@@ -56,6 +56,7 @@ def copy_attachments(source: RemotePath, folder: Path, *, code: bool = False) ->
     for name, path in found.items():
         if not (is_attached(name) or (code and name.suffix == ".py")) or path.is_dir():
             continue
+        _check_name(path)
         _check_size(path, path.size())
         with os_errors(f"cannot write {folder}"):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -88,7 +89,7 @@ def tokenizer_code(folder: Path) -> str | None:
     return f"{_module(classes[-1])}.py" if classes else None  # the last is the fast tokenizer
 
 
-def _check(path: Path) -> None:
+def _check_name(path: Location) -> None:
     try:
         check_file_name(path.name)
     except QMoEError as error:
@@ -97,6 +98,10 @@ def _check(path: Path) -> None:
             "the name of an attached file has characters other than A-Z a-z 0-9 . _ -",
             "rename or move it",
         ) from error
+
+
+def _check(path: Path) -> None:
+    _check_name(path)
     check_not_pointer(path)
     if not path.is_file():  # reading a pipe or a device might not end
         raise _wrong(path, "not an ordinary file", "remove it")

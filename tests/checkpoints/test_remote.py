@@ -143,6 +143,11 @@ def test_messages_name_the_url(
     with open_checkpoint(url) as checkpoint:
         message = refusal(checkpoint.check_complete, "checkpoint")
     assert message.startswith(f"{url}: ")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/elsewhere/a\\b.model", b"")
+    message = refusal(lambda: open_checkpoint(url), "checkpoint")
+    assert "characters other than" in message
+    memory.rm("/elsewhere/a\\b.model")
     monkeypatch.setattr("qmoe_format.checkpoints.attachments.MAX_BYTES", 5)
     message = refusal(lambda: open_checkpoint(url), "checkpoint")
     assert message.startswith(f"{url}/config.json: ")
