@@ -146,6 +146,7 @@ def test_messages_name_the_url(
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/elsewhere/a\\b.model", b"")
     message = refusal(lambda: open_checkpoint(url), "checkpoint")
+    assert message.startswith(f"{url}/a")
     assert "characters other than" in message
     memory.rm("/elsewhere/a\\b.model")
     monkeypatch.setattr("qmoe_format.checkpoints.attachments.MAX_BYTES", 5)
