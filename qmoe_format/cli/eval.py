@@ -39,8 +39,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--against",
         metavar="SRC",
-        help="the original checkpoint, a folder or ORG/MODEL[@REVISION]: also show its loss, "
-        "KL(original ‖ compressed), and the error of each layer's experts",
+        help="the original checkpoint, a folder, its URL or ORG/MODEL[@REVISION]: also show its "
+        "loss, KL(original ‖ compressed), and the error of each layer's experts",
     )
     add_text_options(parser)
     add_model_options(parser)

@@ -42,6 +42,6 @@ def find_qmoe_file(
 
 
 def _name(source: object, place: Location) -> str:
-    """As it was given, unless that is ``file://``: a path would lose what tells it from a name."""
+    """As it was given, for ``./org/model`` cannot be a name; of ``file://`` the path."""
     given = isinstance(source, str) and "://" not in source
     return str(source if given else place)

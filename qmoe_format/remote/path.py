@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import require
@@ -219,6 +218,8 @@ def location(path: str | os.PathLike[str] | RemotePath) -> Location:
     if text.endswith("://"):
         raise QMoEError("argument", f"{text}: names no file", "add the rest of the URL")
     if text.lower().startswith("file://"):
+        from urllib.request import url2pathname  # slow to import
+
         return Path(url2pathname(urlsplit(text).path))
     return RemotePath(text)
 

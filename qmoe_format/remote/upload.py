@@ -3,6 +3,9 @@
 S3 takes a file in parts, in any order, and shows it when it is told that all are there: so parts
 are sent while the file is being written, and no copy of it lies here. Other file systems get it
 from a temporary file, under another name, and then rename it.
+
+A process that is killed may leave parts, which S3 can be told to remove after some days, or a file
+``.NAME.XXXXXXXX.partial``.
 """
 
 from __future__ import annotations

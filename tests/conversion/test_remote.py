@@ -170,6 +170,8 @@ def test_commands(elsewhere: str, switch_folder: Path, qmoe: Run, tmp_path: Path
         done = qmoe(command, target)
         assert done.code == 0, done.err
     assert f"{target}: good" in done.out
+    done = qmoe("generate", target, "one two", "--max-new-tokens", "3")
+    assert done.code == 0, done.err
     for option in ((), ("--compressed",)):
         folder = tmp_path / f"unpacked{len(option)}"
         assert qmoe("unpack", target, folder, *option).code == 0
