@@ -20,8 +20,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "convert") -> None:
     """Import optional packages, which ``import qmoe_format`` does without.
+
+    Args:
+        extra: the package's extra that has them.
 
     Raises:
         QMoEError: ``dependency`` if one is missing.
@@ -33,7 +36,7 @@ def require(*modules: str) -> None:
             raise QMoEError(
                 "dependency",
                 f"the package {module} cannot be imported ({error})",
-                "run: pip install 'qmoe-format[convert]'",
+                f"run: pip install 'qmoe-format[{extra}]'",
             ) from error
 
 

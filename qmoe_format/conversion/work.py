@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qmoe_format.atomic_file import atomic_write, partial_files
 from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import FORMAT_CODES, QMoEError, os_errors
+from qmoe_format.remote import Location, RemotePath
 
 try:
     import fcntl
@@ -50,11 +51,17 @@ class Work:
     """
 
     def __init__(
-        self, destination: Path, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool
+        self,
+        destination: Location,
+        fingerprint: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
     ) -> None:
         """
         Args:
-            destination: the file to be written.
+            destination: the file to be written; if it is elsewhere, the folder is made in the
+                current one.
             fingerprint: everything that the result depends on, JSON values by name.
             resume, overwrite: see ``ConvertOptions``.
 
@@ -62,6 +69,8 @@ class Work:
             QMoEError: ``argument`` if the folder exists or is another conversion's; ``not-found``
                 if there is none to resume; ``malformed`` if it is damaged; ``io``.
         """
+        if isinstance(destination, RemotePath):
+            destination = Path.cwd() / destination.name
         self.folder = folder = destination.with_name(f".{destination.name[:200]}.work")
         self._lock = -1
         with os_errors(f"cannot use {folder}"):
@@ -209,9 +218,15 @@ def describe_code() -> str:
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
-    """A hash of each file, by name."""
-    paths = [*checkpoint.attachments, *checkpoint.weight_files]
-    return {str(path.relative_to(checkpoint.folder)): hash_file(path) for path in paths}
+    """A hash of each file, by name; of weights elsewhere, what their file system says of them."""
+    hashes = {
+        path.relative_to(checkpoint.folder).as_posix(): hash_file(path)
+        for path in checkpoint.attachments
+    }
+    return hashes | {
+        path.name: path.identity() if isinstance(path, RemotePath) else hash_file(path)
+        for path in checkpoint.weight_files
+    }
 
 
 def hash_file(path: Path, whole: int = 1 << 24, pieces: int = 256) -> str:
