@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmoe_format.calibration.ranks import rank_of
 from qmoe_format.cli.arguments import (
     TEXT_HELP,
     Commands,
@@ -173,6 +174,8 @@ def run(options: argparse.Namespace) -> None:
             resume=options.resume,
             trust_remote_code=options.trust_remote_code,
         )
+    if rank_of():
+        return
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
     with container.open(path, memory_map=False) as file:
         warning = few_tokens_warning(read_report(file), file) if calibration else []

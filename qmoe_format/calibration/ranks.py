@@ -1,0 +1,240 @@
+"""The processes that convert a model together, each of them a rank.
+
+A launcher starts them and tells them of each other in environment variables: ``torchrun``, or
+Slurm's ``srun``. They share a folder, where everything large goes; over the network they exchange
+small objects only, all with one collective operation, ``gather``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from qmoe_format.errors import QMoEError
+
+T = TypeVar("T")
+
+JOIN = timedelta(minutes=10)  # in which all ranks have to start
+WAIT = timedelta(hours=6)  # for a rank that is alive; the end of a process is noticed at once
+APPEAR_S = 10.0  # until a file that another machine has written is seen here
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One process of those that work together; by default the only one.
+
+    Attributes:
+        rank: the number of this process; 0 writes the result and talks to the user.
+        count: how many there are.
+        local: the number of this process on its machine.
+        local_count: how many there are on this machine.
+        launched: a launcher started them, and may start them again.
+        restarted: it has done so.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    local_count: int = 1
+    launched: bool = False
+    restarted: bool = False
+    _group: Any = field(default=None, compare=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order; each waits for the others.
+
+        Raises:
+            QMoEError: ``peer`` if a rank has ended.
+        """
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = cast("list[T]", [None] * self.count)
+        try:
+            dist.all_gather_object(values, value, self._group)
+        except RuntimeError as error:
+            raise _lost(str(self), error) from error
+        return values
+
+    def settle(self, call: Callable[[], T]) -> list[T]:
+        """What ``call`` returns on each rank; if it fails on any, all of them raise that error."""
+        if self.count == 1:
+            return [call()]
+        result: Any = None
+        error: QMoEError | None = None
+        try:
+            result = call()
+        except QMoEError as raised:
+            error = raised
+        outcomes = self.gather((str(self), error, result))
+        if error:
+            raise error
+        for where, other, _ in outcomes:
+            if other:
+                raise QMoEError(other.code, f"{where}: {other.problem}", other.advice)
+        return [result for _, _, result in outcomes]
+
+    def share(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns on rank 0, the only one that calls it; all raise its error."""
+        return cast("T", self.settle(lambda: call() if self.leads else None)[0])
+
+    def device(self, asked: str) -> str:
+        """This rank's: of several GPUs, the one with its number on the machine."""
+        if asked != "cuda" or self.count == 1:
+            return asked
+        import torch
+
+        return f"cuda:{self.local % max(1, torch.cuda.device_count())}"
+
+    def slice(self, sizes: Sequence[int]) -> slice:
+        """This rank's part of a row of items: as much of the sum of ``sizes`` as any other's."""
+        total, before, ends = sum(sizes), 0, [0] * (self.count + 1)
+        for number, size in enumerate(sizes):
+            # An item is with the rank in whose part its middle lies.
+            owner = (2 * before + size) * self.count // (2 * total) if total else 0
+            ends[min(owner, self.count - 1) + 1] = number + 1
+            before += size
+        for rank in range(self.count):
+            ends[rank + 1] = max(ends[rank : rank + 2])
+        return slice(ends[self.rank], ends[self.rank + 1])
+
+    def packed(self, costs: Sequence[float]) -> list[int]:
+        """The numbers of this rank's items: the dearest first, each goes where least is to do."""
+        loads = [0.0] * self.count
+        own = []
+        for number in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[number]
+            if rank == self.rank:
+                own.append(number)
+        return sorted(own)
+
+
+ALONE = Ranks()
+
+
+def in_order(numbers: Iterable[Sequence[int]], items: Iterable[Sequence[T]]) -> list[T]:
+    """The items of all ranks, by the numbers that each rank's items have."""
+    found = zip(chain.from_iterable(numbers), chain.from_iterable(items), strict=True)
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+@contextmanager
+def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """The ranks of this process's launcher, connected; ``ALONE`` without a launcher.
+
+    Raises:
+        QMoEError: ``peer`` if the others do not come; ``argument`` for variables without sense.
+    """
+    found, address = _read(environment)
+    if found.count == 1:
+        yield found
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise QMoEError("dependency", "this build of torch has no torch.distributed", "get another")
+    own = not dist.is_initialized()
+    try:
+        if own:
+            dist.init_process_group(
+                "gloo", init_method="env://" if address is None else address,
+                rank=found.rank, world_size=found.count, timeout=JOIN,
+            )  # fmt: skip
+        group = dist.new_group(backend="gloo", timeout=WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise _lost(str(found), error) from error
+    try:
+        yield Ranks(
+            found.rank, found.count, found.local, found.local_count,
+            found.launched, found.restarted, group,
+        )  # fmt: skip
+    finally:
+        # Whoever waits for this rank learns that it has gone.
+        dist.destroy_process_group(None if own else group)
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank of this process."""
+    return _read(environment)[0].rank
+
+
+def wait_for(path: Path, ready: Callable[[], bool]) -> bool:
+    """Wait until a file is as another machine left it; network file systems take their time."""
+    end = time.monotonic() + APPEAR_S
+    while not ready():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # NFS asks the server when a folder is opened  # noqa: PTH208
+    return True
+
+
+def _read(environment: Mapping[str, str]) -> tuple[Ranks, str | None]:
+    """The ranks by a launcher's variables, and where they meet unless that is in them, too."""
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    address = None
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+            return ALONE, None
+        keys = (
+            "SLURM_PROCID",
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_LOCALID",
+            "SLURM_STEP_TASKS_PER_NODE",
+        )
+        address = _slurm_address(environment)
+        restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    try:
+        rank, count = (int(environment[key]) for key in keys[:2])
+        local = int(environment.get(keys[2], 0))
+        # Slurm writes 8(x2) for two machines with eight each, 8,4 for different numbers.
+        local_count = max(map(int, re.findall(r"(?:^|,)(\d+)", environment.get(keys[3], "1"))))
+        ranks = Ranks(rank, count, local, local_count, True, int(restarts) > 0)
+        if not 0 <= rank < count:
+            raise ValueError(f"rank {rank} of {count}")
+    except (KeyError, ValueError) as error:
+        raise QMoEError(
+            "argument",
+            f"the launcher's variables {', '.join(keys)} make no sense ({error})",
+            "start the processes with torchrun",
+        ) from error
+    return ranks, address
+
+
+def _slurm_address(environment: Mapping[str, str]) -> str:
+    """Where a step's tasks meet: its first machine, and a port by the number of its job."""
+    names = environment.get("SLURM_STEP_NODELIST", "localhost")
+    first = re.match(r"([^\[,]*)(?:\[(\w+))?", names)
+    host = environment.get("MASTER_ADDR") or "".join(filter(None, first.groups() if first else ()))
+    port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
+    return f"tcp://{host}:{environment.get('MASTER_PORT', port)}"
+
+
+def _lost(where: str, error: Exception) -> QMoEError:
+    reason = str(error).partition("\n")[0]
+    return QMoEError(
+        "peer",
+        f"{where}: another process of this conversion has ended or cannot be reached ({reason})",
+        "see what that one says, then continue with --resume",
+    )
