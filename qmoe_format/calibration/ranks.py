@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -39,6 +40,7 @@ class Ranks:
         local_count: how many there are on this machine.
         launched: a launcher started them, and may start them again.
         restarted: it has done so.
+        group: torch's, None for its default one.
     """
 
     rank: int = 0
@@ -47,7 +49,7 @@ class Ranks:
     local_count: int = 1
     launched: bool = False
     restarted: bool = False
-    _group: Any = field(default=None, compare=False)
+    group: Any = field(default=None, compare=False)
 
     @property
     def leads(self) -> bool:
@@ -69,7 +71,7 @@ class Ranks:
 
         values = cast("list[T]", [None] * self.count)
         try:
-            dist.all_gather_object(values, value, self._group)
+            dist.all_gather_object(values, value, self.group)
         except RuntimeError as error:
             raise _lost(str(self), error) from error
         return values
@@ -152,24 +154,51 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
 
     if not dist.is_available():
         raise QMoEError("dependency", "this build of torch has no torch.distributed", "get another")
+    from torch.distributed.rendezvous import rendezvous
+
     own = not dist.is_initialized()
     try:
         if own:
+            store = next(rendezvous(address, found.rank, found.count, timeout=JOIN))[0]
+            store = dist.PrefixStore(_meet(store, found), store)  # type: ignore[attr-defined]
             dist.init_process_group(
-                "gloo", init_method="env://" if address is None else address,
-                rank=found.rank, world_size=found.count, timeout=JOIN,
-            )  # fmt: skip
-        group = dist.new_group(backend="gloo", timeout=WAIT)
+                "gloo", store=store, rank=found.rank, world_size=found.count, timeout=WAIT
+            )
+        group = None if own else dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         raise _lost(str(found), error) from error
     try:
-        yield Ranks(
-            found.rank, found.count, found.local, found.local_count,
-            found.launched, found.restarted, group,
-        )  # fmt: skip
+        yield replace(found, group=group)
     finally:
         # Whoever waits for this rank learns that it has gone.
-        dist.destroy_process_group(None if own else group)
+        dist.destroy_process_group(group)
+
+
+def _meet(store: Any, ranks: Ranks) -> str:
+    """Wait until all ranks are there; returns a name that they have for this start.
+
+    A launcher may have kept its store from an earlier start, with addresses of processes that have
+    ended. So every rank but the first makes up a token, for which the first one has an answer only
+    if it is there, too.
+    """
+    if ranks.rank:
+        token = secrets.token_hex(8)
+        store.set(f"qmoe/{ranks.rank}", token)
+        name: str = store.get(f"qmoe/{token}").decode()
+        store.set(f"qmoe/{name}/{ranks.rank}", "")
+        return name
+    name, missing = secrets.token_hex(8), set(range(1, ranks.count))
+    end = time.monotonic() + JOIN.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come")
+        for rank in list(missing):
+            if store.check([f"qmoe/{rank}"]):
+                store.set(f"qmoe/{store.get(f'qmoe/{rank}').decode()}", name)
+            if store.check([f"qmoe/{name}/{rank}"]):
+                missing.remove(rank)
+        time.sleep(0.02)
+    return name
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
@@ -189,14 +218,14 @@ def wait_for(path: Path, ready: Callable[[], bool]) -> bool:
     return True
 
 
-def _read(environment: Mapping[str, str]) -> tuple[Ranks, str | None]:
-    """The ranks by a launcher's variables, and where they meet unless that is in them, too."""
+def _read(environment: Mapping[str, str]) -> tuple[Ranks, str]:
+    """The ranks by a launcher's variables, and where they meet."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    address = None
+    address = "env://"
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-            return ALONE, None
+            return ALONE, ""
         keys = (
             "SLURM_PROCID",
             "SLURM_STEP_NUM_TASKS",

@@ -103,7 +103,9 @@ def _convert(
             "only conversions with calibration text are shared by several processes",
             "run this one without torchrun or srun",
         )
-    chosen = ranks.share(lambda: _continued(destination, chosen, ranks))
+    ranks = replace(ranks, restarted=any(ranks.gather(ranks.restarted)))  # on any machine
+    resume = ranks.share(lambda: _check_beginning(destination, chosen, ranks))
+    chosen = replace(chosen, resume=resume)
     trusted = chosen.trust_remote_code
 
     def local() -> Path:
@@ -136,14 +138,14 @@ def _convert(
             convert_calibrated(checkpoint, destination, chosen, resources, progress, ranks)
 
 
-def _continued(destination: Path, options: ConvertOptions, ranks: Ranks) -> ConvertOptions:
-    """The options, to resume what a launcher's processes have begun; checks the destination."""
+def _check_beginning(destination: Path, options: ConvertOptions, ranks: Ranks) -> bool:
+    """Check the destination; whether work on it is to be resumed: processes of a launcher resume
+    what is there, unless ``overwrite`` is set and this is their first start."""
+    resume = options.resume
     if ranks.launched and options.calibration and work_folder(destination).is_dir():
-        options = replace(
-            options, resume=options.resume or not options.overwrite or ranks.restarted
-        )
-    _check_destination(destination, options)
-    return options
+        resume = resume or not options.overwrite or ranks.restarted
+    _check_destination(destination, replace(options, resume=resume))
+    return resume
 
 
 def _check_destination(path: Path, options: ConvertOptions) -> None:

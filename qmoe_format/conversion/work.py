@@ -83,6 +83,8 @@ class Work:
         try:
             self._check_seen()
         except BaseException:
+            if ranks.leads and not self._begun():
+                self._remove()
             self._release()
             raise
 
@@ -200,6 +202,15 @@ class Work:
         self._release()
         shutil.rmtree(old, ignore_errors=True)
 
+    def _remove(self) -> None:
+        """Remove the folder if possible."""
+        with contextlib.suppress(OSError):
+            self._discard()
+
+    def _begun(self) -> bool:
+        """Whether anything in the folder is finished."""
+        return any(self.path(f"{name}-0000.json").exists() for name in KINDS)
+
     def __enter__(self) -> Self:
         return self
 
@@ -207,10 +218,8 @@ class Work:
         if not self._ranks.leads:
             return
         code = error.code if isinstance(error, QMoEError) else ""
-        begun = any(self.path(f"{name}-0000.json").exists() for name in KINDS)
-        if error is None or code in ("checkpoint", "value") or not begun:
-            with contextlib.suppress(OSError):
-                self._discard()
+        if error is None or code in ("checkpoint", "value") or not self._begun():
+            self._remove()
             self._release()
             return
         self._release()
