@@ -511,9 +511,10 @@ Simulated, not measured: a model of {assumed["parameters"] / 1e12:.2f} T expert 
 switch-c-2048 and {ranks["tokens_per_expert"]:,} tokens for the mean expert, on ranks that are as \
 fast as the machine of the
 table above. It also counts running the experts, which that table leaves out. To and from the shared
-folder, all ranks together move {assumed["shared_folder_bytes_per_second"] / 1e9:.0f} GB/s, and one \
-{assumed["rank_bytes_per_second"] / 1e9:.0f} GB/s; nothing overlaps. *Of linear* is the
-speed, divided by that of one rank times their number; disk is a rank's share of what the folder holds.
+folder, all ranks together move {assumed["shared_folder_bytes_per_second"] / 1e9:.0f} GB/s, \
+and one {assumed["rank_bytes_per_second"] / 1e9:.0f} GB/s; nothing overlaps. *Of linear* is the
+speed, divided by that of one rank times their number; disk is a rank's share of what the folder
+holds.
 
 {simulated_ranks(ranks["simulated"])}
 
