@@ -154,6 +154,12 @@ class RoutedTokens:
         chosen = self._order[int(begin) : int(end)]
         return chosen // self.experts.shape[1], self.weights.view(-1)[chosen]
 
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens go to each expert."""
+        counts: list[int] = self._begin.diff().tolist()
+        return counts
+
     def outputs(self) -> Tensor:
         """New zeros float32 [tokens, d] on disk, for what the experts return."""
         return self._zeros(self._outputs)

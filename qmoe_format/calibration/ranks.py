@@ -2,7 +2,7 @@
 
 A launcher starts them and tells them of each other in environment variables: ``torchrun``, or
 Slurm's ``srun``. They share a folder, where everything large goes; over the network they exchange
-small objects only, all with one collective operation, ``gather``.
+small objects only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from qmoe_format.errors import QMoEError
 
 T = TypeVar("T")
 
 JOIN = timedelta(minutes=10)  # in which all ranks have to start
-WAIT = timedelta(hours=6)  # for a rank that is alive; the end of a process is noticed at once
+WAIT = timedelta(hours=24)  # for a rank that is alive; the end of a process is noticed at once
 APPEAR_S = 10.0  # until a file that another machine has written is seen here
 
 
@@ -65,38 +65,44 @@ class Ranks:
         Raises:
             QMoEError: ``peer`` if a rank has ended.
         """
-        if self.count == 1:
-            return [value]
-        import torch.distributed as dist
+        values = [value] * self.count
+        if self.count > 1:
+            import torch.distributed as dist
 
-        values = cast("list[T]", [None] * self.count)
-        try:
-            dist.all_gather_object(values, value, self.group)
-        except RuntimeError as error:
-            raise _lost(str(self), error) from error
+            with self._together():
+                dist.all_gather_object(values, value, self.group)
         return values
 
     def settle(self, call: Callable[[], T]) -> list[T]:
         """What ``call`` returns on each rank; if it fails on any, all of them raise that error."""
         if self.count == 1:
             return [call()]
-        result: Any = None
-        error: QMoEError | None = None
-        try:
-            result = call()
-        except QMoEError as raised:
-            error = raised
-        outcomes = self.gather((str(self), error, result))
-        if error:
-            raise error
-        for where, other, _ in outcomes:
-            if other:
-                raise QMoEError(other.code, f"{where}: {other.problem}", other.advice)
-        return [result for _, _, result in outcomes]
+        own = _Outcome.of(call, str(self))
+        return [each.result(own) for each in self.gather(own)]
 
     def share(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns on rank 0, the only one that calls it; all raise its error."""
-        return cast("T", self.settle(lambda: call() if self.leads else None)[0])
+        """What ``call`` returns on rank 0, the only one that calls it; all raise its error.
+
+        The others wait for rank 0, which does not wait for them.
+        """
+        if self.count == 1:
+            return call()
+        import torch.distributed as dist
+
+        own = _Outcome.of(call, str(self)) if self.leads else None
+        outcome = [own]
+        with self._together():
+            dist.broadcast_object_list(outcome, 0, self.group)
+        assert outcome[0]
+        return outcome[0].result(own)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say so if a rank has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise _lost(str(self), error) from error
 
     def device(self, asked: str) -> str:
         """This rank's: of several GPUs, the one with its number on the machine."""
@@ -131,6 +137,31 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[T]):
+    """What a call has returned on some rank, or its error."""
+
+    where: str
+    value: T | None = None
+    error: QMoEError | None = None
+
+    @classmethod
+    def of(cls, call: Callable[[], T], where: str) -> _Outcome[T]:
+        try:
+            return cls(where, call())
+        except QMoEError as error:
+            return cls(where, error=error)
+
+    def result(self, own: _Outcome[T] | None) -> T:
+        """What it returned; raises its error, or first that of this rank, ``own``."""
+        if own and own.error:
+            raise own.error
+        if self.error:
+            problem = f"{self.where}: {self.error.problem}"
+            raise QMoEError(self.error.code, problem, self.error.advice)
+        return cast("T", self.value)
 
 
 def in_order(numbers: Iterable[Sequence[int]], items: Iterable[Sequence[T]]) -> list[T]:
@@ -222,7 +253,7 @@ def _read(environment: Mapping[str, str]) -> tuple[Ranks, str]:
     """The ranks by a launcher's variables, and where they meet."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     address = "env://"
-    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
             return ALONE, ""
@@ -233,13 +264,13 @@ def _read(environment: Mapping[str, str]) -> tuple[Ranks, str]:
             "SLURM_STEP_TASKS_PER_NODE",
         )
         address = _slurm_address(environment)
-        restarts = environment.get("SLURM_RESTART_COUNT", "0")
     try:
         rank, count = (int(environment[key]) for key in keys[:2])
         local = int(environment.get(keys[2], 0))
         # Slurm writes 8(x2) for two machines with eight each, 8,4 for different numbers.
         local_count = max(map(int, re.findall(r"(?:^|,)(\d+)", environment.get(keys[3], "1"))))
-        ranks = Ranks(rank, count, local, local_count, True, int(restarts) > 0)
+        restarted = any(int(environment.get(key, 0)) for key in restarts)
+        ranks = Ranks(rank, count, local, local_count, True, restarted)
         if not 0 <= rank < count:
             raise ValueError(f"rank {rank} of {count}")
     except (KeyError, ValueError) as error:

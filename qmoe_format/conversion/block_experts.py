@@ -111,8 +111,7 @@ class BlockExperts:
         )
         self.own: Sequence[int] = range(self.count)
         if ranks.count > 1:
-            seen = [len(routed.tokens_of(expert)[0]) for expert in self.own]
-            self.own = ranks.packed([number * per_token + fixed for number in seen])
+            self.own = ranks.packed([count * per_token + fixed for count in routed.counts])
 
     def groups(self) -> Iterator[Sequence[int]]:
         """This rank's experts, in groups that fit into memory and keep all workers busy."""

@@ -170,7 +170,7 @@ class Work:
         # A file opened for writing: network file systems lock nothing else.
         path = self.folder / "lock"
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        end = time.monotonic() + (_LOCK_S if self._ranks.restarted else 0.0)
+        end = time.monotonic() + (_LOCK_S if self._ranks.launched else 0.0)
         while not (locked := self._try_lock()) and time.monotonic() < end:
             time.sleep(1)
         # Its last owner may have removed the folder in the meantime.

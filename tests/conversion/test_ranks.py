@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch.distributed as dist
 
+from qmoe_format.conversion import calibrated
 from tests.tiny_models import save_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks here")
@@ -198,6 +200,7 @@ def test_killed_in_the_middle_of_a_block(
     converted: Convert,
     by_one: tuple[bytes, bytes],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     who: int,
     then: int,
 ) -> None:
@@ -210,17 +213,20 @@ def test_killed_in_the_middle_of_a_block(
     assert said[0].count("continue with --resume") == 1
     done = {path.name: path.stat().st_mtime_ns for path in work.glob("*-000*.json")}
     assert "block-0000.json" in done
-    staged = {*work.glob("stack-*.qmoe")}
+    stray = work / "stack-0000-0123abcd-0001.qmoe"  # of a block that was not finished
+    stray.write_bytes(b"half")
+    finish = calibrated._write
 
-    def call(rank: int) -> None:
-        found = {*work.glob("stack-*.qmoe")}
-        converted(model, resume=then == 1, **OPTIONS)
-        assert staged & found
+    def checked(*arguments: Any) -> None:
+        assert not stray.exists()
+        assert all((work / name).stat().st_mtime_ns == then for name, then in done.items())
+        finish(*arguments)
 
+    monkeypatch.setattr(calibrated, "_write", checked)
     if then == 1:
-        call(0)
+        converted(model, resume=True, **OPTIONS)
     else:
-        assert run_ranks(tmp_path, then, call) == [""] * then
+        assert run_ranks(tmp_path, then, lambda _: converted(model, **OPTIONS)) == [""] * then
     assert contents(tmp_path / "m.qmoe") == by_one
     assert left(tmp_path) == {"m.qmoe", "m.quality.json"}
 
@@ -396,6 +402,7 @@ def test_two_machines_of_which_one_is_lost(
 
 def test_processes_that_are_started_again_do_not_meet_those_before() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=5))
     names = []
     for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
