@@ -215,11 +215,10 @@ class Work:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._ranks.leads:
-            return
         code = error.code if isinstance(error, QMoEError) else ""
         if error is None or code in ("checkpoint", "value") or not self._begun():
-            self._remove()
+            if self._ranks.leads:
+                self._remove()
             self._release()
             return
         self._release()

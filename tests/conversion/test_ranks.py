@@ -23,15 +23,17 @@ import pytest
 from hypothesis import given
 
 from qmoe_format.calibration import ranks as ranks_module
-from qmoe_format.calibration.ranks import ALONE, Ranks, in_order
+from qmoe_format.calibration.ranks import ALONE, Ranks, in_order, joined_ranks
 from qmoe_format.conversion import encoding
 from qmoe_format.conversion.report import report_path
+from qmoe_format.errors import QMoEError
 from tests.refusals import refusal
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 import torch.distributed as dist
 
+from qmoe_format.calibration.shared_file import shared_write
 from qmoe_format.conversion import calibrated
 from tests.tiny_models import save_model
 
@@ -343,6 +345,27 @@ def test_what_ranks_do_not_share(switch_folder: Path, converted: Convert, tmp_pa
     for said in run_ranks(tmp_path, 2, call):
         assert said.startswith("argument: only conversions with calibration text")
     assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_of_which_each_rank_writes_a_part(tmp_path: Path, fails: bool) -> None:
+    path = tmp_path / "rows"
+
+    def call(_: int) -> None:
+        with joined_ranks() as ranks, shared_write(path, 8, ranks) as write:
+            write(4 * ranks.rank, memoryview(b"abcd" if ranks.leads else b"efgh"))
+            assert not path.exists()
+            if fails and not ranks.leads:
+                raise QMoEError("io", "no space")
+        assert path.read_bytes() == b"abcdefgh"
+
+    said = run_ranks(tmp_path, 2, call)
+    if fails:
+        assert said[0].startswith("peer: rank 0 on ")
+        assert said[1] == "io: no space"
+    else:
+        assert said == ["", ""]
+    assert [each.name for each in tmp_path.iterdir()] == ([] if fails else ["rows"])
 
 
 @contextmanager
