@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from qmoe_format.errors import QMoEError
+from qmoe_format.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -37,7 +38,6 @@ class Ranks:
         rank: the number of this process; 0 writes the result and talks to the user.
         count: how many there are.
         local: the number of this process on its machine.
-        local_count: how many there are on this machine.
         launched: a launcher started them, and may start them again.
         restarted: it has done so.
         group: torch's, None for its default one.
@@ -46,7 +46,6 @@ class Ranks:
     rank: int = 0
     count: int = 1
     local: int = 0
-    local_count: int = 1
     launched: bool = False
     restarted: bool = False
     group: Any = field(default=None, compare=False)
@@ -103,6 +102,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise _lost(str(self), error) from error
+
+    def cores(self) -> int:
+        """This rank's share of the cores that it may use, at least one."""
+        # A launcher may have given each rank cores of its own.
+        own = (socket.gethostname(), usable_cores())
+        return max(1, len(own[1]) // self.gather(own).count(own))
 
     def device(self, asked: str) -> str:
         """This rank's: of several GPUs, the one with its number on the machine."""
@@ -251,26 +256,19 @@ def wait_for(path: Path, ready: Callable[[], bool]) -> bool:
 
 def _read(environment: Mapping[str, str]) -> tuple[Ranks, str]:
     """The ranks by a launcher's variables, and where they meet."""
-    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     address = "env://"
     restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
             return ALONE, ""
-        keys = (
-            "SLURM_PROCID",
-            "SLURM_STEP_NUM_TASKS",
-            "SLURM_LOCALID",
-            "SLURM_STEP_TASKS_PER_NODE",
-        )
+        keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         address = _slurm_address(environment)
     try:
         rank, count = (int(environment[key]) for key in keys[:2])
         local = int(environment.get(keys[2], 0))
-        # Slurm writes 8(x2) for two machines with eight each, 8,4 for different numbers.
-        local_count = max(map(int, re.findall(r"(?:^|,)(\d+)", environment.get(keys[3], "1"))))
         restarted = any(int(environment.get(key, 0)) for key in restarts)
-        ranks = Ranks(rank, count, local, local_count, True, restarted)
+        ranks = Ranks(rank, count, local, True, restarted)
         if not 0 <= rank < count:
             raise ValueError(f"rank {rank} of {count}")
     except (KeyError, ValueError) as error:

@@ -20,7 +20,7 @@ from qmoe_format.conversion.work import work_folder
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.hub import local_checkpoint
 from qmoe_format.hub.checkpoints import is_published_qmoe
-from qmoe_format.machine import cores, require
+from qmoe_format.machine import require
 from qmoe_format.progress import Progress
 
 __all__ = ["Calibration", "ConvertOptions", "convert"]
@@ -113,7 +113,8 @@ def _convert(
 
     # The first process of a machine downloads; the others find the files.
     folder = ranks.settle(lambda: None if ranks.local else local())[ranks.rank] or local()
-    threads = chosen.threads or max(1, cores() // ranks.local_count)
+    divided = ranks.cores()
+    threads = chosen.threads or divided
     if is_published_qmoe(folder):
         from qmoe_format.conversion.published_qmoe import convert_published
 

@@ -55,7 +55,6 @@ def torchrun(rank: int, count: int, port: int) -> dict[str, str]:
         "RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -66,7 +65,6 @@ def slurm(rank: int, count: int, port: int) -> dict[str, str]:
         "SLURM_PROCID": str(rank),
         "SLURM_STEP_NUM_TASKS": str(count),
         "SLURM_LOCALID": str(rank),
-        "SLURM_STEP_TASKS_PER_NODE": str(count),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_JOB_ID": "7",
         "MASTER_PORT": str(port),
@@ -347,6 +345,18 @@ def test_what_ranks_do_not_share(switch_folder: Path, converted: Convert, tmp_pa
     assert left(tmp_path) == set()
 
 
+def test_ranks_divide_the_cores_that_they_share(tmp_path: Path) -> None:
+    every = sorted(os.sched_getaffinity(0))
+
+    def call(rank: int) -> None:
+        if rank == 2:  # as Slurm does it
+            os.sched_setaffinity(0, every[:1])
+        with joined_ranks() as ranks:
+            assert ranks.cores() == (1 if rank == 2 else max(1, len(every) // 2))
+
+    assert len(every) == 1 or run_ranks(tmp_path, 3, call) == [""] * 3
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_file_of_which_each_rank_writes_a_part(tmp_path: Path, fails: bool) -> None:
     path = tmp_path / "rows"
@@ -442,24 +452,23 @@ def test_processes_that_are_started_again_do_not_meet_those_before() -> None:
         ({}, ALONE, ""),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ALONE, ""),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ALONE, ""),  # in a batch script itself
-        (torchrun(1, 2, 5), Ranks(1, 2, 1, 2, True), "env://"),
+        (torchrun(1, 2, 5), Ranks(1, 2, 1, True), "env://"),
         (
             torchrun(0, 1, 5) | {"TORCHELASTIC_RESTART_COUNT": "2"},
-            Ranks(0, 1, 0, 1, True, True),
+            Ranks(0, 1, 0, True, True),
             "env://",
         ),
-        (slurm(1, 4, 5), Ranks(1, 4, 1, 4, True), "tcp://localhost:5"),
+        (slurm(1, 4, 5), Ranks(1, 4, 1, True), "tcp://localhost:5"),
         (
             {
                 "SLURM_PROCID": "9",
                 "SLURM_STEP_NUM_TASKS": "16",
                 "SLURM_LOCALID": "1",
-                "SLURM_STEP_TASKS_PER_NODE": "8(x12)",
                 "SLURM_STEP_NODELIST": "node[017-018,030],other2",
                 "SLURM_JOB_ID": "123456",
                 "SLURM_RESTART_COUNT": "1",
             },
-            Ranks(9, 16, 1, 8, True, True),
+            Ranks(9, 16, 1, True, True),
             "tcp://node017:23456",
         ),
     ],
