@@ -152,12 +152,12 @@ def simulate(one: Costs, count: int) -> dict[str, Any]:
     # A block runs for what its experts are given, and again with what they return.
     dense = 2 * ATTENTION * output / case.weights * total / count * reads
     rows = 4.0 * WIDTH * total  # bytes of all hidden states
-    # Hidden states twice, inputs and outputs written and read, the next hidden states written;
-    # and what several ranks exchange: each pair of token and expert, written and read.
-    activations = rows * reads * (6 + (2 if count > 1 else 0)) / count
-    # Its experts once, or with a survey twice more, and inputs for Hessians and energies.
-    weights = 2.0 * case.experts * case.weights / count
-    experts = weights * (1 + 2 * one.rated) + rows * (1 + one.rated) / count
+    # Read and written: hidden states 3 times, inputs 3, outputs 4; pairs twice if ranks exchange
+    # them; for the norms of a survey, hidden states and outputs once more.
+    times = 10 + 2 * (count > 1)
+    activations = rows * (times + one.rated * SURVEY * (times + 2)) / count
+    # Experts once, in a survey twice: for what they return and for their energies.
+    experts = 2.0 * case.experts * case.weights * (1 + 2 * one.rated) / count
     staged = case.experts * case.weights * one.bits / 8
     moved = activations + experts + 2 * 2.0 * ATTENTION * (1 + one.rated) + staged / count
     bandwidth = min(OWN, SHARED / count)

