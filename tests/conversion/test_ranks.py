@@ -31,6 +31,7 @@ from tests.refusals import refusal
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
+import torch
 import torch.distributed as dist
 
 from qmoe_format.calibration.shared_file import shared_write
@@ -86,6 +87,7 @@ def run_ranks(
         if not child:
             text = "died"
             try:
+                torch.set_num_threads(1)  # OpenMP's threads are not in a fork
                 os.environ |= launcher(rank, count, port)
                 call(rank)
                 text = ""
@@ -383,7 +385,7 @@ def machine(number: int, port: int, *command: str | Path) -> Iterator[subprocess
     """The launcher of one of two machines, which has an address of its own."""
     options = f"""--nnodes=1:2 --nproc-per-node=1 --max-restarts=3 --local-addr=127.0.0.{number}
         --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test
-        --rdzv-conf=is_host={int(number == 1)},last_call_timeout=5"""
+        --rdzv-conf=is_host={int(number == 1)},last_call_timeout=3,keep_alive_interval=1"""
     module = ["-m", "torch.distributed.run", *options.split(), "-m", "qmoe_format", "convert"]
     process = subprocess.Popen(
         [sys.executable, *module, *map(str, command)],
