@@ -113,7 +113,9 @@ def _convert(
         return local_checkpoint(source, shown, code=trusted)
 
     # The first process of a machine downloads; the others find the files.
-    folder = ranks.settle(lambda: None if ranks.local else local())[ranks.rank] or local()
+    found: list[Path] = []
+    ranks.settle(lambda: None if ranks.local else found.append(local()))
+    folder = found[0] if found else local()
     cores = ranks.cores()  # which all ranks find out together
     threads = chosen.threads or cores
     if is_published_qmoe(folder):
