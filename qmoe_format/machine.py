@@ -25,8 +25,11 @@ def usable_cores() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "convert") -> None:
     """Import optional packages, which ``import qmoe_format`` does without.
+
+    Args:
+        extra: the package's extra that has them.
 
     Raises:
         QMoEError: ``dependency`` if one is missing.
@@ -38,7 +41,7 @@ def require(*modules: str) -> None:
             raise QMoEError(
                 "dependency",
                 f"the package {module} cannot be imported ({error})",
-                "run: pip install 'qmoe-format[convert]'",
+                f"run: pip install 'qmoe-format[{extra}]'",
             ) from error
 
 

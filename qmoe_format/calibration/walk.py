@@ -93,7 +93,7 @@ class Walk:
             if layer.runs and any(part.holds(layer.path) for part in self._parts):
                 raise QMoEError(
                     "checkpoint",
-                    f"{checkpoint.folder}: the experts {layer.path!r} are not in the list of "
+                    f"{checkpoint.where}: the experts {layer.path!r} are not in the list of "
                     "blocks, so the model cannot be calibrated",
                     NO_CALIBRATION,
                 )

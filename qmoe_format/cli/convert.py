@@ -42,9 +42,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder with config.json, or a model on the Hugging Face Hub: ORG/MODEL[@REVISION]",
+        help="folder with config.json, its URL (such as s3://BUCKET/FOLDER), or a model on the "
+        "Hugging Face Hub: ORG/MODEL[@REVISION]",
     )
-    parser.add_argument("destination", metavar="DST", type=Path, help="file to write")
+    parser.add_argument("destination", metavar="DST", help="file to write, or its URL")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -98,7 +99,7 @@ def add_parser(commands: Commands) -> None:
     group = parser.add_argument_group(
         "calibration", "run the model on text, and fit each expert to the tokens routed to it"
     )
-    group.add_argument("--calibration", type=Path, metavar="TEXT", help=f"the text: {TEXT_HELP}")
+    group.add_argument("--calibration", metavar="TEXT", help=f"the text: {TEXT_HELP}")
     add_text_options(group)
     group.add_argument(
         "--token-cap",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qmoe_format._version import __version__
@@ -35,6 +34,7 @@ from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.machine import check_device
 from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize.rate import Rate
+from qmoe_format.remote import Location
 
 DEFAULT_LAMBDA = 0.05
 _LIBRARIES = ("numba", "numpy", "tokenizers", "torch", "transformers", "zstandard")
@@ -42,7 +42,7 @@ _LIBRARIES = ("numba", "numpy", "tokenizers", "torch", "transformers", "zstandar
 
 def convert_calibrated(
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: Location,
     options: ConvertOptions,
     resources: Resources,
     progress: Progress | None = None,
@@ -88,7 +88,7 @@ def convert_calibrated(
 
 def _write(
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: Location,
     options: ConvertOptions,
     report: bytes,
     staging: Staging,
@@ -197,7 +197,11 @@ def _read_batches(
     calibration = options.calibration
     assert calibration
     return read_batches(
-        load_tokenizer(checkpoint.folder, trust_remote_code=options.trust_remote_code),
+        load_tokenizer(
+            checkpoint.folder,
+            where=checkpoint.where,
+            trust_remote_code=options.trust_remote_code,
+        ),
         checkpoint.config,
         calibration.text,
         column=calibration.text_column,

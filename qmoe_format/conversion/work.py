@@ -32,6 +32,7 @@ from qmoe_format.atomic_file import atomic_write, partial_files
 from qmoe_format.calibration.ranks import ALONE, Ranks, wait_for
 from qmoe_format.conversion.report import report_path
 from qmoe_format.errors import FORMAT_CODES, QMoEError, os_errors
+from qmoe_format.remote import Location, RemotePath
 
 try:
     import fcntl
@@ -56,7 +57,7 @@ class Work:
 
     def __init__(
         self,
-        destination: Path,
+        destination: Location,
         fingerprint: Mapping[str, Any],
         *,
         resume: bool,
@@ -65,7 +66,8 @@ class Work:
     ) -> None:
         """
         Args:
-            destination: the file to be written.
+            destination: the file to be written; if it is elsewhere, the folder is made in the
+                current one.
             fingerprint: everything that the result depends on, JSON values by name.
             resume, overwrite: see ``ConvertOptions``.
             ranks: that work together.
@@ -75,6 +77,8 @@ class Work:
                 have different fingerprints; ``not-found`` if there is none to resume; ``malformed``
                 if it is damaged; ``io``, also if a rank does not see the folder.
         """
+        if isinstance(destination, RemotePath):
+            destination = Path.cwd() / destination.name
         self.folder = work_folder(destination)
         self._ranks = ranks
         self._lock = -1
@@ -265,8 +269,10 @@ class Work:
         self._ranks.share(lambda: self._save(f"{kind}-{number:04}", value))
 
 
-def work_folder(destination: Path) -> Path:
-    """Where the work on a file lies."""
+def work_folder(destination: Location) -> Path:
+    """Where the work on a file lies; that on a file elsewhere is in the current folder."""
+    if isinstance(destination, RemotePath):
+        destination = Path.cwd() / destination.name
     return destination.with_name(f".{destination.name[:200]}.work")
 
 
@@ -303,9 +309,15 @@ def describe_code() -> str:
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
-    """A hash of each file, by name."""
-    paths = [*checkpoint.attachments, *checkpoint.weight_files]
-    return {str(path.relative_to(checkpoint.folder)): hash_file(path) for path in paths}
+    """A hash of each file, by name; of weights elsewhere, what their file system says of them."""
+    hashes = {
+        path.relative_to(checkpoint.folder).as_posix(): hash_file(path)
+        for path in checkpoint.attachments
+    }
+    return hashes | {
+        path.name: path.identity() if isinstance(path, RemotePath) else hash_file(path)
+        for path in checkpoint.weight_files
+    }
 
 
 def hash_file(path: Path, whole: int = 1 << 24, pieces: int = 256) -> str:
