@@ -56,6 +56,11 @@ class PartialFile:
         with self._errors:
             self._fd = os.open(self._path, _FLAGS, 0o666)
 
+    @property
+    def path(self) -> Path:
+        """Where it lies until it is published."""
+        return self._path
+
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``: bytes, one-dimensional."""
         with self._errors:

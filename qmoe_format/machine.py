@@ -14,10 +14,15 @@ from qmoe_format.errors import QMoEError
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """How many processor cores this process may use."""
+    return len(usable_cores())
+
+
+def usable_cores() -> frozenset[int]:
+    """Their numbers."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
 def require(*modules: str, extra: str = "convert") -> None:
