@@ -123,9 +123,15 @@ class Solution:
         steps = steps_on(self.levels.device)
         own, aim, seen, along = (
             steps.row_sums(
-                self.levels, self.scale, self.column_scale, self.target, self.gradient,
-                problem.exact, problem.seen, problem.weights,
-            )  # fmt: skip
+                self.levels,
+                self.scale,
+                self.column_scale,
+                self.target,
+                self.gradient,
+                problem.exact,
+                problem.seen,
+                problem.weights,
+            )
             .float()
             .unbind(2)
         )
