@@ -35,6 +35,9 @@ def count_weights(stacks: Iterable[ExpertStack]) -> int:
     return sum(stack.weights for stack in stacks)
 
 
+_ESTIMATE_TOKENS = 4096  # of an expert: enough for energies and for the importance of rows
+
+
 class _Chunk(NamedTuple):
     """Some of an expert's tokens."""
 
@@ -44,6 +47,15 @@ class _Chunk(NamedTuple):
     inputs: Tensor  # float32 [m, d]
     products: list[Tensor]  # of the inputs and each input matrix, [m, rows], without biases
     biases: list[Tensor]  # of the expert, none or [rows] for each input matrix
+
+    def thinned(self, step: int) -> _Chunk:
+        """Every ``step``-th token."""
+        return self._replace(
+            positions=self.positions[::step],
+            gates=self.gates[::step],
+            inputs=self.inputs[::step],
+            products=[each[::step] for each in self.products],
+        )
 
 
 class BlockExperts:
@@ -180,16 +192,18 @@ class BlockExperts:
             rows = torch.zeros_like(found[first].row_importance)
             found[matrix] = replace(found[first], row_importance=rows)
 
-        def add(chunk: _Chunk) -> None:
+        def add(chunk: _Chunk, step: int) -> None:
             found[first].add(chunk.place, chunk.inputs)
             found[output].add(chunk.place, self._hidden(chunk))
-            self._weigh(found, weights, chunk)
+            self._weigh(found, weights, chunk.thinned(step), step)
 
         self._visit(add, weights, experts)
         return found
 
     def energies(self, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
         """``quantize.rate.weighted_energies`` of some experts, from outputs instead of Hessians.
+
+        An estimate where an expert has many tokens.
 
         Returns:
             float64 ``[experts, rows]`` by matrix.
@@ -200,15 +214,16 @@ class BlockExperts:
         # Without columns: numbers of tokens and importance only.
         found = {m: Statistics.zeros(number, 0, self._weighed_rows(m)) for m in stacks}
 
-        def add(chunk: _Chunk) -> None:
+        def add(chunk: _Chunk, step: int) -> None:
             products = dict(zip(self._inputs, chunk.products, strict=True))
             products[output] = self._hidden(chunk) @ weights[output][chunk.place].T
             for matrix, product in products.items():
-                squares[matrix][chunk.place] += product.square().sum(0, dtype=torch.float64).cpu()
+                sums = product.square().sum(0, dtype=torch.float64).cpu()
+                squares[matrix][chunk.place] += step * sums
                 found[matrix].add(chunk.place, torch.empty(len(product), 0))
             self._weigh(found, weights, chunk)
 
-        self._visit(add, weights, experts)
+        self._visit(add, weights, experts, thin=True)
         return {
             matrix: squares[matrix] / stack.columns * found[matrix].importance()
             for matrix, stack in stacks.items()
@@ -243,13 +258,25 @@ class BlockExperts:
                 outputs[positions] += rows
 
     def _visit(
-        self, call: Callable[[_Chunk], None], weights: Weights, experts: Sequence[int]
+        self,
+        call: Callable[[_Chunk, int], None],
+        weights: Weights,
+        experts: Sequence[int],
+        thin: bool = False,
     ) -> None:
-        """Call for all chunks of the experts' tokens, those of one expert in order."""
+        """Call for all chunks of the experts' tokens, those of one expert in order.
+
+        The second argument is the step between tokens that is small enough for a mean over them;
+        with ``thin``, the others are left out.
+        """
 
         def visit(place: int) -> None:
-            for positions, gates in self._chunks(*self.tokens(experts[place])):
-                call(self._multiplied(weights, place, experts[place], positions, gates))
+            positions, gates = self.tokens(experts[place])
+            step = max(1, len(positions) // _ESTIMATE_TOKENS)
+            if thin:
+                positions, gates = positions[::step], gates[::step]
+            for chunk in self._chunks(positions, gates):
+                call(self._multiplied(weights, place, experts[place], *chunk), step)
 
         for _ in self.resources.map(visit, range(len(experts)), self.elements):
             pass
@@ -278,13 +305,15 @@ class BlockExperts:
         uniform = self._norms is None or matrix == self._output
         return 1 if uniform else self.stacks[matrix].rows
 
-    def _weigh(self, found: dict[str, Statistics], weights: Weights, chunk: _Chunk) -> None:
-        """Add the importance of rows for some tokens."""
+    def _weigh(
+        self, found: dict[str, Statistics], weights: Weights, chunk: _Chunk, step: int = 1
+    ) -> None:
+        """Add the importance of rows for some tokens, each of which stands for ``step``."""
         if self._norms is None:
             return
         place = chunk.place
         norms = self._norms[chunk.positions, 0].to(self.resources.device)
-        gates = chunk.gates / norms.clamp(min=1e-12)
+        gates = math.sqrt(step) * chunk.gates / norms.clamp(min=1e-12)
         found[self._output].weigh(place, gates.square()[:, None])
         output = weights[self._output][place]
         hidden = partial(self._layer.hidden, biases=chunk.biases)
