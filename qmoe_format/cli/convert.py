@@ -141,6 +141,12 @@ def add_parser(commands: Commands) -> None:
         choices=(3,),
         help="keep the recipe rd to ternary weights (default: as many levels as pay)",
     )
+    group.add_argument(
+        "--effort",
+        choices=RECIPES["rd"].choices["effort"],
+        help="how long the recipe rd searches: low takes less time, high more, and its error is "
+        "smaller at equal bits (default: medium)",
+    )
     group.add_argument("--device", metavar="NAME", help="such as cuda (default: cpu)")
     group.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parser.set_defaults(run=run)
@@ -171,6 +177,7 @@ def run(options: argparse.Namespace) -> None:
             bits_per_weight=options.bits_per_weight,
             rate_lambda=options.rate_lambda,
             levels=options.levels,
+            effort=options.effort,
             bits=options.bits,
             grid=options.grid,
             rules=(*_read_rules(options.rules), *options.rule),

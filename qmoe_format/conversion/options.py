@@ -75,6 +75,7 @@ class ConvertOptions:
             2 percent; for recipes that weigh error against bits.
         rate_lambda: that trade-off itself, instead; see ``qmoe_format.quantize.rate.Rate``.
         levels: 3 keeps the recipe ``rd`` to ternary weights; by default as many as pay.
+        effort: of the recipe ``rd``: ``low``, ``medium`` or ``high``; by default ``medium``.
         bits: of the recipes that have a fixed number.
         grid: ``linear`` or ``log``, for the recipe ``moqe``.
         rules: other recipes for some stacks, ``PATTERN=RECIPE[:CHOICE...]``; the last one that
@@ -99,6 +100,7 @@ class ConvertOptions:
     bits_per_weight: float | None = None
     rate_lambda: float | None = None
     levels: int | None = None
+    effort: str | None = None
     bits: int | None = None
     grid: str | None = None
     rules: tuple[str, ...] = ()
@@ -134,7 +136,12 @@ class ConvertOptions:
         """The recipe asked for, or the default one, and the rules."""
         calibrated = self.calibration is not None
         recipe = find_recipe(self.recipe or ("rd" if calibrated else "rtn"))
-        choices = {"levels": self.levels, "bits": self.bits, "grid": self.grid}
+        choices = {
+            "levels": self.levels,
+            "effort": self.effort,
+            "bits": self.bits,
+            "grid": self.grid,
+        }
         given = {name: value for name, value in choices.items() if value is not None}
         rules = [Rule.parse(rule, calibrated=calibrated) for rule in self.rules]
         return Methods(Method(recipe, given), rules)

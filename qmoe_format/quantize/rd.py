@@ -78,7 +78,11 @@ class Search:
     damping: float = 0.004
 
 
-EFFORTS = {1: Search(rounds=20), 2: Search(), 3: Search(rounds=160, columns_every=10)}
+EFFORTS = {
+    "low": Search(rounds=20),
+    "medium": Search(),
+    "high": Search(rounds=160, columns_every=10),
+}
 
 
 def quantize_rd(
@@ -86,21 +90,21 @@ def quantize_rd(
     statistics: Statistics,
     rate: Rate,
     levels: int | None = None,
-    effort: int = 2,
+    effort: str = "medium",
     search: Search | None = None,
 ) -> Quantized:
     """See ``Recipe.quantize``. There is one scale per row and one per column.
 
     Args:
         levels: 3 for ternary matrices; by default as many as pay.
-        effort: 1, 2 or 3; the more rounds, the less error at equal bits.
+        effort: ``low``, ``medium`` or ``high``; the more rounds, the less error at equal bits.
         search: in place of that of ``effort``.
     """
     check_weights(weights)
     if levels not in (None, 3):
         raise QMoEError("argument", f"{levels} levels", "ask for 3, or leave it open")
     if effort not in EFFORTS:
-        raise QMoEError("argument", f"effort {effort}", "choose 1, 2 or 3")
+        raise QMoEError("argument", f"effort {effort!r}", f"choose {', '.join(EFFORTS)}")
     if not weights.numel():
         return quantize_rtn(weights)
     search = search or EFFORTS[effort]

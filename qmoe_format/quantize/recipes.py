@@ -115,7 +115,7 @@ RECIPES = {
             "qmoe_format.quantize.rd:quantize_rd",
             calibrated=True,
             rated=True,
-            choices={"levels": (3,), "effort": (1, 2, 3)},
+            choices={"levels": (3,), "effort": ("low", "medium", "high")},
         ),
         Recipe(
             "gptq",
