@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize import cpu_steps
-from qmoe_format.quantize.descent import GROUP, descend
+from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.grids import FORBIDDEN, MOST, Prices
 from qmoe_format.quantize.padding import (
     BLOCK,
+    GROUP,
     padded,
     padded_columns,
     padded_rows,
@@ -64,21 +65,28 @@ class Swept:
     sums: Tensor
 
 
-def sweep(batch: Batch, prices: Prices, seed: int = 0, ratio: Tensor | None = None) -> Swept:
+def sweep(
+    batch: Batch,
+    prices: Prices,
+    seed: int = 0,
+    ratio: Tensor | None = None,
+    summing: bool = True,
+) -> Swept:
     """``ratio``: by which target - gradient is yet to be multiplied."""
     _, rows, columns = batch.weights.shape
-    ratio = torch.ones_like(batch.scale) if ratio is None else ratio
     turns, hessian = Turns.random(columns, seed), padded_square(batch.hessian)
     groups = turns.groups
     factors = torch.stack([factor_of(h[groups[:, :, None], groups[:, None]]) for h in hessian])
     levels = padded(batch.levels.clone())
-    product = (batch.target - batch.gradient) / ratio[:, :, None]
-    target, gradient = padded(batch.target), padded(batch.target - product)
+    target, gradient = padded(batch.target), padded(batch.gradient)
+    if ratio is not None:
+        product = (batch.target - batch.gradient) / ratio[:, :, None]
+        gradient = padded(batch.target - product)
     sums = cpu_steps.descend(
-        levels, gradient, target, padded_rows(ratio), hessian, factors, padded_rows(batch.scale),
-        padded_columns(batch.column_scale),
+        levels, gradient, target, None if ratio is None else padded_rows(ratio), hessian, factors,
+        padded_rows(batch.scale), padded_columns(batch.column_scale),
         Prices(padded_rows(prices.first), padded_rows(prices.further)), ends_at_one(prices),
-        turns.order, turns.members,
+        turns.order, turns.members, summing,
     )  # fmt: skip
     for each in (levels, gradient):
         assert not each[:, rows:].any(), "padding stays 0"
@@ -115,8 +123,9 @@ def check_sums(batch: Batch, after: Swept) -> None:
     for found, other in ((aim, target), (own, expected)):
         apart = np.abs(found - (quantized * other).sum(2))
         assert (apart <= tolerance * (1 + size)).all()
-    np.testing.assert_array_equal(nonzeros, np.count_nonzero(array(after.levels), 2))
-    np.testing.assert_array_equal(total, np.abs(array(after.levels)).sum(2))
+    was, now = np.abs(array(batch.levels)), np.abs(array(after.levels))
+    np.testing.assert_array_equal(nonzeros, (now > 0).sum(2) - (was > 0).sum(2))
+    np.testing.assert_array_equal(total, now.sum(2) - was.sum(2))
 
 
 @given(
@@ -301,6 +310,23 @@ def test_threads_change_nothing(threads: int) -> None:
     assert torch.equal(again.sums, usual.sums)
 
 
+def test_sums_that_nobody_asks_for_change_nothing() -> None:
+    batch, prices, ratio = example()
+    for late in (None, ratio):
+        usual = sweep(batch, prices, 0, late)
+        without = sweep(batch, prices, 0, late, summing=False)
+        assert torch.equal(without.levels, usual.levels)
+        assert torch.equal(without.gradient, usual.gradient)
+        assert torch.equal(without.sums[:, :, 2:], usual.sums[:, :, 2:])
+
+
+def test_a_ratio_of_one_is_none() -> None:
+    batch, prices, ratio = example()
+    usual, ones = sweep(batch, prices), sweep(batch, prices, 0, torch.ones_like(ratio))
+    assert torch.equal(ones.levels, usual.levels)
+    torch.testing.assert_close(ones.gradient, usual.gradient)
+
+
 @dataclass(frozen=True, slots=True)
 class Plain:
     """Of one matrix: levels, and of each the distance of its decision from a tie."""
@@ -381,9 +407,10 @@ def test_it_agrees_with_a_plain_one(rows: int, columns: int, most: int, start: s
         assert apart.mean() <= 0.1 or apart.sum() <= 1
 
 
+@pytest.mark.parametrize("refitting", [True, False])
 @pytest.mark.parametrize("most", [1, 3])
-def test_a_round(most: int) -> None:
-    """The cost of levels and refitted scales falls; what belongs together stays together."""
+def test_a_round(most: int, refitting: bool) -> None:
+    """The cost of levels and scales falls; what belongs together stays together."""
     batch = Batch.of(2, 37, 150, seed=6, most=most)
     problem, solution = batch.solution()
     price = 0.05 * solution.scale / most
@@ -393,47 +420,57 @@ def test_a_round(most: int) -> None:
     h, w = array(problem.hessian), array(problem.weights)
     generator = torch.Generator().manual_seed(0)
 
-    def cost() -> Array:
+    def quantized() -> Array:
         value = array(solution.scale)[:, :, None] * array(solution.column_scale)[:, None]
-        off, sizes = w - array(solution.levels) * value, np.abs(array(solution.levels))
+        result: Array = array(solution.levels) * value
+        return result
+
+    def cost() -> Array:
+        off, sizes = w - quantized(), np.abs(array(solution.levels))
         beyond = np.maximum(sizes - 1, 0).sum(2) * array(further)
         result: Array = (off @ h * off).sum(2) + array(price) * (sizes > 0).sum(2) + beyond
         return result
 
+    def counts() -> Tensor:
+        levels = solution.levels
+        return torch.stack([levels.count_nonzero((1, 2)), levels.abs().sum((1, 2))]).double()
+
     costs, moved = [cost()], []
-    for _ in range(6):
-        levels = solution.levels.clone()
-        nonzeros, total = descend(problem, solution, prices, allowed, generator)
-        assert nonzeros.tolist() == solution.levels.count_nonzero((1, 2)).tolist()
-        assert total.tolist() == solution.levels.abs().sum((1, 2)).tolist()
+    for step in range(6):
+        levels, before, scale = solution.levels.clone(), counts(), solution.scale
+        ending = refitting or step == 5
+        changes = descend(problem, solution, prices, allowed, generator, ending)
+        assert torch.equal(torch.stack(changes), counts() - before)
         moved.append(int((solution.levels != levels).sum()))
         costs.append(cost())
         assert (costs[-1] <= costs[-2] + 1e-5 * (1 + costs[-2])).all()
-        # Least squares: the rest is orthogonal to each row, but for the ridge.
-        value = array(solution.scale)[:, :, None] * array(solution.column_scale)[:, None]
-        quantized = array(solution.levels) * value
-        own = (quantized @ h * quantized).sum(2)
-        along = ((w - quantized) @ h * quantized).sum(2)
-        assert (np.abs(along) <= 1e-3 * (own + own.mean())).all()
+        if ending:
+            # Least squares: the rest is orthogonal to each row, but for the ridge.
+            q = quantized()
+            own, along = (q @ h * q).sum(2), ((w - q) @ h * q).sum(2)
+            assert (np.abs(along) <= 1e-3 * (own + own.mean())).all()
+        else:
+            assert torch.equal(solution.scale, scale)
+            assert solution.ratio is None
     assert costs[-1].sum() < 0.9 * costs[0].sum()
     assert moved[0] > 5 * moved[-1]
 
 
 def test_rounds_have_other_groups() -> None:
-    """And the same ones for every expert and number of threads."""
+    """And the same ones for every number of threads."""
     batch = Batch.of(2, 37, 150, seed=6)
 
-    def after(rounds: int, seed: int, threads: int = 1) -> tuple[Tensor, Tensor]:
+    def after(seed: int, threads: int = 1) -> tuple[Tensor, Tensor]:
         problem, solution = batch.solution()
-        price = 0.02 * solution.scale
-        generator = torch.Generator().manual_seed(seed)
+        prices = ternary(0.02 * solution.scale)
+        ends, generator = torch.tensor([True, True]), torch.Generator().manual_seed(seed)
         with many_threads(threads):
-            for _ in range(rounds):
-                ends = torch.tensor([True, True])
-                descend(problem, solution, ternary(price), ends, generator)
+            for _ in range(3):
+                descend(problem, solution, prices, ends, generator, True)
         return solution.levels, solution.gradient
 
-    one, two = after(3, 0), after(3, 0, threads=3)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
-    assert not torch.equal(one[0], after(3, 1)[0])
+    levels, gradient = after(0)
+    again = after(0, threads=3)
+    assert torch.equal(again[0], levels)
+    assert torch.equal(again[1], gradient)
+    assert not torch.equal(after(1)[0], levels)
