@@ -57,14 +57,15 @@ class Statistics:
         """The statistics of some of the experts, as views."""
         known = self.known
         if known is not None:
-            known = known.setdefault((experts.start, experts.stop), {})
+            # Dampings are keys, too, and (1.0, 2.0) equals (1, 2).
+            known = known.setdefault(("experts", experts.start, experts.stop, experts.step), {})
         importance = self.row_importance[experts]
         return Statistics(self.sums[experts], self.tokens[experts], importance, known)
 
     def add(self, expert: int, inputs: Tensor) -> None:
         """Add tokens of one expert, x ``[tokens, columns]``."""
         if self.known:
-            self.known.clear()
+            _forget(self.known)
         inputs = inputs.to(self.sums.dtype)
         sums = self.sums[expert]
         for first in range(0, len(sums), _BLOCK):
@@ -184,6 +185,14 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             row = slice(above, above + _BLOCK)
             inverse[..., row, here] = -inverse[..., row, above:first] @ right[..., above:, :]
     return inverse
+
+
+def _forget(known: dict[Any, Any]) -> None:
+    """Forget what is known of all experts and of parts of them; the parts stay connected."""
+    for key in [key for key, each in known.items() if isinstance(each, Factored)]:
+        del known[key]
+    for part in known.values():
+        _forget(part)
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:
