@@ -136,8 +136,9 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
             reason = "inputs are all zero" if statistics.tokens[expert] else "no tokens"
         while reason is None:
             # The scale changes no decision of a quantizer, and keeps float32 in range.
-            for rows, scaled in zip(sums.split(_BLOCK), hessian[expert].split(_BLOCK), strict=True):
-                scaled.copy_(rows.double() / mean)
+            for first in range(0, len(sums), _BLOCK):
+                rows = slice(first, first + _BLOCK)
+                hessian[expert, rows] = sums[rows].double() / mean
             hessian[expert].diagonal().add_(d)
             try:
                 factor[expert] = inverse_factor(hessian[expert])
