@@ -179,7 +179,7 @@ def test_many_steps_are_the_least_squares(share: float) -> None:
     a = array(batch.levels[0]) * array(batch.scale[0])[:, None]
     design = (a[:, :, None] * factor).transpose(0, 2, 1).reshape(-1, 70)
     aim = (array(batch.weights[0]) @ factor).ravel()
-    best = np.linalg.lstsq(design, aim, rcond=None)[0]
+    best = np.linalg.lstsq(design, aim, rcond=None)[0].astype(np.float64)
     assert (best > 0).all()
     least = errors_of(batch, best)
     before, found = errors_of(batch, array(batch.column_scale[0])), []

@@ -52,8 +52,8 @@ def made(rows: int, columns: int, lengthen: float = 8.0, scale: float = 1.0) -> 
     )  # fmt: skip
     problem = Problem.of(weights, padding, padding.hessian, lengthen)
     levels = problem.weights.mul(6).round().clamp(-4, 4).to(torch.int8)
-    scale = padded_rows(torch.full((3, rows), 0.15))  # a little too small
-    solution = Solution(problem, levels, scale, padded_columns(torch.ones(3, columns)))
+    start = padded_rows(torch.full((3, rows), 0.15))  # a little too small
+    solution = Solution(problem, levels, start, padded_columns(torch.ones(3, columns)))
     return Made(weights, statistics, ready, problem, solution)
 
 
