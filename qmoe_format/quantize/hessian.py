@@ -57,14 +57,15 @@ class Statistics:
         """The statistics of some of the experts, as views."""
         known = self.known
         if known is not None:
-            known = known.setdefault((experts.start, experts.stop), {})
+            # Dampings are keys, too, and (1.0, 2.0) equals (1, 2).
+            known = known.setdefault(("experts", experts.start, experts.stop, experts.step), {})
         importance = self.row_importance[experts]
         return Statistics(self.sums[experts], self.tokens[experts], importance, known)
 
     def add(self, expert: int, inputs: Tensor) -> None:
         """Add tokens of one expert, x ``[tokens, columns]``."""
         if self.known:
-            self.known.clear()
+            _forget(self.known)
         inputs = inputs.to(self.sums.dtype)
         sums = self.sums[expert]
         for first in range(0, len(sums), _BLOCK):
@@ -135,8 +136,9 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
             reason = "inputs are all zero" if statistics.tokens[expert] else "no tokens"
         while reason is None:
             # The scale changes no decision of a quantizer, and keeps float32 in range.
-            for rows, scaled in zip(sums.split(_BLOCK), hessian[expert].split(_BLOCK), strict=True):
-                scaled.copy_(rows.double() / mean)
+            for first in range(0, len(sums), _BLOCK):
+                rows = slice(first, first + _BLOCK)
+                hessian[expert, rows] = sums[rows].double() / mean
             hessian[expert].diagonal().add_(d)
             try:
                 factor[expert] = inverse_factor(hessian[expert])
@@ -184,6 +186,14 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             row = slice(above, above + _BLOCK)
             inverse[..., row, here] = -inverse[..., row, above:first] @ right[..., above:, :]
     return inverse
+
+
+def _forget(known: dict[Any, Any]) -> None:
+    """Forget what is known of all experts and of parts of them; the parts stay connected."""
+    for key in [key for key, each in known.items() if isinstance(each, Factored)]:
+        del known[key]
+    for part in known.values():
+        _forget(part)
 
 
 def relative_error(weights: Tensor, quantized: Tensor, sums: Tensor) -> Tensor:

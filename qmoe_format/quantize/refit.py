@@ -45,7 +45,7 @@ def column_steps(
         The columns, int64, and their changes, the same shape.
     """
     step = aim / (own + COLUMN_RIDGE * (own + 0.1 * own.mean()) + torch.finfo(own.dtype).tiny)
-    ratio = 1 + step / column_scale
+    ratio = 1 + MAX_SHARE * step / column_scale
     step = torch.where((ratio > 0.1) & (ratio < 10), step, 0.0)
     columns = (step * aim).topk(most).indices
     return columns, step[columns]

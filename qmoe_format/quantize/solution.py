@@ -135,12 +135,15 @@ class Solution:
             .float()
             .unbind(2)
         )
+        if self.ratio is not None:  # Q has its new scales, but not yet target - gradient
+            own = own * self.ratio
         error = problem.energy * problem.shape[1] - 2 * aim + own
         short = 1 - along / problem.square
         longer = torch.minimum(problem.lengthen * error / problem.square, MAX_LENGTHEN * short)
         longer = longer.clamp(min=0)
         ratio = refit_rows(own, aim + longer * seen)
-        steps.aim_at(problem.exact, problem.seen, longer, ratio, self.target, self.gradient)
+        change = ratio if self.ratio is None else self.ratio * ratio
+        steps.aim_at(problem.exact, problem.seen, longer, change, self.target, self.gradient)
         self.scale = self.scale * ratio
         self.ratio = None
 
@@ -163,6 +166,7 @@ class Solution:
             self.levels, self.scale, self.column_scale, self.target, self.gradient, ratio,
             problem.hessian, most,
         )  # fmt: skip
+        self.ratio = None
         self.fit(problem)
 
     def reorder(self, order: Tensor) -> None:

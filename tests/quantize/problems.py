@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qmoe_format.quantize.hessian import Statistics, inverse_factor
+from qmoe_format.quantize import cpu_steps
+from qmoe_format.quantize.hessian import Factored, Statistics, inverse_factor
 from qmoe_format.quantize.level_weights import LevelWeights, Quantized
+from qmoe_format.quantize.padding import padded, padded_columns, padded_rows, padded_square
+from qmoe_format.quantize.solution import Problem, Solution
 
 Array = npt.NDArray[np.float64]
 
@@ -76,7 +80,7 @@ def binary_bits(ones: float, zeros: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Input of ``descend`` and ``refit``: transposed, in float32, with levels from rounding."""
+    """Matrices in float32, and levels from rounding, int8: ``[experts, rows, columns]``."""
 
     weights: Tensor
     hessian: Tensor
@@ -90,31 +94,55 @@ class Batch:
         inputs = [correlated(3 * columns + 5, columns, seed + e) for e in range(experts)]
         sums = torch.stack([x.T @ x / x.square().mean(1).sum() for x in inputs])
         hessian = sums + 0.05 * torch.eye(columns)
-        weights = random(experts, columns, rows, seed=seed + 50)
+        weights = random(experts, rows, columns, seed=seed + 50)
         column_scale = random(experts, columns, seed=seed + 51).mul(0.3).exp()
         scale = 1.2 / most * random(experts, rows, seed=seed + 52).mul(0.2).exp()
-        value = scale[:, None] * column_scale[:, :, None]
-        levels = (weights / value).round().clamp(-most, most)
+        value = scale[:, :, None] * column_scale[:, None]
+        levels = (weights / value).round().clamp(-most, most).to(torch.int8)
         return cls(weights, hessian, levels, scale, column_scale)
 
     @property
     def quantized(self) -> Tensor:
-        return self.levels * self.scale[:, None] * self.column_scale[:, :, None]
+        return self.levels * self.scale[:, :, None] * self.column_scale[:, None]
 
     @property
     def target(self) -> Tensor:
-        return self.hessian @ self.weights
+        return self.weights @ self.hessian
 
     @property
     def gradient(self) -> Tensor:
-        return self.hessian @ (self.weights - self.quantized)
+        return (self.weights - self.quantized) @ self.hessian
 
     def errors(self, levels: Tensor, scale: Tensor, column_scale: Tensor) -> Array:
         """``[experts, rows]`` in float64."""
-        value = array(scale)[:, None] * array(column_scale)[:, :, None]
+        value = array(scale)[:, :, None] * array(column_scale)[:, None]
         off = array(self.weights) - array(levels) * value
-        result: Array = (off * (array(self.hessian) @ off)).sum(1)
+        result: Array = ((off @ array(self.hessian)) * off).sum(2)
         return result
+
+    def solution(self, lengthen: float = 0.0) -> tuple[Problem, Solution]:
+        """As ``rd`` works on them, with row scales refitted: weights are over the largest one."""
+        d, experts = 0.01, len(self.weights)
+        factor = padded_square(factor_of(self.hessian))
+        hessian = padded_square(self.hessian)
+        ready = Factored(hessian, factor, torch.ones(experts), [d] * experts, [None] * experts)
+        problem = Problem.of(self.weights, ready, hessian, lengthen)
+        scale = padded_rows((self.scale / problem.largest[:, None]).float())
+        columns = padded_columns(self.column_scale)
+        return problem, Solution(problem, padded(self.levels), scale, columns)
+
+
+@contextmanager
+def many_threads(threads: int) -> Iterator[None]:
+    """Rows are divided among so many threads, however few they are."""
+    before, least = torch.get_num_threads(), cpu_steps._LEAST_ROWS
+    cpu_steps._LEAST_ROWS = 1
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        cpu_steps._LEAST_ROWS = least
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)

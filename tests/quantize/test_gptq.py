@@ -11,10 +11,19 @@ from hypothesis import given, settings
 
 pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
+from torch import Tensor
 
+from qmoe_format.quantize import cpu_steps
 from qmoe_format.quantize.gptq import GROUP, gptq
 from qmoe_format.quantize.grids import FORBIDDEN, MOST, LowHigh, Multiples, Prices
 from qmoe_format.quantize.hessian import Statistics
+from qmoe_format.quantize.padding import (
+    BLOCK,
+    padded,
+    padded_columns,
+    padded_rows,
+    padded_square,
+)
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rtn import min_max, round_to_nearest
 from tests.quantize.problems import (
@@ -27,6 +36,7 @@ from tests.quantize.problems import (
     correlated,
     factor_of,
     levels_of,
+    many_threads,
     plain_gptq,
     random,
     real,
@@ -76,42 +86,111 @@ def test_qmoe_agrees_on_real_matrices(shared_data: Path, which: str) -> None:
         check_agrees(levels_of(result).levels[expert], plain, tolerance=1e-3)
 
 
+def priced(batch: Batch, most: int) -> Prices:
+    first = 0.2 * batch.scale / most
+    return Prices(first, first / 2 if most > 1 else torch.full_like(first, FORBIDDEN))
+
+
+def plain_multiples(batch: Batch, expert: int, prices: Prices) -> Plain:
+    ternary = bool((prices.further[expert] == FORBIDDEN).all())
+    steps = np.arange(-1, 2) if ternary else np.arange(-MOST, MOST + 1)
+    nonzero, beyond = np.minimum(abs(steps), 1), np.maximum(abs(steps) - 1, 0)
+    one, more = array(prices.first[expert])[:, None], array(prices.further[expert])[:, None]
+    return plain_gptq(
+        array(batch.weights[expert]),
+        array(batch.hessian[expert]),
+        array(batch.scale[expert])[:, None] * steps,
+        one * nonzero + more * beyond,
+        array(batch.column_scale[expert]),
+    )
+
+
+def by_columns(batch: Batch, prices: Prices) -> Tensor:
+    """``gptq`` on ``Multiples``, int8 ``[experts, rows, columns]``."""
+    grid = Multiples(batch.scale, batch.column_scale, prices)
+    levels = gptq(batch.weights.mT.contiguous(), factor_of(batch.hessian), grid)
+    return levels.mT.to(torch.int8)
+
+
+def by_blocks(batch: Batch, prices: Prices) -> tuple[Tensor, Tensor]:
+    """The kernel that rounds blocks, int8 levels, and errors over U_ii."""
+    rows, columns = batch.weights.shape[1:]
+    rest, factor = padded(batch.weights.clone()), padded_square(factor_of(batch.hessian))
+    levels = torch.full(rest.shape, 99, dtype=torch.int8)
+    errors = torch.full_like(rest, torch.nan)
+    both = Prices(padded_rows(prices.first), padded_rows(prices.further))
+    ternary = (prices.further == FORBIDDEN).all(1)
+    for block in range(0, rest.shape[2], BLOCK):
+        before = rest.clone()
+        cpu_steps.round_block(
+            rest, factor, levels, errors, block, padded_rows(batch.scale),
+            padded_columns(batch.column_scale), both, ternary,
+        )  # fmt: skip
+        assert torch.equal(rest, before), "what is rounded is not changed"
+        own, after = slice(block, block + BLOCK), slice(block + BLOCK, None)
+        assert (levels[:, :, after] == 99).all(), "other blocks are not changed"
+        rest[:, :, after] -= errors[:, :, own] @ factor[:, own, after]
+    for each in (levels, errors):
+        assert not each[:, rows:].any(), "padding stays 0"
+        assert not each[:, :, columns:].any(), "padding stays 0"
+    return levels[:, :rows, :columns], errors[:, :rows, :columns]
+
+
 @pytest.mark.parametrize("most", [1, 6])
 @pytest.mark.parametrize("columns", [1, 2, GROUP, GROUP + 1, 5 * GROUP + 3])
 def test_multiples_of_scales_at_a_price(columns: int, most: int) -> None:
     batch = Batch.of(2, 11, columns, seed=columns, most=most)
-    first = 0.2 * batch.scale / most
-    further = first / 2 if most > 1 else torch.full_like(first, FORBIDDEN)
-    before = batch.weights.clone()
-    grid = Multiples(batch.scale, batch.column_scale, Prices(first, further))
-    levels = gptq(batch.weights, factor_of(batch.hessian), grid)
+    before, prices = batch.weights.clone(), priced(batch, most)
+    levels = by_columns(batch, prices)
     assert torch.equal(batch.weights, before), "weights are not changed"
-    steps = np.arange(-MOST, MOST + 1) if most > 1 else np.arange(-1, 2)
-    nonzero, beyond = np.minimum(abs(steps), 1), np.maximum(abs(steps) - 1, 0)
     for expert in range(2):
-        one, more = array(first[expert])[:, None], array(further[expert])[:, None]
-        plain = plain_gptq(
-            array(batch.weights[expert]).T,
-            array(batch.hessian[expert]),
-            array(batch.scale[expert])[:, None] * steps,
-            one * nonzero + more * beyond,
-            array(batch.column_scale[expert]),
-        )
-        check_agrees(levels[expert].T.to(torch.int8), plain)
+        plain = plain_multiples(batch, expert, prices)
+        check_agrees(levels[expert], plain)
         assert most / 2 < np.abs(plain.levels).max() < MOST
+
+
+@pytest.mark.parametrize("most", [1, 6])
+@pytest.mark.parametrize("rows", [1, 16, 43])
+@pytest.mark.parametrize("columns", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_blocks_at_a_price(rows: int, columns: int, most: int) -> None:
+    batch = Batch.of(2, rows, columns, seed=columns, most=most)
+    prices = priced(batch, most)
+    prices.further[1] = FORBIDDEN
+    levels, errors = by_blocks(batch, prices)
+    other = by_columns(batch, prices)
+    for expert in range(2):
+        plain = plain_multiples(batch, expert, prices)
+        check_agrees(levels[expert], plain)
+        check_agrees(other[expert], plain)
+    same = (levels == other).all(2)
+    assert same.sum() >= 0.8 * same.numel() - 1
+    # (W - Q) H (W - Q)^T = E E^T: what the errors are for.
+    found = np.square(array(errors)).sum(2)
+    expected = batch.errors(levels, batch.scale, batch.column_scale)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_blocks_in_threads() -> None:
+    batch = Batch.of(2, 75, 150, seed=5, most=6)
+    usual = by_blocks(batch, priced(batch, 6))
+    for threads in (1, 2, 3):
+        with many_threads(threads):
+            again = by_blocks(batch, priced(batch, 6))
+        assert torch.equal(again[0], usual[0])
+        assert torch.equal(again[1], usual[1])
 
 
 def test_a_huge_price_leaves_nothing() -> None:
     batch = Batch.of(1, 5, 70, seed=3)
     price = torch.full_like(batch.scale, 1e9)
-    grid = Multiples(batch.scale, batch.column_scale, Prices(price, price))
-    assert not gptq(batch.weights, factor_of(batch.hessian), grid).any()
+    assert not by_columns(batch, Prices(price, price)).any()
+    assert not by_blocks(batch, Prices(price, price))[0].any()
 
 
 @pytest.mark.parametrize("group", [1, 7, 150, 1000])
 def test_halves_change_nothing(group: int) -> None:
     batch = Batch.of(2, 40, 150, seed=4)
-    weights, factor = batch.weights.double(), factor_of(batch.hessian).double()
+    weights, factor = batch.weights.mT.double(), factor_of(batch.hessian).double()
     grid = LowHigh(-batch.scale.double(), batch.scale.double())
     assert torch.equal(gptq(weights, factor, grid, group), gptq(weights, factor, grid))
 

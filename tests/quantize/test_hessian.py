@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # an export not declared as one
 
+from qmoe_format.quantize import hessian as hessian_module
+from qmoe_format.quantize import recipe
 from qmoe_format.quantize.hessian import (
     Statistics,
     factored,
     inverse_factor,
     relative_error,
 )
+from qmoe_format.quantize.rate import Rate
 from tests.quantize.problems import array, calibrated, correlated, energy, random
 
 
@@ -91,6 +95,159 @@ def test_the_factor_of_the_inverse(columns: int, tokens: int, damping: float, se
     assert np.array_equal(factor, np.triu(factor))
     assert (factor.diagonal() > 0).all()
     np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(columns), atol=1e-8)
+
+
+@pytest.mark.parametrize("columns", [7, 8, 9, 16, 29])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_factor_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, columns: int, dtype: torch.dtype
+) -> None:
+    """Of one matrix and of many, whether or not blocks are whole."""
+    monkeypatch.setattr(hessian_module, "_BLOCK", 8)
+    x = array(correlated(3 * columns, columns, columns))
+    hessian = x.T @ x / len(x)
+    hessian += 0.1 * hessian.diagonal().mean() * np.eye(columns)
+    many = torch.from_numpy(np.stack([hessian, 3 * np.eye(columns), hessian.T * 0.5])).to(dtype)
+    for found in (inverse_factor(many), torch.stack([inverse_factor(each) for each in many])):
+        assert found.dtype == dtype
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+        for each, factor in zip(array(many), array(found), strict=True):
+            assert np.array_equal(factor, np.triu(factor))
+            expected = np.linalg.cholesky(np.linalg.inv(each)).T
+            atol = tolerance * np.abs(expected).max()
+            np.testing.assert_allclose(factor, expected, atol=atol)
+
+
+def test_the_factor_of_many_columns() -> None:
+    """More than fit in a block."""
+    columns = 1100
+    assert columns > hessian_module._BLOCK
+    statistics = calibrated([correlated(columns, columns)])
+    result = factored(statistics, torch.tensor([0.1]))
+    h, factor = array(result.hessian[0]), array(result.factor[0])
+    assert np.array_equal(factor, np.triu(factor))
+    np.testing.assert_allclose(factor.T @ (factor @ h), np.eye(columns), atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [7, 8, 9, 21])
+def test_sums_in_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(hessian_module, "_BLOCK", 8)
+    inputs = correlated(60, columns)
+    statistics = Statistics.zeros(2, columns)
+    for part in (inputs[:1], inputs[1:23], inputs[23:]):
+        statistics.add(1, part)
+    x, sums = array(inputs), array(statistics.sums[1])
+    expected = x.T @ x
+    np.testing.assert_allclose(sums, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(sums, sums.T, atol=1e-6 * np.abs(expected).max())
+    for first in range(0, columns, 8):  # blocks off the diagonal are copies
+        here, rest = slice(first, first + 8), slice(first + 8, None)
+        assert np.array_equal(sums[rest, here], sums[here, rest].T)
+    assert not statistics.sums[0].any()
+
+
+def shared(experts: int = 3, columns: int = 12) -> Statistics:
+    """Whose factors are kept."""
+    statistics = calibrated([correlated(50, columns, 7 * e) for e in range(experts)])
+    statistics.known = {}
+    return statistics
+
+
+@pytest.fixture
+def factorizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The Hessians that have been factored."""
+    found: list[Tensor] = []
+
+    def count(hessian: Tensor) -> Tensor:
+        found.append(hessian.clone())
+        return inverse_factor(hessian)
+
+    monkeypatch.setattr(hessian_module, "inverse_factor", count)
+    return found
+
+
+def test_matrices_that_share_sums_share_factors(factorizations: list[Tensor]) -> None:
+    statistics, damping = shared(), torch.full((3,), 0.1)
+    other = replace(statistics, row_importance=torch.ones(3, 4))
+    first = factored(statistics, damping)
+    assert len(factorizations) == 3
+    again = factored(other, damping.clone())
+    assert len(factorizations) == 3
+    usual = factored(replace(statistics, known=None), damping)
+    assert len(factorizations) == 6, "without anything known, all are factored"
+    for result in (first, again):
+        assert torch.equal(result.hessian, usual.hessian)
+        assert torch.equal(result.factor, usual.factor)
+        assert torch.equal(result.unit, usual.unit)
+        assert result.damping == usual.damping
+        assert result.fallback == usual.fallback
+
+
+def test_other_dampings_are_other_factors(factorizations: list[Tensor]) -> None:
+    statistics = shared()
+    for damping in ([0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [0.2, 0.1, 0.1]):
+        for _ in range(2):
+            result = factored(statistics, torch.tensor(damping))
+            assert result.damping == pytest.approx(damping)
+            usual = factored(replace(statistics, known=None), torch.tensor(damping))
+            assert torch.equal(result.factor, usual.factor)
+    assert len(factorizations) == 3 * (3 + 6)
+
+
+def test_more_tokens_are_other_factors() -> None:
+    statistics, damping = shared(), torch.full((3,), 0.1)
+    other, part = replace(statistics), statistics.of(slice(0, 2))
+    factored(statistics, damping)
+    factored(part, damping[:2])
+    other.add(1, correlated(20, 12, 99))
+    for each in (statistics, other, statistics.of(slice(0, 2)), part):
+        found = factored(each, damping[: len(each.sums)])
+        usual = factored(replace(each, known=None), damping[: len(each.sums)])
+        assert torch.equal(found.hessian, usual.hessian)
+        assert torch.equal(found.factor, usual.factor)
+
+
+def test_parts_have_factors_of_their_own(factorizations: list[Tensor]) -> None:
+    statistics = shared(4)
+    slices = [slice(0, 2), slice(2, 4), slice(1, 3), slice(0, 4, 2), slice(0, 4, 3), slice(0, 4)]
+    for _ in range(2):
+        for some in slices:
+            part = statistics.of(some)
+            assert part.known is not None
+            damping = torch.full((len(part.sums),), 0.1)
+            found = factored(part, damping)
+            assert len(found.factor) == len(part.sums)
+            assert torch.equal(found.hessian.diagonal(dim1=1, dim2=2).mean(1) > 1, damping > 0)
+            for hessian, sums in zip(found.hessian, part.sums, strict=True):
+                expected = sums / sums.diagonal().mean() + 0.1 * torch.eye(12)
+                torch.testing.assert_close(hessian, expected)
+    assert len(factorizations) == 5 * 2 + 4
+    assert statistics.of(slice(1, 2)).of(slice(0, 1)).known is not None
+    assert calibrated([correlated(9, 4)]).of(slice(0, 1)).known is None
+
+
+def test_parts_are_not_mistaken_for_dampings() -> None:
+    """Of the first and second of two: experts 0 to 2, or dampings of 0 and 2."""
+    statistics = shared(2)
+    factored(statistics.of(slice(1, 2)), torch.tensor([0.1]))
+    assert factored(statistics, torch.tensor([1.0, 2.0])).damping == [1.0, 2.0]
+
+
+def test_recipes_leave_shared_factors_as_they_are() -> None:
+    weights, statistics = random(2, 32, 64), calibrated([correlated(200, 64, e) for e in range(2)])
+    usual = [
+        recipe(name).quantize(weights, statistics, Rate(0.03, 300.0) if name == "rd" else None)
+        for name in ("qmoe", "rd", "gptq")
+    ]
+    statistics.known = {}
+    for _ in range(2):
+        for name, expected in zip(
+            ("rd", "gptq", "qmoe"), (usual[1], usual[2], usual[0]), strict=True
+        ):
+            rate = Rate(0.03, 300.0) if name == "rd" else None
+            found = recipe(name).quantize(weights, statistics, rate)
+            assert torch.equal(found.weights.dequantize(), expected.weights.dequantize())
+    assert statistics.known
 
 
 def test_the_factor_has_the_type_of_the_hessian() -> None:

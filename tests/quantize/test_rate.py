@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from qmoe_format.codec.segments import encode
-from qmoe_format.quantize.grids import FORBIDDEN
+from qmoe_format.quantize.grids import FORBIDDEN, Prices
 from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.rate import level_prices, weighted_energies
 from tests.quantize.problems import array, calibrated, code_length, correlated, energy, random
 
 
 def normal_levels(scale: float, seed: int) -> Tensor:
-    """``[1, columns, rows]``."""
-    return random(1, 128, 256, seed=seed).mul(scale).round()
+    """``[1, rows, columns]``."""
+    return random(1, 256, 128, seed=seed).mul(scale).round()
+
+
+def prices_of(levels: Tensor, price: Tensor, ternary: Tensor) -> Prices:
+    nonzeros = levels.count_nonzero((1, 2)).double()
+    total = levels.abs().sum((1, 2), dtype=torch.float64)
+    return level_prices(nonzeros, total, levels[0].numel(), price, ternary)
 
 
 @pytest.mark.parametrize("scale", [0.4, 0.6, 1.0])
@@ -31,11 +37,11 @@ def test_prices_are_what_a_file_pays(scale: float, ternary: bool) -> None:
     if ternary:
         levels.clamp_(-1, 1)
     bit = torch.linspace(0.5, 2, 256)[None]
-    prices = level_prices(levels, bit, torch.tensor([ternary]))
+    prices = prices_of(levels, bit, torch.tensor([ternary]))
     zeros = float((levels == 0).double().mean())
-    found = float((prices.of(levels) / bit).double().mean()) / 128 - math.log2(zeros)
+    found = float((prices.of(levels.mT) / bit).double().mean()) / 128 - math.log2(zeros)
     assert found == pytest.approx(code_length(levels[0]), rel=1e-3)
-    matrix = levels[0].T.contiguous().to(torch.int8).numpy()
+    matrix = levels[0].to(torch.int8).numpy()
     encoded = encode(matrix, rows_per_segment=256)
     assert (encoded.refinement is None) == ternary
     assert found == pytest.approx(encoded.payload_bits_per_weight, rel=0.03)
@@ -44,7 +50,7 @@ def test_prices_are_what_a_file_pays(scale: float, ternary: bool) -> None:
 def test_what_one_more_level_costs() -> None:
     """The code grows by the price of a few levels more."""
     levels = normal_levels(0.7, seed=2)
-    prices = level_prices(levels, torch.ones(1, 256), torch.tensor([False]))
+    prices = prices_of(levels, torch.ones(1, 256), torch.tensor([False]))
     before, size = code_length(levels), levels.numel()
     for now, then, price in (
         (0, 1, prices.first[0, 0]),
@@ -61,10 +67,10 @@ def test_prices_are_the_experts_own_and_never_negative() -> None:
     levels = torch.cat([normal_levels(0.4, 3), normal_levels(9.0, 4), normal_levels(0.4, 5)])
     price = 1 + torch.arange(3 * 256).view(3, 256) / 100
     ternary = torch.tensor([False, False, True])
-    prices = level_prices(levels, price, ternary)
+    prices = prices_of(levels, price, ternary)
     for expert in range(3):
         one = slice(expert, expert + 1)
-        alone = level_prices(levels[one], price[one], ternary[one])
+        alone = prices_of(levels[one], price[one], ternary[one])
         assert torch.equal(prices.first[one], alone.first)
         assert torch.equal(prices.further[one], alone.further)
     assert not prices.first[1].any(), "to be 0 would cost more"
@@ -76,8 +82,8 @@ def test_prices_are_the_experts_own_and_never_negative() -> None:
 @pytest.mark.parametrize("level", [0, 1, 127])
 @pytest.mark.parametrize("ternary", [True, False])
 def test_prices_where_all_levels_are_equal(level: int, ternary: bool) -> None:
-    levels = torch.full((1, 20, 30), float(level))
-    prices = level_prices(levels, torch.ones(1, 30), torch.tensor([ternary]))
+    levels = torch.full((1, 30, 20), float(level))
+    prices = prices_of(levels, torch.ones(1, 30), torch.tensor([ternary]))
     for each in (prices.first, prices.further):
         assert torch.isfinite(each).all()
         assert (each >= 0).all()
