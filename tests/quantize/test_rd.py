@@ -28,11 +28,13 @@ from tests.quantize.problems import (
     correlated,
     energy,
     levels_of,
+    many_threads,
     random,
     real,
 )
 from tests.refusals import refusal
 
+BITS = 1.5  # per level
 DEFAULT, UNLENGTHENED = Search(), Search(lengthen=0.0)
 
 
@@ -111,7 +113,7 @@ def test_bits_fall_as_lambda_rises(levels: int | None) -> None:
 
 def test_many_levels_are_better_than_three() -> None:
     """At as many bits as three take."""
-    weights, statistics = example(1, seed=3)
+    weights, statistics = example(1, 64, 128, seed=3)
     rate = rate_of(weights, statistics, 0.005)
     three = quantize_rd(weights, statistics, rate, levels=3)
     assert three.weights.counts() == [3]
@@ -134,7 +136,7 @@ def test_bits_for_next_to_nothing(lam: float) -> None:
 
 def test_few_bits_make_three_levels() -> None:
     weights, statistics = example()
-    rate = rate_of(weights, statistics, 1.0)
+    rate = rate_of(weights, statistics, 1.5)
     free, three = (quantize_rd(weights, statistics, rate, levels) for levels in (None, 3))
     assert three.weights.counts() == [3, 3]
     assert free.weights.counts() == [3, 3]
@@ -145,6 +147,48 @@ def test_other_numbers_of_levels(levels: int) -> None:
     weights, statistics = example(1, 4, 6)
     said = refusal(lambda: quantize_rd(weights, statistics, Rate(0.1, 1.0), levels), "argument")
     assert said == f"{levels} levels; ask for 3, or leave it open"
+
+
+@pytest.mark.parametrize("effort", [0, 4, -1])
+def test_other_efforts(effort: int) -> None:
+    weights, statistics = example(1, 4, 6)
+    rate = Rate(0.1, 1.0)
+    said = refusal(lambda: quantize_rd(weights, statistics, rate, effort=effort), "argument")
+    assert said == f"effort {effort}; choose 1, 2 or 3"
+
+
+def test_more_effort_is_less_error() -> None:
+    """At as many bits, between results that have a little more and a little less."""
+    weights, statistics = example(1, 96, 256, tokens=800, seed=3)
+    left = []
+    for effort in (1, 2, 3):
+        found = []
+        for lam in (0.07, 0.11):
+            rate = rate_of(weights, statistics, lam)
+            result = quantize_rd(weights, statistics, rate, effort=effort)
+            off = error(weights, check(result, weights), statistics)
+            found.append((code_length(levels_of(result).levels), math.log(off)))
+        (less, most), (more, least) = sorted(found)
+        assert less < BITS < more
+        left.append(math.exp(most + (least - most) * (BITS - less) / (more - less)))
+    assert left[1] < 0.98 * left[0]
+    assert left[2] < 0.98 * left[1]
+
+
+def test_threads_change_nothing_but_sums() -> None:
+    """Kernels have the same results; products of matrices may round in another order."""
+    weights, statistics = example(2, 75, 130)
+    rate = rate_of(weights, statistics, 0.03)
+    results = []
+    for threads in (1, 2, 3):
+        with many_threads(threads):
+            results.append(quantize_rd(weights, statistics, rate))
+    usual = error(weights, check(results[0], weights), statistics)
+    for other in results[1:]:
+        same = levels_of(other).levels == levels_of(results[0]).levels
+        assert same.double().mean() > 0.9
+        off = error(weights, check(other, weights), statistics)
+        assert off == pytest.approx(usual, rel=0.05)
 
 
 def test_an_enormous_lambda_leaves_nothing() -> None:
@@ -336,9 +380,14 @@ def test_all_zero_rows_and_columns() -> None:
 
 @pytest.mark.parametrize("value", [1.5, -0.25])
 def test_a_constant_matrix_is_exact(value: float) -> None:
+    """Once its scales are refitted often; before, what inputs see of it is."""
     weights = torch.full((1, 6, 10), value)
     statistics = calibrated([correlated(90, 10)])
-    result = quantize_rd(weights, statistics, rate_of(weights, statistics, 0.01))
+    rate = rate_of(weights, statistics, 0.01)
+    result = quantize_rd(weights, statistics, rate)
+    assert error(weights, check(result, weights), statistics) < 1e-3
+    often = Search(rounds=160, first_columns=1.0, columns=1.0, columns_every=1)
+    result = quantize_rd(weights, statistics, rate, search=often)
     torch.testing.assert_close(check(result, weights), weights, rtol=1e-2, atol=0)
 
 
