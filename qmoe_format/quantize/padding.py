@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 LANES = 16  # rows
 BLOCK = 64  # columns
+GROUP = 16  # columns that descent decides together
 
 
 def padded(matrices: Tensor) -> Tensor:
