@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import report
 from qmoe_format.checkpoints.native import PackedTensor, find_packed
+from qmoe_format.checkpoints.native.packed_tensor import row
 from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES
 
@@ -148,7 +149,10 @@ def widen(path: Path) -> None:
 def decode(path: Path, packed: PackedTensor) -> None:
     """A packed matrix as float32."""
     with safe_open(path, "pt") as file:
-        packed.decode(file.get_tensor, 0 if len(packed.shape) == 3 else None)
+        if len(packed.shape) == 3:
+            packed.decode_expert(lambda name, *which: row(file.get_tensor(name), *which), 0)
+        else:
+            packed.decode(file.get_tensor)
 
 
 def main() -> None:

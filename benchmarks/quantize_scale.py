@@ -123,6 +123,7 @@ def random_inputs(expert: int, columns: int, tokens: int, device: str) -> Iterat
 def sums_of_inputs(experts: range, columns: int, settings: Settings, done: Done) -> Statistics:
     device = settings.device
     statistics = Statistics.zeros(len(experts), columns, device=device)
+    statistics.known = {}  # for those that share it
     for place, expert in enumerate(experts):
         inputs = random_inputs(expert, columns, settings.tokens, device)
         while True:

@@ -14,6 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 ALL = Path(__file__).with_name("README.md")
 MARKS = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
 FAST, SIZE, QMOE = "ours fast (12 bit)", "ours size (16 bit)", "QMoE"
+WAYS = "one rank, two threads", "two ranks, one thread"
 SOURCES = {
     ("iid 0.6", 3072): "60 % zeros, 3072 wide",
     ("iid 0.885", 768): "88.5 % zeros, 768 wide",
@@ -218,6 +219,47 @@ def scale(run: dict[str, Any]) -> str:
     return table("layer, recipe | Gparam/h | time for 1.6 T | peak memory", rows)
 
 
+def several_ranks(found: list[dict[str, Any]]) -> str:
+    """Two ranks beside one with two threads."""
+    rows = []
+    for case in found:
+        one, two = (case[f"{ways}: seconds"]["median"] for ways in WAYS)
+        rows.append(
+            [
+                case["case"],
+                f"{one:.1f} s",
+                f"{two:.1f} s",
+                f"{case['two ranks / one']['median']:.2f} ×",
+            ]
+        )
+    return table("model, recipe | one rank, two threads | two ranks, one thread | ratio", rows)
+
+
+def simulated_ranks(found: list[dict[str, Any]]) -> str:
+    """Conversions of 1.6 T parameters by many ranks."""
+    rows = []
+    for case in found:
+        device = "" if case["device"] == "cpu" else f", {case['device']}"
+        alone = case["ranks"][0]["hours"]
+        for each in case["ranks"]:
+            rows.append(
+                [
+                    f"{case['recipe']}{device}, {each['ranks']}",
+                    f"{each['hours']:,.1f} h",
+                    f"{alone / each['hours'] / each['ranks']:.0%}",
+                    f"{each['transfer_hours'] + each['assembling_hours']:.1f} h",
+                    f"{each['bytes_moved_per_rank'] / 1e12:.2f} TB",
+                    f"{each['memory_per_rank'] / 1e9:.1f} GB",
+                    f"{each['disk_per_rank'] / 1e9:,.0f} GB",
+                ]
+            )
+    return table(
+        "recipe, ranks | time | of linear | reading and writing | moved, a rank | memory, a rank | "
+        "disk, a rank",
+        rows,
+    )
+
+
 def main_figures() -> str:
     """The text between the marks of README.md."""
     codec, quality, runtime = map(load, ("codec", "quality", "runtime"))
@@ -336,7 +378,8 @@ def all_figures() -> str:
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
-    converted = load("convert_choices")
+    converted, ranks = load("convert_choices"), load("ranks")
+    assumed = ranks["assumed"]
     whole = converted["settings"]
     decoded = sorted(
         record["of_bandwidth"]
@@ -455,6 +498,25 @@ Quantizing experts as large as those of switch-c-2048 and of a modern gated mode
 it has not been run yet.
 
 {scale(large["runs"]["cpu"])}
+
+## Several ranks
+
+A conversion by two processes with a thread each, started by torchrun, beside one process with two
+threads (`python -m benchmarks.ranks`); medians of runs in turns, without starting Python.
+
+{several_ranks(ranks["compared"])}
+
+Simulated, not measured: a model of {assumed["parameters"] / 1e12:.2f} T expert parameters, with \
+{assumed["blocks"]} blocks like those of
+switch-c-2048 and {ranks["tokens_per_expert"]:,} tokens for the mean expert, on ranks that are as \
+fast as the machine of the
+table above. It also counts running the experts, which that table leaves out. To and from the shared
+folder, all ranks together move {assumed["shared_folder_bytes_per_second"] / 1e9:.0f} GB/s, \
+and one {assumed["rank_bytes_per_second"] / 1e9:.0f} GB/s; nothing overlaps. *Of linear* is the
+speed, divided by that of one rank times their number; disk is a rank's share of what the folder
+holds.
+
+{simulated_ranks(ranks["simulated"])}
 
 ## Running models
 

@@ -2,7 +2,7 @@
 
 A ``PartialFile`` is written as ``.NAME.XXXXXXXX.partial`` in the same folder, made durable, then
 renamed. A process that is killed leaves that file behind and nothing else; whatever had the final
-name is untouched.
+name is untouched. For files elsewhere see ``remote``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.remote import Location, RemotePath, location
+from qmoe_format.remote.upload import Upload, new_upload
 
 _FLAGS = (
     os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -22,13 +24,17 @@ _FLAGS = (
 _WRITE_BYTES = 1 << 26  # per system call; Linux accepts less than 2 GiB
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_target(path: str | os.PathLike[str] | RemotePath) -> Location:
     """Where a file of this name would be written, symbolic links followed.
 
     Raises:
-        QMoEError: ``argument`` if something other than a file has that name; ``io``.
+        QMoEError: ``argument`` if something other than a file has that name; ``io``; for a URL as
+            from ``RemotePath``.
     """
-    target = Path(os.path.realpath(path))
+    place = location(path)
+    if isinstance(place, RemotePath):
+        return place
+    target = Path(os.path.realpath(place))
     with os_errors(f"cannot write {target}"):
         if target.exists() and not target.is_file():
             raise QMoEError("argument", f"{target} exists and is not a file", "give another name")
@@ -49,6 +55,11 @@ class PartialFile:
         self._errors = os_errors(f"cannot write {target}")
         with self._errors:
             self._fd = os.open(self._path, _FLAGS, 0o666)
+
+    @property
+    def path(self) -> Path:
+        """Where it lies until it is published."""
+        return self._path
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``: bytes, one-dimensional."""
@@ -74,6 +85,9 @@ class PartialFile:
             os.ftruncate(self._fd, length)
             os.lseek(self._fd, length, os.SEEK_SET)
             self.length = length
+
+    def settle(self) -> None:
+        """Promise not to truncate what has been written so far."""
 
     def seal(self) -> None:
         """Make the file durable and close it; only ``publish`` and ``discard`` may follow."""
@@ -105,14 +119,28 @@ def partial_files(target: Path) -> list[Path]:
     return sorted(target.parent.glob(f".{glob.escape(target.name[:200])}.{random}.partial"))
 
 
+def partial_file(target: Location, *, renamed: bool = False) -> PartialFile | Upload:
+    """Begin a file.
+
+    Args:
+        renamed: whether ``publish`` will be called with another path.
+
+    Raises:
+        QMoEError: ``io``; ``not-found`` if it is elsewhere, and there is no such bucket.
+    """
+    if isinstance(target, RemotePath):
+        return new_upload(target, renamed=renamed)
+    return PartialFile(target)
+
+
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[PartialFile]:
+def atomic_write(path: Location) -> Iterator[PartialFile | Upload]:
     """A new file to write; it appears as ``path``, durable, when the block ends without an error.
 
     Raises:
         QMoEError: ``io``.
     """
-    file = PartialFile(path)
+    file = partial_file(path)
     try:
         yield file
         file.seal()
@@ -123,9 +151,9 @@ def atomic_write(path: Path) -> Iterator[PartialFile]:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Location) -> None:
     """Make renames in ``folder`` durable, where the system lets a folder be opened."""
-    if os.name == "nt":
+    if os.name == "nt" or isinstance(folder, RemotePath):
         return
     with os_errors(f"cannot write to the folder {folder}"):
         fd = os.open(folder, os.O_RDONLY)

@@ -38,6 +38,7 @@ LIBRARY_CODES = frozenset(
         "dependency",  # an optional package is missing
         "device",  # no GPU, or one that is too old
         "memory",  # the GPU, or the machine, ran out of it
+        "peer",  # another process that works on the same thing has ended
     }
 )
 _OS_ADVICE = {

@@ -14,14 +14,22 @@ from qmoe_format.errors import QMoEError
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """How many processor cores this process may use."""
+    return len(usable_cores())
+
+
+def usable_cores() -> frozenset[int]:
+    """Their numbers."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "convert") -> None:
     """Import optional packages, which ``import qmoe_format`` does without.
+
+    Args:
+        extra: the package's extra that has them.
 
     Raises:
         QMoEError: ``dependency`` if one is missing.
@@ -33,7 +41,7 @@ def require(*modules: str) -> None:
             raise QMoEError(
                 "dependency",
                 f"the package {module} cannot be imported ({error})",
-                "run: pip install 'qmoe-format[convert]'",
+                f"run: pip install 'qmoe-format[{extra}]'",
             ) from error
 
 

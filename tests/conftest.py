@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,25 @@ def switch(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def mixtral(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "mixtral", random_state(MIXTRAL, 1), MIXTRAL)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The URL of an empty folder in fsspec's file system in memory."""
+    fsspec = pytest.importorskip("fsspec", reason="needs the extra 'remote'")
+    yield "memory://elsewhere"
+    fsspec.filesystem("memory").store.clear()
+
+
+def copy_elsewhere(folder: Path, url: str) -> str:
+    """Copy the files of a folder; returns the URL."""
+    import fsspec
+
+    file_system, place = fsspec.url_to_fs(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file_system.pipe_file(f"{place}/{path.relative_to(folder)}", path.read_bytes())
+    return url
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ TOKEN = "hf_right"
 LARGE = (".safetensors", ".bin", ".qmoe")  # kept by their hash in another place, like the Hub's
 
 _INFO = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
+_TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?")
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _STORED = re.compile(r"/store/(\w+)")
 
@@ -94,11 +95,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif match := _INFO.fullmatch(path):
             self._info(match[1], unquote(match[2] or "main"))
+        elif match := _TREE.fullmatch(path):
+            self._tree(match[1], unquote(match[2]), unquote(match[3] or ""))
         elif match := _FILE.fullmatch(path):
             self._file(*map(unquote, match.groups()))
         elif match := _STORED.fullmatch(path):
             assert "Authorization" not in self.headers, "a token must not leave the Hub"
             self._contents(match[1], {})
+        else:
+            self._answer(404, b"")
 
     do_HEAD = do_GET
 
@@ -110,6 +115,15 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             info = {"id": repo, "sha": commit, "siblings": siblings}
             self._answer(200, json.dumps(info).encode())
+
+    def _tree(self, repo: str, revision: str, folder: str) -> None:
+        if commit := self._commit(repo, revision):
+            files = [
+                {"type": "file", "path": name, "size": len(data), "oid": digest(data)[:40]}
+                for name, data in self.hub.files[commit].items()
+                if name.rpartition("/")[0] == folder
+            ]
+            self._answer(200, json.dumps(files).encode())
 
     def _file(self, repo: str, revision: str, name: str) -> None:
         commit = self._commit(repo, revision)
@@ -134,15 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, data, headers)
             return
         start = 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if ranged:
+            start = int(ranged[1])
+            data = data[: int(ranged[2]) + 1] if ranged[2] else data
             headers = {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         self.hub.fetched.append((name, start))
         if name in self.hub.broken:
             self._refuse(500, "")
         else:
             cut = self.hub.cut.pop(name, None)
-            self._answer(206 if start else 200, data[start:], headers, cut)
+            self._answer(206 if ranged else 200, data[start:], headers, cut)
 
     def _commit(self, repo: str, revision: str) -> str | None:
         """The commit, or None after an error was sent."""

@@ -15,7 +15,7 @@ PACKAGE = Path(qmoe_format.__file__).parent
 ROOMS = (
     "_version",
     "errors",
-    "dtypes machine atomic_file progress",
+    "dtypes machine remote atomic_file progress",
     "codec",
     "container quantize gpu",
     "hub",

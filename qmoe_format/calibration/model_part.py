@@ -116,6 +116,11 @@ class ModelPart:
         self.width = self._shape.numel()
         self._check_blocks()
 
+    def rows(self, batches: slice) -> slice:
+        """The tokens of some batches among all that are not padding."""
+        first = sum(self.counts[: batches.start])
+        return slice(first, first + sum(self.counts[batches]))
+
     def holds(self, path: str) -> bool:
         """Whether a module is part of this stage."""
         return path.startswith(f"{self._name}.")

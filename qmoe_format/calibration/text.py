@@ -13,6 +13,7 @@ from typing import Any
 from qmoe_format.calibration import hub_data_sets, text_files
 from qmoe_format.calibration.text_files import Row, no_column
 from qmoe_format.errors import QMoEError, QMoEWarning, os_errors
+from qmoe_format.remote import RemotePath, location
 
 DEFAULT_COLUMN = "text"
 CHAT_COLUMNS = ("messages", "conversations")
@@ -90,7 +91,10 @@ def text_file(path: str | Path) -> Path:
     Raises:
         QMoEError: ``not-found``; ``argument``.
     """
-    path = Path(path)
+    place = location(path)
+    if isinstance(place, RemotePath):
+        raise QMoEError("argument", f"{place}: text is read here only", "copy it to this machine")
+    path = place
     if path.is_file():
         return path
     if not path.exists():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qmoe_format.calibration.activations import SUFFIX, RoutedTokens, RowFile, delete_row_files
 from qmoe_format.calibration.model_part import NO_CALIBRATION, Block, ModelPart, padded
+from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.checkpoints import Checkpoint
 from qmoe_format.checkpoints.families import family_for
@@ -33,7 +34,8 @@ class Walk:
     """Takes batches of tokens through a model, in float32.
 
     ``start`` it, then for each block ``collect`` what its experts are given and ``advance`` with
-    what they return.
+    what they return. Of several ranks that walk together, each runs some batches, ``own``; all of
+    them call these three, which write what one rank would write.
 
     Attributes:
         blocks: in order of execution, an encoder's before the decoder's. Last come those that text
@@ -43,7 +45,12 @@ class Walk:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, batches: Sequence[Batch], folder: Path, device: str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        batches: Sequence[Batch],
+        folder: Path,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -51,6 +58,7 @@ class Walk:
             batches: what the model reads; those of an encoder-decoder have ``targets``.
             folder: for the hidden states, in files whose names end in ``.rows``.
             device: where the blocks run.
+            ranks: that walk together, with the same batches and folder.
 
         Raises:
             QMoEError: ``checkpoint`` if the model cannot be calibrated, or if a tensor is missing
@@ -62,12 +70,15 @@ class Walk:
             _set_everywhere(checkpoint.model, key, value)
         self._checkpoint = checkpoint
         self._folder = folder
+        self._ranks = ranks
         self._thread = flushing_thread()
         lists = _block_lists(checkpoint)
         self._parts = [
             ModelPart(checkpoint, blocks, tokens, device)
             for blocks, tokens in zip(lists, _tokens(len(lists), batches), strict=True)
         ]
+        counts = zip(*(part.counts for part in self._parts), strict=True)
+        self._batches = ranks.slice(list(map(sum, counts)))
         self.blocks = [block for part in self._parts for block in part.blocks]
         self.position = 0
         # The index of each block's part and its number there; then the end.
@@ -82,7 +93,7 @@ class Walk:
             if layer.runs and any(part.holds(layer.path) for part in self._parts):
                 raise QMoEError(
                     "checkpoint",
-                    f"{checkpoint.folder}: the experts {layer.path!r} are not in the list of "
+                    f"{checkpoint.where}: the experts {layer.path!r} are not in the list of "
                     "blocks, so the model cannot be calibrated",
                     NO_CALIBRATION,
                 )
@@ -99,12 +110,12 @@ class Walk:
         if not 0 <= done <= len(self.blocks):
             raise QMoEError("argument", f"{done} of {len(self.blocks)} blocks cannot be done")
         if done == 0:
-            delete_row_files(self._folder)
+            self._delete()
             self._embed(0)
         for file in self._needed(done):
             file.check()
         self.position = done
-        delete_row_files(self._folder, self._needed(done))
+        self._delete(*self._needed(done))
 
     def collect(self) -> RoutedTokens | None:
         """Run the current block for what its experts are given; None for a dense block.
@@ -113,7 +124,7 @@ class Walk:
             QMoEError: ``value`` for hidden states that are NaN or infinite; ``io``.
         """
         block = self.blocks[self.position]
-        delete_row_files(self._folder, self._needed(self.position))
+        self._delete(*self._needed(self.position))
         if block.experts is None:
             return None
         index, number = self._place(self.position)
@@ -126,30 +137,38 @@ class Walk:
         with ExitStack() as opened:
             if runs:
                 opened.enter_context(part.loaded(number))
-            appends: list[Callable[[Tensor], None]] = []
-            for tokens, (given, _) in self._run(index, number) if runs else ():
-                found = [rows[tokens.attended.view(-1)] for rows in given]
-                found[1] = found[1].where(found[1] < block.experts.output.experts, -1)
-                _check_finite(found[0], block.name)
-                if not appends:  # now it is known how many experts a token goes to
-                    experts = replace(experts, columns=found[1].shape[1])
-                    weights = replace(weights, columns=found[2].shape[1])
-                    files = (inputs, experts, weights)
-                    appends = [opened.enter_context(file.writing()) for file in files]
-                for append, rows in zip(appends, found, strict=True):
+            found = self._given(index, number) if runs else iter(())
+            first = next(found, None)
+            # The first rows tell how many experts a token goes to; a rank may have none.
+            k = max(self._ranks.gather(first[1].shape[1] if first else 1))
+            experts, weights = replace(experts, columns=k), replace(weights, columns=k)
+            appends = [
+                opened.enter_context(file.writing(self._ranks, self.own.start))
+                for file in (inputs, experts, weights)
+            ]
+            for given in chain([first] if first else [], found):
+                for append, rows in zip(appends, given, strict=True):
                     append(rows)
-            if not runs:
-                for file in (inputs, experts, weights):
-                    opened.enter_context(file.writing())
         return RoutedTokens(
             inputs, experts, weights, part.counted[:count], block.experts.output.experts
         )
+
+    def _given(self, index: int, number: int) -> Iterator[list[Tensor]]:
+        """What the experts of a block are given, without padding: of each batch, the rows of
+        ``RoutedTokens.inputs``, ``experts`` and ``weights``."""
+        block = self._parts[index].blocks[number]
+        assert block.experts
+        for tokens, (given, _) in self._run(index, number):
+            found = [rows[tokens.attended.view(-1)] for rows in given]
+            found[1] = found[1].where(found[1] < block.experts.output.experts, -1)
+            _check_finite(found[0], block.name)
+            yield found
 
     def advance(self, outputs: Tensor | None) -> None:
         """Run the current block and go to the next.
 
         Args:
-            outputs: float32 [tokens, d], for each token of ``collect`` the sum of its experts'
+            outputs: float32 [tokens, d], for each of this rank's tokens the sum of its experts'
                 outputs, each times its weight; None for a dense block.
 
         Raises:
@@ -162,14 +181,16 @@ class Walk:
             self.position += 1
             return
         shape = None if outputs is None else tuple(outputs.shape)
-        expected = None if block.experts is None else (part.count, block.experts.layer.width)
+        own = part.rows(self._batches)
+        count = own.stop - own.start
+        expected = None if block.experts is None else (count, block.experts.layer.width)
         if shape != expected:
             raise QMoEError(
                 "argument", f"{block.name}: the experts' outputs have shape {shape}, not {expected}"
             )
         crosses = number + 1 == len(part.blocks) and index + 1 < len(self._parts)
         following = self._encoded() if crosses else self._hidden(index, number + 1)
-        with part.loaded(number), following.writing() as append:
+        with part.loaded(number), following.writing(self._ranks, own.start) as append:
             for tokens, (_, states) in self._run(index, number, outputs):
                 rows = states[tokens.attended]
                 _check_finite(rows, block.name)
@@ -180,7 +201,7 @@ class Walk:
             self._embed(index + 1)
         kept = self._needed(self.position)
         self.position += 1
-        delete_row_files(self._folder, [*kept, *self._needed(self.position)])
+        self._delete(*kept, *self._needed(self.position))
 
     @property
     def counts(self) -> list[int]:
@@ -188,6 +209,12 @@ class Walk:
         runs = self.blocks[self.position].experts
         index, _ = self._place(self.position)
         return self._parts[index].counts if runs is None or runs.runs else []
+
+    @property
+    def own(self) -> slice:
+        """This rank's tokens among those."""
+        index, _ = self._place(self.position)
+        return self._parts[index].rows(self._batches) if self.counts else slice(0, 0)
 
     def hidden(self) -> Tensor:
         """The hidden states before the current block, or after the last.
@@ -197,20 +224,18 @@ class Walk:
         """
         return self._needed(self.position)[0].mapped()
 
-    def outputs(self, number: int) -> list[Tensor]:
-        """What the model's last stage returns for the last ``number`` batches, after all blocks.
+    def output(self, number: int) -> Tensor:
+        """What the model's last stage returns for batch ``number``, after all blocks.
 
         Returns:
-            Of each batch, float32 [tokens, d], without padding.
+            float32 [tokens, d], without padding.
         """
         part = self._parts[-1]
         hidden = self._hidden(len(self._parts) - 1, len(part.blocks)).mapped()
-        found = []
-        last = zip(part.tokens, hidden.split_with_sizes(part.counts), strict=True)
-        for tokens, rows in list(last)[len(part.tokens) - number :]:
-            returned = self._compute(part.output, tokens, rows)
-            found.append(returned[tokens.attended])
-        return found
+        tokens = part.tokens[number]
+        rows = hidden[part.rows(slice(number, number + 1))]
+        returned: Tensor = self._compute(part.output, tokens, rows)
+        return returned[tokens.attended]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -256,11 +281,17 @@ class Walk:
         index, number = self._place(done)
         return [self._hidden(index, number), *([self._encoded()] if index else [])]
 
+    def _delete(self, *kept: RowFile) -> None:
+        """Delete all other row files; all ranks are done with them."""
+        if self._ranks.leads:
+            delete_row_files(self._folder, kept)
+
     def _embed(self, index: int) -> None:
         """Write the hidden states before a part's first block."""
         part = self._parts[index]
-        with part.embedding(), self._hidden(index, 0).writing() as append:
-            for tokens in part.tokens:
+        first = part.rows(self._batches).start
+        with part.embedding(), self._hidden(index, 0).writing(self._ranks, first) as append:
+            for tokens in part.tokens[self._batches]:
                 rows = self._compute(part.embed, tokens)[tokens.attended]
                 _check_finite(rows, part.embedding_name)
                 append(rows)
@@ -268,23 +299,27 @@ class Walk:
     def _run(
         self, index: int, number: int, outputs: Tensor | None = None
     ) -> Iterator[tuple[Tokens, tuple[tuple[Tensor, ...], Tensor]]]:
-        """Each batch's tokens and what ``run_block`` returns for them."""
-        part = self._parts[index]
+        """The tokens of this rank's batches, and what ``run_block`` returns for them."""
+        part, own = self._parts[index], self._batches
         encoded: Iterable[Mapping[str, Tensor]] = repeat({})
         if index:
             encoder = self._parts[0]
+            begin = encoder.rows(own).start
             encoded = (
                 {
                     "encoder_hidden_states": padded(rows, tokens.attended),
                     "encoder_attention_mask": tokens.attended.long(),
                 }
                 for tokens, rows in zip(
-                    encoder.tokens, self._encoded().read(encoder.counts), strict=True
+                    encoder.tokens[own],
+                    self._encoded().read(encoder.counts[own], begin),
+                    strict=True,
                 )
             )
-        returns = repeat(None) if outputs is None else iter(outputs.split_with_sizes(part.counts))
-        hidden = self._hidden(index, number).read(part.counts)
-        for tokens, *arguments in zip(part.tokens, hidden, returns, encoded, strict=False):
+        counts = part.counts[own]
+        returns = repeat(None) if outputs is None else iter(outputs.split_with_sizes(counts))
+        hidden = self._hidden(index, number).read(counts, part.rows(own).start)
+        for tokens, *arguments in zip(part.tokens[own], hidden, returns, encoded, strict=False):
             yield tokens, self._compute(part.run_block, number, tokens, *arguments)
 
     def _compute(self, function: Callable[..., T], *arguments: Any) -> T:

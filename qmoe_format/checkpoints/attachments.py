@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qmoe_format.container.attachment_files import TEMPLATE_FOLDER, is_attached
 from qmoe_format.container.index import check_file_name
-from qmoe_format.errors import QMoEError
+from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.hub import check_not_pointer
+from qmoe_format.remote import Location, RemotePath
 
 MAX_BYTES = 1 << 28
 
@@ -35,6 +36,31 @@ def find_attachments(folder: Path, *, code: bool = False) -> list[Path]:
     for path in sorted(found):
         _check(path)
     return sorted(found)
+
+
+def copy_attachments(source: RemotePath, folder: Path, *, code: bool = False) -> None:
+    """Copy the files to attach, and what may be among them, from elsewhere.
+
+    Args:
+        source: a checkpoint's folder.
+        folder: an empty one.
+        code: also all Python files.
+
+    Raises:
+        QMoEError: ``checkpoint`` for a file that is too large; ``not-found``, ``io``.
+    """
+    found = {PurePosixPath(path.name): path for path in source.iterdir()}
+    if PurePosixPath(TEMPLATE_FOLDER) in found:
+        templates = (source / TEMPLATE_FOLDER).iterdir()
+        found |= {PurePosixPath(TEMPLATE_FOLDER, path.name): path for path in templates}
+    for name, path in found.items():
+        if not (is_attached(name) or (code and name.suffix == ".py")) or path.is_dir():
+            continue
+        _check_name(path)
+        _check_size(path, path.size())
+        with os_errors(f"cannot write {folder}"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(path.read_bytes())
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -63,25 +89,33 @@ def tokenizer_code(folder: Path) -> str | None:
     return f"{_module(classes[-1])}.py" if classes else None  # the last is the fast tokenizer
 
 
-def _check(path: Path) -> None:
-    def wrong(problem: str, advice: str) -> QMoEError:
-        return QMoEError("checkpoint", f"{path}: {problem}", advice)
-
+def _check_name(path: Location) -> None:
     try:
         check_file_name(path.name)
     except QMoEError as error:
-        raise wrong(
+        raise _wrong(
+            path,
             "the name of an attached file has characters other than A-Z a-z 0-9 . _ -",
             "rename or move it",
         ) from error
+
+
+def _check(path: Path) -> None:
+    _check_name(path)
     check_not_pointer(path)
     if not path.is_file():  # reading a pipe or a device might not end
-        raise wrong("not an ordinary file", "remove it")
-    if path.stat().st_size > MAX_BYTES:
-        raise wrong(
-            f"{path.stat().st_size:,} bytes are too many for a configuration or tokenizer file",
-            "move it elsewhere",
-        )
+        raise _wrong(path, "not an ordinary file", "remove it")
+    _check_size(path, path.stat().st_size)
+
+
+def _check_size(path: Location, size: int) -> None:
+    if size > MAX_BYTES:
+        problem = f"{size:,} bytes are too many for a configuration or tokenizer file"
+        raise _wrong(path, problem, "move it elsewhere")
+
+
+def _wrong(path: Location, problem: str, advice: str) -> QMoEError:
+    return QMoEError("checkpoint", f"{path}: {problem}", advice)
 
 
 def _auto_map(path: Path) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from qmoe_format.checkpoints import model as models
-from qmoe_format.checkpoints.attachments import find_attachments
+from qmoe_format.checkpoints.attachments import copy_attachments, find_attachments
 from qmoe_format.checkpoints.completeness import check_complete, dense_loads, missing_weights
 from qmoe_format.checkpoints.expert_stacks import ExpertStack, find_layers
 from qmoe_format.checkpoints.families import expert_layers
@@ -23,6 +24,7 @@ from qmoe_format.checkpoints.weight_files import Shard, open_shard
 from qmoe_format.container.limits import DIMENSIONS
 from qmoe_format.errors import QMoEError
 from qmoe_format.hub.checkpoints import WEIGHT_FILES
+from qmoe_format.remote import Location, RemotePath, location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,8 @@ class Checkpoint:
     Weights that are stored in a quantized format are read as what they stand for.
 
     Attributes:
-        folder: where it is.
+        folder: where it is or, if that is elsewhere, copies of its small files.
+        where: what to call it in a message.
         config: the contents of ``config.json``.
         tensors: every tensor by name, in order of names; quantized ones as BF16.
         packed: the quantized ones among them.
@@ -62,14 +65,20 @@ class Checkpoint:
         *,
         trust_remote_code: bool = False,
         release_after: int = 1 << 27,
+        where: str | None = None,
+        copies: TemporaryDirectory[str] | None = None,
     ) -> None:
         """Of ``shards`` whose memory maps are dropped when ``release_after`` bytes were read.
+
+        On leaving the context ``copies``, if that is what ``folder`` is, is removed.
 
         Raises:
             QMoEError: ``checkpoint`` if transformers does not know the model, if the experts are
                 incomplete, or an attachment does not fit.
         """
         self.folder = folder
+        self.where = where or str(folder)
+        self._copies = copies
         self.config = config
         self.stored = stored
         self.packed = find_packed(config, stored)
@@ -100,7 +109,7 @@ class Checkpoint:
         return [name for name in self.tensors if name not in experts]
 
     @property
-    def weight_files(self) -> list[Path]:
+    def weight_files(self) -> list[Location]:
         """The files of weights."""
         return [shard.path for shard in self._shards]
 
@@ -119,13 +128,23 @@ class Checkpoint:
             return self.packed[name].decode(self.read_stored).to(torch.bfloat16)
         return self.read_stored(name)
 
-    def read_stored(self, name: str, parts: int = 1) -> Tensor:
-        """A tensor of the weight files, likewise, of which one in so many ``parts`` is used."""
+    def read_stored(self, name: str) -> Tensor:
+        """A tensor of the weight files, likewise."""
+        info = self.stored[name]
+        return self._shard_to_read(info, info.bytes).read(name)
+
+    def _read_row(self, name: str, index: int, count: int) -> Tensor:
+        """Row ``index`` of one that has ``count``; all of another one."""
+        info = self.stored[name]
+        if info.shape[:1] != (count,):
+            return self.read_stored(name)
+        return self._shard_to_read(info, info.bytes // count).read_row(name, index)
+
+    def _shard_to_read(self, info: TensorInfo, size: int) -> Shard:
         if self._mapped_bytes > self._release_after:
             self.close()
-        info = self.stored[name]
-        self._mapped_bytes += info.bytes // parts
-        return self._shards[info.shard].read(name)
+        self._mapped_bytes += size
+        return self._shards[info.shard]
 
     def read_expert(self, stack: ExpertStack, expert: int) -> Tensor:
         """One expert's matrix [rows, columns], like ``read``; a quantized one exactly, in float32.
@@ -134,12 +153,13 @@ class Checkpoint:
             QMoEError: ``checkpoint`` if it is quantized in a way that its format does not allow.
         """
         name = stack.member(expert)
-        index, parts = (None, 1) if stack.members else (expert, stack.experts)
-        read = partial(self.read_stored, parts=parts)
-        if name in self.packed:
-            matrix = self.packed[name].decode(read, index)
+        packed = self.packed.get(name)
+        if stack.members:
+            matrix = packed.decode(self.read_stored) if packed else self.read_stored(name)
+        elif packed:
+            matrix = packed.decode_expert(self._read_row, expert)
         else:
-            matrix = read(name) if index is None else read(name)[index]
+            matrix = self._read_row(name, expert, stack.experts)
         return matrix.T if stack.transposed else matrix
 
     @cached_property
@@ -150,7 +170,7 @@ class Checkpoint:
             QMoEError: ``checkpoint`` if a tensor has another shape than the model's.
         """
         shapes = {name: self.tensors[name].shape for name in self.others}
-        return dense_loads(str(self.folder), self.names, shapes)
+        return dense_loads(self.where, self.names, shapes)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and buffers of the model by their names in it.
@@ -163,7 +183,7 @@ class Checkpoint:
         for name in wanted:
             load = self.loads.get(name)
             if load is None:
-                raise missing_weights(str(self.folder), [name], self.names, self.others)
+                raise missing_weights(self.where, [name], self.names, self.others)
             if name not in made:
                 found = load.run(self.model, self.read)
                 # A tied weight has the other's name.
@@ -176,9 +196,7 @@ class Checkpoint:
         Raises:
             QMoEError: ``checkpoint``.
         """
-        check_complete(
-            str(self.folder), self.config, self.names, self.layers, self.others, self.loads
-        )
+        check_complete(self.where, self.config, self.names, self.layers, self.others, self.loads)
 
     def close(self) -> None:
         """Drop the memory maps; the next ``read`` makes them again."""
@@ -191,19 +209,26 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        if self._copies:
+            self._copies.cleanup()
 
 
-def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: str | Path | RemotePath, *, trust_remote_code: bool = False
+) -> Checkpoint:
     """Open a checkpoint folder; reads its configuration and the headers of its weight files.
 
     Args:
+        folder: its path or URL. What has a URL stays there, but for small files, which are copied
+            into a temporary folder; a tensor, or an expert's part of it, is read by one request.
         trust_remote_code: whether code that the checkpoint brings may run.
 
     Raises:
         QMoEError: ``not-found`` if there is no such folder; ``checkpoint`` if it is incomplete,
-            unreadable or of a type that transformers does not know.
+            unreadable or of a type that transformers does not know; for a URL also ``dependency``,
+            ``argument`` and ``io``.
     """
-    folder = Path(folder)
+    folder = location(folder)
     if folder.is_file():
         raise QMoEError("argument", f"{folder}: is a file, not a folder", _OTHER_FILES)
     if not folder.is_dir():
@@ -240,12 +265,25 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             raise QMoEError(
                 "checkpoint", f"{folder / file}: lacks tensor {name!r} of the index", _DOWNLOAD
             )
-    return Checkpoint(
-        folder, config, shards, dict(sorted(tensors.items())), trust_remote_code=trust_remote_code
+    opened = partial(
+        Checkpoint,
+        config=config,
+        shards=shards,
+        stored=dict(sorted(tensors.items())),
+        trust_remote_code=trust_remote_code,
     )
+    if isinstance(folder, Path):
+        return opened(folder)
+    copies = TemporaryDirectory(prefix="qmoe-")
+    try:
+        copy_attachments(folder, Path(copies.name), code=trust_remote_code)
+        return opened(Path(copies.name), where=str(folder), copies=copies)
+    except BaseException:
+        copies.cleanup()
+        raise
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def _weight_files(folder: Location) -> tuple[list[Location], dict[str, str]]:
     """Paths of the weight files, and the file of each tensor if there is an index."""
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
@@ -259,16 +297,16 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     listed = _read_json(found).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise QMoEError("checkpoint", f"{found}: no 'weight_map' of tensors to files", _DOWNLOAD)
-    suffix = Path(found.name.removesuffix(".index.json")).suffix
+    suffix = PurePath(found.name.removesuffix(".index.json")).suffix
     for file in listed.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+        if not isinstance(file, str) or PurePath(file).name != file or not file.endswith(suffix):
             raise QMoEError(
                 "checkpoint", f"{found}: {file!r} is not the name of a {suffix} file", _DOWNLOAD
             )
     return [folder / file for file in sorted(set(listed.values()))], listed
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Location) -> dict[str, Any]:
     if not path.is_file():  # reading a pipe or a device might not end
         problem = "not a file" if path.exists() else "missing"
         raise QMoEError(

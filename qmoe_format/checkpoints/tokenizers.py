@@ -92,10 +92,12 @@ def _of_a_library(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def warn_without_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> None:
+def warn_without_tokenizer(
+    folder: Path, *, where: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Warn if a file made of the checkpoint has no tokenizer that can be loaded."""
     try:
-        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        load_tokenizer(folder, where=where, trust_remote_code=trust_remote_code)
     except QMoEError as error:
         warnings.warn(f"the file cannot generate text: {error}", QMoEWarning, stacklevel=2)
 

@@ -1,7 +1,8 @@
 """Weight files, safetensors or ``torch.save``, read lazily through memory maps.
 
 A mapped page counts as resident memory until its map is dropped, so whoever reads much calls
-``release`` from time to time; the next ``read`` opens the file again.
+``release`` from time to time; the next ``read`` opens the file again. Of a file elsewhere one
+tensor, or one row of one, is requested at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import errno
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qmoe_format.checkpoints.safetensors_header import StoredTensor, read_header
 from qmoe_format.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import out_of_memory
+from qmoe_format.remote import Location, RemotePath
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Location) -> Shard:
     """A weight file; its suffix says of which kind.
 
     Raises:
-        QMoEError: ``checkpoint`` if it is missing.
+        QMoEError: ``checkpoint`` if it is missing, or elsewhere and of ``torch.save``.
     """
     if not path.is_file():
         raise QMoEError(
@@ -34,14 +37,22 @@ def open_shard(path: Path) -> Shard:
             f"{path}: this weight file is missing",
             "download the whole checkpoint again",
         )
+    if isinstance(path, RemotePath):
+        if path.suffix == ".safetensors":
+            return RemoteSafetensorsShard(path)
+        raise QMoEError(
+            "checkpoint",
+            f"{path}: of weight files elsewhere only safetensors can be read",
+            "copy the checkpoint to this machine",
+        )
     return SafetensorsShard(path) if path.suffix == ".safetensors" else TorchShard(path)
 
 
 class Shard(ABC):
     """One weight file. Methods raise ``QMoEError``: ``checkpoint`` if it is damaged."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Location) -> None:
+        self.path: Location = path
         self._opened: Any = None
 
     @property
@@ -60,6 +71,10 @@ class Shard(ABC):
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """A tensor of this file, usually a view of the memory map."""
+
+    def read_row(self, name: str, index: int) -> Tensor:
+        """Likewise, one row of its first dimension."""
+        return self.read(name)[index]
 
     def release(self) -> None:
         """Drop the map as soon as no tensor uses it."""
@@ -99,10 +114,54 @@ class SafetensorsShard(Shard):
         return tensor
 
 
+class RemoteSafetensorsShard(Shard):
+    """Likewise, elsewhere. Its tensors are copies, so nothing is there to be released."""
+
+    def __init__(self, path: RemotePath) -> None:
+        super().__init__(path)
+        self._remote = path
+
+    def _open(self) -> Mapping[str, StoredTensor]:
+        try:
+            return read_header(self._remote)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, QMoEError):
+                raise
+            raise QMoEError(
+                "checkpoint",
+                f"{self.path}: not a complete safetensors file ({error})",
+                "copy it there again",
+            ) from error
+
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for name, stored in self._file.items():
+            if stored.dtype not in TORCH_DTYPES:
+                raise self._unknown_dtype(name, stored.dtype)
+            yield name, stored.dtype, stored.shape
+
+    def read(self, name: str) -> Tensor:
+        return self._tensor(*self._file[name])
+
+    def read_row(self, name: str, index: int) -> Tensor:
+        dtype, shape, begin, end = self._file[name]
+        length = (end - begin) // shape[0]
+        return self._tensor(dtype, shape[1:], begin + index * length, begin + (index + 1) * length)
+
+    def release(self) -> None:
+        """The header is kept."""
+
+    def _tensor(self, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
+        if begin == end:
+            return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+        data = bytearray(self._remote.read(begin, end - begin))  # torch may write into a tensor
+        return torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[dtype]).reshape(shape)
+
+
 class TorchShard(Shard):
     """A file of ``torch.save``, loaded without running code from it."""
 
     def _open(self) -> Any:
+        assert isinstance(self.path, Path)
         state = load_torch_file(self.path)
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()

@@ -57,7 +57,8 @@ def add_file_argument(to: argparse._ActionsContainer) -> None:
     to.add_argument(
         "file",
         metavar="FILE",
-        help="a .qmoe file, or one on the Hugging Face Hub: ORG/MODEL[/FILE.qmoe][@REVISION]",
+        help="a .qmoe file, its URL (such as s3://BUCKET/FILE.qmoe), or one on the Hugging Face "
+        "Hub: ORG/MODEL[/FILE.qmoe][@REVISION]",
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmoe_format.calibration.ranks import rank_of
 from qmoe_format.cli.arguments import (
     TEXT_HELP,
     Commands,
@@ -21,7 +23,7 @@ from qmoe_format.cli.formatting import duration
 from qmoe_format.cli.progress_line import ProgressLine
 from qmoe_format.cli.tables import few_tokens_warning, summary
 from qmoe_format.codec import PROFILES
-from qmoe_format.errors import QMoEError, os_errors
+from qmoe_format.errors import QMoEError, QMoEWarning, os_errors
 from qmoe_format.quantize import RECIPES
 
 if TYPE_CHECKING:
@@ -40,9 +42,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder with config.json, or a model on the Hugging Face Hub: ORG/MODEL[@REVISION]",
+        help="folder with config.json, its URL (such as s3://BUCKET/FOLDER), or a model on the "
+        "Hugging Face Hub: ORG/MODEL[@REVISION]",
     )
-    parser.add_argument("destination", metavar="DST", type=Path, help="file to write")
+    parser.add_argument("destination", metavar="DST", help="file to write, or its URL")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -96,7 +99,7 @@ def add_parser(commands: Commands) -> None:
     group = parser.add_argument_group(
         "calibration", "run the model on text, and fit each expert to the tokens routed to it"
     )
-    group.add_argument("--calibration", type=Path, metavar="TEXT", help=f"the text: {TEXT_HELP}")
+    group.add_argument("--calibration", metavar="TEXT", help=f"the text: {TEXT_HELP}")
     add_text_options(group)
     group.add_argument(
         "--token-cap",
@@ -150,6 +153,8 @@ def run(options: argparse.Namespace) -> None:
     from qmoe_format.conversion.report import read_report
 
     calibration = _calibration(options)
+    if rank_of():  # what there is to say, rank 0 says
+        warnings.simplefilter("ignore", QMoEWarning)
     started = time.monotonic()
     with ProgressLine("download", "B") as download, ProgressLine("convert", "weights") as progress:
         path = convert(
@@ -173,6 +178,8 @@ def run(options: argparse.Namespace) -> None:
             resume=options.resume,
             trust_remote_code=options.trust_remote_code,
         )
+    if rank_of():
+        return
     print(f"{path}: written in {duration(time.monotonic() - started)}\n")
     with container.open(path, memory_map=False) as file:
         warning = few_tokens_warning(read_report(file), file) if calibration else []

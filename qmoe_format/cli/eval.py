@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmoe_format.cli import downloads, models
@@ -36,12 +35,12 @@ def add_parser(commands: Commands) -> None:
         epilog="example: qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/",
     )
     add_file_argument(parser)
-    parser.add_argument("--text", type=Path, metavar="TEXT", required=True, help=TEXT_HELP)
+    parser.add_argument("--text", metavar="TEXT", required=True, help=TEXT_HELP)
     parser.add_argument(
         "--against",
         metavar="SRC",
-        help="the original checkpoint, a folder or ORG/MODEL[@REVISION]: also show its loss, "
-        "KL(original ‖ compressed), and the error of each layer's experts",
+        help="the original checkpoint, a folder, its URL or ORG/MODEL[@REVISION]: also show its "
+        "loss, KL(original ‖ compressed), and the error of each layer's experts",
     )
     add_text_options(parser)
     add_model_options(parser)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import require
+from qmoe_format.remote import Location
 
 
 def require_transformers() -> None:
@@ -46,7 +46,7 @@ def text_part(model: Any) -> Any:
     return getattr(model, "thinker", model)
 
 
-def check_original(folder: Path, path: Path, trust_remote_code: bool) -> None:
+def check_original(folder: Location, path: Location, trust_remote_code: bool) -> None:
     """Check that a checkpoint has the experts of a ``.qmoe`` file.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qmoe_format.cli import downloads
 from qmoe_format.cli.arguments import Commands, add_file_argument, parse_size
@@ -19,7 +18,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: qmoe unpack switch.qmoe switch-unpacked/",
     )
     add_file_argument(parser)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
+    parser.add_argument("folder", metavar="DIR", help="new or empty folder")
     parser.add_argument(
         "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB"
     )

@@ -1,5 +1,7 @@
 """Where a reader's bytes come from: a file that is mapped into memory, or read.
 
+What is elsewhere has ``remote_source``.
+
 Every byte that the reader looks at passes through ``FileSource.view``.
 
 Mapping has a trap: if another process shortens the file, touching a page beyond the new end kills
@@ -17,6 +19,7 @@ import contextlib
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +75,10 @@ class FileSource:
             raise QMoEError("argument", f"{self.path}: the file is closed", "open it again")
         with self._errors:
             return self._view(offset, length)
+
+    def views(self, ranges: Sequence[tuple[int, int]]) -> list[Bytes]:
+        """Several views."""
+        return [self.view(offset, length) for offset, length in ranges]
 
     def _view(self, offset: int, length: int) -> Bytes:
         now = os.fstat(self._fd).st_size

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
-from qmoe_format.atomic_file import PartialFile, sync_folder
+from qmoe_format.atomic_file import partial_file, sync_folder
 from qmoe_format.container.encodings import Encoding
 from qmoe_format.container.entries import Item
 from qmoe_format.container.shard_list import ListedShard, dump_shard_list, shard_name
 from qmoe_format.container.shard_writer import ShardWriter
 from qmoe_format.errors import QMoEError
+from qmoe_format.remote import Location
 
 
 class Output:
@@ -22,12 +22,12 @@ class Output:
         state: whether more can be written, and if not, why.
     """
 
-    def __init__(self, target: Path, shard_bytes: int | None, generator: str) -> None:
+    def __init__(self, target: Location, shard_bytes: int | None, generator: str) -> None:
         self._target = target
         self.state: Literal["open", "finished", "failed", "aborted"] = "open"
         self._shard_bytes = shard_bytes
         self._generator = generator
-        self._shards = [ShardWriter(target)]
+        self._shards = [self._new_shard()]
 
     def check_open(self) -> None:
         """Refuse to go on after the end.
@@ -70,11 +70,11 @@ class Output:
             shard.drop_extent()
             # Closed now: a shard that waits for its name needs no open file.
             shard.close(self._generator)
-            self._shards.append(ShardWriter(self._target))
+            self._shards.append(self._new_shard())
             used = self.shard.put(encoding, value, item)
         return used
 
-    def finish(self) -> Sequence[Path]:
+    def finish(self) -> Sequence[Location]:
         """Complete all files, make them durable and name them; the first one is to be opened."""
         self.shard.close(self._generator)
         files = self._publish()
@@ -89,7 +89,10 @@ class Output:
             for shard in self._shards:
                 shard.partial.discard()
 
-    def _publish(self) -> Sequence[Path]:
+    def _new_shard(self) -> ShardWriter:
+        return ShardWriter(self._target, renamed=self._shard_bytes is not None)
+
+    def _publish(self) -> Sequence[Location]:
         if len(self._shards) == 1:
             self.shard.partial.publish()
             return [self._target]
@@ -99,12 +102,12 @@ class Output:
             name = shard_name(self._target, number, len(self._shards))
             listed.append(ListedShard(name, shard.partial.length, shard.preamble_crc32))
             paths.append(self._target.with_name(name))
-        listing = PartialFile(self._target)
+        listing = partial_file(self._target)
         try:
             listing.write(dump_shard_list(listed))
             listing.seal()
             for path, shard in zip(paths, self._shards, strict=True):
-                shard.partial.publish(path)
+                shard.partial.publish(path)  # type: ignore[arg-type] # both here or elsewhere
             # The shards must be durable before the file that names them.
             sync_folder(self._target.parent)
             listing.publish()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +15,8 @@ from qmoe_format.container.encodings import Payload
 from qmoe_format.container.entries import AttachmentEntry, TensorEntry
 from qmoe_format.container.file_source import FileSource
 from qmoe_format.container.preamble import PREAMBLE_LENGTH, VERSION
-from qmoe_format.container.shard import Shard
+from qmoe_format.container.remote_source import RemoteSource
+from qmoe_format.container.shard import Shard, Source
 from qmoe_format.container.shard_list import (
     BEGINNING,
     ListedShard,
@@ -25,6 +25,7 @@ from qmoe_format.container.shard_list import (
 )
 from qmoe_format.errors import QMoEError, located
 from qmoe_format.progress import Counter, Progress
+from qmoe_format.remote import Location, RemotePath, location
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 E = TypeVar("E", TensorEntry, AttachmentEntry)
 
 
-def open(path: str | os.PathLike[str], *, memory_map: bool = True) -> QMoEFile:
+def open(path: str | os.PathLike[str] | RemotePath, *, memory_map: bool = True) -> QMoEFile:
     """Open a ``.qmoe`` file, or all shards that a text file names.
 
     Args:
-        path: of the file, or of the text file.
+        path: of the file, or of the text file. It may be a URL, such as ``s3://bucket/model.qmoe``:
+            what is read of the file is then requested as a range of its bytes, and nothing else
+            (see ``qmoe_format.remote``).
         memory_map: map files into memory. Without, bytes are read: slower, but nothing that another
             process does to a file can end this one (see ``qmoe_format.container.file_source``).
 
@@ -44,7 +47,8 @@ def open(path: str | os.PathLike[str], *, memory_map: bool = True) -> QMoEFile:
         The open file: a context manager.
 
     Raises:
-        QMoEError: a code of SPEC.md section 1; ``not-found``; ``io``.
+        QMoEError: a code of SPEC.md section 1; ``not-found``; ``io``; for a URL also ``dependency``
+            and ``argument``.
 
     Example:
         >>> import tempfile
@@ -99,8 +103,11 @@ class QMoEFile:
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = True) -> None:
-        source = FileSource(path, memory_map=memory_map)
+    def __init__(
+        self, path: str | os.PathLike[str] | RemotePath, *, memory_map: bool = True
+    ) -> None:
+        place = location(path)
+        source = _open_source(place, memory_map)
         self.path = str(source.path)
         self.file_length = 0
         shards: list[Shard] = []
@@ -115,7 +122,7 @@ class QMoEFile:
                 source.close()
                 for each in listed:
                     with located(self.path):
-                        source = _open_listed(self.path, each, memory_map)
+                        source = _open_listed(place, each, memory_map)
                         opened.callback(source.close)
                         _check_listed(source, each)
                     shards.append(Shard(source))
@@ -251,7 +258,13 @@ class QMoEFile:
         return QMoEError("not-found", f"{self.path}: there is no {what}", advice)
 
 
-def _read_list(source: FileSource) -> list[ListedShard] | None:
+def _open_source(path: Location, memory_map: bool) -> Source:
+    if isinstance(path, RemotePath):
+        return RemoteSource(path)
+    return FileSource(path, memory_map=memory_map)
+
+
+def _read_list(source: Source) -> list[ListedShard] | None:
     """The shards that a text file names; None if it is another file. [S-1]"""
     head = source.view(0, min(len(BEGINNING), source.length)).tobytes()
     if head != BEGINNING:
@@ -260,16 +273,16 @@ def _read_list(source: FileSource) -> list[ListedShard] | None:
     return parse_shard_list(source.view(0, source.length))
 
 
-def _open_listed(path: str, shard: ListedShard, memory_map: bool) -> FileSource:
+def _open_listed(path: Location, shard: ListedShard, memory_map: bool) -> Source:
     """A shard that the text file at ``path`` names."""
     try:
-        return FileSource(Path(path).with_name(shard.file), memory_map=memory_map)
+        return _open_source(path.with_name(shard.file), memory_map)
     except QMoEError as error:  # [S-2]
         wrong = f"shard {shard.file!r} cannot be opened ({error.problem})"
         raise QMoEError("truncated", wrong) from error
 
 
-def _check_listed(source: FileSource, shard: ListedShard) -> None:
+def _check_listed(source: Source, shard: ListedShard) -> None:
     """Refuse a file that is not the one that the text file describes. [S-2]"""
     crc32 = b""
     if source.length >= PREAMBLE_LENGTH:

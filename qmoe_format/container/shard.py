@@ -7,9 +7,11 @@ first time it is used, and reading one expert of a stack touches that expert's b
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +19,11 @@ import numpy.typing as npt
 from qmoe_format import codec
 from qmoe_format.container.encodings import ENCODINGS, Encoding, Payload, encoding_of
 from qmoe_format.container.entries import DictionaryEntry, Entry, TensorEntry
-from qmoe_format.container.extent_table import ALIGNMENT, FIRST_EXTENT, ExtentTable, align
+from qmoe_format.container.extent_table import FIRST_EXTENT, ExtentTable
 from qmoe_format.container.file_source import FileSource
 from qmoe_format.container.index import parse_index
 from qmoe_format.container.preamble import PREAMBLE_LENGTH, Preamble
+from qmoe_format.container.remote_source import RemoteSource
 from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError, located
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary
 
 _STRIDE = 1 << 24  # bytes between two reports of progress within an extent
+_RUN = 1 << 24  # bytes that verification asks for together
+
+Source: TypeAlias = FileSource | RemoteSource
 
 
 class Shard:
@@ -51,7 +57,7 @@ class Shard:
         QMoEError: a code of SPEC.md section 1, or ``io``.
     """
 
-    def __init__(self, source: FileSource) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         self.path = str(source.path)
         with located(self.path):  # [C-1]
@@ -66,6 +72,7 @@ class Shard:
                 raise QMoEError("padding", "bytes after the JSON text are not zero")
             self._table = ExtentTable.parse(tail[rest:], offset)
             self._index = parse_index(tail[:text], self._table.lengths)
+        self._index_offset = offset
         self.version = preamble.version
         self.generator = self._index.generator
         self.file_length = preamble.file_length
@@ -102,9 +109,10 @@ class Shard:
             return Payload(entry.stored_bytes)
         total = Payload(0, 0)
         with located(self._where(entry)):
-            for extent in range(entry.extent, entry.extent + entry.extent_count):
-                offset, length = self._bounds(extent)
-                header = self._source.view(offset, min(length, encoding.header_bytes))
+            extents = range(entry.extent, entry.extent + entry.extent_count)
+            most = encoding.header_bytes
+            headers = [(offset, min(length, most)) for offset, length in map(self._bounds, extents)]
+            for header in self._source.views(headers):
                 total += encoding.payload(header, entry.item)
             if total.bytes > entry.stored_bytes or (total.nonzeros or 0) > entry.elements:
                 raise QMoEError("malformed", "the headers contradict the index")
@@ -130,13 +138,14 @@ class Shard:
         advance(end)
         owners = self._index.owners
         parts = ((entry, expert) for entry in owners for expert in range(entry.extent_count))
+        extents = self._padded_extents()
         for extent, (entry, expert) in enumerate(parts):
             offset, length = self._bounds(extent)
             with located(self._where(entry, expert)):
-                self._check_crc(extent, advance)
-                stored = self._source.view(offset, length)
-                end = align(offset + length, ALIGNMENT)
-                if self._source.view(offset + length, end - offset - length).any():  # [F-2]
+                padded = next(extents)
+                stored = padded[:length]
+                self._check_crc(extent, stored, advance)
+                if padded[length:].any():  # [F-2]
                     raise QMoEError("padding", f"bytes after extent {extent} are not zero")
                 try:
                     if isinstance(entry, DictionaryEntry):
@@ -147,12 +156,26 @@ class Shard:
                     if error.code != "unsupported":
                         raise
                     unsupported = unsupported or error.at(self._where(entry, expert))
-            del stored
+            end = offset + len(padded)
+            del padded, stored
             self._source.release(offset, length)
             advance(end - offset - length)
         if unsupported:
             raise unsupported
         advance(self.file_length - end)
+
+    def _padded_extents(self) -> Iterator[Bytes]:
+        """The extents one by one, each with the bytes up to the next; small ones read together."""
+        # Each ends where the next begins, the last at the index. [F-5]
+        edges = [*self._table.offsets.tolist(), self._index_offset]
+        first = 0
+        while first + 1 < len(edges):
+            last = max(first + 1, bisect_right(edges, edges[first] + _RUN) - 1)
+            run = self._source.view(edges[first], edges[last] - edges[first])
+            for begin, end in pairwise(edges[first : last + 1]):
+                yield run[begin - edges[first] : end - edges[first]]
+            del run  # before the next one comes
+            first = last
 
     def _where(self, entry: Entry, expert: int = 0) -> str:
         return f"{self.path}, {entry.label(expert)}"
@@ -163,18 +186,20 @@ class Shard:
 
     def _extent(self, extent: int) -> Bytes:
         """An extent's bytes, checked when they are used the first time. [F-7]"""
+        stored = self._source.view(*self._bounds(extent))
         if not self._checked[extent]:
-            self._check_crc(extent)
-        return self._source.view(*self._bounds(extent))
+            self._check_crc(extent, stored)
+        return stored
 
-    def _check_crc(self, extent: int, advance: Callable[[int], None] | None = None) -> None:
-        offset, length = self._bounds(extent)
+    def _check_crc(
+        self, extent: int, stored: Bytes, advance: Callable[[int], None] | None = None
+    ) -> None:
         crc32 = 0
-        for start in range(0, length, _STRIDE):
-            part = min(_STRIDE, length - start)
-            crc32 = zlib.crc32(self._source.view(offset + start, part).data, crc32)
+        for start in range(0, len(stored), _STRIDE):
+            part = stored[start : start + _STRIDE]
+            crc32 = zlib.crc32(part.data, crc32)
             if advance:
-                advance(part)
+                advance(len(part))
         if crc32 != self._table.crc32[extent]:
             raise QMoEError("checksum", f"extent {extent} does not match its checksum")
         self._checked[extent] = True

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from qmoe_format.container import canonical_json, limits
 from qmoe_format.container.index import check_file_name, fields
 from qmoe_format.container.preamble import VERSION
 from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError
+from qmoe_format.remote import Location
 
 FORMAT = "qmoe-shards"
 BEGINNING = b'{"format":"qmoe-shards"'
@@ -34,12 +34,12 @@ class ListedShard:
     preamble_crc32: int
 
 
-def file_stem(path: Path) -> str:
+def file_stem(path: Location) -> str:
     """What the names of the files beside ``path`` begin with: its own name without suffix."""
     return path.name.removesuffix(".json").removesuffix(".qmoe")
 
 
-def shard_name(path: Path, number: int, count: int) -> str:
+def shard_name(path: Location, number: int, count: int) -> str:
     """The name of shard ``number``, from 1, of the set whose text file is ``path``."""
     return f"{file_stem(path)}-{number:05}-of-{count:05}.qmoe"
 

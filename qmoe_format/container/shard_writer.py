@@ -9,12 +9,11 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qmoe_format.atomic_file import PartialFile
+from qmoe_format.atomic_file import PartialFile, partial_file
 from qmoe_format.container import canonical_json, limits
 from qmoe_format.container.encodings import RAW, ZSTD, Encoding
 from qmoe_format.container.entries import Item
@@ -28,6 +27,8 @@ from qmoe_format.container.extent_table import (
 from qmoe_format.container.index import dump_index
 from qmoe_format.container.preamble import Preamble
 from qmoe_format.errors import QMoEError
+from qmoe_format.remote import Location
+from qmoe_format.remote.upload import Upload
 
 if TYPE_CHECKING:
     from qmoe_format.codec import Dictionary
@@ -45,9 +46,10 @@ class ShardWriter:
         preamble_crc32: known after ``close``.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Location, *, renamed: bool = False) -> None:
+        """``renamed``: whether the file will be published under another name."""
         self._target = target
-        self.partial = PartialFile(target)
+        self.partial = partial_file(target, renamed=renamed)
         self.tensors: list[dict[str, Any]] = []
         self.preamble_crc32 = 0
         self._attachments: list[dict[str, Any]] = []
@@ -65,6 +67,7 @@ class ShardWriter:
     def put(self, encoding: Encoding, value: Any, item: Item, *, settled: bool = False) -> Encoding:
         """Write one extent; return the encoding used, which may be ``raw`` unless ``settled``."""
         check_limit(self._target, "extents", len(self._lengths) + 1, limits.EXTENTS)
+        self.partial.settle()
         extent = _Extent(self.partial, self._dictionary_number)
         encoding.encode(value, item, extent)
         if encoding.raw_if_larger and not settled and extent.length >= item.size:
@@ -153,7 +156,7 @@ class ShardWriter:
 class _Extent:
     """The ``Sink`` of one extent, at the end of a file."""
 
-    def __init__(self, file: PartialFile, number_of: Callable[[Dictionary], int]) -> None:
+    def __init__(self, file: PartialFile | Upload, number_of: Callable[[Dictionary], int]) -> None:
         self._file = file
         self.dictionary_number = number_of
         file.write(bytes(align(file.length, ALIGNMENT) - file.length))
@@ -173,7 +176,7 @@ class _Extent:
         self.crc32 = 0
 
 
-def check_limit(target: Path, what: str, number: int, most: int) -> None:
+def check_limit(target: Location, what: str, number: int, most: int) -> None:
     """Refuse a file that no reader would accept. [L-1]
 
     Raises:

@@ -10,7 +10,6 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from qmoe_format.container.shard_list import shard_name
 from qmoe_format.container.shard_writer import check_limit
 from qmoe_format.dtypes import STORAGE
 from qmoe_format.errors import QMoEError
+from qmoe_format.remote import Location, RemotePath
 
 
 class Writer:
@@ -43,7 +43,8 @@ class Writer:
     leaves a set that is reported as ``checksum``.
 
     Args:
-        path: of the file to write.
+        path: of the file to write, or its URL (see ``qmoe_format.remote``). To S3 it goes while it
+            is written; for other file systems, it or a shard lies in a temporary file first.
         shard_bytes: begin another shard before a tensor that would make the current one longer;
             None: write one file.
         generator: what the index says about the program that writes.
@@ -52,7 +53,7 @@ class Writer:
         files: the files written, first the one to open; empty before ``finish``.
 
     Raises:
-        QMoEError: ``argument``; ``io``.
+        QMoEError: ``argument``; ``io``; for a URL also ``dependency`` and ``not-found``.
 
     Example:
         >>> import tempfile
@@ -74,7 +75,7 @@ class Writer:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | RemotePath,
         shard_bytes: int | None = None,
         *,
         generator: str = f"qmoe-format {__version__}",
@@ -92,7 +93,7 @@ class Writer:
         self._tensors: set[str] = set()
         self._attachments: set[str] = set()
         self._stack: StackWriter | None = None
-        self.files: Sequence[Path] = ()
+        self.files: Sequence[Location] = ()
         self._output = Output(target, shard_bytes, generator)
 
     def __enter__(self) -> Writer:

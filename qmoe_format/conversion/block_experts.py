@@ -1,4 +1,8 @@
-"""A block's experts, a group at a time: their weights, tokens, Hessians and outputs."""
+"""A block's experts, a group at a time: their weights, tokens, Hessians and outputs.
+
+An expert belongs to one rank, which reads all its tokens. So no Hessians are summed over ranks:
+less is moved, and sums do not depend on the number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qmoe_format.calibration.activations import RoutedTokens
+from qmoe_format.calibration.activations import PairOutputs, RoutedTokens
+from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.checkpoints import Checkpoint, ExpertStack, LayerStacks
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.errors import QMoEError
@@ -20,6 +25,9 @@ from qmoe_format.quantize.importance import derivatives, importance
 
 Weights = dict[str, Tensor]
 """float32 ``[experts, rows, columns]`` by stack."""
+
+_QUANTIZER = 20.0  # multiplications per weight and column that quantizing an expert takes, about
+_READING = 100.0  # per weight, that reading one takes
 
 
 def count_weights(stacks: Iterable[ExpertStack]) -> int:
@@ -44,6 +52,7 @@ class BlockExperts:
     Attributes:
         stacks: by name, in the checkpoint's order.
         count: the number of experts.
+        own: the numbers of this rank's experts.
         counted: the number of tokens that count.
         elements: of the largest matrix and its Hessian.
         experts_in_memory: how many have room together.
@@ -59,6 +68,8 @@ class BlockExperts:
         token_cap: float,
         all_experts: bool = False,
         norms: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        quantizes: bool = True,
     ) -> None:
         """
         Args:
@@ -67,6 +78,8 @@ class BlockExperts:
             token_cap, all_experts: see ``Calibration``.
             norms: float32 ``[tokens, 1]``, of the hidden states after the block: importance is
                 relative to them. None if all rows are equally important.
+            ranks: that share the experts.
+            quantizes: whether these are to be quantized, or only measured.
         """
         self._checkpoint = checkpoint
         self._layer = layer
@@ -92,15 +105,26 @@ class BlockExperts:
         self._all_experts = all_experts
         widest = max(stack.columns for stack in stacks)
         self._chunk_tokens = max(resources.chunk_tokens, resources.chunk_elements // widest)
+        per_token = sum(hessians) + 4 * sum(stack.rows * stack.columns for stack in stacks)
+        fixed = sum(
+            s.rows * s.columns * (_QUANTIZER * s.columns if quantizes else _READING) for s in stacks
+        )
+        self.own: Sequence[int] = range(self.count)
+        if ranks.count > 1:
+            self.own = ranks.packed([count * per_token + fixed for count in routed.counts])
 
-    def groups(self) -> Iterator[range]:
-        """All experts, in groups that fit into memory and keep all workers busy."""
+    def groups(self) -> Iterator[Sequence[int]]:
+        """This rank's experts, in groups that fit into memory and keep all workers busy."""
         concurrent = self.resources.concurrent_experts(self.elements)
         size = max(concurrent, self.experts_in_memory * self.resources.factor)
-        for first in range(0, self.count, size):
-            yield range(first, min(first + size, self.count))
+        for first in range(0, len(self.own), size):
+            yield self.own[first : first + size]
 
-    def weights(self, group: range) -> Weights:
+    def share(self, units: int) -> int:
+        """What some units of work of this rank are of the work of all, at the same speed."""
+        return units * self.count // max(1, len(self.own))
+
+    def weights(self, group: Sequence[int]) -> Weights:
         """The original matrices of some experts.
 
         Raises:
@@ -108,7 +132,7 @@ class BlockExperts:
         """
         return {name: self._read(stack, group) for name, stack in self.stacks.items()}
 
-    def _read(self, stack: ExpertStack, group: range) -> Tensor:
+    def _read(self, stack: ExpertStack, group: Sequence[int]) -> Tensor:
         weights = torch.empty(len(group), stack.rows, stack.columns)
         for place, expert in enumerate(group):
             weights[place] = self._checkpoint.read_expert(stack, expert)
@@ -150,6 +174,8 @@ class BlockExperts:
             )
             for m in (first, output)
         }
+        if len(self._inputs) > 1:
+            found[first].known = {}
         for matrix in self._inputs[1:]:  # the same inputs, so the same sums
             rows = torch.zeros_like(found[first].row_importance)
             found[matrix] = replace(found[first], row_importance=rows)
@@ -188,27 +214,33 @@ class BlockExperts:
             for matrix, stack in stacks.items()
         }
 
-    def add_outputs(self, weights: Weights, group: range, outputs: Tensor) -> None:
+    def add_outputs(
+        self, weights: Weights, group: Sequence[int], outputs: Tensor | PairOutputs
+    ) -> None:
         """Add some experts' outputs for all their tokens, times router weights, to ``outputs``:
-        float32 ``[tokens, d]``."""
+        float32 ``[tokens, d]``, or if other ranks have outputs for these tokens, pairs."""
         output = weights[self._output]
         chunks = (
-            (place, *chunk)
+            (place, number * self._chunk_tokens, *chunk)
             for place, expert in enumerate(group)
-            for chunk in self._chunks(*self._routed.tokens_of(expert))
+            for number, chunk in enumerate(self._chunks(*self._routed.tokens_of(expert)))
         )
 
-        def result(item: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            place, *tokens = item
+        def result(item: tuple[int, int, Tensor, Tensor]) -> tuple[int, int, Tensor, Tensor]:
+            place, first, *tokens = item
             chunk = self._multiplied(weights, place, group[place], *tokens)
             returned = self._hidden(chunk) @ output[chunk.place].T
             if self._biases:
                 returned += self._biases[1][group[chunk.place]]
-            return chunk.positions, (returned * chunk.gates[:, None]).cpu()
+            returned = (returned * chunk.gates[:, None]).cpu()
+            return group[place], first, chunk.positions, returned
 
         # A token may go to several of the experts: their outputs are added in a fixed order.
-        for positions, returned in self.resources.map(result, chunks, self.elements):
-            outputs[positions] += returned
+        for expert, first, positions, rows in self.resources.map(result, chunks, self.elements):
+            if isinstance(outputs, PairOutputs):
+                outputs.put(expert, first, rows)
+            else:
+                outputs[positions] += rows
 
     def _visit(
         self, call: Callable[[_Chunk], None], weights: Weights, experts: Sequence[int]

@@ -1,7 +1,8 @@
 """Conversion with calibration text: each block sees what the compressed blocks before it produce.
 
 Memory holds one block without its experts, and one group of experts with their Hessians, whatever
-the size of the model and the text. Every finished block is on disk, see ``work``.
+the size of the model and the text. Every finished block is on disk, see ``work``. Of several ranks,
+each runs some of the text and quantizes some of the experts; rank 0 writes the file.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qmoe_format._version import __version__
 from qmoe_format.atomic_file import atomic_write
+from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.calibration.sequences import Batch, default_sequence_length, read_batches
 from qmoe_format.calibration.text import text_sha256
 from qmoe_format.checkpoints import Checkpoint
@@ -27,12 +28,13 @@ from qmoe_format.conversion.passthrough import check_passthrough, write_passthro
 from qmoe_format.conversion.quantize_block import BlockRecord
 from qmoe_format.conversion.rate_control import FixedRate, RateControl, TargetRate
 from qmoe_format.conversion.report import REPORT_NAME, Quality, dump_report, report_path, rounded
-from qmoe_format.conversion.staging import Staging
+from qmoe_format.conversion.staging import Parts, Staging
 from qmoe_format.conversion.survey import reference_energy
 from qmoe_format.conversion.work import Work, describe_checkpoint, describe_code
 from qmoe_format.machine import check_device
 from qmoe_format.progress import Counter, Progress
 from qmoe_format.quantize.rate import Rate
+from qmoe_format.remote import Location
 
 DEFAULT_LAMBDA = 0.05
 _LIBRARIES = ("numba", "numpy", "tokenizers", "torch", "transformers", "zstandard")
@@ -40,40 +42,76 @@ _LIBRARIES = ("numba", "numpy", "tokenizers", "torch", "transformers", "zstandar
 
 def convert_calibrated(
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: Location,
     options: ConvertOptions,
     resources: Resources,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Convert a checkpoint; see ``convert``."""
     calibration = options.calibration
     assert calibration
-    check_device(resources.device)
+    ranks.settle(lambda: check_device(resources.device))
+    if not ranks.leads:
+        progress = None
     settings = _settings(checkpoint, options, calibration)
     counter = Counter(progress, count_weights(checkpoint.stacks))
     batches = _read_batches(
         checkpoint, options, lambda number: counter.enter(f"read text, document {number:,}")
     )
-    check_passthrough(checkpoint, options.keep_native)
+    ranks.share(lambda: check_passthrough(checkpoint, options.keep_native))
     fingerprint = settings | _environment(checkpoint, options, resources)
-    work = Work(destination, fingerprint, resume=options.resume, overwrite=options.overwrite)
-    with work, torch_threads(resources.threads):
-        passes = BlockPasses(checkpoint, batches, options, resources, work, progress)
-        staging = Staging(work.folder, checkpoint.stacks, options.methods)
+    with (
+        Work(
+            destination,
+            fingerprint,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            ranks=ranks,
+        ) as work,
+        torch_threads(resources.threads),
+    ):
+        passes = BlockPasses(checkpoint, batches, options, resources, work, progress, ranks)
+        staging = Staging(work.folder, checkpoint.stacks, options.methods, ranks)
+        done = _staged([record for record in work.records("block") if record])
+        ranks.share(lambda: staging.clean(done))
         control = _rate_control(checkpoint, options, passes)
         records = passes.quantize(control, staging)
-        control.check()
-        report = dump_report(_quality(checkpoint, settings, batches, records))
-        counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
-        counter.enter("write")
-        with Writer(destination, shard_bytes=options.shard_bytes) as writer:
-            writer.add_attachment(REPORT_NAME, report)
-            write_passthrough(checkpoint, writer, counter, options.keep_native)
-            for stack in checkpoint.stacks:
-                staging.copy(stack, writer, counter)
-            # Before the file: once that is there, nothing is left to be resumed.
-            with atomic_write(report_path(destination)) as file:
-                file.write(report)
+
+        def finish() -> None:
+            control.check()
+            report = dump_report(_quality(checkpoint, settings, batches, records))
+            _write(checkpoint, destination, options, report, staging, records, progress)
+
+        ranks.share(finish)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    destination: Location,
+    options: ConvertOptions,
+    report: bytes,
+    staging: Staging,
+    records: Sequence[BlockRecord],
+    progress: Progress | None,
+) -> None:
+    """Write the file and, beside it, the report."""
+    staged = _staged(records)
+    counter = Counter(progress, sum(info.elements for info in checkpoint.tensors.values()))
+    counter.enter("write")
+    with Writer(destination, shard_bytes=options.shard_bytes) as writer:
+        writer.add_attachment(REPORT_NAME, report)
+        write_passthrough(checkpoint, writer, counter, options.keep_native)
+        for stack in checkpoint.stacks:
+            staging.copy(stack, staged[stack.name], writer, counter)
+        # Before the file: once that is there, nothing is left to be resumed.
+        with atomic_write(report_path(destination)) as file:
+            file.write(report)
+
+
+def _staged(records: Sequence[BlockRecord]) -> dict[str, Parts]:
+    """Where the stacks of finished blocks are, by name."""
+    return {name: record["parts"] for record in records for name in record["stack_bytes"]}
 
 
 def _settings(
@@ -100,9 +138,10 @@ def _environment(
     checkpoint: Checkpoint, options: ConvertOptions, resources: Resources
 ) -> dict[str, Any]:
     """Everything else that the bytes of the result depend on."""
+    assert options.calibration
     files = describe_checkpoint(checkpoint)
     return {
-        "device": resources.device,
+        "device": options.calibration.device,
         "shard_bytes": options.shard_bytes,
         "keep_native": options.keep_native,
         "threads": resources.threads,
@@ -158,7 +197,11 @@ def _read_batches(
     calibration = options.calibration
     assert calibration
     return read_batches(
-        load_tokenizer(checkpoint.folder, trust_remote_code=options.trust_remote_code),
+        load_tokenizer(
+            checkpoint.folder,
+            where=checkpoint.where,
+            trust_remote_code=options.trust_remote_code,
+        ),
         checkpoint.config,
         calibration.text,
         column=calibration.text_column,

@@ -1,11 +1,12 @@
 """Two passes through a model's blocks: a survey of the original ones, then their quantization.
 
-Each block is finished with a record in the work folder; a pass begins after the last record.
+Each block is finished with a record in the work folder; a pass begins after the last record. All
+ranks take the same steps, each with its batches and its experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe_format.calibration.activations import RoutedTokens, RowFile
+from qmoe_format.calibration.activations import PairOutputs, RoutedTokens, RowFile
 from qmoe_format.calibration.model_part import Block
+from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.calibration.walk import Walk
 from qmoe_format.checkpoints import Checkpoint, LayerStacks
 from qmoe_format.conversion.block_experts import BlockExperts, count_weights
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.parallel import Resources
-from qmoe_format.conversion.quantize_block import BlockRecord, quantize_block
-from qmoe_format.conversion.rate_control import RateControl
+from qmoe_format.conversion.quantize_block import BlockRecord, merged, quantize_block
+from qmoe_format.conversion.rate_control import Attempt, RateControl
 from qmoe_format.conversion.sensitivity import Probes
 from qmoe_format.conversion.staging import Staging
 from qmoe_format.conversion.survey import StackSurvey, survey_block, with_prices
@@ -46,7 +48,7 @@ class _Step:
     counter: Counter
     begin: int  # of the counter
     record: Any = None  # JSON, for the work folder
-    outputs: Tensor | None = None  # of its experts, float32 [tokens, d]
+    outputs: Tensor | None = None  # of its experts for this rank's tokens, float32 [tokens, d]
 
 
 class BlockPasses:
@@ -60,8 +62,10 @@ class BlockPasses:
         resources: Resources,
         work: Work,
         progress: Progress | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.work = work
+        self._ranks = ranks
         self._checkpoint = checkpoint
         self._options = options
         self._resources = resources
@@ -76,28 +80,39 @@ class BlockPasses:
         probes = Probes(self._batches, len(layers))
         walk = self._walk(probes.batches)
         for step in self._steps("survey", walk, walk.blocks):
-            experts = self._experts(step)
-            step.outputs = step.routed.outputs()
-            for group in experts.groups():
-                experts.add_outputs(experts.weights(group), group, step.outputs)
-            norms = _norms(walk.hidden(), step.outputs)
-            own = norms[: sum(walk.counts[: len(self._batches)])]
-            with self._norms(step, len(own)).writing() as append:
-                append(own)
+            step.outputs = self._summed(step, walk, partial(self._original, step))
+            parts = self._ranks.gather(_norms(walk.hidden()[walk.own], step.outputs))
+            norms = torch.cat(parts)
+            read = norms[: sum(walk.counts[: len(self._batches)])]
+            self._ranks.share(partial(self._write_norms, step, read))
             if step.experts.runs:
-                probes.disturb(step.outputs, norms, walk.counts, layers.index(step.experts))
-            found = survey_block(self._experts(step, norms), self._options, step.counter)
+                block = layers.index(step.experts)
+                probes.disturb(step.outputs, norms, walk.counts, block, walk.own.start)
+            experts = self._experts(step, norms, quantizes=False)
+            found = survey_block(experts, self._options, step.counter, self._ranks)
             step.record = {name: asdict(survey) for name, survey in found.items()}
             release_memory()
         if not self.work.records("probe"):
             walk.start(len(walk.blocks))
-            measured = zip(layers, probes.sensitivities(walk), strict=True)
+            measured = zip(layers, probes.sensitivities(walk, self._ranks), strict=True)
             self.work.record("probe", 0, {layer.path: each for layer, each in measured})
         records = filter(None, self.work.records("survey"))
         found = {n: StackSurvey(**each) for record in records for n, each in record.items()}
         priced = with_prices(found, self._checkpoint.layers, self.work.records("probe")[0])
+        # Those of rank 0, should another processor round differently.
+        priced = self._ranks.share(lambda: priced)
         self._prices = {name: survey.price for name, survey in priced.items()}
         return priced
+
+    def _original(self, step: _Step, outputs: Tensor | PairOutputs) -> None:
+        """Add what a block's experts return, not quantized."""
+        experts = self._experts(step, quantizes=False)
+        for group in experts.groups():
+            experts.add_outputs(experts.weights(group), group, outputs)
+
+    def _write_norms(self, step: _Step, norms: Tensor) -> None:
+        with self._norms(step, len(norms)).writing() as append:
+            append(norms)
 
     def quantize(self, control: RateControl, staging: Staging) -> list[BlockRecord]:
         """Quantize each block for what the compressed blocks before it produce."""
@@ -110,22 +125,60 @@ class BlockPasses:
             norms = None
             if self._options.methods.rated:
                 norms = self._norms(step, len(step.routed.inputs)).mapped()
-            attempt = partial(self._attempt, step, self._experts(step, norms), staging)
-            step.record = control.quantize(attempt)
+            attempt = partial(self._attempt, step, walk, self._experts(step, norms), staging)
+            step.record = self._controlled(control, attempt)
         return [record for record in self.work.records("block") if record]
 
+    def _controlled(self, control: RateControl, attempt: Attempt) -> BlockRecord | None:
+        """Quantize a block as rank 0 controls it; only rank 0 gets the record."""
+        share = self._ranks.share
+        if self._ranks.leads:
+            record = control.quantize(lambda rate: attempt(share(lambda: (rate,))[0]))
+            share(lambda: None)
+            return record
+        while asked := share(lambda: None):
+            attempt(*asked)
+        return None
+
     def _attempt(
-        self, step: _Step, experts: BlockExperts, staging: Staging, rate: Rate | None
+        self,
+        step: _Step,
+        walk: Walk,
+        experts: BlockExperts,
+        staging: Staging,
+        rate: Rate | None,
     ) -> BlockRecord:
+        records: list[BlockRecord] = []
+
+        def quantize(outputs: Tensor | PairOutputs | None) -> None:
+            own = quantize_block(
+                experts, self._options, rate, self._prices, staging, outputs, step.counter
+            )
+            records.extend(self._ranks.gather(own))
+
         step.counter.back_to(step.begin)
         step.counter.enter(step.name)
-        step.outputs = None if step.is_last else step.routed.outputs()
-        return quantize_block(
-            experts, self._options, rate, self._prices, staging, step.outputs, step.counter
-        )
+        if step.is_last:
+            quantize(None)
+        else:
+            step.outputs = self._summed(step, walk, quantize)
+        return merged(records)
+
+    def _summed(
+        self, step: _Step, walk: Walk, add: Callable[[Tensor | PairOutputs], None]
+    ) -> Tensor:
+        """Outputs for this rank's tokens, of all experts; ``add`` adds those of its own."""
+        if self._ranks.count == 1:
+            outputs = step.routed.outputs()
+            add(outputs)
+            return outputs
+        with step.routed.pairs(self._ranks) as pairs:
+            add(pairs)
+        return step.routed.summed(self._ranks, walk.own)
 
     def _walk(self, batches: Sequence[Batch]) -> Walk:
-        return Walk(self._checkpoint, batches, self.work.folder, self._resources.device)
+        folder, device = self.work.folder, self._resources.device
+        return Walk(self._checkpoint, batches, folder, device, self._ranks)
 
     def _steps(self, kind: str, walk: Walk, blocks: Sequence[Block]) -> Iterator[_Step]:
         """Walk through the blocks that have no record of this kind, and write these records."""
@@ -146,11 +199,14 @@ class BlockPasses:
                 step = _Step(number, name, block.experts, is_last, routed, counter, begin)
                 yield step
                 record, outputs = step.record, step.outputs
+                counter.back_to(begin + count_weights(block.experts.stacks))
             if not is_last:
                 walk.advance(outputs)
             self.work.record(kind, number, record)
 
-    def _experts(self, step: _Step, norms: Tensor | None = None) -> BlockExperts:
+    def _experts(
+        self, step: _Step, norms: Tensor | None = None, *, quantizes: bool = True
+    ) -> BlockExperts:
         calibration = self._options.calibration
         assert calibration
         return BlockExperts(
@@ -161,6 +217,8 @@ class BlockPasses:
             token_cap=calibration.token_cap,
             all_experts=calibration.all_experts,
             norms=norms,
+            ranks=self._ranks,
+            quantizes=quantizes,
         )
 
     def _norms(self, step: _Step, tokens: int) -> RowFile:

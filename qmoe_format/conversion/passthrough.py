@@ -33,7 +33,7 @@ def check_passthrough(
     if kept and not Quantization(checkpoint.config).settings:
         raise QMoEError(
             "argument",
-            f"{checkpoint.folder}: what is kept of its quantized weights could not be loaded, for "
+            f"{checkpoint.where}: what is kept of its quantized weights could not be loaded, for "
             "config.json has no quantization_config",
             "leave out --keep-native",
         )

@@ -17,6 +17,7 @@ from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.passthrough import check_passthrough, write_passthrough
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.progress import Counter, Progress
+from qmoe_format.remote import Location
 
 if TYPE_CHECKING:
     from qmoe_format.checkpoints import ExpertStack
@@ -30,7 +31,7 @@ _CHOICES = (
 
 def convert_published(
     folder: Path,
-    destination: Path,
+    destination: Location,
     options: ConvertOptions,
     resources: Resources,
     progress: Progress | None = None,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
 
+from qmoe_format.calibration.activations import PairOutputs
+from qmoe_format.calibration.ranks import in_order
 from qmoe_format.checkpoints import ExpertStack
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, stored_bytes
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.conversion.report import ExpertQuality, StackQuality, rounded
-from qmoe_format.conversion.staging import Staging
+from qmoe_format.conversion.staging import Parts, Staging
 from qmoe_format.errors import QMoEError
 from qmoe_format.machine import release_memory
 from qmoe_format.progress import Counter
@@ -23,12 +26,13 @@ from qmoe_format.quantize.rate import Rate
 
 
 class BlockRecord(TypedDict):
-    """What a finished block has become.
+    """What a finished block, or one rank's experts of it, has become.
 
-    ``lam``: its rate's, if it has one. ``quality``, ``stack_bytes``: by stack.
-    ``dictionary_bytes``: as ``encoding.dictionaries``.
+    ``parts``: see ``staging``. ``lam``: its rate's, if it has one. ``quality``, ``stack_bytes``: by
+    stack. ``dictionary_bytes``: as ``encoding.dictionaries``.
     """
 
+    parts: Parts
     lam: float | None
     quality: dict[str, StackQuality]
     stack_bytes: dict[str, int]
@@ -41,21 +45,21 @@ def quantize_block(
     rate: Rate | None,
     prices: Mapping[str, float],
     staging: Staging,
-    outputs: Tensor | None,
+    outputs: Tensor | PairOutputs | None,
     counter: Counter,
 ) -> BlockRecord:
-    """Quantize a block's experts, a group at a time, into ``staging``.
+    """Quantize this rank's experts of a block, a group at a time, into ``staging``.
 
     Args:
         prices: factors for the rate's lambda, by stack.
-        outputs: float32 ``[tokens, d]``, to which the quantized experts' outputs are added; None if
-            nothing depends on them.
+        outputs: see ``BlockExperts.add_outputs``; None if nothing depends on them.
 
     Raises:
         QMoEError: as ``Recipe.quantize``; ``value`` if an expert's error is not finite.
     """
     lam = float(rate.lam) if rate else None
-    record = BlockRecord(lam=lam, quality={}, stack_bytes={}, dictionary_bytes={})
+    parts = staging.parts(experts.own)
+    record = BlockRecord(parts=parts, lam=lam, quality={}, stack_bytes={}, dictionary_bytes={})
     rates: dict[str, Rate | None] = {}
     for stack in experts.stacks.values():
         rated = rate and options.methods.of(stack.name).recipe.rated
@@ -65,21 +69,21 @@ def quantize_block(
         record["quality"][stack.name] = {"name": stack.name, "lambda": own_lam, "experts": []}
         record["stack_bytes"][stack.name] = 0
     stage = counter.stage
-    with staging.writing(experts.stacks) as writers:
+    with staging.writing(experts.stacks, experts.own) as writers:
         for group in experts.groups():
-            counter.enter(f"{stage}, expert {group.start + 1} of {experts.count}")
+            counter.enter(f"{stage}, expert {group[0] + 1} of {experts.count}")
             weights = experts.weights(group)
             statistics = experts.statistics(weights, group)
             for matrix, stack in experts.stacks.items():
                 for coded, quality in _quantize(
-                    experts, stack, group, weights[matrix], statistics[matrix], options,
+                    experts, stack, group, weights[matrix], statistics.pop(matrix), options,
                     rates[stack.name],
                 ):  # fmt: skip
                     writers[matrix].append(coded)
                     record["quality"][stack.name]["experts"].append(quality)
                     record["stack_bytes"][stack.name] += stored_bytes(coded)
                     record["dictionary_bytes"] |= dictionaries(coded)
-                    counter.add(stack.rows * stack.columns)
+                    counter.add(experts.share(stack.rows * stack.columns))
             if outputs is not None:
                 experts.add_outputs(weights, group, outputs)
             del weights, statistics
@@ -87,10 +91,24 @@ def quantize_block(
     return record
 
 
+def merged(records: Sequence[BlockRecord]) -> BlockRecord:
+    """The record of a block from those of all ranks."""
+    whole = copy.deepcopy(records[0])
+    for record in records[1:]:
+        whole["parts"] |= record["parts"]
+        whole["dictionary_bytes"] |= record["dictionary_bytes"]
+        for name, size in record["stack_bytes"].items():
+            whole["stack_bytes"][name] += size
+    for name, quality in whole["quality"].items():
+        found = [record["quality"][name]["experts"] for record in records]
+        quality["experts"] = in_order(whole["parts"].values(), found)
+    return whole
+
+
 def _quantize(
     experts: BlockExperts,
     stack: ExpertStack,
-    group: range,
+    group: Sequence[int],
     weights: Tensor,
     statistics: Statistics,
     options: ConvertOptions,
@@ -107,7 +125,7 @@ def _quantize(
         try:
             quantized = method.quantize(weights[part], own, rate)
         except QMoEError as error:
-            raise error.at(f"tensor {stack.name!r}, experts from {numbers.start}") from error
+            raise error.at(f"tensor {stack.name!r}, experts from {numbers[0]}") from error
         values = quantized.weights.dequantize()
         errors = relative_error(weights[part], values, own.sums).tolist()
         # Where nothing reached an expert, its error means nothing, unless there is nothing to lose.

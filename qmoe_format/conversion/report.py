@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
 from qmoe_format.container.shard_list import file_stem
 from qmoe_format.errors import QMoEError
+from qmoe_format.remote import AnyLocation
 
 if TYPE_CHECKING:
     from qmoe_format.container.reader import QMoEFile
@@ -57,7 +57,7 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def report_path(destination: Path) -> Path:
+def report_path(destination: AnyLocation) -> AnyLocation:
     """The report's path beside a file."""
     return destination.with_name(f"{file_stem(destination)}.{REPORT_NAME}")
 

@@ -11,10 +11,12 @@ inside a block tells: that of its outputs as little as that of the hidden states
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 
@@ -43,25 +45,37 @@ class Probes:
         first = len(counts) - self._blocks - 1 + copy
         return slice(sum(counts[:first]), sum(counts[: first + 1]))
 
-    def disturb(self, outputs: Tensor, norms: Tensor, counts: Sequence[int], block: int) -> None:
+    def disturb(
+        self, outputs: Tensor, norms: Tensor, counts: Sequence[int], block: int, first: int = 0
+    ) -> None:
         """Add noise to what a block's experts return, ``[tokens, d]``, in its own copy.
 
         Args:
+            outputs: of this rank's tokens, all or none of a copy; the others' have other ranks.
             norms: of the hidden states after the block, ``[tokens, 1]``.
             counts: the tokens of each batch.
             block: its number among the blocks with experts.
+            first: the number of this rank's first token.
         """
         rows = self._rows(counts, 1 + block)
+        if not first <= rows.start < first + len(outputs):
+            return
+        own = outputs[rows.start - first : rows.stop - first]
         generator = torch.Generator().manual_seed(block)
-        noise = torch.randn(outputs[rows].shape, generator=generator)
-        outputs[rows] += noise * (NOISE / outputs.shape[1] ** 0.5) * norms[rows].to(outputs)
+        noise = torch.randn(own.shape, generator=generator)
+        own += noise * (NOISE / outputs.shape[1] ** 0.5) * norms[rows].to(outputs)
 
-    def sensitivities(self, walk: Walk) -> list[float]:
+    def sensitivities(self, walk: Walk, ranks: Ranks = ALONE) -> list[float]:
         """Of each block, by a walk that has come to the end: nats a token for errors as large as
         the hidden states, if they went on growing with the square."""
-        original, *copies = walk.outputs(self._blocks + 1)
+        first = len(self.batches) - self._blocks
         with walk.head() as head:
-            return [_divergence(head, original, copy) / NOISE**2 for copy in copies]
+            original = walk.output(first - 1)
+            found = [
+                (block, _divergence(head, original, walk.output(first + block)) / NOISE**2)
+                for block in range(ranks.rank, self._blocks, ranks.count)
+            ]
+        return [each for _, each in sorted(chain.from_iterable(ranks.gather(found)))]
 
 
 def _divergence(head: Callable[[Tensor], Tensor], original: Tensor, other: Tensor) -> float:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_format.calibration.ranks import ALONE, Ranks, in_order
 from qmoe_format.checkpoints import ExpertStack, LayerStacks
-from qmoe_format.conversion.block_experts import BlockExperts, Weights, count_weights
+from qmoe_format.conversion.block_experts import BlockExperts, count_weights
 from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, expected_bytes
 from qmoe_format.conversion.options import ConvertOptions
 from qmoe_format.errors import QMoEError
@@ -119,20 +120,20 @@ def with_prices(
 
 
 def survey_block(
-    experts: BlockExperts, options: ConvertOptions, counter: Counter
+    experts: BlockExperts, options: ConvertOptions, counter: Counter, ranks: Ranks = ALONE
 ) -> dict[str, StackSurvey]:
     """Measure a block's stacks, by name: energies and, if bits were asked for, sizes.
+
+    Each of the ``ranks`` measures its experts, and all of them get all results.
 
     Raises:
         QMoEError: ``value`` if outputs are NaN or infinite.
     """
     stage, stacks = counter.stage, experts.stacks
-    energies: dict[str, list[float | None]] = {matrix: [] for matrix in stacks}
-    spreads: dict[str, list[Tensor]] = {matrix: [] for matrix in stacks}
-    samples: dict[str, list[tuple[Tensor, Statistics]]] = {matrix: [] for matrix in stacks}
-    sampled = [] if options.bits_per_weight is None else sorted(_sampled_experts(experts))
+    # Of each expert its energy and, if that is not zero, how it spreads over the rows.
+    found: dict[str, list[tuple[float | None, Tensor]]] = {matrix: [] for matrix in stacks}
     for group in experts.groups():
-        counter.enter(f"{stage}, expert {group.start + 1} of {experts.count}")
+        counter.enter(f"{stage}, expert {group[0] + 1} of {experts.count}")
         weights = experts.weights(group)
         for matrix, rows in experts.energies(weights, group).items():
             own = rows.mean(1)
@@ -143,24 +144,32 @@ def survey_block(
                     "calibration text are NaN or infinite",
                     "repair the model",
                 )
-            pairs = zip(own.tolist(), weights[matrix].flatten(1).any(1).tolist(), strict=True)
-            energies[matrix] += [energy if nonzero else None for energy, nonzero in pairs]
-            spreads[matrix].append(_spread(rows[own > 0]))
-        for expert in (each for each in sampled if each in group):
-            place = expert - group.start
-            one: Weights = {matrix: w[place : place + 1] for matrix, w in weights.items()}
-            for matrix, statistics in experts.statistics(one, [expert]).items():
-                sample = _sample(one[matrix][0], statistics, energies[matrix][expert])
-                samples[matrix].append(sample)
-        counter.add(sum(tensor.numel() for tensor in weights.values()))
+            nonzero = weights[matrix].flatten(1).any(1).tolist()
+            for place, energy in enumerate(own.tolist()):
+                spread = _spread(rows[place : place + 1][own[place : place + 1] > 0])
+                found[matrix].append((energy if nonzero[place] else None, spread))
+        counter.add(experts.share(sum(tensor.numel() for tensor in weights.values())))
+    ranked = ranks.gather((list(experts.own), found))
+    numbers = [own for own, _ in ranked]
     surveys = {}
     for matrix, stack in stacks.items():
-        spread = torch.cat(spreads[matrix]).mean(0).nan_to_num().tolist()
-        survey = StackSurvey(experts.counted, energies[matrix], spread, [], [], 0.0)
-        if sampled:
-            counter.enter(f"{stage}, sizes of {matrix}")
-            survey = _with_sizes(survey, experts, stack, samples[matrix], options)
-        surveys[stack.name] = survey
+        every = in_order(numbers, [each[matrix] for _, each in ranked])
+        energies = [energy for energy, _ in every]
+        mean = torch.cat([spread for _, spread in every]).mean(0).nan_to_num().tolist()
+        surveys[stack.name] = StackSurvey(experts.counted, energies, mean, [], [], 0.0)
+    if options.bits_per_weight is None:
+        return surveys
+    samples: dict[str, list[tuple[Tensor, Statistics]]] = {matrix: [] for matrix in stacks}
+    # Every rank needs them all. They are few.
+    for expert in sorted(_sampled_experts(experts)):
+        weights = experts.weights([expert])
+        for matrix, statistics in experts.statistics(weights, [expert]).items():
+            energy = surveys[stacks[matrix].name].energies[expert]
+            samples[matrix].append(_sample(weights[matrix][0], statistics, energy))
+    for matrix, stack in stacks.items():
+        counter.enter(f"{stage}, sizes of {matrix}")
+        survey = surveys[stack.name]
+        surveys[stack.name] = _with_sizes(survey, experts, stack, samples[matrix], options, ranks)
     return surveys
 
 
@@ -209,6 +218,7 @@ def _with_sizes(
     stack: ExpertStack,
     samples: Sequence[tuple[Tensor, Statistics]],
     options: ConvertOptions,
+    ranks: Ranks,
 ) -> StackSurvey:
     """Quantize all samples at each of ``LAMBDAS``, or once if the recipe knows no rate."""
     method, profile = options.methods.of(stack.name), options.codec_profile
@@ -220,7 +230,7 @@ def _with_sizes(
         for field in ("sums", "tokens", "row_importance")
     )
 
-    def quantize(batch: range) -> list[Matrix]:
+    def quantize(batch: Sequence[int]) -> list[Matrix]:
         own = torch.tensor([each % number for each in batch])
         rate = Rate(torch.tensor([lambdas[each // number] for each in batch]), 1.0)
         statistics = Statistics(sums[own], tokens[own], importance[own])
@@ -228,9 +238,14 @@ def _with_sizes(
         return [encode(quantized, place, profile, 1) for place in range(len(batch))]
 
     rows, columns = weights.shape[1:]
-    batches = experts.resources.batches(number * len(lambdas), rows, columns)
-    done = experts.resources.map(quantize, batches, rows * columns + columns**2)
+    every = range(number * len(lambdas))
+    mine = every[ranks.rank :: ranks.count]
+    batches = experts.resources.batches(len(mine), rows, columns)
+    parts_of = (mine[batch.start : batch.stop] for batch in batches)
+    done = experts.resources.map(quantize, parts_of, rows * columns + columns**2)
     matrices = [matrix for batch in done for matrix in batch]
+    numbers = [every[rank :: ranks.count] for rank in range(ranks.count)]
+    matrices = in_order(numbers, ranks.gather(matrices))
     parts = [matrices[first : first + number] for first in range(0, len(matrices), number)]
     sizes = [_mean(expected_bytes(each, stack.rows, profile) for each in part) for part in parts]
     used = [[name for each in part for name in dictionaries(each)] for part in parts]

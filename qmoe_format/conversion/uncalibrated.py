@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmoe_format.container.writer import Writer
@@ -13,6 +12,7 @@ from qmoe_format.conversion.parallel import Resources
 from qmoe_format.conversion.passthrough import check_passthrough, write_passthrough
 from qmoe_format.errors import QMoEError
 from qmoe_format.progress import Counter, Progress
+from qmoe_format.remote import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def convert_uncalibrated(
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: Location,
     options: ConvertOptions,
     resources: Resources,
     progress: Progress | None = None,

@@ -32,10 +32,11 @@ from qmoe_format.export.compressed_folder import (
 from qmoe_format.export.safetensors_writer import OutputTensor
 from qmoe_format.machine import cores
 from qmoe_format.progress import Counter, Progress
+from qmoe_format.remote import RemotePath, location
 
 
 def unpack(
-    source: str | Path,
+    source: str | Path | RemotePath,
     folder: str | Path,
     *,
     shard_bytes: int = 5_000_000_000,
@@ -45,7 +46,7 @@ def unpack(
     """Write all tensors, under their names in the checkpoint, and all attachments to a folder.
 
     Args:
-        source: a ``.qmoe`` file, or the index file of shards.
+        source: a ``.qmoe`` file, the index file of shards, or the URL of either.
         folder: a new or an empty one; it appears when it is complete.
         shard_bytes: most bytes of tensors in one safetensors file, unless ``compressed``.
         compressed: keep the experts as they are (``qmoe_format.export.compressed_folder``) instead
@@ -70,6 +71,9 @@ def unpack(
         ...     sorted(path.name for path in unpacked.iterdir())
         ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
+    if isinstance(location(folder), RemotePath):
+        advice = "give a folder of this machine, and copy that"
+        raise QMoEError("argument", f"{folder}: a folder can be written here only", advice)
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 -- also gives "folder/.." a name
     with os_errors(f"cannot write {folder}"):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

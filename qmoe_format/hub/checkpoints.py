@@ -13,6 +13,7 @@ from qmoe_format.hub.names import parse_name
 from qmoe_format.hub.pointers import check_not_pointer
 from qmoe_format.hub.repository import find_repository
 from qmoe_format.progress import Progress
+from qmoe_format.remote import Location
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -87,7 +88,7 @@ def _check_pointers(folder: Path) -> None:
         check_not_pointer(folder / name)
 
 
-def is_published_qmoe(folder: Path) -> bool:
+def is_published_qmoe(folder: Location) -> bool:
     """Whether a folder has the files that QMoE's authors publish, and no others with weights."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return _first_weight_file(names) == PUBLISHED_DENSE

@@ -53,7 +53,7 @@ def descend(
     levels: Tensor,
     gradient: Tensor,
     target: Tensor,
-    ratio: Tensor,
+    ratio: Tensor | None,
     hessian: Tensor,
     factors: Tensor,
     scale: Tensor,
@@ -62,12 +62,17 @@ def descend(
     ternary: Tensor,
     order: Tensor,
     members: Tensor,
+    summing: bool,
 ) -> Tensor:
     """A round of descent: change ``levels`` and ``gradient``; see ``kernels.sweep.sweep``.
 
+    Args:
+        ratio: None if it is 1.
+        summing: whether q.target and q.gradient are wanted.
+
     Returns:
-        q.target, q.gradient, the number of non-zeros and the sum of the magnitudes of levels of
-        each row, float64 ``[experts, rows, 4]``.
+        Of each row q.target, q.gradient, and how much the number of non-zeros and the sum of the
+        magnitudes of levels have changed, float64 ``[experts, rows, 4]``.
     """
     experts, rows, columns = levels.shape
     sums = torch.empty(experts, rows, 4, dtype=torch.float64)
@@ -75,7 +80,10 @@ def descend(
     moves = np.empty((rows, columns), np.int32)
     sizes = np.empty((rows, columns), np.float32)
     marks, counts = np.empty((len(order), rows), np.int32), np.empty(rows, np.int32)
-    turns = (order.numpy(), members.numpy(), moves, sizes, counts, marks)
+    turns = (
+        order.numpy(), members.numpy(), moves, sizes, counts, marks, ratio is not None, summing
+    )  # fmt: skip
+    ratio = scale if ratio is None else ratio
     _by_rows(
         sweep.sweep, turns, levels, gradient, target, ratio, hessian, factors, scale, column_scale,
         prices.first, prices.further, ternary, sums,

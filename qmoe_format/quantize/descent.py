@@ -30,18 +30,19 @@ def descend(
     prices: Prices,
     ternary: Tensor,
     generator: torch.Generator,
+    refitting: bool,
 ) -> tuple[Tensor, Tensor]:
     """A round: every column once, in random groups of its block, in a random order of blocks.
-
-    The row scales are refitted afterward.
 
     Args:
         prices: of levels.
         ternary: whether levels end at 1, bool ``[experts]``.
         generator: of the groups and the order; all experts have the same.
+        refitting: whether to refit the scales of rows afterward.
 
     Returns:
-        The number of non-zeros and the sum of the magnitudes of all levels, float64 ``[experts]``.
+        How much the number of non-zeros and the sum of the magnitudes of all levels have changed,
+        float64 ``[experts]``.
     """
     device = problem.hessian.device
     blocks = problem.hessian.shape[1] // BLOCK
@@ -52,8 +53,10 @@ def descend(
     factors = inverse_factor(own, check=device.type == "cpu")
     sums = steps_on(device).descend(
         solution.levels, solution.gradient, solution.target, solution.ratio, problem.hessian,
-        factors, solution.scale, solution.column_scale, prices, ternary, order, members,
+        factors, solution.scale, solution.column_scale, prices, ternary, order, members, refitting,
     )  # fmt: skip
-    solution.refit_rows(*sums[:, :, :2].float().unbind(2))
+    solution.ratio = None
+    if refitting:
+        solution.refit_rows(*sums[:, :, :2].float().unbind(2))
     nonzeros, total = sums[:, :, 2:].sum(1).unbind(1)
     return nonzeros, total

@@ -10,6 +10,7 @@ S is the Hessian of that error for each row of W (GPTQ, arXiv 2210.17323, sectio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ class Statistics:
         tokens: the number of tokens of each expert, int64 ``[experts]``.
         row_importance: the weight of a squared error in each row, summed over tokens, float64
             ``[experts, rows]``; ``[experts, 1]`` if all rows count alike.
+        known: what ``factored`` has found, for matrices that share ``sums``; None if none do.
     """
 
     sums: Tensor
     tokens: Tensor
     row_importance: Tensor
+    known: dict[Any, Any] | None = None
 
     @classmethod
     def zeros(
@@ -52,10 +55,16 @@ class Statistics:
 
     def of(self, experts: slice) -> Statistics:
         """The statistics of some of the experts, as views."""
-        return Statistics(self.sums[experts], self.tokens[experts], self.row_importance[experts])
+        known = self.known
+        if known is not None:
+            known = known.setdefault((experts.start, experts.stop), {})
+        importance = self.row_importance[experts]
+        return Statistics(self.sums[experts], self.tokens[experts], importance, known)
 
     def add(self, expert: int, inputs: Tensor) -> None:
         """Add tokens of one expert, x ``[tokens, columns]``."""
+        if self.known:
+            self.known.clear()
         inputs = inputs.to(self.sums.dtype)
         sums = self.sums[expert]
         for first in range(0, len(sums), _BLOCK):
@@ -107,6 +116,10 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
         statistics: of the experts' calibration tokens.
         damping: d as a fraction of the mean diagonal, ``[experts]``.
     """
+    key = tuple(damping.tolist())
+    if statistics.known and key in statistics.known:
+        found: Factored = statistics.known[key]
+        return found
     hessian = statistics.sums.new_empty(statistics.sums.shape, dtype=torch.float32)
     factor = torch.empty_like(hessian)
     unit = torch.ones(len(hessian), dtype=torch.float64)
@@ -138,7 +151,10 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
             factor[expert] = hessian[expert]
         used.append(None if reason else d)
         fallback.append(reason)
-    return Factored(hessian, factor, unit, used, fallback)
+    result = Factored(hessian, factor, unit, used, fallback)
+    if statistics.known is not None:
+        statistics.known[key] = result
+    return result
 
 
 def inverse_factor(hessian: Tensor, check: bool = True) -> Tensor:

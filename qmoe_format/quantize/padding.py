@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
-LANES = 16  # rows
-BLOCK = 64  # columns
+LANES = 32  # rows that kernels work on together
+BLOCK = 64  # columns, likewise
 GROUP = 16  # columns that descent decides together
 
 

@@ -9,9 +9,10 @@ arXiv 2603.04956).
 2. Rounds of descent follow, at a price that falls to the full one: adding non-zeros where they help
    most ends better than removing them where they help least.
 
-Each pass or round updates the price of a non-zero and refits the scales of rows by least squares;
-those of columns are refitted every few rounds, half of them at first, then an eighth. Now and then
-the columns change places, so that others come into one block.
+Each pass or round updates the price of a non-zero. The scales of rows are refitted by least squares
+after each of the first rounds; all of them and some of those of columns every few rounds, half of
+the columns at first, then an eighth. Now and then the columns change places, so that others come
+into one block.
 
 A product with the Hessian takes most of the time: three for the problem, half of one for a pass,
 one for its gradient, and a share of one whenever columns are refitted. A round changes too few
@@ -56,6 +57,8 @@ class Search:
         columns_every: number of rounds after which to refit scales of columns.
         first_columns: share of the columns whose scales are refitted before the first round.
         columns: share of them later.
+        refit_rows: share of the rounds after each of which the scales of rows are refitted; later
+            only with those of columns.
         reorder_every: number of rounds after which to put the columns into another order.
         lengthen: how much to lengthen weights where inputs are rare, see ``Solution``.
         damping: of Hessians in the descent, at least, relative to their mean diagonal: the share of
@@ -69,6 +72,7 @@ class Search:
     columns_every: int = 5
     first_columns: float = 1 / 2
     columns: float = 1 / 8
+    refit_rows: float = 1 / 4
     reorder_every: int = 10
     lengthen: float = 8.0
     damping: float = 0.004
@@ -131,7 +135,9 @@ def quantize_rd(
             solution.reorder(order)
         raised = 1 + (search.first_price - 1) * max(0.0, 1 - 2 * (step + 1) / search.rounds)
         prices = level_prices(nonzeros, total, rows * columns, raised * price, ternary)
-        nonzeros, total = descend(problem, solution, prices, ternary, generator)
+        refitting = step < search.rounds * search.refit_rows
+        more, higher = descend(problem, solution, prices, ternary, generator, refitting)
+        nonzeros, total = nonzeros + more, total + higher
     return Quantized(finished(problem, solution), used, fallback)
 
 

@@ -102,7 +102,7 @@ class Solution:
         column_scale: ``[experts, columns]``.
         target: W H + k ``seen``, ``[experts, rows, columns]``.
         gradient: target - Q H, the same shape, but for ``ratio``.
-        ratio: by which target - gradient is yet to be multiplied, ``[experts, rows]``.
+        ratio: by which target - gradient is yet to be multiplied, ``[experts, rows]``; None for 1.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Solution:
     ) -> None:
         """Refit the scales of rows to levels and column scales."""
         self.levels, self.scale, self.column_scale = levels, scale, column_scale
-        self.ratio = torch.ones_like(scale)
+        self.ratio: Tensor | None = None
         self.target = problem.exact.clone()
         self.gradient = problem.exact.clone()
         for expert, hessian in enumerate(problem.hessian):
@@ -123,9 +123,15 @@ class Solution:
         steps = steps_on(self.levels.device)
         own, aim, seen, along = (
             steps.row_sums(
-                self.levels, self.scale, self.column_scale, self.target, self.gradient,
-                problem.exact, problem.seen, problem.weights,
-            )  # fmt: skip
+                self.levels,
+                self.scale,
+                self.column_scale,
+                self.target,
+                self.gradient,
+                problem.exact,
+                problem.seen,
+                problem.weights,
+            )
             .float()
             .unbind(2)
         )
@@ -136,7 +142,7 @@ class Solution:
         ratio = refit_rows(own, aim + longer * seen)
         steps.aim_at(problem.exact, problem.seen, longer, ratio, self.target, self.gradient)
         self.scale = self.scale * ratio
-        self.ratio = torch.ones_like(self.scale)
+        self.ratio = None
 
     def refit_rows(self, aim: Tensor, rest: Tensor) -> None:
         """Least-squares scales of rows, for the same target.
@@ -152,8 +158,9 @@ class Solution:
 
         The steps that are best one by one go together, as far as their sum lowers the error.
         """
+        ratio = torch.ones_like(self.scale) if self.ratio is None else self.ratio
         steps_on(self.levels.device).refit_columns(
-            self.levels, self.scale, self.column_scale, self.target, self.gradient, self.ratio,
+            self.levels, self.scale, self.column_scale, self.target, self.gradient, ratio,
             problem.hessian, most,
         )  # fmt: skip
         self.fit(problem)

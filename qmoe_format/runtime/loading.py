@@ -14,15 +14,16 @@ from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.checkpoints.model import model_class
 from qmoe_format.errors import QMoEError
 from qmoe_format.export.compressed_folder import CONFIG_FILE
-from qmoe_format.hub import local_qmoe_file
+from qmoe_format.hub import find_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
+from qmoe_format.remote import RemotePath
 from qmoe_format.runtime.experts import compressed_modules
 from qmoe_format.runtime.model_of_file import checked_config, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | RemotePath,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -31,8 +32,9 @@ def load_model(
     """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
     Args:
-        path: a ``.qmoe`` file, the index file of shards, or the Hub's name of a repository that
-            holds one, such as ``ORG/MODEL``.
+        path: a ``.qmoe`` file, the index file of shards, the URL of either, or the Hub's name of a
+            repository that holds one, such as ``ORG/MODEL``. From a URL, an expert is read when it
+            is first used, and then kept, compressed.
         device: where the model computes; the experts are copied to a GPU compressed.
         dtype: of everything but the experts; None: the one in ``config.json``.
         trust_remote_code: run Python code in the file, if the configuration needs that.
@@ -54,9 +56,9 @@ def load_model(
         print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
     """
     check_device(device)
-    path = local_qmoe_file(os.fspath(path))
+    path = find_qmoe_file(path)
     with container.open(path) as file, checked_config(file, trust_remote_code) as (folder, config):
-        config.quantization_config = QMoEConfig(str(Path(path).absolute())).to_dict()
+        config.quantization_config = QMoEConfig(str(path.absolute())).to_dict()
         kind = model_class(config)
         try:
             model = kind.from_pretrained(
@@ -74,7 +76,7 @@ def load_model(
                 f"{file.path}: transformers cannot load this model ({error})",
                 "convert the checkpoint again, or update transformers",
             ) from error
-    model.name_or_path = model.config.name_or_path = os.fspath(path)
+    model.name_or_path = model.config.name_or_path = str(path)
     model.to(device)
     if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
         modules = (module for _, module in compressed_modules(model))
@@ -87,7 +89,7 @@ def load_model(
 
 
 def load_original(
-    folder: str | os.PathLike[str], dtype: torch.dtype, trust_remote_code: bool = False
+    folder: str | Path | RemotePath, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
     """Load a checkpoint as it was published, quantized weights as what they stand for.
 
@@ -102,7 +104,6 @@ def load_original(
     Raises:
         QMoEError: the codes of ``open_checkpoint``; ``checkpoint`` if transformers cannot load it.
     """
-    folder = Path(folder)
     with open_checkpoint(folder, trust_remote_code=trust_remote_code) as checkpoint:
         config = checkpoint.model_config
 
@@ -118,7 +119,7 @@ def load_original(
                 config=config,
                 state_dict={name: weights(name) for name in checkpoint.tensors},
                 dtype=dtype,
-                generation_config=_generation_config(folder),
+                generation_config=_generation_config(checkpoint.folder),
             )
         except Exception as error:  # as above
             if isinstance(error, QMoEError) or out_of_memory(error):

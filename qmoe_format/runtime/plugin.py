@@ -59,12 +59,12 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        path = Path(self.quantization_config.file)
+        name = self.quantization_config.file
         if checkpoint_files:
-            path = Path(checkpoint_files[0]).parent / path
+            path = Path(checkpoint_files[0]).parent / name
             if not path.exists():
                 _download(model.config.name_or_path, path)
-        self.file = container.open(path)
+        self.file = container.open(path if checkpoint_files else name)
         _install(model, self.file)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from qmoe_format import container
 from qmoe_format.checkpoints import tokenizers
 from qmoe_format.container.attachment_files import attached_files
-from qmoe_format.hub import local_qmoe_file
+from qmoe_format.hub import find_qmoe_file
+from qmoe_format.remote import RemotePath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], *, trust_remote_code: bool = False
+    path: str | os.PathLike[str] | RemotePath, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that is attached to a ``.qmoe`` file.
 
@@ -32,7 +33,7 @@ def load_tokenizer(
 
         ids = load_tokenizer("model.qmoe")("Once upon a time").input_ids
     """
-    path = local_qmoe_file(os.fspath(path))
+    path = find_qmoe_file(path)
     with container.open(path) as file, attached_files(file) as folder:
         return tokenizers.load_tokenizer(
             folder, where=file.path, trust_remote_code=trust_remote_code

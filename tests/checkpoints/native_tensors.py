@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.checkpoints.native import PackedTensor, find_packed
+from qmoe_format.checkpoints.native.packed_tensor import row
 from qmoe_format.checkpoints.tensor_info import TensorInfo
 
 DTYPES = {
@@ -46,7 +47,10 @@ def decode(
     """The only packed weight among some tensors; it must account for all of them."""
     (packed,) = find(quantization, tensors).values()
     assert sorted(packed.parts) == sorted(tensors)
-    decoded = packed.decode(tensors.__getitem__, index)
+    if index is None:
+        decoded = packed.decode(tensors.__getitem__)
+    else:
+        decoded = packed.decode_expert(lambda name, *which: row(tensors[name], *which), index)
     assert decoded.dtype == torch.float32
     assert decoded.is_contiguous()
     assert tuple(decoded.shape) == (packed.shape if index is None else packed.shape[1:])

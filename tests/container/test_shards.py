@@ -86,6 +86,7 @@ def test_names_and_lengths(tmp_path: Path) -> None:
     for each in others:
         assert code_of(each.read_bytes()) is None
         with qmoe_format.open(each) as file:
+            assert isinstance(each, Path)
             assert each.stat().st_size <= 4096 or len(file.tensors) == 1
 
 

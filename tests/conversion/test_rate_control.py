@@ -39,7 +39,11 @@ RANGE = r"ask for 0\.404 to 1\.623"  # as the surveys have it
 
 def record(name: str, size: int, lam: float = 0.1, dictionary: int = 1) -> BlockRecord:
     return BlockRecord(
-        lam=lam, quality={}, stack_bytes={name: size}, dictionary_bytes={"3": dictionary}
+        parts={},
+        lam=lam,
+        quality={},
+        stack_bytes={name: size},
+        dictionary_bytes={"3": dictionary},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def surveyed(experts: BlockExperts, zero: set[int]) -> dict[str, StackSurvey]:
     """The survey if these experts were zero."""
     read = experts.weights
 
-    def weights(group: range) -> Weights:
+    def weights(group: Sequence[int]) -> Weights:
         found = read(group)
         for tensor in found.values():
             tensor[[expert in zero for expert in group]] = 0

@@ -16,6 +16,7 @@ from qmoe_format.errors import QMoEError
 
 Read = Callable[[str], Tensor]
 """A stored tensor by name, usually a view of a memory map."""
+ReadRow = Callable[[str, int, int], Tensor]
 Floats = npt.NDArray[np.float32]
 DOWNLOAD = "download the whole checkpoint again"
 
@@ -43,31 +44,36 @@ class PackedTensor(ABC):
         """Names of all stored tensors that it replaces."""
         return (*self.stored.values(), *self.ignored)
 
-    def decode(self, read: Read, index: int | None = None) -> Tensor:
+    def decode(self, read: Read) -> Tensor:
         """The weight as float32, contiguous.
 
         Args:
             read: gives a stored tensor by name.
-            index: decode only this expert of a fused tensor, and look at nothing else.
 
         Raises:
             QMoEError: ``checkpoint`` if a scale is not finite or the parts contradict each other.
         """
         tensors = {kind: read(name) for kind, name in self.stored.items()}
+        out = torch.empty(self.shape)
         if len(self.shape) < 3:
-            assert index is None, f"{self.name} is a single matrix"
-            out = torch.empty(self.shape)
             self._decode(tensors, out.numpy())
             return out
-        experts = range(self.shape[0]) if index is None else (index,)
-        out = torch.empty(len(experts), *self.shape[1:])
-        for matrix, expert in zip(out, experts, strict=True):
-            own = {
-                kind: tensor[expert] if tensor.ndim and len(tensor) == self.shape[0] else tensor
-                for kind, tensor in tensors.items()
-            }
+        for expert, matrix in enumerate(out):
+            own = {kind: row(each, expert, len(out)) for kind, each in tensors.items()}
             self._decode(own, matrix.numpy())
-        return out if index is None else out[0]
+        return out
+
+    def decode_expert(self, read: ReadRow, expert: int) -> Tensor:
+        """One matrix of a fused tensor, likewise; looks at nothing else.
+
+        Args:
+            read: gives what ``row`` does of a stored tensor by name.
+        """
+        count = self.shape[0]
+        out = torch.empty(self.shape[1:])
+        own = {kind: read(name, expert, count) for kind, name in self.stored.items()}
+        self._decode(own, out.numpy())
+        return out
 
     @abstractmethod
     def _decode(self, tensors: Mapping[str, Tensor], out: Floats) -> None:
@@ -85,6 +91,11 @@ class PackedTensor(ABC):
     def _check_finite(self, scales: Floats) -> None:
         if not np.isfinite(scales).all():
             raise refusal(self.name, f"one of its scales ({self.format}) is infinite or NaN")
+
+
+def row(tensor: Tensor, index: int, count: int) -> Tensor:
+    """Row ``index`` of a tensor of ``count`` rows; all of another tensor."""
+    return tensor[index] if tensor.shape[:1] == (count,) else tensor
 
 
 _E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))

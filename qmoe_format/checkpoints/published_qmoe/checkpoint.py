@@ -22,6 +22,7 @@ from qmoe_format.checkpoints.tensor_info import TensorInfo
 from qmoe_format.checkpoints.weight_files import Shard, load_torch_file, open_shard
 from qmoe_format.errors import QMoEError, os_errors
 from qmoe_format.hub.checkpoints import PUBLISHED_DENSE, PUBLISHED_SIZES, published_files
+from qmoe_format.remote import Location
 
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d{1,9})\.")
 _LAYERS = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
@@ -177,5 +178,5 @@ def corrected(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]
     return changed
 
 
-def _wrong(path: Path, problem: str) -> QMoEError:
+def _wrong(path: Location, problem: str) -> QMoEError:
     return QMoEError("checkpoint", f"{path}: {problem}", DOWNLOAD)

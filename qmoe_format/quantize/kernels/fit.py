@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from qmoe_format.codec.kernels.jit import kernel
-from qmoe_format.codec.kernels.simd import load_vector, store_vector, vector_sum, zero_vector
 from qmoe_format.codec.kernels.unaligned import pointer
-from qmoe_format.quantize.kernels.vectors import broadcast, load_levels
-from qmoe_format.quantize.padding import LANES
+from qmoe_format.quantize.kernels.vectors import (
+    WIDTH,
+    broadcast,
+    load_levels,
+    load_vector,
+    store_vector,
+    vector_sum,
+    zero_vector,
+)
 
 CHUNK = 256  # rows
 
@@ -26,7 +32,7 @@ def row_sums(
     x, s, w = pointer(exact), pointer(seen), pointer(weights)
     for row in range(begin, end):
         a, b, c, d = zero_vector(), zero_vector(), zero_vector(), zero_vector()
-        for column in range(0, columns, LANES):
+        for column in range(0, columns, WIDTH):
             at = row * columns + column
             q = load_levels(lv, at) * load_vector(cs, column)
             a = a + q * (load_vector(t, at) - load_vector(g, at))
@@ -44,7 +50,7 @@ def aim_at(_, exact, seen, longer, ratio, target, gradient, begin, end):
     x, s, t, g = pointer(exact), pointer(seen), pointer(target), pointer(gradient)
     for row in range(begin, end):
         far, change = broadcast(longer[row]), broadcast(ratio[row])
-        for at in range(row * columns, (row + 1) * columns, LANES):
+        for at in range(row * columns, (row + 1) * columns, WIDTH):
             product = load_vector(t, at) - load_vector(g, at)
             aim = load_vector(x, at) + load_vector(s, at) * far
             store_vector(t, at, aim)
@@ -68,7 +74,7 @@ def column_sums(_, levels, scale, target, gradient, ratio, sums, begin, end):
         if row % CHUNK == 0:
             sums[row // CHUNK] = 0
         size, change = broadcast(scale[row]), broadcast(ratio[row])
-        for column in range(0, columns, LANES):
+        for column in range(0, columns, WIDTH):
             at = row * columns + column
             aim = load_vector(t, at)
             own = aim + (load_vector(g, at) - aim) * change

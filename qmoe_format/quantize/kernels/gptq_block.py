@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from qmoe_format.codec.kernels.jit import kernel
-from qmoe_format.codec.kernels.simd import load_vector, store_vector
 from qmoe_format.codec.kernels.unaligned import pointer
 from qmoe_format.quantize.kernels.rounding import rounded
-from qmoe_format.quantize.kernels.vectors import broadcast, store_levels, transpose
+from qmoe_format.quantize.kernels.vectors import (
+    broadcast,
+    load_vector,
+    store_levels,
+    store_vector,
+    transpose,
+)
 from qmoe_format.quantize.padding import BLOCK, LANES
 
 _ONE = np.float32(1)

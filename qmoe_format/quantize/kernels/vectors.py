@@ -1,6 +1,9 @@
-"""Arithmetic on vectors of 16 float32, of the type of ``codec.kernels.simd``.
+"""Vectors of 32 float32 for Numba kernels: a row of a matrix in each lane, or 32 columns of a row.
 
-Vectors have the operators +, - and *, with each other and with a float32.
+A processor's vectors have 4 to 16 lanes, and LLVM takes as many of them as it needs. Rounding is a
+long chain of instructions that wait for each other; with 32 lanes there are two chains at least.
+
+Vectors have the operators +, -, * and /, with each other and with a float32.
 """
 
 from __future__ import annotations
@@ -8,17 +11,78 @@ from __future__ import annotations
 import operator
 
 from llvmlite import ir
-from numba import float32, int8, int64, types, uint64, void
+from numba import float32, int64, types, uint64, void
 from numba.core import cgutils
-from numba.extending import overload
+from numba.extending import models, overload, register_model
 
-from qmoe_format.codec.kernels.jit import inlined, instruction
-from qmoe_format.codec.kernels.simd import WIDTH, vector
+from qmoe_format.codec.kernels.jit import instruction
 
-
+WIDTH = 32
 _FLOAT, _BYTE, _INDEX = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 _FLOATS, _BYTES = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_BYTE, WIDTH)
+_ZEROS = ir.Constant(_FLOATS, [0.0] * WIDTH)
 _FUSED = ("contract", "nsz")
+
+
+class _Vector(types.Type):  # type: ignore[misc]
+    def __init__(self):
+        super().__init__("Float32x32")
+
+
+vector = _Vector()
+
+
+@register_model(_Vector)
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager, of):
+        super().__init__(manager, of, _FLOATS)
+
+
+def _address(builder, values, start, kind):
+    return builder.bitcast(builder.gep(values, [start]), kind.as_pointer())
+
+
+@instruction(lambda values, _: vector(values, int64))
+def load_vector(builder, values, start):
+    """``values[start : start + 32]``, float32."""
+    loaded = builder.load(_address(builder, values, start, _FLOATS))
+    loaded.align = 4
+    return loaded
+
+
+@instruction(lambda values, *_: void(values, int64, vector))
+def store_vector(builder, values, start, one):
+    """``values[start : start + 32] = one``, float32."""
+    builder.store(one, _address(builder, values, start, _FLOATS)).align = 4
+
+
+@instruction(lambda values, _: vector(values, int64))
+def load_levels(builder, values, start):
+    """int8 ``values[start : start + 32]`` as float32."""
+    loaded = builder.load(_address(builder, values, start, _BYTES))
+    loaded.align = 1
+    return builder.sitofp(loaded, _FLOATS)
+
+
+@instruction(lambda values, *_: void(values, int64, vector))
+def store_levels(builder, values, start, one):
+    """``values[start : start + 32] = one``, as int8."""
+    builder.store(builder.fptosi(one, _BYTES), _address(builder, values, start, _BYTES)).align = 1
+
+
+@instruction(lambda: vector())
+def zero_vector(builder):
+    """Zeros."""
+    return _ZEROS
+
+
+@instruction(lambda _: float32(vector))
+def vector_sum(builder, one):
+    """The sum of all lanes, float32."""
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+    name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
+    call = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(call, [ir.Constant(_FLOAT, 0.0), one], fastmath=("reassoc",))
 
 
 def _lanes(*order):
@@ -95,7 +159,7 @@ def with_sign(builder, one, other):
 def where_greater(builder, one, other, value):
     """``value`` in the lanes where ``one`` > ``other``, otherwise 0; also where one is NaN."""
     greater = builder.fcmp_ordered(">", one, other)
-    return builder.select(greater, value, ir.Constant(_FLOATS, [0.0] * WIDTH))
+    return builder.select(greater, value, _ZEROS)
 
 
 @instruction(lambda *_: uint64(vector, vector))
@@ -120,37 +184,16 @@ def chosen(builder, lanes, one, other):
     return builder.select(mask, one, other)
 
 
-@instruction(lambda values, _: vector(values, int64))
-def load_levels(builder, values, start):
-    """int8 ``values[start : start + 16]`` as float32."""
-    pointer = builder.bitcast(builder.gep(values, [start]), _BYTES.as_pointer())
-    loaded = builder.load(pointer)
-    loaded.align = 1
-    return builder.sitofp(loaded, _FLOATS)
-
-
-@instruction(lambda values, *_: void(values, int64, vector))
-def store_levels(builder, values, start, one):
-    """``values[start : start + 16] = one``, as int8."""
-    pointer = builder.bitcast(builder.gep(values, [start]), _BYTES.as_pointer())
-    builder.store(builder.fptosi(one, _BYTES), pointer).align = 1
-
-
 @instruction(lambda values, _: void(values, int64))
 def transpose(builder, values, start):
-    """Transpose 16 x 16 float32 from ``values[start]`` on, in place."""
-    pointers = [
-        builder.bitcast(
-            builder.gep(values, [builder.add(start, ir.IntType(64)(WIDTH * i))]),
-            _FLOATS.as_pointer(),
-        )
-        for i in range(WIDTH)
-    ]
+    """Transpose 32 x 32 float32 from ``values[start]`` on, in place."""
+    starts = [builder.add(start, start.type(WIDTH * i)) for i in range(WIDTH)]
+    pointers = [_address(builder, values, each, _FLOATS) for each in starts]
     rows = [builder.load(pointer) for pointer in pointers]
     for loaded in rows:
         loaded.align = 4
     # Each step exchanges the blocks off the diagonal of pairs of blocks.
-    for half in (8, 4, 2, 1):
+    for half in (16, 8, 4, 2, 1):
         low = [i + (WIDTH - half if i & half else 0) for i in range(WIDTH)]
         high = [i + (WIDTH if i & half else half) for i in range(WIDTH)]
         for i in (i for i in range(WIDTH) if not i & half):
