@@ -68,7 +68,7 @@ def descend(
     levels: Tensor,
     gradient: Tensor,
     target: Tensor,
-    ratio: Tensor,
+    ratio: Tensor | None,
     hessian: Tensor,
     factors: Tensor,
     scale: Tensor,
@@ -77,14 +77,17 @@ def descend(
     ternary: Tensor,
     order: Tensor,
     members: Tensor,
+    summing: bool,
 ) -> Tensor:
     """See ``cpu_steps.descend``. ``order`` and ``members`` are on the CPU."""
     # In the order of their turns, columns that are decided together are neighbors.
     places = (order[:, None] + members).flatten().to(levels.device, non_blocking=True)
     square = take_both(hessian, places)
     turned, rest = take_columns(levels, places), take_columns(gradient, places)
-    aim, sizes = take_columns(target, places), column_scale.index_select(1, places)
-    torch.lerp(aim, rest, ratio[:, :, None], out=rest)
+    sizes = column_scale.index_select(1, places)
+    aim = take_columns(target, places) if summing or ratio is not None else rest
+    if ratio is not None:
+        torch.lerp(aim, rest, ratio[:, :, None], out=rest)
     moves = torch.empty_like(rest)
     limits = ternary.view(torch.uint8)
     for part, other in by_halves(0, len(order), 1):
@@ -97,11 +100,15 @@ def descend(
         else:
             there = slice(other.start * BLOCK, other.stop * BLOCK)
             rest[:, :, there].baddbmm_(moves[:, :, own], square[:, own, there], alpha=-1)
+    sums = torch.zeros(*scale.shape, 4, dtype=torch.float64, device=scale.device)
+    if summing:
+        q = torch.mul(turned, scale[:, :, None], out=moves).mul_(sizes[:, None])
+        sums[:, :, 0], sums[:, :, 1] = _dots(q, aim), _dots(q, rest)
+    sums[:, :, 2] = turned.count_nonzero(2) - levels.count_nonzero(2)
+    sums[:, :, 3] = turned.abs().sum(2) - levels.abs().sum(2)
     levels.index_copy_(2, places, turned)
     gradient.index_copy_(2, places, rest)
-    q = torch.mul(turned, scale[:, :, None], out=moves).mul_(sizes[:, None])
-    sums = (_dots(q, aim), _dots(q, rest), turned.count_nonzero(2), turned.abs().sum(2))
-    return torch.stack([each.double() for each in sums], 2)
+    return sums
 
 
 def row_sums(
