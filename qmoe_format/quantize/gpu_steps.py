@@ -5,8 +5,7 @@ many that do not, so a round of descent is one product with the Hessian, divided
 is: a kernel decides a block of 64 columns, in which a thread has a row, and what changed reaches
 the other columns in products that are as large as can be.
 
-Nothing here waits for the GPU. Products follow torch's setting for TF32. They are of all experts
-at once, so that an expert's result may depend on how many there are.
+Nothing here waits for the GPU. Products follow torch's setting for TF32.
 
 No GPU has run this yet: the kernels were checked on a simulator (``tests/gpu/shim``) and compiled,
 and the rest ran on a CPU in their company.
@@ -99,7 +98,9 @@ def descend(
             )  # fmt: skip
         else:
             there = slice(other.start * BLOCK, other.stop * BLOCK)
-            rest[:, :, there].baddbmm_(moves[:, :, own], square[:, own, there], alpha=-1)
+            # One product per expert: the result of a batched one may depend on the batch.
+            for expert, h in enumerate(square):
+                rest[expert, :, there].addmm_(moves[expert, :, own], h[own, there], alpha=-1)
     sums = torch.zeros(*scale.shape, 4, dtype=torch.float64, device=scale.device)
     if summing:
         q = torch.mul(turned, scale[:, :, None], out=moves).mul_(sizes[:, None])
@@ -168,7 +169,7 @@ def take_columns(matrices: Tensor, order: Tensor) -> Tensor:
 
 def take_both(squares: Tensor, order: Tensor) -> Tensor:
     """``squares[:, order][:, :, order]``."""
-    return squares.index_select(1, order).index_select(2, order)
+    return squares[:, order[:, None], order]
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
