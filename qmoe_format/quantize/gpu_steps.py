@@ -7,8 +7,8 @@ the other columns in products that are as large as can be.
 
 Nothing here waits for the GPU. Products follow torch's setting for TF32.
 
-No GPU has run this yet: the kernels were checked on a simulator (``tests/gpu/shim``) and compiled,
-and the rest ran on a CPU in their company.
+No GPU has run this yet: the kernels were checked in a simulator (``tests/gpu/shim``) and compiled,
+and the rest ran on a CPU in their company. ``gpu/NOTES.md`` says why it is as it is.
 """
 
 from __future__ import annotations

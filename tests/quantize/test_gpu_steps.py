@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 import torch
 from torch import Tensor
 
+from benchmarks import quantize_gpu
 from qmoe_format import gpu
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.quantize import cpu_steps, descent, gpu_steps, rd, solution
@@ -332,6 +333,18 @@ def test_the_whole_recipe(simulated: None, monkeypatch: pytest.MonkeyPatch) -> N
     found, share = outcome(weights, inputs)
     np.testing.assert_allclose(found, expected, rtol=0.02)
     assert share == pytest.approx(expected_share, rel=0.02)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without values cannot be read; and there is one product per expert and half."""
+    search = Search(rounds=6, columns_every=3, reorder_every=4)
+    costs = quantize_gpu.count(2, 64, 256, search)
+    none = quantize_gpu.count(2, 64, 256, replace(search, rounds=5))
+    kinds = {kind for kind, seconds in costs.by_kind.items() if seconds}
+    assert {"products", "kernel sweep", "kernel gptq_block"} <= kinds
+    # Of four blocks, 2 x 64 columns are passed on to others in both directions, and 2 x 128.
+    passed = 2 * 2 * 64 * (2 * 2 * 64 * 64 + 2 * 128 * 128)
+    assert costs.flops - none.flops == passed
 
 
 RACE = "race: |never written|outside all arrays"
