@@ -179,6 +179,7 @@ def _dots(one: Tensor, other: Tensor) -> Tensor:
 
 def _launch(name: str, first: Tensor, *others: Tensor, block: int) -> None:
     """Enqueue a kernel on torch's stream for a block of columns; ``first`` has all rows."""
+    assert all(each.is_contiguous() for each in (first, *others))
     experts, rows, columns = first.shape
     arguments: tuple[Any, ...] = (first, *others, *map(np.int32, (rows, columns, block)))
     blocks = (-(-rows // ROWS), experts, 1)
