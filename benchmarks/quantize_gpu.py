@@ -43,6 +43,7 @@ from qmoe_format.gpu.launch import Launch
 from qmoe_format.quantize import gpu_steps, rd
 from qmoe_format.quantize.hessian import Factored, Statistics, inverse_factor, relative_error
 from qmoe_format.quantize.level_weights import LevelWeights
+from qmoe_format.quantize.padding import BLOCK
 from qmoe_format.quantize.rate import Rate, weighted_energies
 from qmoe_format.quantize.rd import Search, quantize_rd
 from qmoe_format.quantize.solution import Problem
@@ -145,11 +146,17 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.costs.add("factors", moved, other=flops / TRIANGULAR_FLOPS)
 
     def launch(self, launch: Launch, _: torch.device) -> None:
-        name = launch.kernel.name
+        name, rows = launch.kernel.name, math.prod(launch.grid) * gpu_steps.ROWS
+        if name == "pass_on":
+            width = int(launch.arguments[6])
+            flops = 2.0 * rows * BLOCK * width
+            taken = flops / (UTILIZATION * FP32_FLOPS)
+            self.costs.flops += flops
+            self.costs.add("kernel pass_on", 4 * rows * (2 * BLOCK + width), other=taken)
+            return
         waves = math.ceil(math.prod(launch.grid) / (MULTIPROCESSORS * RESIDENT))
         cycles = waves * INSTRUCTIONS[name] * CYCLES
-        rows = math.prod(launch.grid) * gpu_steps.ROWS
-        self.costs.add(f"kernel {name}", rows * 64 * 14, other=cycles / CLOCK_HZ)
+        self.costs.add(f"kernel {name}", 14 * rows * BLOCK, other=cycles / CLOCK_HZ)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""The inner steps of the recipe ``rd`` on a GPU: two CUDA kernels, and products between them.
+"""The inner steps of the recipe ``rd`` on a GPU: CUDA kernels, and products between them.
 
 ``cpu_steps`` has the same functions. On a GPU a level that moves costs more than a product with
 many that do not, so a round of descent is one product with the Hessian, divided by halves as GPTQ
 is: a kernel decides a block of 64 columns, in which a thread has a row, and what changed reaches
-the other columns in products that are as large as can be.
+the other columns in products that are as large as can be. Where they are small, another kernel
+does them for all experts at once.
 
 Nothing here waits for the GPU. Products follow torch's setting for TF32.
 
@@ -28,21 +29,24 @@ from qmoe_format.quantize.grids import MOST, SKIPPED, Prices
 from qmoe_format.quantize.padding import BLOCK, GROUP
 from qmoe_format.quantize.refit import best_share, column_steps
 
-ROWS = 64  # threads of a block
+ROWS = 64  # of a block
+THREADS = {"gptq_block": ROWS, "sweep": ROWS, "pass_on": 256}
+_SMALL = 2  # blocks of columns whose moves a kernel passes on, not products
 
 
 @cache
 def kernel(name: str) -> Kernel:
-    """``gptq_block`` or ``sweep``."""
+    """One of ``kernels/*.cu``."""
     text = source(
         *("types", "quantize/rounding", f"quantize/{name}"),
+        THREADS=THREADS[name],
         ROWS=ROWS,
         BLOCK=BLOCK,
         GROUP=GROUP,
         MOST=MOST,
         SKIPPED=SKIPPED,
     )
-    return Kernel(name, text, ROWS)
+    return Kernel(name, text, THREADS[name])
 
 
 def round_block(
@@ -59,7 +63,7 @@ def round_block(
     """See ``cpu_steps.round_block``."""
     _launch(
         "gptq_block", rest, factor, levels, errors, scale, column_scale,
-        prices.first, prices.further, ternary.view(torch.uint8), block=block,
+        prices.first, prices.further, ternary.view(torch.uint8), places=(block,),
     )  # fmt: skip
 
 
@@ -94,8 +98,11 @@ def descend(
         if other is None:
             _launch(
                 "sweep", turned, rest, square, factors, scale, sizes,
-                prices.first, prices.further, limits, moves, block=own.start,
+                prices.first, prices.further, limits, moves, places=(own.start,),
             )  # fmt: skip
+        elif part.stop - part.start <= _SMALL:
+            at = (own.start, own.stop - own.start, other.start * BLOCK)
+            _launch("pass_on", moves, rest, square, places=at, tiles=other.stop - other.start)
         else:
             there = slice(other.start * BLOCK, other.stop * BLOCK)
             # One product per expert: the result of a batched one may depend on the batch.
@@ -177,12 +184,21 @@ def _dots(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(2, dtype=torch.float64)
 
 
-def _launch(name: str, first: Tensor, *others: Tensor, block: int) -> None:
-    """Enqueue a kernel on torch's stream for a block of columns; ``first`` has all rows."""
+def _launch(
+    name: str, first: Tensor, *others: Tensor, places: tuple[int, ...], tiles: int = 1
+) -> None:
+    """Enqueue a kernel on torch's stream.
+
+    Args:
+        name: of the kernel.
+        first, others: the arrays; ``first`` has all rows and columns.
+        places: the arguments after the numbers of rows and columns.
+        tiles: of columns, to which blocks belong.
+    """
     assert all(each.is_contiguous() for each in (first, *others))
     experts, rows, columns = first.shape
-    arguments: tuple[Any, ...] = (first, *others, *map(np.int32, (rows, columns, block)))
-    blocks = (-(-rows // ROWS), experts, 1)
+    arguments: tuple[Any, ...] = (first, *others, *map(np.int32, (rows, columns, *places)))
+    blocks = (-(-rows // ROWS), experts, tiles)
     _run(Launch(kernel(name), blocks, arguments), first.device)
 
 

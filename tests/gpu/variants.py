@@ -145,6 +145,7 @@ MAIN: dict[str, Callable[[], Launch]] = {
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
     "GPTQ in a block": partial(quantizer, "gptq_block"),
     "descent in a block": partial(quantizer, "sweep"),
+    "descent, moves passed on": partial(quantizer, "pass_on"),
 }
 MANY: dict[str, Any] = {"width": 16, "zeros": 0.3}
 OTHER: dict[str, Callable[[], Launch]] = {
