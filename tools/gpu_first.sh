@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What to run first on a machine with a GPU, in about five minutes: tests and compute-sanitizer side by
+# What to run first on a machine with a GPU, in about seven minutes: tests and compute-sanitizer side by
 # side, for they are not timed, then the benchmark's most telling shapes, alone. Needs CUDA's tools,
 # torch, CuPy and the requirements of the tests; uses `python` as it is found.
 #
 #     tools/gpu_first.sh FOLDER
 #
 # FOLDER gets the logs, and gpu.json and gpu.png shape by shape; the end of each part is printed.
+# benchmarks/results/quantize_gpu.json gets the quantizer's figures.
 set -uo pipefail
 out=${1:?give a folder for the results}
 mkdir -p "$out"
@@ -25,6 +26,8 @@ python -c "import numpy, numba, torch, cupy
 print(*(module.__version__ for module in (numpy, numba, torch, cupy)))"'
 
 part tests 150 python -m pytest -q -m gpu -n 8 --dist worksteal tests/gpu/test_device.py &
+part quantizer 150 python -m pytest -q -m gpu -n 2 tests/quantize/test_gpu_steps.py \
+    tests/quantize/test_cuda.py &
 part runtime 150 python -m pytest -q -m gpu -n 2 tests/runtime/test_device.py &
 # In CuPy's pool of memory, what is beyond an array would be no error.
 plain='import sys, cupy, pytest
@@ -42,3 +45,4 @@ wait
 
 part benchmark 240 python -m benchmarks.gpu --shapes 4096x14336,4096x1536,2048x768,14336x4096 \
     --results "$out"
+part quantize 240 python -m benchmarks.quantize_gpu

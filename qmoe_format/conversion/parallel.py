@@ -14,6 +14,8 @@ Result = TypeVar("Result")
 
 _LINE = 16  # float32 in a cache line
 _GPU_FACTOR = 16  # groups and batches on a GPU are larger: every small step is a launch there
+_GPU_SHARE = 0.5  # of a GPU's memory, at most, for a batch
+_GPU_BYTES = 56  # that the recipe rd takes for each element of an expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,23 @@ class Resources:
         """
         elements = rows * columns + columns**2
         share = -(-experts // self.workers)
-        limit = max(1, self.batch_elements * self.factor // max(elements, 1))
+        limit = max(1, self._largest_batch() // max(elements, 1))
         size = max(1, -(-share // max(1, -(-share // limit))))
         if rows * columns % _LINE or columns**2 % _LINE:
             size = 1
         return [range(first, min(first + size, experts)) for first in range(0, experts, size)]
+
+    def _largest_batch(self) -> int:
+        """In elements. Of a GPU's whole memory: what is free depends on what torch keeps of it."""
+        most = self.batch_elements * self.factor
+        if self.device == "cpu":
+            return most
+        import torch
+
+        if not torch.cuda.is_available():
+            return most
+        _, total = torch.cuda.mem_get_info(self.device)
+        return min(most, int(total * _GPU_SHARE) // _GPU_BYTES)
 
     def map(
         self, call: Callable[[Item], Result], items: Iterable[Item], elements: int

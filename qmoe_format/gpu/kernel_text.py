@@ -1,4 +1,4 @@
-"""The CUDA text of the kernels, from ``kernels/*.cu``."""
+"""The CUDA text of the kernels, from ``kernels/*.cu`` of this room or of another one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from importlib.resources import files
 
 @lru_cache(maxsize=256)
 def source(*names: str, **defines: str | int) -> str:
-    """The defines, then the files ``names``."""
+    """The defines, then the files ``names``: ``NAME`` of this room, or ``ROOM/NAME``."""
     lines = "".join(f"#define {name} {value}\n" for name, value in defines.items())
     return lines + "".join(map(_text, names))
 
 
 @cache
 def _text(name: str) -> str:
-    text = files("qmoe_format.gpu").joinpath("kernels", f"{name}.cu").read_text("utf-8")
-    return f'#line 1 "{name}.cu"\n{text}'
+    room, _, file = name.rpartition("/")
+    folder = files(f"qmoe_format.{room or 'gpu'}") / "kernels"
+    return f'#line 1 "{file}.cu"\n' + (folder / f"{file}.cu").read_text("utf-8")

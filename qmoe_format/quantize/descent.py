@@ -48,8 +48,9 @@ def descend(
     blocks = problem.hessian.shape[1] // BLOCK
     order = torch.randperm(blocks, generator=generator) * BLOCK
     members = torch.rand(blocks, BLOCK, generator=generator).argsort(1)
-    groups = (order[:, None] + members).view(-1, GROUP).to(device)
-    factors = inverse_factor(problem.hessian[:, groups[:, :, None], groups[:, None]])
+    groups = (order[:, None] + members).view(-1, GROUP).to(device, non_blocking=True)
+    own = problem.hessian[:, groups[:, :, None], groups[:, None]]
+    factors = inverse_factor(own, check=device.type == "cpu")
     sums = steps_on(device).descend(
         solution.levels, solution.gradient, solution.target, solution.ratio, problem.hessian,
         factors, solution.scale, solution.column_scale, prices, ternary, order, members, refitting,

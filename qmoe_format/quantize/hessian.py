@@ -159,7 +159,7 @@ def factored(statistics: Statistics, damping: Tensor) -> Factored:
     return result
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor, check: bool = True) -> Tensor:
     """U, upper triangular, with H^-1 = U^T U; factorized in float64, inverted in H's dtype.
 
     With the order of rows and columns reversed, H = L L^T becomes H = V V^T with V upper, so
@@ -167,13 +167,15 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
     Args:
         hessian: H, positive definite ``[..., columns, columns]``.
+        check: whether it is, for which the host has to wait for a GPU.
 
     Raises:
         LinAlgError: an H is not positive definite.
     """
     flipped = hessian.flip(-2, -1).double()
-    upper = torch.linalg.cholesky(flipped).to(hessian.dtype).flip(-2, -1)
-    del flipped
+    lower, _ = torch.linalg.cholesky_ex(flipped, check_errors=check)
+    upper = lower.to(hessian.dtype).flip(-2, -1)
+    del flipped, lower
     inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
     columns = hessian.shape[-1]
     for first in range(0, columns, _BLOCK):

@@ -133,7 +133,8 @@ def quantize_rd(
             solution.refit_columns(problem, int(columns * share_of_columns))
         if step % search.reorder_every == 0:
             width = problem.hessian.shape[1]
-            order = torch.randperm(width, generator=generator).to(weights.device)
+            order = torch.randperm(width, generator=generator)
+            order = order.to(weights.device, non_blocking=True)
             problem.reorder(order)
             solution.reorder(order)
         raised = 1 + (search.first_price - 1) * max(0.0, 1 - 2 * (step + 1) / search.rounds)

@@ -46,3 +46,13 @@ def test_a_gpu_gets_more_at_once() -> None:
     assert [item for each in gpu for item in each] == list(range(64))
     assert len(cpu) == 64
     assert len(gpu) <= 16
+
+
+def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="needs the extra 'convert'")
+    resources = Resources(1, "cuda")
+    usual = len(resources.batches(64, 2048, 7168)[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gigabytes, most in ((80, usual), (8, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, size=gigabytes << 30: (0, size))
+        assert len(resources.batches(64, 2048, 7168)[0]) == most

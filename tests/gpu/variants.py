@@ -17,6 +17,7 @@ from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack, pack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
+from qmoe_format.quantize import gpu_steps
 from tests.gpu.problems import dictionary, random_levels
 
 H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10)
@@ -123,6 +124,11 @@ def decode(dtype: str = "bf16", **options: Any) -> Launch:
     return launch_plan.decode(packed, 0, 1, y, Workspace(H200, array))[-1]
 
 
+def quantizer(name: str) -> Launch:
+    """A step of the recipe ``rd``."""
+    return Launch(gpu_steps.kernel(name), 1, ())
+
+
 def anchor(warps: int) -> Launch:
     """The benchmark's reference kernel."""
     nothing = gpu_anchor.Anchor(1, 40, None, None, None, None)
@@ -137,6 +143,9 @@ MAIN: dict[str, Callable[[], Launch]] = {
     "decode": decode,
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
+    "GPTQ in a block": partial(quantizer, "gptq_block"),
+    "descent in a block": partial(quantizer, "sweep"),
+    "descent, moves passed on": partial(quantizer, "pass_on"),
 }
 MANY: dict[str, Any] = {"width": 16, "zeros": 0.3}
 OTHER: dict[str, Callable[[], Launch]] = {

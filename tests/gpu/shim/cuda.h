@@ -177,6 +177,8 @@ inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __int2float_rn(int x) { return float(x); }
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fabsf(float x) { return __builtin_fabsf(x); }
+inline float floorf(float x) { return __builtin_floorf(x); }
+inline float copysignf(float x, float sign) { return __builtin_copysignf(x, sign); }
 
 #define SHIM_LEAST(T)                                                                           \
     inline T min(T a, T b) { return b < a ? b : a; }                                            \
