@@ -42,6 +42,7 @@ _FIRST_BITS = 2.2  # of a non-zero over a zero, where 70 % are zeros
 _FURTHER_BITS = 3.0  # of each further level, where an eighth of the non-zeros goes on
 _STEP = 4.0  # between levels, in roots of the price of a bit; 2.9 would be best for many levels
 _FINEST = 40.0  # steps between 0 and 3 times the root mean square, so that 127 reach any weight
+_LEAST_COLUMNS = 64  # that are refitted: in small matrices each of them matters
 _TERNARY_ZEROS = 0.9  # with more zeros than that, three levels are as good as any number
 
 
@@ -129,8 +130,8 @@ def quantize_rd(
     generator = torch.Generator().manual_seed(0)
     for step in range(search.rounds):
         if step % search.columns_every == 0:
-            share_of_columns = search.columns if step else search.first_columns
-            solution.refit_columns(problem, int(columns * share_of_columns))
+            refitted = columns * (search.columns if step else search.first_columns)
+            solution.refit_columns(problem, min(columns, max(_LEAST_COLUMNS, int(refitted))))
         if step % search.reorder_every == 0:
             width = problem.hessian.shape[1]
             order = torch.randperm(width, generator=generator)
