@@ -19,7 +19,7 @@ from qmoe_format.quantize.hessian import Statistics
 from qmoe_format.quantize.level_weights import Quantized
 from qmoe_format.quantize.qmoe import quantize_qmoe
 from qmoe_format.quantize.rate import Rate, weighted_energies
-from qmoe_format.quantize.rd import Search, quantize_rd
+from qmoe_format.quantize.rd import EFFORTS, Search, quantize_rd
 from tests.quantize.problems import (
     REAL,
     array,
@@ -106,7 +106,7 @@ def test_bits_fall_as_lambda_rises(levels: int | None) -> None:
         assert max(result.weights.counts()) <= (levels or 255)
     for k in range(1, len(bits)):
         assert bits[k] < 1.01 * bits[k - 1]
-        assert errors[k] > 0.97 * errors[k - 1]
+        assert errors[k] > 0.96 * errors[k - 1]
     assert bits[0] > (3 if levels is None else 1.3)
     assert bits[-1] < 0.5
 
@@ -149,19 +149,19 @@ def test_other_numbers_of_levels(levels: int) -> None:
     assert said == f"{levels} levels; ask for 3, or leave it open"
 
 
-@pytest.mark.parametrize("effort", [0, 4, -1])
-def test_other_efforts(effort: int) -> None:
+@pytest.mark.parametrize("effort", ["", "all", "Medium"])
+def test_other_efforts(effort: str) -> None:
     weights, statistics = example(1, 4, 6)
     rate = Rate(0.1, 1.0)
     said = refusal(lambda: quantize_rd(weights, statistics, rate, effort=effort), "argument")
-    assert said == f"effort {effort}; choose 1, 2 or 3"
+    assert said == f"effort {effort!r}; choose low, medium, high"
 
 
 def test_more_effort_is_less_error() -> None:
     """At as many bits, between results that have a little more and a little less."""
     weights, statistics = example(1, 96, 256, tokens=800, seed=3)
     left = []
-    for effort in (1, 2, 3):
+    for effort in EFFORTS:
         found = []
         for lam in (0.07, 0.11):
             rate = rate_of(weights, statistics, lam)
