@@ -219,6 +219,34 @@ def scale(run: dict[str, Any]) -> str:
     return table("layer, recipe | Gparam/h | time for 1.6 T | peak memory", rows)
 
 
+def older(results: dict[str, Any]) -> str:
+    """Seconds of conversions and of single experts, beside an older state of the code."""
+    rows = []
+    for name, each in results.items():
+        before, now = each["older"], each["this"]
+        rows.append(
+            [
+                name,
+                f"{before['seconds']:.0f} s, {before['cpu_seconds']:.0f} s",
+                f"{now['seconds']:.0f} s, {now['cpu_seconds']:.0f} s",
+                f"{each['seconds, older / this']:.1f} ×",
+                f"{each['cpu_seconds, older / this']:.1f} ×",
+                f"{now['gparam_per_hour']:.1f}" if "gparam_per_hour" in now else "",
+            ]
+        )
+    header = "what | before: time, of all cores | now | times as fast | of all cores | Gparam/h"
+    return table(header, rows)
+
+
+def stages(profiles: dict[str, Any]) -> str:
+    """The largest shares of the time of conversions."""
+    rows = []
+    for name, profile in profiles.items():
+        shares = [f"{stage} {share:.0%}" for stage, share in profile["shares"].items()]
+        rows.append([name, f"{profile['cpu_seconds']:.0f} s", ", ".join(shares[:10])])
+    return table("what | of all cores | shares", rows)
+
+
 def several_ranks(found: list[dict[str, Any]]) -> str:
     """Two ranks beside one with two threads."""
     rows = []
@@ -379,6 +407,7 @@ def all_figures() -> str:
     native, kernels = load("native_formats"), load("products")["results"]
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     converted, ranks = load("convert_choices"), load("ranks")
+    speed, profiles = load("convert_speed"), load("convert_profile")
     assumed = ranks["assumed"]
     whole = converted["settings"]
     decoded = sorted(
@@ -493,11 +522,21 @@ switch-mini that is 2 × 10⁻⁵ nats, and uncertain by a fifth.
 
 Quantizing experts as large as those of switch-c-2048 and of a modern gated model (7168 × 2048), on
 {threads} core{"s" if threads > 1 else ""}, without running the model
-(`python -m benchmarks.quantize_scale`), measured when `rd` was limited to three levels. The paper's
-1.6 T parameters took 16 hours on one A6000, 100 Gparam/h; `rd` at that size needs a GPU, on which
-it has not been run yet.
+(`python -m benchmarks.quantize_scale`). The paper's 1.6 T parameters took 16 hours on one A6000,
+100 Gparam/h; `rd` at that size needs a GPU, on which it has not been run yet.
 
 {scale(large["runs"]["cpu"])}
+
+The same with `rd`, and whole conversions of the two small models at 0.8 bits with all of the
+calibration text, beside the code as it was before `rd` worked on rows of 32
+(`python -m benchmarks.convert_speed`, {speed["threads"]} threads).
+
+{older(speed["results"])}
+
+Where the time goes now (`python -m benchmarks.convert_profile`); *plan* is the survey of the
+original model.
+
+{stages(profiles["profiles"])}
 
 ## Several ranks
 
