@@ -60,7 +60,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-quick_rd = partial(quantize_rd, search=Search(passes=2, rounds=1))
+quick_rd = partial(quantize_rd, search=Search(rounds=3))
 
 
 @pytest.fixture(autouse=True)

@@ -265,11 +265,11 @@ def test_every_row_has_some_importance() -> None:
 
 
 def test_running_out_of_memory_is_no_singular_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cholesky(hessian: Tensor) -> Tensor:
+    def cholesky(hessian: Tensor, check_errors: bool) -> Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
     statistics = calibrated([correlated(50, 9, 0)])
-    monkeypatch.setattr(torch.linalg, "cholesky", cholesky)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky)
     with pytest.raises(RuntimeError, match="memory"):
         factored(statistics, torch.tensor([0.1]))
 
