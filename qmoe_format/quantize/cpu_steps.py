@@ -49,6 +49,21 @@ def round_block(
     )  # fmt: skip
 
 
+def group_factors(hessian: Tensor, groups: Tensor) -> Tensor:
+    """``inverse_factor`` of the Hessian of each group of columns.
+
+    Args:
+        hessian: H, ``[experts, columns, columns]``.
+        groups: the columns of each, int64 ``[groups, GROUP]``.
+
+    Returns:
+        ``[experts, groups, GROUP, GROUP]``.
+    """
+    factors = torch.empty(len(hessian), *groups.shape, groups.shape[1])
+    _by_rows(fit.group_factors, groups.numpy(), factors, hessian)
+    return factors
+
+
 def descend(
     levels: Tensor,
     gradient: Tensor,

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qmoe_format.quantize.grids import Prices
-from qmoe_format.quantize.hessian import inverse_factor
 from qmoe_format.quantize.padding import BLOCK, GROUP
 from qmoe_format.quantize.solution import Problem, Solution
 from qmoe_format.quantize.steps import steps_on
@@ -44,14 +43,12 @@ def descend(
         How much the number of non-zeros and the sum of the magnitudes of all levels have changed,
         float64 ``[experts]``.
     """
-    device = problem.hessian.device
+    steps = steps_on(problem.hessian.device)
     blocks = problem.hessian.shape[1] // BLOCK
     order = torch.randperm(blocks, generator=generator) * BLOCK
     members = torch.rand(blocks, BLOCK, generator=generator).argsort(1)
-    groups = (order[:, None] + members).view(-1, GROUP).to(device, non_blocking=True)
-    own = problem.hessian[:, groups[:, :, None], groups[:, None]]
-    factors = inverse_factor(own, check=device.type == "cpu")
-    sums = steps_on(device).descend(
+    factors = steps.group_factors(problem.hessian, (order[:, None] + members).view(-1, GROUP))
+    sums = steps.descend(
         solution.levels, solution.gradient, solution.target, solution.ratio, problem.hessian,
         factors, solution.scale, solution.column_scale, prices, ternary, order, members, refitting,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Kernel, Launch, execute
 from qmoe_format.quantize.gptq import by_halves
 from qmoe_format.quantize.grids import MOST, SKIPPED, Prices
+from qmoe_format.quantize.hessian import inverse_factor
 from qmoe_format.quantize.padding import BLOCK, GROUP
 from qmoe_format.quantize.refit import best_share, column_steps
 
@@ -65,6 +66,12 @@ def round_block(
         "gptq_block", rest, factor, levels, errors, scale, column_scale,
         prices.first, prices.further, ternary.view(torch.uint8), places=(block,),
     )  # fmt: skip
+
+
+def group_factors(hessian: Tensor, groups: Tensor) -> Tensor:
+    """See ``cpu_steps.group_factors``. ``groups`` is on the CPU."""
+    there = groups.to(hessian.device, non_blocking=True)
+    return inverse_factor(hessian[:, there[:, :, None], there[:, None]], check=False)
 
 
 def descend(

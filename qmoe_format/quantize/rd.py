@@ -10,7 +10,7 @@ arXiv 2603.04956).
    most ends better than removing them where they help least.
 
 Each pass or round updates the price of a non-zero. The scales of rows are refitted by least squares
-after each of the first rounds; all of them and some of those of columns every few rounds, half of
+after each of the first rounds; all of them and some of those of columns every few rounds, a quarter of
 the columns at first, then an eighth. Now and then the columns change places, so that others come
 into one block.
 
@@ -71,7 +71,7 @@ class Search:
     rounds: int = 40
     first_price: float = 3.0
     columns_every: int = 5
-    first_columns: float = 1 / 2
+    first_columns: float = 1 / 4
     columns: float = 1 / 8
     refit_rows: float = 1 / 4
     reorder_every: int = 10

@@ -118,3 +118,38 @@ def take_both(order, matrix, result, begin, end):
         source = order[row]
         for place in range(order.shape[0]):
             result[row, place] = matrix[source, order[place]]
+
+
+@kernel
+def group_factors(groups, factors, hessian, begin, end):
+    """``hessian.inverse_factor`` of the Hessian of each group of columns, in float64.
+
+    A group that is not positive definite gets NaN, with which no level is better than another.
+
+    Args:
+        groups: int64 ``[groups, GROUP]``.
+        factors: float32 ``[groups, GROUP, GROUP]``, to be written.
+        hessian: float32 ``[columns, columns]``.
+    """
+    size = groups.shape[1]
+    v, u = np.empty((size, size)), np.zeros((size, size))
+    for group in range(begin, end):
+        for i in range(size):
+            for j in range(i, size):
+                v[i, j] = hessian[groups[group, i], groups[group, j]]
+        for j in range(size - 1, -1, -1):  # H = V V^T, V upper
+            for i in range(j, -1, -1):
+                rest = v[i, j]
+                for k in range(j + 1, size):
+                    rest -= v[i, k] * v[j, k]
+                v[i, j] = np.sqrt(rest) if i == j else rest / v[j, j]
+        for j in range(size):  # U = V^-1
+            u[j, j] = 1 / v[j, j]
+            for i in range(j - 1, -1, -1):
+                total = 0.0
+                for k in range(i + 1, j + 1):
+                    total += v[i, k] * u[k, j]
+                u[i, j] = -total / v[i, i]
+        for i in range(size):
+            for j in range(size):
+                factors[group, i, j] = u[i, j]
