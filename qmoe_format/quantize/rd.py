@@ -10,11 +10,11 @@ arXiv 2603.04956).
    most ends better than removing them where they help least.
 
 Each pass or round updates the price of a non-zero. The scales of rows are refitted by least squares
-after each of the first rounds; all of them and some of those of columns every few rounds, a quarter of
-the columns at first, then an eighth. Now and then the columns change places, so that others come
-into one block.
+after each of the first rounds, and later every few rounds, together with those of some columns: a
+quarter of them at first, then an eighth. Now and then the columns change places, so that others
+come into one block.
 
-A product with the Hessian takes most of the time: three for the problem, half of one for a pass,
+A product with the Hessian takes most of the time: two for the problem, half of one for a pass,
 one for its gradient, and a share of one whenever columns are refitted. A round changes too few
 levels to need one. benchmarks/quantize_choices.py measures what these choices are worth.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from qmoe_format.quantize import cpu_steps
 from qmoe_format.quantize.descent import descend
 from qmoe_format.quantize.grids import FORBIDDEN, MOST, Prices
+from qmoe_format.quantize.hessian import inverse_factor
 from qmoe_format.quantize.padding import (
     BLOCK,
     GROUP,
@@ -474,3 +475,17 @@ def test_rounds_have_other_groups() -> None:
     assert torch.equal(again[0], levels)
     assert torch.equal(again[1], gradient)
     assert not torch.equal(after(1)[0], levels)
+
+
+def test_factors_of_groups() -> None:
+    """They are those of the groups' own Hessians; an indefinite one is NaN, so that none moves."""
+    batch = Batch.of(2, 3, 3 * BLOCK, seed=11)
+    groups = Turns.random(3 * BLOCK, seed=12).groups
+    found = cpu_steps.group_factors(batch.hessian, groups)
+    own = batch.hessian[:, groups[:, :, None], groups[:, None]]
+    torch.testing.assert_close(found, inverse_factor(own), rtol=1e-5, atol=1e-6)
+    assert not found.tril(-1).any()
+    batch.hessian[0, groups[4, 2], groups[4, 2]] *= -1
+    broken = cpu_steps.group_factors(batch.hessian, groups)
+    assert broken[0, 4].isnan().any()
+    assert torch.equal(broken[1], found[1])
