@@ -78,6 +78,8 @@ class Prices:
 class Multiples:
     """Multiples q of v = row scale x column scale, -127 to 127, each at its price.
 
+    The grid of the recipe ``rd``, whose kernels round to it on their own; tests hold them to this.
+
     With x > 0 (x < 0 is the same) level q > 0 costs (x - q v)^2 / U_ii^2 + first + (q - 1) further.
     The best of these is q = x / v - further U_ii^2 / (2 v^2), rounded; and it costs less than 0 if
     for some q

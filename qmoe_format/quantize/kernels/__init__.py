@@ -1,1 +1,1 @@
-"""Numba kernels of the recipe ``rd``: sixteen rows of a matrix at a time, one in each lane."""
+"""Numba kernels of the recipe ``rd``: 32 rows of a matrix at a time, one in each lane."""

@@ -1,4 +1,4 @@
-"""The grid ``quantize.grids.Multiples`` in vectors: sixteen rows of a column."""
+"""The grid ``quantize.grids.Multiples`` in vectors: 32 rows of a column."""
 
 from __future__ import annotations
 
