@@ -123,7 +123,6 @@ def random_inputs(expert: int, columns: int, tokens: int, device: str) -> Iterat
 def sums_of_inputs(experts: range, columns: int, settings: Settings, done: Done) -> Statistics:
     device = settings.device
     statistics = Statistics.zeros(len(experts), columns, device=device)
-    statistics.known = {}  # for those that share it
     for place, expert in enumerate(experts):
         inputs = random_inputs(expert, columns, settings.tokens, device)
         while True:
@@ -145,6 +144,8 @@ def quantize_group(case: Case, name: str, experts: range, settings: Settings, do
             weights = random_weights(experts, rows, columns, device)
         if columns not in known:  # matrices that multiply the same tokens share a Hessian
             known = {columns: sums_of_inputs(experts, columns, settings, done)}
+            if sum(columns == each for _, each in case.shapes.values()) > 1:
+                known[columns].known = {}
         statistics = known[columns]
         with done.phase("quantizer", device):
             rate = None
