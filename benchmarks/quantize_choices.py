@@ -40,9 +40,9 @@ DEFAULT = "as it is"
 VARIANTS = {
     DEFAULT: Search(),
     "10 rounds instead of 40": Search(rounds=10),
-    "20 rounds": EFFORTS["low"],
+    "effort low, 20 rounds": EFFORTS["low"],
     "80 rounds": Search(rounds=80),
-    "160 rounds": EFFORTS["high"],
+    "effort high, 160 rounds": EFFORTS["high"],
     "two GPTQ passes": Search(passes=2),
     "all columns refitted every 5th round, not an eighth": Search(columns=1.0),
     "columns refitted once": Search(columns_every=40),
