@@ -527,9 +527,9 @@ Quantizing experts as large as those of switch-c-2048 and of a modern gated mode
 
 {scale(large["runs"]["cpu"])}
 
-The same with `rd`, and whole conversions of the two small models at 0.8 bits with all of the
-calibration text, beside the code as it was before `rd` worked on rows of 32
-(`python -m benchmarks.convert_speed`, {speed["threads"]} threads).
+The same with `rd` beside the code as it was before it had kernels for 32 rows at a time
+(`python -m benchmarks.convert_speed`, {speed["threads"]} threads; it can also compare whole
+conversions of the two small models).
 
 {older(speed["results"])}
 
