@@ -260,7 +260,7 @@ def _read(environment: Mapping[str, str]) -> tuple[Ranks, str]:
     address = "env://"
     restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
             return ALONE, ""
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         address = _slurm_address(environment)

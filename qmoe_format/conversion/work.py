@@ -77,13 +77,12 @@ class Work:
                 have different fingerprints; ``not-found`` if there is none to resume; ``malformed``
                 if it is damaged; ``io``, also if a rank does not see the folder.
         """
-        if isinstance(destination, RemotePath):
-            destination = Path.cwd() / destination.name
         self.folder = work_folder(destination)
         self._ranks = ranks
         self._lock = -1
         _check_same(ranks, fingerprint)
-        ranks.share(lambda: self._open(destination, fingerprint, resume, overwrite))
+        here = self.folder.with_name(destination.name)
+        ranks.share(lambda: self._open(here, fingerprint, resume, overwrite))
         try:
             self._check_seen()
         except BaseException:

@@ -480,7 +480,12 @@ def test_what_a_launcher_tells(environment: dict[str, str], ranks: Ranks, addres
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}]
+    "wrong",
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"},
+    ],
 )
 def test_variables_without_sense(wrong: dict[str, str]) -> None:
     assert "RANK" in refusal(lambda: ranks_module._read(wrong), "argument")
