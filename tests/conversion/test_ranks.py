@@ -488,7 +488,7 @@ def test_what_a_launcher_tells(environment: dict[str, str], ranks: Ranks, addres
     ],
 )
 def test_variables_without_sense(wrong: dict[str, str]) -> None:
-    assert "RANK" in refusal(lambda: ranks_module._read(wrong), "argument")
+    assert next(iter(wrong)) in refusal(lambda: ranks_module._read(wrong), "argument")
 
 
 @given(
