@@ -81,6 +81,7 @@ class Walk:
         self._batches = ranks.slice(list(map(sum, counts)))
         self.blocks = [block for part in self._parts for block in part.blocks]
         self.position = 0
+        self._residual: RowFile | None = None
         # The index of each block's part and its number there; then the end.
         self._places = [
             (i, n) for i, part in enumerate(self._parts) for n in range(len(part.blocks))
@@ -120,10 +121,14 @@ class Walk:
     def collect(self) -> RoutedTokens | None:
         """Run the current block for what its experts are given; None for a dense block.
 
+        Most blocks add what the experts return to something that does not depend on it, their
+        residual stream. That is kept, so that such a block runs once.
+
         Raises:
             QMoEError: ``value`` for hidden states that are NaN or infinite; ``io``.
         """
         block = self.blocks[self.position]
+        self._residual = None
         self._delete(*self._needed(self.position))
         if block.experts is None:
             return None
@@ -134,20 +139,23 @@ class Walk:
         inputs = self._file("inputs", count, width)
         experts = self._file("experts", count, 1, torch.int64)
         weights = self._file("weights", count, 1)
+        files = [inputs, experts, weights]
         with ExitStack() as opened:
             if runs:
                 opened.enter_context(part.loaded(number))
+                if self._ranks.share(lambda: self._adds(index, number)):
+                    self._residual = self._file("residual", count, part.width)
             found = self._given(index, number) if runs else iter(())
             first = next(found, None)
             # The first rows tell how many experts a token goes to; a rank may have none.
             k = max(self._ranks.gather(first[1].shape[1] if first else 1))
             experts, weights = replace(experts, columns=k), replace(weights, columns=k)
+            files = [inputs, experts, weights, *([self._residual] if self._residual else [])]
             appends = [
-                opened.enter_context(file.writing(self._ranks, self.own.start))
-                for file in (inputs, experts, weights)
+                opened.enter_context(file.writing(self._ranks, self.own.start)) for file in files
             ]
             for given in chain([first] if first else [], found):
-                for append, rows in zip(appends, given, strict=True):
+                for append, rows in zip(appends, given, strict=False):
                     append(rows)
         return RoutedTokens(
             inputs, experts, weights, part.counted[:count], block.experts.output.experts
@@ -155,14 +163,28 @@ class Walk:
 
     def _given(self, index: int, number: int) -> Iterator[list[Tensor]]:
         """What the experts of a block are given, without padding: of each batch, the rows of
-        ``RoutedTokens.inputs``, ``experts`` and ``weights``."""
+        ``RoutedTokens.inputs``, ``experts`` and ``weights``, and of the residual stream."""
         block = self._parts[index].blocks[number]
         assert block.experts
-        for tokens, (given, _) in self._run(index, number):
-            found = [rows[tokens.attended.view(-1)] for rows in given]
+        for tokens, (given, states) in self._run(index, number):
+            found = [rows[tokens.attended.view(-1)] for rows in (*given, states.flatten(0, 1))]
             found[1] = found[1].where(found[1] < block.experts.output.experts, -1)
             _check_finite(found[0], block.name)
             yield found
+
+    def _adds(self, index: int, number: int) -> bool:
+        """Whether a block does nothing with what its experts return but add it."""
+        part = self._parts[index]
+        experts = part.blocks[number].experts
+        if experts is None or experts.layer.width != part.width:
+            return False
+        tokens, (_, states) = next(self._run(index, number, batches=slice(0, 1)))
+        rows = states[tokens.attended].cpu()
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        noise *= rows.square().mean().sqrt()
+        _, (_, states) = next(self._run(index, number, noise, batches=slice(0, 1)))
+        difference = (states[tokens.attended].cpu() - rows - noise).abs()
+        return bool((difference <= 1e-5 * (rows.abs() + noise.abs())).all())
 
     def advance(self, outputs: Tensor | None) -> None:
         """Run the current block and go to the next.
@@ -190,9 +212,8 @@ class Walk:
             )
         crosses = number + 1 == len(part.blocks) and index + 1 < len(self._parts)
         following = self._encoded() if crosses else self._hidden(index, number + 1)
-        with part.loaded(number), following.writing(self._ranks, own.start) as append:
-            for tokens, (_, states) in self._run(index, number, outputs):
-                rows = states[tokens.attended]
+        with following.writing(self._ranks, own.start) as append:
+            for tokens, rows in self._after(index, number, outputs):
                 _check_finite(rows, block.name)
                 if crosses:
                     rows = self._compute(part.output, tokens, rows)[tokens.attended]
@@ -201,7 +222,22 @@ class Walk:
             self._embed(index + 1)
         kept = self._needed(self.position)
         self.position += 1
+        self._residual = None
         self._delete(*kept, *self._needed(self.position))
+
+    def _after(
+        self, index: int, number: int, outputs: Tensor | None
+    ) -> Iterator[tuple[Tokens, Tensor]]:
+        """Each batch and, without padding, the hidden states after a block."""
+        part = self._parts[index]
+        if outputs is not None and self._residual:
+            counts, first = part.counts[self._batches], part.rows(self._batches).start
+            sums = map(torch.add, self._residual.read(counts, first), torch.split(outputs, counts))
+            yield from zip(part.tokens[self._batches], sums, strict=True)
+            return
+        with part.loaded(number):
+            for tokens, (_, states) in self._run(index, number, outputs):
+                yield tokens, states[tokens.attended]
 
     @property
     def counts(self) -> list[int]:
@@ -297,10 +333,15 @@ class Walk:
                 append(rows)
 
     def _run(
-        self, index: int, number: int, outputs: Tensor | None = None
+        self,
+        index: int,
+        number: int,
+        outputs: Tensor | None = None,
+        batches: slice | None = None,
     ) -> Iterator[tuple[Tokens, tuple[tuple[Tensor, ...], Tensor]]]:
-        """The tokens of this rank's batches, and what ``run_block`` returns for them."""
-        part, own = self._parts[index], self._batches
+        """The tokens of some batches, this rank's own by default, and what ``run_block`` returns
+        for them."""
+        part, own = self._parts[index], batches or self._batches
         encoded: Iterable[Mapping[str, Tensor]] = repeat({})
         if index:
             encoder = self._parts[0]

@@ -20,7 +20,7 @@ from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.checkpoints import Checkpoint, ExpertStack, LayerStacks
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.errors import QMoEError
-from qmoe_format.quantize.hessian import Statistics
+from qmoe_format.quantize.hessian import Statistics, bounded_importance
 from qmoe_format.quantize.importance import derivatives, importance
 
 Weights = dict[str, Tensor]
@@ -35,7 +35,7 @@ def count_weights(stacks: Iterable[ExpertStack]) -> int:
     return sum(stack.weights for stack in stacks)
 
 
-_ESTIMATE_TOKENS = 4096  # of an expert: enough for energies and for the importance of rows
+_MEASURED_TOKENS = 4096  # of an expert: enough for energies and for the importance of rows
 
 
 class _Chunk(NamedTuple):
@@ -48,15 +48,6 @@ class _Chunk(NamedTuple):
     products: list[Tensor]  # of the inputs and each input matrix, [m, rows], without biases
     biases: list[Tensor]  # of the expert, none or [rows] for each input matrix
 
-    def thinned(self, step: int) -> _Chunk:
-        """Every ``step``-th token."""
-        return self._replace(
-            positions=self.positions[::step],
-            gates=self.gates[::step],
-            inputs=self.inputs[::step],
-            products=[each[::step] for each in self.products],
-        )
-
 
 class BlockExperts:
     """A block's experts and the tokens routed to them.
@@ -68,6 +59,9 @@ class BlockExperts:
         counted: the number of tokens that count.
         elements: of the largest matrix and its Hessian.
         experts_in_memory: how many have room together.
+        importance: the mean weight of a squared error in each row, as ``measure`` finds it, float32
+            ``[experts, importance_columns]``; None if all rows count alike.
+        importance_columns: for each row of the input matrices, and one for all of the output's.
     """
 
     def __init__(
@@ -79,7 +73,6 @@ class BlockExperts:
         *,
         token_cap: float,
         all_experts: bool = False,
-        norms: Tensor | None = None,
         ranks: Ranks = ALONE,
         quantizes: bool = True,
     ) -> None:
@@ -88,8 +81,6 @@ class BlockExperts:
             checkpoint: has to stay open.
             layer: the block's stacks.
             token_cap, all_experts: see ``Calibration``.
-            norms: float32 ``[tokens, 1]``, of the hidden states after the block: importance is
-                relative to them. None if all rows are equally important.
             ranks: that share the experts.
             quantizes: whether these are to be quantized, or only measured.
         """
@@ -98,7 +89,8 @@ class BlockExperts:
         self._inputs = [stack.name for stack in layer.inputs]
         self._output = layer.output.name
         self._routed = routed
-        self._norms = norms
+        self.importance: Tensor | None = None
+        self.importance_columns = 1 + sum(stack.rows for stack in layer.inputs)
         self.resources = resources
         self.stacks: Mapping[str, ExpertStack] = {stack.name: stack for stack in layer.stacks}
         stacks = self.stacks.values()
@@ -181,53 +173,73 @@ class BlockExperts:
         first, output = self._inputs[0], self._output
         number, device = len(experts), self.resources.device
         found = {
-            m: Statistics.zeros(
-                number, self.stacks[m].columns, self._weighed_rows(m), device=device
-            )
+            m: Statistics.zeros(number, self.stacks[m].columns, device=device)
             for m in (first, output)
         }
+
+        def add(chunk: _Chunk) -> None:
+            found[first].add(chunk.place, chunk.inputs)
+            found[output].add(chunk.place, self._hidden(chunk))
+
+        self._visit(add, weights, experts)
         if len(self._inputs) > 1:
             found[first].known = {}
         for matrix in self._inputs[1:]:  # the same inputs, so the same sums
-            rows = torch.zeros_like(found[first].row_importance)
-            found[matrix] = replace(found[first], row_importance=rows)
-
-        def add(chunk: _Chunk, step: int) -> None:
-            found[first].add(chunk.place, chunk.inputs)
-            found[output].add(chunk.place, self._hidden(chunk))
-            self._weigh(found, weights, chunk.thinned(step), step)
-
-        self._visit(add, weights, experts)
+            found[matrix] = replace(found[first])
+        if self.importance is not None:
+            parts = self.by_stack(self.importance[list(experts)].double())
+            for matrix, rows in parts.items():
+                found[matrix].row_importance = rows * found[matrix].tokens[:, None]
         return found
 
-    def energies(self, weights: Weights, experts: Sequence[int]) -> dict[str, Tensor]:
-        """``quantize.rate.weighted_energies`` of some experts, from outputs instead of Hessians.
+    def by_stack(self, importance: Tensor) -> dict[str, Tensor]:
+        """``[experts, rows]`` of each input matrix and ``[experts, 1]`` of the output, views."""
+        sizes = [1 if name == self._output else each.rows for name, each in self.stacks.items()]
+        return dict(zip(self.stacks, torch.split(importance, sizes, 1), strict=True))
 
-        An estimate where an expert has many tokens.
+    def measure(
+        self, weights: Weights, experts: Sequence[int], norms: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """How much some experts do, and how much an error in each of their rows would.
+
+        Estimates where an expert has many tokens. Errors count relative to the hidden states that
+        they end up in.
+
+        Args:
+            norms: float32 ``[tokens, 1]``, of the hidden states after the block.
 
         Returns:
-            float64 ``[experts, rows]`` by matrix.
+            ``quantize.rate.weighted_energies``, from outputs instead of Hessians: float64
+            ``[experts, rows]`` by matrix; and the importance of rows, as the attribute, 0 for an
+            expert without tokens.
         """
-        output = self._output
         number, stacks = len(experts), self.stacks
         squares = {m: torch.zeros(number, stacks[m].rows, dtype=torch.float64) for m in stacks}
-        # Without columns: numbers of tokens and importance only.
-        found = {m: Statistics.zeros(number, 0, self._weighed_rows(m)) for m in stacks}
+        importance = torch.zeros(number, self.importance_columns, dtype=torch.float64)
+        rows = self.by_stack(importance)
+        counts = [0] * number
 
-        def add(chunk: _Chunk, step: int) -> None:
+        def add(chunk: _Chunk) -> None:
             products = dict(zip(self._inputs, chunk.products, strict=True))
-            products[output] = self._hidden(chunk) @ weights[output][chunk.place].T
+            products[self._output] = self._hidden(chunk) @ weights[self._output][chunk.place].T
             for matrix, product in products.items():
-                sums = product.square().sum(0, dtype=torch.float64).cpu()
-                squares[matrix][chunk.place] += step * sums
-                found[matrix].add(chunk.place, torch.empty(len(product), 0))
-            self._weigh(found, weights, chunk)
+                squares[matrix][chunk.place] += product.square().sum(0, dtype=torch.float64).cpu()
+            for matrix, weight in self._importance(weights, chunk, norms).items():
+                rows[matrix][chunk.place] += weight.sum(0, dtype=torch.float64).cpu()
+            counts[chunk.place] += len(chunk.positions)
 
-        self._visit(add, weights, experts, thin=True)
-        return {
-            matrix: squares[matrix] / stack.columns * found[matrix].importance()
+        self._visit(add, weights, experts, _MEASURED_TOKENS)
+        seen = torch.tensor(counts, dtype=torch.float64).clamp(min=1)[:, None]
+        importance /= seen
+        every = torch.tensor([len(self.tokens(expert)[0]) for expert in experts])
+        energies = {
+            matrix: squares[matrix]
+            / stack.columns
+            * (every[:, None] / seen)
+            * bounded_importance(rows[matrix])
             for matrix, stack in stacks.items()
         }
+        return energies, importance.float()
 
     def add_outputs(
         self, weights: Weights, group: Sequence[int], outputs: Tensor | PairOutputs
@@ -259,24 +271,21 @@ class BlockExperts:
 
     def _visit(
         self,
-        call: Callable[[_Chunk, int], None],
+        call: Callable[[_Chunk], None],
         weights: Weights,
         experts: Sequence[int],
-        thin: bool = False,
+        most: int | None = None,
     ) -> None:
         """Call for all chunks of the experts' tokens, those of one expert in order.
 
-        The second argument is the step between tokens that is small enough for a mean over them;
-        with ``thin``, the others are left out.
+        If ``most`` tokens of an expert are enough, not many more are taken, evenly spaced.
         """
 
         def visit(place: int) -> None:
             positions, gates = self.tokens(experts[place])
-            step = max(1, len(positions) // _ESTIMATE_TOKENS)
-            if thin:
-                positions, gates = positions[::step], gates[::step]
-            for chunk in self._chunks(positions, gates):
-                call(self._multiplied(weights, place, experts[place], *chunk), step)
+            step = max(1, len(positions) // most) if most else 1
+            for chunk in self._chunks(positions[::step], gates[::step]):
+                call(self._multiplied(weights, place, experts[place], *chunk))
 
         for _ in self.resources.map(visit, range(len(experts)), self.elements):
             pass
@@ -300,28 +309,20 @@ class BlockExperts:
         """What the output matrix is multiplied by."""
         return self._layer.hidden(chunk.products, chunk.biases)
 
-    def _weighed_rows(self, matrix: str) -> int:
-        """How many rows of a matrix differ in importance."""
-        uniform = self._norms is None or matrix == self._output
-        return 1 if uniform else self.stacks[matrix].rows
-
-    def _weigh(
-        self, found: dict[str, Statistics], weights: Weights, chunk: _Chunk, step: int = 1
-    ) -> None:
-        """Add the importance of rows for some tokens, each of which stands for ``step``."""
-        if self._norms is None:
-            return
-        place = chunk.place
-        norms = self._norms[chunk.positions, 0].to(self.resources.device)
-        gates = math.sqrt(step) * chunk.gates / norms.clamp(min=1e-12)
-        found[self._output].weigh(place, gates.square()[:, None])
-        output = weights[self._output][place]
+    def _importance(self, weights: Weights, chunk: _Chunk, norms: Tensor) -> dict[str, Tensor]:
+        """The weight of a squared error of each row on each token, ``[tokens, rows or 1]``."""
+        around = norms[chunk.positions, 0].to(self.resources.device)
+        gates = chunk.gates / around.clamp(min=1e-12)
+        found = {self._output: gates.square()[:, None]}
+        output = weights[self._output][chunk.place]
         hidden = partial(self._layer.hidden, biases=chunk.biases)
         for matrix, slope in zip(self._inputs, derivatives(hidden, chunk.products), strict=True):
             # One matrix may have the rows of gate and up: both meet the same columns of the output.
             parts = self._layer.split_rows(slope, slope.shape[1] // output.shape[1])
-            rows = self._layer.join_rows([importance(part, output, gates) for part in parts])
-            found[matrix].weigh(place, rows)
+            found[matrix] = self._layer.join_rows(
+                [importance(part, output, gates) for part in parts]
+            )
+        return found
 
 
 def _spaced(items: Tensor, limit: int) -> Tensor:

@@ -27,7 +27,7 @@ from qmoe_format.conversion.quantize_block import BlockRecord, merged, quantize_
 from qmoe_format.conversion.rate_control import Attempt, RateControl
 from qmoe_format.conversion.sensitivity import Probes
 from qmoe_format.conversion.staging import Staging
-from qmoe_format.conversion.survey import StackSurvey, survey_block, with_prices
+from qmoe_format.conversion.survey import StackSurvey, survey_block, text_to_survey, with_prices
 from qmoe_format.conversion.work import Work
 from qmoe_format.machine import release_memory
 from qmoe_format.progress import Counter, Progress
@@ -77,19 +77,20 @@ class BlockPasses:
         """Run the original model; measure each stack, the norms of hidden states, and what an error
         in each block does."""
         layers = [layer for layer in self._checkpoint.layers if layer.runs]
-        probes = Probes(self._batches, len(layers))
+        most = max(layer.output.experts for layer in layers) if layers else 1
+        part, share = text_to_survey(self._batches, most)
+        probes = Probes(part, len(layers), sum(len(batch.inputs.ids) for batch in self._batches))
         walk = self._walk(probes.batches)
         for step in self._steps("survey", walk, walk.blocks):
             step.outputs = self._summed(step, walk, partial(self._original, step))
             parts = self._ranks.gather(_norms(walk.hidden()[walk.own], step.outputs))
             norms = torch.cat(parts)
-            read = norms[: sum(walk.counts[: len(self._batches)])]
-            self._ranks.share(partial(self._write_norms, step, read))
             if step.experts.runs:
                 block = layers.index(step.experts)
                 probes.disturb(step.outputs, norms, walk.counts, block, walk.own.start)
-            experts = self._experts(step, norms, quantizes=False)
-            found = survey_block(experts, self._options, step.counter, self._ranks)
+            experts = self._experts(step, quantizes=False)
+            found = survey_block(experts, norms, self._options, step.counter, self._ranks, share)
+            self._ranks.share(partial(self._write_importance, step, experts))
             step.record = {name: asdict(survey) for name, survey in found.items()}
             release_memory()
         if not self.work.records("probe"):
@@ -110,9 +111,10 @@ class BlockPasses:
         for group in experts.groups():
             experts.add_outputs(experts.weights(group), group, outputs)
 
-    def _write_norms(self, step: _Step, norms: Tensor) -> None:
-        with self._norms(step, len(norms)).writing() as append:
-            append(norms)
+    def _write_importance(self, step: _Step, experts: BlockExperts) -> None:
+        assert experts.importance is not None
+        with self._importance(step, experts).writing() as append:
+            append(experts.importance)
 
     def quantize(self, control: RateControl, staging: Staging) -> list[BlockRecord]:
         """Quantize each block for what the compressed blocks before it produce."""
@@ -122,10 +124,10 @@ class BlockPasses:
         # Nothing depends on the blocks after the last one with experts.
         last = max(number for number, block in enumerate(walk.blocks) if block.experts)
         for step in self._steps("block", walk, walk.blocks[: last + 1]):
-            norms = None
+            experts = self._experts(step)
             if self._options.methods.rated:
-                norms = self._norms(step, len(step.routed.inputs)).mapped()
-            attempt = partial(self._attempt, step, walk, self._experts(step, norms), staging)
+                experts.importance = self._importance(step, experts).mapped()
+            attempt = partial(self._attempt, step, walk, experts, staging)
             step.record = self._controlled(control, attempt)
         return [record for record in self.work.records("block") if record]
 
@@ -204,9 +206,7 @@ class BlockPasses:
                 walk.advance(outputs)
             self.work.record(kind, number, record)
 
-    def _experts(
-        self, step: _Step, norms: Tensor | None = None, *, quantizes: bool = True
-    ) -> BlockExperts:
+    def _experts(self, step: _Step, *, quantizes: bool = True) -> BlockExperts:
         calibration = self._options.calibration
         assert calibration
         return BlockExperts(
@@ -216,14 +216,14 @@ class BlockPasses:
             self._resources,
             token_cap=calibration.token_cap,
             all_experts=calibration.all_experts,
-            norms=norms,
             ranks=self._ranks,
             quantizes=quantizes,
         )
 
-    def _norms(self, step: _Step, tokens: int) -> RowFile:
-        """Of the hidden states after a block of the original model."""
-        return RowFile(self.work.path(f"block-{step.number:04}.norms"), tokens, 1)
+    def _importance(self, step: _Step, experts: BlockExperts) -> RowFile:
+        """Of the rows of a block's experts, see ``BlockExperts``."""
+        path = self.work.path(f"block-{step.number:04}.importance")
+        return RowFile(path, experts.count, experts.importance_columns)
 
 
 def _norms(hidden: Tensor, outputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How much an error in a block's experts changes what the model predicts.
 
-The survey reads, besides the calibration text, a few of its sequences again, once as they are and
+The survey reads, besides its part of the text, a few of the sequences again, once as they are and
 once for each block with experts. In the copy of a block, noise is added to what its experts return.
 At the end, the divergence of a copy's predictions from the original's says what that noise did.
 
@@ -20,7 +20,7 @@ from qmoe_format.calibration.ranks import ALONE, Ranks
 from qmoe_format.calibration.sequences import Batch, Tokens
 from qmoe_format.calibration.walk import Walk
 
-SHARE = 0.25  # of the calibration tokens that all copies may have together
+SHARE = 0.25  # as many as this part of the calibration text may all copies have together
 _TOKENS = 256  # whose predictions are in memory at a time
 NOISE = 0.03  # root mean square, relative to the hidden state after the block
 
@@ -29,13 +29,17 @@ class Probes:
     """Copies of sequences, one without noise and one for each block with experts.
 
     Attributes:
-        batches: the calibration text's, then one for each copy, of which no token is counted.
+        batches: those of the survey, then one for each copy, of which no token is counted.
     """
 
-    def __init__(self, batches: Sequence[Batch], blocks: int) -> None:
-        """``blocks``: how many blocks of the model have experts that run."""
-        total = sum(len(batch.inputs.ids) for batch in batches)
-        number = max(1, int(SHARE * total / (blocks + 1)))
+    def __init__(self, batches: Sequence[Batch], blocks: int, sequences: int) -> None:
+        """
+        Args:
+            batches: of the survey.
+            blocks: how many blocks of the model have experts that run.
+            sequences: of the calibration text.
+        """
+        number = max(1, int(SHARE * sequences / (blocks + 1)))
         copy = _head(batches[0], number)
         self.batches = [*batches, *[copy] * (blocks + 1)]
         self._blocks = blocks

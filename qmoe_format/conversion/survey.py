@@ -1,5 +1,7 @@
 """Measure the original model: the energies of its experts, and how large these will become.
 
+A part of the text is enough for that, see ``text_to_survey``.
+
 A few experts of each stack, some of their rows, are quantized at a few values of lambda, each
 relative to the expert's own energy. The sizes of the others follow from their energies.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe_format.calibration.ranks import ALONE, Ranks, in_order
+from qmoe_format.calibration.sequences import Batch
 from qmoe_format.checkpoints import ExpertStack, LayerStacks
 from qmoe_format.conversion.block_experts import BlockExperts, count_weights
 from qmoe_format.conversion.encoding import Matrix, dictionaries, encode, expected_bytes
@@ -27,9 +30,11 @@ from qmoe_format.quantize.rate import ABSOLUTE, TRUST, Rate
 
 LAMBDAS = tuple(8e-6 * 5**step for step in range(9))
 POWER = 0.45  # of a block's estimated effect in its price
+_PART = 1 / 8  # of the text, if that gives experts
+_TOKENS = 2048  # each, or more than one where a token goes to several
 _QUANTILES = 16
 _LEAST_SHARE = 1e-6  # of an expert's energy that a row is taken to have
-_SAMPLE_EXPERTS = 2
+_SAMPLE_EXPERTS = 4
 _SAMPLE_ROWS = 64
 
 
@@ -38,8 +43,9 @@ class StackSurvey:
     """What was measured of a stack. Sizes and dictionaries are empty if no size was asked for.
 
     Attributes:
-        tokens: that reach the block and count.
-        energies: of each expert, 0 without tokens, None if its weights are all zero.
+        tokens: that reach the block and count, in all of the text.
+        energies: of each expert, 0 without tokens, None if its weights are all zero; those of all
+            of the text.
         spread: quantiles of the logarithm of a row's energy over its expert's, the mean of the
             experts that have tokens.
         sizes: bytes of an expert at each of ``LAMBDAS``, the reference being its own energy; the
@@ -77,6 +83,20 @@ class StackSurvey:
         size += growth * (grid[0] - lams).clip(0).sum()
         nearest = np.abs(lams[:, None].clip(-1e9, 1e9) - grid).argmin(1)
         return float(size), {each for place in nearest for each in self.dictionaries[place]}
+
+
+def text_to_survey(batches: Sequence[Batch], experts: int) -> tuple[list[Batch], float]:
+    """Batches spread over the text that say enough of this many experts; their share of it."""
+    tokens = np.array([_tokens(batch) for batch in batches])
+    need = max(_PART, min(1.0, _TOKENS * experts / max(1, tokens.sum(0).min())))
+    number = math.ceil(need * len(batches))
+    chosen = [place * len(batches) // number for place in range(number)]
+    return [batches[place] for place in chosen], float((tokens[chosen].sum(0) / tokens.sum(0))[0])
+
+
+def _tokens(batch: Batch) -> list[int]:
+    """That are not padding, in each stage of the model."""
+    return [int(part.attended.sum()) for part in (batch.inputs, batch.targets) if part]
 
 
 def reference_energy(surveys: Mapping[str, StackSurvey]) -> float:
@@ -120,11 +140,21 @@ def with_prices(
 
 
 def survey_block(
-    experts: BlockExperts, options: ConvertOptions, counter: Counter, ranks: Ranks = ALONE
+    experts: BlockExperts,
+    norms: Tensor,
+    options: ConvertOptions,
+    counter: Counter,
+    ranks: Ranks = ALONE,
+    share: float = 1.0,
 ) -> dict[str, StackSurvey]:
     """Measure a block's stacks, by name: energies and, if bits were asked for, sizes.
 
-    Each of the ``ranks`` measures its experts, and all of them get all results.
+    Each of the ``ranks`` measures its experts, and all of them get all results; ``experts`` get
+    their importance.
+
+    Args:
+        norms: see ``BlockExperts.measure``.
+        share: of the calibration text that is surveyed.
 
     Raises:
         QMoEError: ``value`` if outputs are NaN or infinite.
@@ -132,11 +162,14 @@ def survey_block(
     stage, stacks = counter.stage, experts.stacks
     # Of each expert its energy and, if that is not zero, how it spreads over the rows.
     found: dict[str, list[tuple[float | None, Tensor]]] = {matrix: [] for matrix in stacks}
+    importance: list[Tensor] = []
     for group in experts.groups():
         counter.enter(f"{stage}, expert {group[0] + 1} of {experts.count}")
         weights = experts.weights(group)
-        for matrix, rows in experts.energies(weights, group).items():
-            own = rows.mean(1)
+        measured, rho = experts.measure(weights, group, norms)
+        importance += rho
+        for matrix, rows in measured.items():
+            own = rows.mean(1) / share
             for place in (~own.isfinite()).nonzero().flatten().tolist():
                 raise QMoEError(
                     "value",
@@ -149,14 +182,16 @@ def survey_block(
                 spread = _spread(rows[place : place + 1][own[place : place + 1] > 0])
                 found[matrix].append((energy if nonzero[place] else None, spread))
         counter.add(experts.share(sum(tensor.numel() for tensor in weights.values())))
-    ranked = ranks.gather((list(experts.own), found))
-    numbers = [own for own, _ in ranked]
+    ranked = ranks.gather((list(experts.own), found, importance))
+    numbers = [own for own, *_ in ranked]
+    experts.importance = _filled(torch.stack(in_order(numbers, [each for *_, each in ranked])))
     surveys = {}
     for matrix, stack in stacks.items():
-        every = in_order(numbers, [each[matrix] for _, each in ranked])
+        every = in_order(numbers, [each[matrix] for _, each, _ in ranked])
         energies = [energy for energy, _ in every]
         mean = torch.cat([spread for _, spread in every]).mean(0).nan_to_num().tolist()
-        surveys[stack.name] = StackSurvey(experts.counted, energies, mean, [], [], 0.0)
+        tokens = round(experts.counted / share)
+        surveys[stack.name] = StackSurvey(tokens, energies, mean, [], [], 0.0)
     if options.bits_per_weight is None:
         return surveys
     samples: dict[str, list[tuple[Tensor, Statistics]]] = {matrix: [] for matrix in stacks}
@@ -164,13 +199,20 @@ def survey_block(
     for expert in sorted(_sampled_experts(experts)):
         weights = experts.weights([expert])
         for matrix, statistics in experts.statistics(weights, [expert]).items():
-            energy = surveys[stacks[matrix].name].energies[expert]
+            energy = (surveys[stacks[matrix].name].energies[expert] or 1.0) * share
             samples[matrix].append(_sample(weights[matrix][0], statistics, energy))
     for matrix, stack in stacks.items():
         counter.enter(f"{stage}, sizes of {matrix}")
         survey = surveys[stack.name]
         surveys[stack.name] = _with_sizes(survey, experts, stack, samples[matrix], options, ranks)
     return surveys
+
+
+def _filled(importance: Tensor) -> Tensor:
+    """With the mean of the other experts for those that no token went to."""
+    seen = importance.any(1)
+    mean = importance[seen].mean(0) if seen.any() else importance[0]
+    return torch.where(seen[:, None], importance, mean)
 
 
 def _spread(rows: Tensor) -> Tensor:
@@ -199,16 +241,14 @@ def _has_weights(experts: BlockExperts, expert: int) -> bool:
     return all(map(torch.any, experts.weights(range(expert, expert + 1)).values()))
 
 
-def _sample(
-    weights: Tensor, statistics: Statistics, energy: float | None
-) -> tuple[Tensor, Statistics]:
+def _sample(weights: Tensor, statistics: Statistics, energy: float) -> tuple[Tensor, Statistics]:
     """Some rows; sums over the expert's energy, so that it is the reference 1."""
     number = min(_SAMPLE_ROWS, len(weights))
     rows = torch.arange(number, device=weights.device) * len(weights) // number
     importance = statistics.row_importance
     if importance.shape[1] > 1:
         importance = importance[:, rows.cpu()]
-    sums = statistics.sums / (energy or 1.0)
+    sums = statistics.sums / energy
     return weights[rows], replace(statistics, sums=sums, row_importance=importance)
 
 

@@ -4,7 +4,7 @@
     .NAME.work/state.json        the fingerprint of the conversion
     .NAME.work/survey-0003.json  a block is surveyed
     .NAME.work/probe-0000.json   what an error in each block does
-    .NAME.work/block-0003.norms  norms of the block's hidden states in the original model
+    .NAME.work/block-0003.importance  how much an error in each row of its experts matters
     .NAME.work/block-0003.json   a block is quantized
     .NAME.work/stack-0007*.qmoe  a quantized stack, see ``staging``
     .NAME.work/*.rows            hidden states, see ``calibration.activations``

@@ -79,13 +79,15 @@ class Statistics:
         self.row_importance[expert] += importance.sum(0, dtype=torch.float64).cpu()
 
     def importance(self) -> Tensor:
-        """rho_j, the mean weight of a squared error in row j: float64 ``[experts, rows or 1]``.
+        """rho_j, the mean weight of a squared error in row j: float64 ``[experts, rows or 1]``,
+        within the bounds of ``bounded_importance``."""
+        return bounded_importance(self.row_importance / self.tokens.clamp(min=1)[:, None])
 
-        At least a thousandth of the expert's mean; 1 without weights.
-        """
-        rho = self.row_importance / self.tokens.clamp(min=1)[:, None]
-        mean = rho.mean(1, keepdim=True)
-        return torch.where(mean > 0, torch.maximum(rho, 1e-3 * mean), 1.0)
+
+def bounded_importance(rho: Tensor) -> Tensor:
+    """At least a thousandth of the expert's mean; 1 without weights. ``[experts, rows]``."""
+    mean = rho.mean(1, keepdim=True)
+    return torch.where(mean > 0, torch.maximum(rho, 1e-3 * mean), 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from qmoe_format.quantize.rd import Search, quantize_rd
 from tests.tiny_models import WORDS, save_model
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 3, 8, 12, 40
+NORMS = torch.arange(1.0, TOKENS + 1)[:, None]  # of the hidden states after the block
 ONE_THREAD = Resources(1)
 
 
@@ -139,11 +140,10 @@ def block(tmp_path: Path, routed: RoutedTokens) -> Block:
         (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
         named = {f"model.layers.0.block_sparse_moe.{name}": each for name, each in state.items()}
         save_file(named, tmp_path / family / "model.safetensors")
-    norms = torch.arange(1.0, TOKENS + 1)[:, None]
 
     def make(family: str, resources: Resources = ONE_THREAD, **options: Any) -> BlockExperts:
         opened = open_checkpoint(tmp_path / family)
-        settings: dict[str, Any] = {"token_cap": 100.0, "norms": norms, **options}
+        settings: dict[str, Any] = {"token_cap": 100.0, **options}
         return BlockExperts(opened, opened.layers[0], routed, resources, **settings)
 
     return make

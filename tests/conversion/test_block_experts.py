@@ -18,7 +18,7 @@ from qmoe_format.checkpoints import open_checkpoint
 from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.parallel import Resources
 from qmoe_format.quantize.rate import weighted_energies
-from tests.conversion.conftest import EXPERTS, HIDDEN, TOKENS, Block
+from tests.conversion.conftest import EXPERTS, HIDDEN, NORMS, TOKENS, Block
 from tests.tiny_models import save_model
 
 EVERY = range(EXPERTS)
@@ -32,28 +32,44 @@ def everything(experts: BlockExperts) -> list[Tensor]:
     """All that is computed from the tokens of all experts."""
     weights, outputs = experts.weights(EVERY), torch.zeros(TOKENS, HIDDEN)
     experts.add_outputs(weights, EVERY, outputs)
+    energies, importance = experts.measure(weights, EVERY, NORMS)
     return [
         outputs,
-        *experts.energies(weights, EVERY).values(),
+        *energies.values(),
+        importance,
         *(
             tensor
             for found in experts.statistics(weights, EVERY).values()
-            for tensor in (found.sums, found.tokens, found.row_importance)
+            for tensor in (found.sums, found.tokens)
         ),
     ]
 
 
 def test_one_matrix_is_weighed_like_two(block: Block) -> None:
+    both = block("mixtral"), block("granitemoe")
     separate, fused = (
-        experts.statistics(experts.weights(EVERY), EVERY)
-        for experts in (block("mixtral"), block("granitemoe"))
+        experts.by_stack(experts.measure(experts.weights(EVERY), EVERY, NORMS)[1])
+        for experts in both
     )
-    both = [separate[W1].row_importance, separate[W3].row_importance]
-    assert not both[0].allclose(both[1])
-    close(fused[INPUT].row_importance, torch.cat(both, 1))
-    close(fused[INPUT].sums, separate[W3].sums)
-    for field in ("sums", "tokens", "row_importance"):
-        close(getattr(fused[OUTPUT], field), getattr(separate[W2], field))
+    assert not separate[W1].allclose(separate[W3])
+    close(fused[INPUT], torch.cat([separate[W1], separate[W3]], 1))
+    close(fused[OUTPUT], separate[W2])
+    two, one = (experts.statistics(experts.weights(EVERY), EVERY) for experts in both)
+    close(one[INPUT].sums, two[W3].sums)
+    for field in ("sums", "tokens"):
+        close(getattr(one[OUTPUT], field), getattr(two[W2], field))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_importance_reaches_the_quantizer(block: Block, family: str) -> None:
+    experts = block(family)
+    weights = experts.weights(EVERY)
+    assert all(not s.row_importance.any() for s in experts.statistics(weights, EVERY).values())
+    experts.importance = torch.rand(EXPERTS, experts.importance_columns)
+    some = [2, 0]
+    rows = experts.by_stack(experts.importance[some])
+    for matrix, statistics in experts.statistics(experts.weights(some), some).items():
+        close(statistics.importance().float(), rows[matrix])
 
 
 def test_one_matrix_has_the_outputs_and_energies_of_two(block: Block) -> None:
@@ -70,7 +86,7 @@ def test_one_matrix_has_the_outputs_and_energies_of_two(block: Block) -> None:
 def test_energies_are_those_of_the_hessians(block: Block, family: str) -> None:
     experts = block(family)
     weights = experts.weights(EVERY)
-    energies = experts.energies(weights, EVERY)
+    energies, experts.importance = experts.measure(weights, EVERY, NORMS)
     for matrix, statistics in experts.statistics(weights, EVERY).items():
         expected = weighted_energies(weights[matrix], statistics)
         close(energies[matrix], expected)
@@ -154,11 +170,13 @@ def test_an_expert_that_no_token_goes_to(block: Block, routed: Any) -> None:
     """Shown all tokens, it has Hessians, and matters as if it had one of them."""
     routed.tokens_of = lambda expert: (torch.empty(0, dtype=torch.int64), torch.empty(0))
     experts = block("mixtral", all_experts=True)
-    found = experts.statistics(experts.weights(EVERY), EVERY)[W2]
+    weights = experts.weights(EVERY)
+    found = experts.statistics(weights, EVERY)[W2]
     assert found.tokens.tolist() == [int(routed.counted.sum())] * EXPERTS
-    norms = torch.arange(1.0, TOKENS + 1)[routed.counted]
-    weight = routed.weights.square().mean() * (1 / norms.square()).mean()
-    close(found.row_importance.float(), weight.expand(EXPERTS, 1))
+    counted = NORMS[routed.counted]
+    weight = routed.weights.square().mean() * (1 / counted.square()).mean() / len(counted)
+    _, importance = experts.measure(weights, EVERY, NORMS)
+    close(experts.by_stack(importance)[W2], weight.expand(EXPERTS, 1))
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ def walked(checkpoint: Checkpoint, probes: Probes, folder: Path) -> Walk:
         outputs = None
         if routed := walk.collect():
             assert block.experts
-            experts = BlockExperts(
-                checkpoint, block.experts, routed, Resources(1), token_cap=100.0, norms=None
-            )
+            experts = BlockExperts(checkpoint, block.experts, routed, Resources(1), token_cap=100.0)
             outputs = routed.outputs()
             for group in experts.groups():
                 experts.add_outputs(experts.weights(group), group, outputs)
@@ -61,7 +59,7 @@ def walked(checkpoint: Checkpoint, probes: Probes, folder: Path) -> Walk:
 def test_a_copy_without_noise_predicts_what_the_model_does(
     checkpoint: Checkpoint, mixtral_folder: Path, tmp_path: Path
 ) -> None:
-    probes = Probes(batches(), len(checkpoint.layers))
+    probes = Probes(batches(), len(checkpoint.layers), 16)
     walk = walked(checkpoint, probes, tmp_path)
     tokens = probes.batches[-1].inputs
     model = AutoModelForCausalLM.from_pretrained(mixtral_folder, dtype=torch.float32).eval()
@@ -74,7 +72,7 @@ def test_a_copy_without_noise_predicts_what_the_model_does(
 def test_noise_does_something_in_every_block(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probes = Probes(batches(), len(checkpoint.layers))
+    probes = Probes(batches(), len(checkpoint.layers), 16)
     found = probes.sensitivities(walked(checkpoint, probes, tmp_path))
     assert len(found) == len(checkpoint.layers)
     assert all(each > 0 for each in found)
@@ -85,7 +83,7 @@ def test_noise_does_something_in_every_block(
 
 
 def test_noise_is_in_the_copy_of_its_block_only() -> None:
-    probes, counts = Probes(batches(), 2), [4, 5, 3, 3, 3]
+    probes, counts = Probes(batches(), 2, 16), [4, 5, 3, 3, 3]
     norms = torch.arange(1.0, 19.0)[:, None]
     for block in range(2):
         outputs = torch.zeros(18, 1024)
@@ -98,7 +96,7 @@ def test_noise_is_in_the_copy_of_its_block_only() -> None:
 
 
 def test_no_token_of_a_copy_counts() -> None:
-    probes = Probes(batches(), 3)
+    probes = Probes(batches(), 3, 16)
     assert len(probes.batches) == 2 + 4
     assert not any(batch.inputs.counted.any() for batch in probes.batches[2:])
     assert all(len(batch.inputs.ids) == 1 for batch in probes.batches[2:])  # a quarter of 16, of 4
