@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from qmoe_format.calibration.sequences import read_batches
 from qmoe_format.checkpoints import open_checkpoint
+from qmoe_format.conversion.block_experts import BlockExperts
 from qmoe_format.conversion.quantize_block import BlockRecord
 from qmoe_format.conversion.rate_control import Attempt, TargetRate
 from qmoe_format.quantize.rate import Rate
@@ -214,16 +215,15 @@ def test_rows_are_weighed_by_what_they_matter(
     switch_folder: Path, text: Path, converted: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipe rd weighs tokens by router weight over the length of the hidden states."""
-    from qmoe_format.quantize.hessian import Statistics
+    measure = BlockExperts.measure
+    given: list[Tensor] = []
 
-    weigh = Statistics.weigh
-    given: list[tuple[int, Tensor]] = []
+    def noted(self: BlockExperts, *arguments: Any) -> Any:
+        energies, importance = measure(self, *arguments)
+        given.extend(self.by_stack(importance).values())
+        return energies, importance
 
-    def noted(self: Statistics, expert: int, importance: Tensor) -> None:
-        given.append((expert, importance))
-        weigh(self, expert, importance)
-
-    monkeypatch.setattr(Statistics, "weigh", noted)
+    monkeypatch.setattr(BlockExperts, "measure", noted)
     converted(switch_folder, recipe="rd", rate_lambda=0.1)
     block = "encoder.block.1"
     head = f"{block}.layer.1.mlp.experts"
@@ -251,13 +251,10 @@ def test_rows_are_weighed_by_what_they_matter(
         wi, wo = (state[f"{head}.expert_{expert}.{name}.weight"].float() for name in ("wi", "wo"))
         own, before = chosen == expert, x[chosen == expert] @ wi.T
         square = gates[own, None].square()
-        for wanted in ((before > 0) * wo.square().sum(0) * square, square):
-            assert any(
-                each == expert
-                and weights.shape == wanted.shape
-                and torch.allclose(weights, wanted, rtol=1e-3, atol=1e-6)
-                for each, weights in given
-            )
+        slopes = (before > 0) * wo.square().sum(0)
+        inputs, output = given[:2]  # of the encoder's first block with experts
+        torch.testing.assert_close(inputs[expert], (slopes * square).mean(0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(output[expert], square.mean(0), rtol=1e-3, atol=1e-6)
 
 
 def test_later_blocks_see_what_earlier_ones_have_become(
