@@ -5,6 +5,7 @@
     pack_groups, unpack_groups  uint8 integers of few bits <-> ``GroupedMatrix``, with scales
     dequantize_rows             some rows of a matrix, into an array
     matvec, matvecs, matmul     y = W x without decoding W
+    pack, multiply_packed       the same, faster, of a ``PackedMatrix`` that takes more memory
     fit_dictionary, standard_dictionary
 
 Numba is loaded by the first call that encodes, decodes or multiplies.
@@ -21,6 +22,7 @@ from qmoe_format.codec.matrix import (
     encode_matrix,
 )
 from qmoe_format.codec.multiply import Matvec, matmul, matvec, matvecs
+from qmoe_format.codec.packed import PackedMatrix, PackedProduct, multiply_packed, pack, packable
 from qmoe_format.codec.profiles import PROFILES, Profile
 from qmoe_format.codec.segments import EncodedLevels, decode, encode
 
@@ -33,6 +35,8 @@ __all__ = [
     "GroupedMatrix",
     "Matrix",
     "Matvec",
+    "PackedMatrix",
+    "PackedProduct",
     "Profile",
     "decode",
     "dequantize",
@@ -43,7 +47,10 @@ __all__ = [
     "matmul",
     "matvec",
     "matvecs",
+    "multiply_packed",
+    "pack",
     "pack_groups",
+    "packable",
     "standard_dictionary",
     "unpack_groups",
 ]

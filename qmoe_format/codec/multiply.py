@@ -15,6 +15,7 @@ from qmoe_format.codec import int_group
 from qmoe_format.codec.arrays import check_array, output
 from qmoe_format.codec.int_group import GroupedMatrix
 from qmoe_format.codec.matrix import EncodedMatrix, Matrix
+from qmoe_format.codec.packed import packable
 from qmoe_format.codec.segments import Call, kernel_strings, run_all
 from qmoe_format.dtypes import to_float32
 
@@ -54,13 +55,17 @@ def matvec(
     return out
 
 
-def matvecs(products: Sequence[Matvec], threads: int = 1) -> None:
+def matvecs(products: Sequence[Matvec], threads: int = 1, *, rounded: bool = False) -> None:
     """Do several ``matvec`` (matrix, x, out) at once: threads share each of them.
+
+    Args:
+        rounded: round x as ``multiply_packed`` does, for matrices that can be packed.
 
     Raises:
         QMoEError: as ``matvec``.
     """
-    run_all([matvec_call(*product) for product in products if product[2].size], threads)
+    calls = [matvec_call(*each, rounded=rounded) for each in products if each[2].size]
+    run_all(calls, threads)
 
 
 def matvec_call(
@@ -68,16 +73,19 @@ def matvec_call(
     x: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
     dense: bool | None = None,
+    rounded: bool = False,
 ) -> Call:
     """A ``matvec`` to be run.
 
     Args:
+        rounded: see ``matvecs``.
         dense: whether to use ``dot_dense`` where it can be used: for ternary matrices with short
             entries; by default where it is the faster kernel.
     """
     if isinstance(matrix, GroupedMatrix):
         return int_group.matvec_call(matrix, x, out)
     from qmoe_format.codec.kernels.dot import BEYOND_X, PREFER_DENSE, dot_dense, dot_sparse
+    from qmoe_format.codec.kernels.packed import round_row
     from qmoe_format.codec.kernels.tables import tables
 
     levels = matrix.levels
@@ -85,6 +93,8 @@ def matvec_call(
     padded = np.zeros(max(columns, 1) + BEYOND_X, np.float32)
     check_array("x", x, np.float32, (columns,))
     padded[:columns] = _scaled(matrix, x)
+    if rounded and packable(matrix):
+        round_row(padded[:columns])
     check_array("out", out, np.float32, (levels.rows,))
     if not columns:
         out[:] = 0

@@ -73,7 +73,9 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, stacks: Sequence[LazyStack], groups: Sequence[Group], tuning: Tuning
     ) -> Tensor:
         ctx.stacks, ctx.groups, ctx.tuning = stacks, groups, tuning
-        return (_on_gpu if x.is_cuda else _on_cpu)(stacks, x, groups, tuning)
+        if x.is_cuda:
+            return _on_gpu(stacks, x, groups, tuning)
+        return _on_cpu(stacks, x, groups, tuning, exact=ctx.needs_input_grad[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -87,15 +89,27 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _on_cpu(
-    stacks: Sequence[LazyStack], x: Tensor, groups: Sequence[Group], tuning: Tuning
+    stacks: Sequence[LazyStack], x: Tensor, groups: Sequence[Group], tuning: Tuning, exact: bool
 ) -> Tensor:
+    """``exact``: whatever ``LazyStack.hot`` says."""
     x_float = x.detach().to(torch.float32).contiguous()
     y = torch.empty((len(x), sum(stack.shape[1] for stack in stacks)), dtype=torch.float32)
     x_array, y_array = x_float.numpy(), y.numpy()
     singles: list[codec.Matvec] = []
+    rounded_singles: list[codec.Matvec] = []
+    packed: list[codec.PackedProduct] = []
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
             matrix = stack.matrix(expert)
+            if stack.hot and not exact and codec.packable(matrix):
+                found = stack.hot.find((stack.name, expert), matrix, last - first, tuning.threads)
+                if found:
+                    packed.append((found, x_array[first:last], y_array[first:last, columns]))
+                else:
+                    rounded_singles += [
+                        (matrix, x_array[i], y_array[i, columns]) for i in range(first, last)
+                    ]
+                continue
             kernel = choose_kernel(last - first, matrix, tuning)
             if kernel == "matvec":
                 singles += [(matrix, x_array[i], y_array[i, columns]) for i in range(first, last)]
@@ -105,8 +119,12 @@ def _on_cpu(
             else:
                 for rows, weights in _decoded_rows(stack, expert, x_float, tuning):
                     torch.mm(x_float[first:last], weights.T, out=y[first:last, columns][:, rows])
-    size = sum(matrix.rows * matrix.columns for matrix, _, _ in singles)
-    codec.matvecs(singles, min(tuning.threads, 1 + size // tuning.weights_per_thread))
+    for calls, rounded in ((singles, False), (rounded_singles, True)):
+        size = sum(matrix.rows * matrix.columns for matrix, _, _ in calls)
+        threads = min(tuning.threads, 1 + size // tuning.weights_per_thread)
+        codec.matvecs(calls, threads, rounded=rounded)
+    size = sum(len(x) * matrix.rows * matrix.columns for matrix, x, _ in packed)
+    codec.multiply_packed(packed, min(tuning.threads, 1 + size // tuning.packed_per_thread))
     return y.to(x.dtype)
 
 

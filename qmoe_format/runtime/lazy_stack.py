@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qmoe_format.codec import Matrix
     from qmoe_format.container import QMoEFile
     from qmoe_format.gpu import DeviceStack
+    from qmoe_format.runtime.hot_experts import HotExperts
 
 
 class LazyStack:
@@ -18,6 +19,8 @@ class LazyStack:
 
     Attributes:
         shape: experts, rows (out), columns (in).
+        hot: what keeps packed matrices for products on a CPU, of activations rounded to 8 bits;
+            None: products are exact, of matrices as they are stored.
 
     Raises:
         QMoEError: ``not-found`` if there is no such tensor; ``argument`` if it is not a stack of
@@ -41,6 +44,7 @@ class LazyStack:
         self.name = name
         self.shape: tuple[int, int, int] = (entry.shape[0], entry.shape[1], entry.shape[2])
         self._file = file
+        self.hot: HotExperts | None = None
         self._matrices: dict[int, Matrix] = {}
         self._uploaded: dict[int, DeviceStack] = {}
 

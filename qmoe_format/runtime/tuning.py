@@ -20,6 +20,7 @@ class Tuning:
             non-zero, a dense one for each weight.
         grouped_dense_tokens: tokens of an expert from which that pays with ``int-group``.
         weights_per_thread: weights for which waking another thread pays.
+        packed_per_thread: the same, times tokens, of packed matrices.
         scratch_bytes: of decoded weights at a time.
         gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch per stack.
         gpu_expert_tokens: up to this many tokens of an expert, a GPU multiplies weights as they
@@ -32,6 +33,7 @@ class Tuning:
     dense_tokens: float = 17.0
     grouped_dense_tokens: int = 48
     weights_per_thread: int = 1 << 18
+    packed_per_thread: int = 1 << 20
     scratch_bytes: int = 8 << 20
     gpu_layer_tokens: int = 64
     gpu_expert_tokens: int = 32

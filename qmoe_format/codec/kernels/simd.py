@@ -117,6 +117,13 @@ def add_scaled(builder, sums, addend, factor):
     return builder.fadd(sums, scaled, flags=("contract",))
 
 
+@instruction(lambda _, __, values, *___: vector(vector, vector, values, uint64))
+def add_times_levels(builder, sums, some, values, start):
+    """``sums`` plus ``some`` times ``values[start : start + 16]``, int8."""
+    levels = builder.sitofp(_load(builder, values, start, _BYTE), _VECTOR)
+    return builder.fadd(sums, builder.fmul(some, levels, flags=("contract",)), flags=("contract",))
+
+
 @instruction(lambda values, *_: void(values, uint64, vector))
 def store_vector(builder, values, start, sums):
     """``values[start : start + 16] = sums``."""

@@ -1,0 +1,233 @@
+"""Kernels of packed matrices: packing levels, rounding x to int8, and products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qmoe_format.codec.kernels import simd
+from qmoe_format.codec.kernels.byte_dot import (
+    BLOCK,
+    add_scaled_sums,
+    bytes_at,
+    codes_at,
+    dot_four_bits,
+    dot_two_bits,
+    floats_at,
+    shorts_at,
+    words_at,
+)
+from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.unaligned import advance
+
+GROUP = 4  # rows that are multiplied side by side: each alone would wait for its own sums
+LIMITS = {2: 1, 4: 7}  # the largest magnitude in codes of as many bits; it is added to a level
+_ZERO, _SIXTEEN, _BLOCK = np.uint64(0), np.uint64(16), np.uint64(BLOCK)
+_ALL = np.uint64(0xFFFF)
+
+
+class Product(NamedTuple):
+    """One row of the table of products: addresses and sizes, all int64.
+
+    The first ten are of the matrix; ``x``, ``x_stride`` and ``out``, ``out_stride`` in elements, of
+    ``tokens`` rows; the others are room for x as ``round_all`` leaves it.
+    """
+
+    codes: Any  # uint8 [rows up to a multiple of GROUP, blocks, 32 * bits]
+    bits: Any
+    rows: Any
+    columns: Any
+    blocks: Any
+    begins: Any  # int64 [rows + 1]: of each row's exceptions
+    places: Any  # uint16 [exceptions + 16]: their columns
+    excess: Any  # int8 [exceptions + 16]: what their codes leave out
+    row_scale: Any  # float32 [rows]
+    column_scale: Any  # float32 [columns]
+    x: Any  # float32 [tokens, columns]
+    x_stride: Any
+    tokens: Any
+    scaled: Any  # float32 [tokens, columns]: x times column scales, rounded
+    rounded: Any  # int8 [tokens, blocks, BLOCK]: the same over its block's unit
+    units: Any  # float32 [tokens, blocks]
+    offsets: Any  # float32 [tokens]: the sum of rounded x, times what is added to levels
+    out: Any  # float32 [tokens, rows]
+    out_stride: Any
+
+
+MATRIX_FIELDS = 10
+
+
+@kernel
+def count_beyond(first, last, levels, counts):
+    """``counts`` int64 [rows, 2]: levels beyond the limits of 2 and of 4 bits."""
+    for row in range(first, last):
+        two = four = 0
+        for level in levels[row]:
+            two += abs(level) > 1
+            four += abs(level) > 7
+        counts[row, 0], counts[row, 1] = two, four
+
+
+@kernel
+def pack_rows(first, last, levels, bits, limit, codes, begins, places, excess):
+    """Pack ``levels`` int8 [rows, columns]; the other arguments as in ``Product``."""
+    columns = levels.shape[1]
+    fields = 8 // bits
+    for row in range(first, last):
+        for block in range(codes.shape[1]):
+            for i in range(BLOCK // 64):
+                start = block * BLOCK + 64 * i
+                target = codes[row, block, 64 * (i // fields) :]
+                shift = bits * (i % fields)
+                for j in range(min(64, columns - start)):
+                    level = min(max(levels[row, start + j], -limit), limit)
+                    target[j] |= np.uint8((level + limit) << shift)
+        at = begins[row]
+        if at < begins[row + 1]:
+            for column in range(columns):
+                level = levels[row, column]
+                if abs(level) > limit:
+                    places[at] = column
+                    excess[at] = level - min(max(level, -limit), limit)
+                    at += 1
+
+
+@inlined
+def _product(table, i):
+    return Product(
+        table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4], table[i, 5], table[i, 6],
+        table[i, 7], table[i, 8], table[i, 9], table[i, 10], table[i, 11], table[i, 12],
+        table[i, 13], table[i, 14], table[i, 15], table[i, 16], table[i, 17], table[i, 18],
+    )  # fmt: skip
+
+
+@inlined
+def _round_block(values, start, count, rounded, target):
+    """Round ``values`` from ``start`` on to int8 times a unit, which is returned with their sum.
+
+    ``rounded`` receives a whole block from ``target`` on, and ``values`` what these stand for.
+    """
+    largest = nothing = np.float32(0)
+    for j in range(start, start + count):
+        largest = max(largest, abs(values[j]))
+        nothing += values[j] - values[j]  # NaN if one is not finite
+    unit = largest / np.float32(127) + nothing
+    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
+    total = 0
+    for j in range(count):
+        level = np.int8(np.rint(values[start + j] * inverse))
+        rounded[target + j] = level
+        values[start + j] = np.float32(level) * unit
+        total += level
+    for j in range(count, BLOCK):
+        rounded[target + j] = 0
+    return unit, total
+
+
+@kernel
+def round_all(table):
+    """Round the x of all products to int8, in blocks with a unit of their own.
+
+    What is NaN or infinite in x makes the block's unit, and so all sums, NaN.
+    """
+    for i in range(len(table)):
+        p = _product(table, i)
+        x, column_scale, scaled = floats_at(p.x), floats_at(p.column_scale), floats_at(p.scaled)
+        rounded, units, offsets = bytes_at(p.rounded), floats_at(p.units), floats_at(p.offsets)
+        for token in range(p.tokens):
+            for column in range(p.columns):
+                value = x[token * p.x_stride + column] * column_scale[column]
+                scaled[token * p.columns + column] = value
+            offset = np.float32(0)
+            for block in range(p.blocks):
+                start, place = block * BLOCK, token * p.blocks + block
+                count = min(BLOCK, p.columns - start)
+                unit, total = _round_block(
+                    scaled, token * p.columns + start, count, rounded, place * BLOCK
+                )
+                units[place] = unit
+                offset += unit * np.float32(total)
+            offsets[token] = offset * np.float32(1 if p.bits == 2 else 7)
+
+
+@kernel
+def round_row(values):
+    """Round float32 [columns], contiguous, to what ``round_all`` would make of them."""
+    rounded = np.empty(BLOCK, np.int8)
+    for start in range(0, values.size, BLOCK):
+        _round_block(values, start, min(BLOCK, values.size - start), rounded, 0)
+
+
+@inlined
+def _two(codes, place, x, start):
+    return dot_two_bits(codes, place, x, start)
+
+
+@inlined
+def _four(codes, place, x, start):
+    return dot_four_bits(codes, place, x, start)
+
+
+@inlined
+def _finish(p, row, token, sums):
+    """Add a row's exceptions, and store it."""
+    if row >= p.rows:
+        return
+    begins = words_at(p.begins)
+    at, end = begins[row], begins[row + 1]
+    if at < end:
+        x = advance(floats_at(p.scaled), np.uint64(token * p.columns))
+        places, excess = shorts_at(p.places), bytes_at(p.excess)
+        extra = simd.zero_vector()
+        while at < end:
+            these = _ALL >> np.uint64(max(16 - (end - at), 0))
+            some = simd.gather(x, _ZERO, places, np.uint64(at), these)
+            extra = simd.add_times_levels(extra, some, excess, np.uint64(at))
+            at += 16
+        total = simd.vector_sum(sums) + simd.vector_sum(extra)
+    else:
+        total = simd.vector_sum(sums)
+    out = floats_at(p.out)
+    value = (total - floats_at(p.offsets)[token]) * floats_at(p.row_scale)[row]
+    out[token * p.out_stride + row] = value
+
+
+@inlined
+def _multiply(dot, p, first, last):
+    codes, block_bytes = codes_at(p.codes), np.uint64(32 * p.bits)
+    stride = np.uint64(p.blocks) * block_bytes
+    for group in range(first, last):
+        row = GROUP * group
+        for token in range(p.tokens):
+            x = advance(bytes_at(p.rounded), np.uint64(token * p.blocks) * _BLOCK)
+            units = advance(floats_at(p.units), np.uint64(token * p.blocks))
+            a = b = c = d = simd.zero_vector()
+            place, start = np.uint64(row) * stride, _ZERO
+            for block in range(np.uint64(p.blocks)):
+                unit = units[block]
+                a = add_scaled_sums(a, dot(codes, place, x, start), unit)
+                second = place + stride
+                b = add_scaled_sums(b, dot(codes, second, x, start), unit)
+                third = second + stride
+                c = add_scaled_sums(c, dot(codes, third, x, start), unit)
+                d = add_scaled_sums(d, dot(codes, third + stride, x, start), unit)
+                place += block_bytes
+                start += _BLOCK
+            _finish(p, row, token, a)
+            _finish(p, row + 1, token, b)
+            _finish(p, row + 2, token, c)
+            _finish(p, row + 3, token, d)
+
+
+@kernel
+def multiply_all(part, parts, table):
+    """This part of the rows of all products, of x as ``round_all`` left it."""
+    for i in range(len(table)):
+        p = _product(table, i)
+        groups = (p.rows + GROUP - 1) // GROUP
+        first, last = groups * part // parts, groups * (part + 1) // parts
+        if p.bits == 2:
+            _multiply(_two, p, first, last)
+        else:
+            _multiply(_four, p, first, last)

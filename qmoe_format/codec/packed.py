@@ -1,0 +1,149 @@
+"""A matrix in a layout for fast products: 2 or 4 bits a weight, whatever the file holds.
+
+``pack`` decodes once; a product then costs about as much as reading the codes. x is rounded to int8
+in blocks of 256 with a unit of their own, as in llama.cpp; sums are exact within a block, and float32
+between them. The few levels beyond what the codes can hold are kept apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_format.codec.arrays import check_array
+from qmoe_format.codec.matrix import EncodedMatrix, Matrix
+from qmoe_format.codec.segments import decode
+from qmoe_format.codec.threads import in_parts
+from qmoe_format.dtypes import to_float32
+from qmoe_format.errors import QMoEError
+
+_EXCEPTION_BITS = 24  # of a level beyond the codes
+_MOST_COLUMNS = 1 << 16  # columns of exceptions are uint16
+_BEYOND = 16  # exceptions that kernels may read after the last one
+
+PackedProduct = tuple["PackedMatrix", npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""W, x [tokens, columns] and out [tokens, rows]."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedMatrix:
+    """Levels as codes of 2 or 4 bits, and exceptions; weight = level times row and column scale.
+
+    Attributes:
+        rows, columns: of the matrix.
+        bits: of a code.
+        codes, begins, places, excess, row_scale, column_scale: see ``kernels.packed.Product``.
+        nbytes: of all arrays.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    codes: npt.NDArray[np.uint8]
+    begins: npt.NDArray[np.int64]
+    places: npt.NDArray[np.uint16]
+    excess: npt.NDArray[np.int8]
+    row_scale: npt.NDArray[np.float32]
+    column_scale: npt.NDArray[np.float32]
+    nbytes: int = field(init=False)
+    _address: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        exceptions = (self.begins, self.places, self.excess)
+        scales = (self.row_scale, self.column_scale)
+        object.__setattr__(
+            self, "nbytes", sum(each.nbytes for each in (self.codes, *exceptions, *scales))
+        )
+        addresses = [each.ctypes.data for each in (self.codes, *exceptions, *scales)]
+        sizes = [self.bits, self.rows, self.columns, self.codes.shape[1]]
+        row = np.array([addresses[0], *sizes, *addresses[1:]], np.int64)
+        object.__setattr__(self, "_address", row)
+
+
+def packable(matrix: Matrix) -> TypeGuard[EncodedMatrix]:
+    """Whether ``pack`` takes a matrix: no integers in groups, no rows whose negative levels have a
+    scale of their own, and at most 65,536 columns."""
+    fits = isinstance(matrix, EncodedMatrix) and matrix.symmetric
+    return fits and matrix.rows * matrix.columns > 0 and matrix.columns <= _MOST_COLUMNS
+
+
+def pack(matrix: Matrix, threads: int = 1) -> PackedMatrix:
+    """Decode a matrix into the layout.
+
+    Raises:
+        QMoEError: ``argument`` if it is not ``packable``; as ``decode``.
+    """
+    if not packable(matrix):
+        raise QMoEError("argument", "this matrix cannot be packed", "multiply it as it is stored")
+    from qmoe_format.codec.kernels.byte_dot import BLOCK
+    from qmoe_format.codec.kernels.packed import GROUP, LIMITS, count_beyond, pack_rows
+
+    levels = decode(matrix.levels, threads=threads)
+    rows, columns = levels.shape
+    counts = np.zeros((rows, 2), np.int64)
+    if matrix.levels.refinement is not None:
+        in_parts(rows, threads, lambda first, last: count_beyond(first, last, levels, counts))
+    costs = [
+        bits * rows * columns + _EXCEPTION_BITS * int(beyond)
+        for bits, beyond in zip(LIMITS, counts.sum(0), strict=True)
+    ]
+    choice = int(np.argmin(costs))
+    bits = [*LIMITS][choice]
+    begins = np.concatenate([[0], counts[:, choice].cumsum()])
+    padded, blocks = -(-rows // GROUP) * GROUP, -(-columns // BLOCK)
+    codes = np.zeros((padded, blocks, bits * BLOCK // 8), np.uint8)
+    places = np.zeros(begins[-1] + _BEYOND, np.uint16)
+    excess = np.zeros(begins[-1] + _BEYOND, np.int8)
+    arguments = (levels, bits, LIMITS[bits], codes, begins, places, excess)
+    in_parts(rows, threads, lambda first, last: pack_rows(first, last, *arguments))
+    column_scale = np.ones(columns, np.float32)
+    if matrix.column_scale is not None:
+        column_scale = np.ascontiguousarray(to_float32(matrix.column_scale, "BF16"))
+    row_scale = np.ascontiguousarray(to_float32(matrix.row_scale[:, 0], "BF16"))
+    return PackedMatrix(rows, columns, bits, codes, begins, places, excess, row_scale, column_scale)
+
+
+def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None:
+    """``out = x W^T`` for several matrices at once: threads share the rows of each of them.
+
+    Args:
+        products: x and out are float32, and their rows contiguous.
+
+    Raises:
+        QMoEError: ``argument`` for other arrays.
+    """
+    from qmoe_format.codec.kernels.packed import MATRIX_FIELDS, Product, multiply_all, round_all
+
+    if not products:
+        return
+    table = np.empty((len(products), len(Product._fields)), np.int64)
+    rooms = []
+    for row, (matrix, x, out) in zip(table, products, strict=True):
+        tokens = len(x)
+        _check("x", x, (tokens, matrix.columns))
+        _check("out", out, (tokens, matrix.rows))
+        blocks = matrix.codes.shape[1]
+        scaled, block = 4 * tokens * matrix.columns, tokens * blocks
+        room = np.empty(scaled + 260 * block + 4 * tokens, np.uint8)
+        rooms.append(room)
+        start = room.ctypes.data
+        # floats before bytes, so that all are aligned
+        units = start + scaled
+        offsets = units + 4 * block
+        row[:MATRIX_FIELDS] = matrix._address
+        row[MATRIX_FIELDS:] = (
+            x.ctypes.data, x.strides[0] // 4, tokens, start, offsets + 4 * tokens, units, offsets,
+            out.ctypes.data, out.strides[0] // 4,
+        )  # fmt: skip
+    round_all(table)
+    in_parts(threads, threads, lambda part, _: multiply_all(part, threads, table))
+
+
+def _check(name: str, array: npt.NDArray[np.float32], shape: tuple[int, int]) -> None:
+    check_array(name, array, np.float32, shape)
+    if array.size and array.strides[1] != 4:
+        check_array(name, array, np.float32, shape, contiguous=True)
