@@ -1,8 +1,8 @@
 """A matrix in a layout for fast products: 2 or 4 bits a weight, whatever the file holds.
 
 ``pack`` decodes once; a product then costs about as much as reading the codes. x is rounded to int8
-in blocks of 256 with a unit of their own, as in llama.cpp; sums are exact within a block, and float32
-between them. The few levels beyond what the codes can hold are kept apart.
+in blocks of 256 with a unit of their own, as in llama.cpp; sums are exact within a block, and in
+float32 between them. The few levels beyond what the codes can hold are kept apart.
 """
 
 from __future__ import annotations
