@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +121,8 @@ class ExpertCache:
                 self._users.update(keys)
                 for key in keys:
                     self._rate(key)
+                    if _failed(self._reads.get(key, ())):
+                        self._forget(key)
                 missing = [key for key in keys if key not in self._entries]
                 for key in missing:
                     self._start(key)
@@ -155,6 +157,8 @@ class ExpertCache:
         with self._lock:
             taken = sum(self._entries[key].bytes for key in self._users)
             for key in keys:
+                if key in self._users:
+                    continue
                 taken += self.size(key)
                 if taken <= self.budget and key not in self._entries:
                     self._start(key)
@@ -206,38 +210,47 @@ class ExpertCache:
         """Wait until experts have been read that nobody will evict meanwhile."""
         begun = time.perf_counter()
         for key in keys:
-            reads = self._reads.get(key)
-            if reads is None:
-                continue
-            wait(reads)
-            with self._lock:
-                if self._reads.get(key) is not reads:  # another thread was here before
-                    continue
-                if any(each.exception() for each in reads):
-                    self._forget(key)
-                else:
-                    self._entries[key].matrices = [each.result() for each in reads]
-                    del self._reads[key]
-            for each in reads:
-                each.result()
+            while reads := self._reads_of(key):
+                wait(reads)
+                with self._lock:
+                    if self._reads.get(key) is reads:  # no other thread was here before
+                        if not _failed(reads):
+                            self._entries[key].matrices = [each.result() for each in reads]
+                            del self._reads[key]
+                        else:
+                            self._forget(key)
+                for each in reads:
+                    each.result()
         with self._lock:
             self.counters.seconds_waited += time.perf_counter() - begun
 
+    def _reads_of(self, key: Key) -> list[Future[Matrix]] | None:
+        """The reads to wait for, begun again if they have failed for another thread."""
+        with self._lock:
+            if key not in self._entries:
+                self._start(key)
+            return self._reads.get(key)
+
     def _make_room(self, size: int) -> None:
-        """Evict those used least of late, until ``size`` bytes more fit or all are in use."""
-        in_use = []
+        """Evict until ``size`` bytes more fit or all others are in use."""
+        self._evict(size, self._users.keys() | self._prefetched)
+        self._evict(size, self._users)
+
+    def _evict(self, size: int, spared: Container[Key]) -> None:
+        """Evict the experts used least of late, as far as necessary."""
+        passed_over = []
         while self.bytes + size > self.budget and self._order:
             rating, key = heapq.heappop(self._order)
             if key not in self._entries:
                 continue
             if rating != self._ratings[key]:
                 heapq.heappush(self._order, (self._ratings[key], key))
-            elif key in self._users:
-                in_use.append((rating, key))
+            elif key in spared:
+                passed_over.append((rating, key))
             else:
                 self._forget(key)
                 self.counters.evictions += 1
-        for each in in_use:
+        for each in passed_over:
             heapq.heappush(self._order, each)
 
     def _forget(self, key: Key) -> None:
@@ -249,6 +262,10 @@ class ExpertCache:
             self.counters.wasted_prefetches += 1
 
 
+def _failed(reads: Iterable[Future[Matrix]]) -> bool:
+    return any(each.done() and each.exception() for each in reads)
+
+
 class CachedLayer:
     """The experts of one layer in a cache.
 
@@ -256,7 +273,8 @@ class CachedLayer:
         stacks: their names.
 
     Attributes:
-        most: how many of the experts fit into the budget, whichever they are; at least 1.
+        most: how many of the experts fit into half the budget, whichever they are; at least 1. So
+            that many can be used while as many are prefetched.
     """
 
     def __init__(
@@ -266,7 +284,7 @@ class CachedLayer:
         self._number = number
         self._places = {name: place for place, name in enumerate(stacks)}
         largest = max((cache.size((number, expert)) for expert in range(experts)), default=0)
-        self.most = max(1, cache.budget // max(largest, 1))
+        self.most = max(1, cache.budget // 2 // max(largest, 1))
 
     def using(self, experts: Sequence[int]) -> AbstractContextManager[None]:
         """See ``ExpertCache.using``."""

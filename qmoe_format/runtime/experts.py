@@ -85,15 +85,17 @@ class CompressedExperts:
         k = index.shape[1]
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         scales = weights.reshape(-1)
-        cached = self.output.cached
+        cached = None if x.is_cuda else self.output.cached
         most = cached.most if cached else self.output.shape[0]
-        for numbers, groups in _by_expert(index, self.output.shape[0], self.tuning.pairs, most):
+        parts = list(_by_expert(index, self.output.shape[0], self.tuning.pairs, most))
+        for part, (numbers, groups) in enumerate(parts):
             pairs = torch.from_numpy(numbers).to(x.device)
             tokens = torch.from_numpy(numbers // k).to(x.device)
             product = partial(grouped_linear, groups=groups, tuning=self.tuning)
             chosen_biases = [bias[index.reshape(-1)[pairs]] for bias in biases]
-            experts = [group.expert for group in groups]
-            with cached.using(experts) if cached else nullcontext():
+            with cached.using(_experts(groups)) if cached else nullcontext():
+                if cached and part + 1 < len(parts):
+                    cached.prefetch(_experts(parts[part + 1][1]))
                 y = self._run(product, x[tokens], activation, *chosen_biases)
             total = total.index_add(0, tokens, (y * scales[pairs, None]).to(torch.float32))
         return total.to(x.dtype)
@@ -126,6 +128,10 @@ class CompressedExperts:
             y = y + biases[0]
         y = product((self.output,), activation(y))
         return y + biases[1] if biases else y
+
+
+def _experts(groups: Sequence[Group]) -> list[int]:
+    return [group.expert for group in groups]
 
 
 def _by_expert(
