@@ -8,10 +8,12 @@ from qmoe_format.cli.formatting import size
 
 
 def cache_line(model: Any, tokens: int) -> str:
-    """One line about the expert cache of a model that has computed ``tokens``."""
+    """One line about the experts of a model that has read and generated ``tokens``."""
     from qmoe_format.runtime.expert_memory import expert_cache
 
     cache = expert_cache(model)
+    if model.device.type != "cpu":
+        return "experts: all in the memory of the device"
     if cache is None:
         return "experts: mapped, the system keeps in memory what it has room for"
     found = cache.counters
