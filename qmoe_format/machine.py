@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from qmoe_format.errors import QMoEError
@@ -23,6 +24,30 @@ def usable_cores() -> frozenset[int]:
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may take without pushing others out; None where nothing tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        fields = dict(line.split(":") for line in lines)
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+    for group in ("", "/memory"):  # version 2, version 1
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            available = min(available, _left_in(Path(f"/sys/fs/cgroup{group}")))
+    return max(available, 0)
+
+
+def _left_in(group: Path) -> int:
+    """Bytes that a container's control group leaves, not counting cached files."""
+    old = group.name == "memory"
+    limit = int((group / ("memory.limit_in_bytes" if old else "memory.max")).read_text("ascii"))
+    used = int((group / ("memory.usage_in_bytes" if old else "memory.current")).read_text("ascii"))
+    lines = (group / "memory.stat").read_text("ascii").splitlines()
+    stat = dict(line.split() for line in lines)
+    return limit - used + int(stat["total_inactive_file" if old else "inactive_file"])
 
 
 def require(*modules: str, extra: str = "convert") -> None:

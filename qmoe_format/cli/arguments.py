@@ -113,3 +113,11 @@ def add_model_options(to: argparse._ActionsContainer) -> None:
         help="data type of activations and uncompressed weights (default: float32 on a CPU, "
         "otherwise the type that the model was saved in)",
     )
+    to.add_argument(
+        "--expert-memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="memory for experts on a CPU, such as 12GB; others are read from the file when they "
+        "are needed (default: the file is mapped, or, if its experts do not fit into available "
+        "memory, most of that)",
+    )

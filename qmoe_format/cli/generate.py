@@ -17,6 +17,7 @@ from qmoe_format.cli.arguments import (
     positive,
     positive_real,
 )
+from qmoe_format.cli.cache_line import cache_line
 from qmoe_format.errors import QMoEError
 
 NEW_TOKENS = 100  # unless the model's generation_config or the user says otherwise
@@ -47,6 +48,9 @@ def add_parser(commands: Commands) -> None:
         "configuration says, usually greedy decoding)",
     )
     parser.add_argument("--seed", type=natural, metavar="N", help="random seed (default: 0)")
+    parser.add_argument(
+        "--stats", action="store_true", help="say what was read of experts that are not in memory"
+    )
     add_model_options(parser)
     add_trust_option(parser)
     parser.set_defaults(run=run)
@@ -101,6 +105,8 @@ def run(options: argparse.Namespace) -> None:
             f" generated: {streamer.tokens} tokens, {rate:.1f} tokens/s",
             file=sys.stderr,
         )
+    if options.stats:
+        print(cache_line(model, encoded.input_ids.shape[1] + streamer.tokens), file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -37,7 +37,13 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     dtype = getattr(torch, name) if name else None
     trusted = options.trust_remote_code
     tokenizer = load_tokenizer(options.file, trust_remote_code=trusted)
-    model = load_model(options.file, device=options.device, dtype=dtype, trust_remote_code=trusted)
+    model = load_model(
+        options.file,
+        device=options.device,
+        dtype=dtype,
+        trust_remote_code=trusted,
+        expert_memory=options.expert_memory,
+    )
     return tokenizer, text_part(model)
 
 

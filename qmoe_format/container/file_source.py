@@ -19,11 +19,13 @@ import contextlib
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from qmoe_format.container.direct_file import DirectFile
 from qmoe_format.dtypes import Bytes
 from qmoe_format.errors import QMoEError, os_errors
 
@@ -43,6 +45,8 @@ class FileSource:
         self._fd = -1
         self._map: mmap.mmap | None = None
         self._bytes: Bytes | None = None
+        self._direct: DirectFile | None = None
+        self._lock = threading.Lock()
         self._errors = os_errors(f"cannot read {self.path}")
         with self._errors:
             try:
@@ -71,8 +75,7 @@ class FileSource:
             QMoEError: ``truncated`` or ``trailing`` if the file's length has changed; ``io``;
                 ``argument`` if it is closed.
         """
-        if self._fd < 0:
-            raise QMoEError("argument", f"{self.path}: the file is closed", "open it again")
+        self._check_open()
         with self._errors:
             return self._view(offset, length)
 
@@ -80,13 +83,38 @@ class FileSource:
         """Several views."""
         return [self.view(offset, length) for offset, length in ranges]
 
-    def _view(self, offset: int, length: int) -> Bytes:
+    def read(self, offset: int, length: int) -> tuple[Bytes, int]:
+        """The same bytes as ``view``, past the system's page cache into memory of their own.
+
+        Returns:
+            The bytes, and how many were read from the disk for them.
+
+        Raises:
+            QMoEError: as ``view``.
+        """
+        self._check_open()
+        with self._errors:
+            self._check_length()
+            if not hasattr(os, "preadv"):
+                return self._view(offset, length).copy(), length
+            with self._lock:
+                self._direct = self._direct or DirectFile(self._fd)
+            return self._direct.read(offset, length)
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise QMoEError("argument", f"{self.path}: the file is closed", "open it again")
+
+    def _check_length(self) -> None:
         now = os.fstat(self._fd).st_size
         if now != self.length:
             raise QMoEError(
                 "truncated" if now < self.length else "trailing",
                 f"the file has {now} bytes, but had {self.length} when it was opened",
             )
+
+    def _view(self, offset: int, length: int) -> Bytes:
+        self._check_length()
         if self._bytes is not None:
             return self._bytes[offset : offset + length]
         out = np.empty(length, np.uint8)
@@ -115,6 +143,9 @@ class FileSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         self._bytes = None
         if self._map is not None:
             # Fails while arrays use the mapping: then it goes with the last of them.

@@ -197,6 +197,29 @@ class QMoEFile:
         shard, entry = self._find(name, expert)
         return shard.encoded(entry, expert or 0)
 
+    def read_encoded(self, name: str, expert: int | None = None) -> tuple[Any, int]:
+        """As ``encoded``, but in memory of its own, not in the mapping or the system's page cache.
+
+        Threads may call this at the same time.
+
+        Returns:
+            What ``encoded`` returns, and the number of bytes that were read from the disk.
+
+        Raises:
+            QMoEError: as ``encoded``.
+        """
+        shard, entry = self._find(name, expert)
+        return shard.read_encoded(entry, expert or 0)
+
+    def stored_bytes(self, name: str, expert: int | None = None) -> int:
+        """What a tensor, or one expert of a stack, takes in the file, without alignment.
+
+        Raises:
+            QMoEError: ``not-found``; ``argument``.
+        """
+        shard, entry = self._find(name, expert)
+        return shard.stored_bytes(entry, expert or 0)
+
     def payload(self, name: str) -> Payload:
         """What the headers of a tensor's extents tell; no checksum is checked.
 

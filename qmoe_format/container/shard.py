@@ -102,6 +102,19 @@ class Shard:
             stored = self._extent(entry.extent + expert)
             return _encoding(entry).encoded(stored, entry.item, self.dictionary)
 
+    def read_encoded(self, entry: Entry, expert: int = 0) -> tuple[Any, int]:
+        """See ``QMoEFile.read_encoded``."""
+        extent = entry.extent + expert
+        with located(self._where(entry, expert)):
+            stored, read = self._source.read(*self._bounds(extent))
+            if not self._checked[extent]:
+                self._check_crc(extent, stored)
+            return _encoding(entry).encoded(stored, entry.item, self.dictionary), read
+
+    def stored_bytes(self, entry: Entry, expert: int = 0) -> int:
+        """Length of the extent of a tensor or an expert."""
+        return self._bounds(entry.extent + expert)[1]
+
     def payload(self, entry: TensorEntry) -> Payload:
         """See ``QMoEFile.payload``."""
         encoding = ENCODINGS.get(entry.encoding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -84,12 +85,18 @@ class CompressedExperts:
         k = index.shape[1]
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         scales = weights.reshape(-1)
-        for numbers, groups in _by_expert(index, self.output.shape[0], self.tuning.pairs):
+        cached = None if x.is_cuda else self.output.cached
+        most = cached.most if cached else self.output.shape[0]
+        parts = list(_by_expert(index, self.output.shape[0], self.tuning.pairs, most))
+        for part, (numbers, groups) in enumerate(parts):
             pairs = torch.from_numpy(numbers).to(x.device)
             tokens = torch.from_numpy(numbers // k).to(x.device)
             product = partial(grouped_linear, groups=groups, tuning=self.tuning)
             chosen_biases = [bias[index.reshape(-1)[pairs]] for bias in biases]
-            y = self._run(product, x[tokens], activation, *chosen_biases)
+            with cached.using(_experts(groups)) if cached else nullcontext():
+                if cached and part + 1 < len(parts):
+                    cached.prefetch(_experts(parts[part + 1][1]))
+                y = self._run(product, x[tokens], activation, *chosen_biases)
             total = total.index_add(0, tokens, (y * scales[pairs, None]).to(torch.float32))
         return total.to(x.dtype)
 
@@ -123,10 +130,17 @@ class CompressedExperts:
         return y + biases[1] if biases else y
 
 
+def _experts(groups: Sequence[Group]) -> list[int]:
+    return [group.expert for group in groups]
+
+
 def _by_expert(
-    index: Tensor, experts: int, pairs: int
+    index: Tensor, experts: int, pairs: int, most: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], list[Group]]]:
-    """(token, expert) pairs by expert, about ``pairs`` at a time: places in ``index``, groups."""
+    """(token, expert) pairs by expert: places in ``index``, groups.
+
+    About ``pairs`` at a time, and those of at most ``most`` experts.
+    """
     flat = index.reshape(-1).cpu().numpy()
     order = np.argsort(flat, kind="stable")
     ranked = flat[order]
@@ -136,7 +150,7 @@ def _by_expert(
     for first, last in pairwise(cuts):
         if first == last or ranked[first] >= experts:
             break
-        if groups and last - begin > pairs:
+        if groups and (last - begin > pairs or len(groups) == most):
             yield order[begin:first], groups
             begin, groups = first, []
         groups.append(Group(int(ranked[first]), first - begin, last - begin))

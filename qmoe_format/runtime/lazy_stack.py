@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qmoe_format.codec import Matrix
     from qmoe_format.container import QMoEFile
     from qmoe_format.gpu import DeviceStack
+    from qmoe_format.runtime.expert_cache import CachedLayer
     from qmoe_format.runtime.hot_experts import HotExperts
 
 
@@ -18,7 +19,9 @@ class LazyStack:
     """Stack ``name`` of ``file``, which stays open while the stack is used.
 
     Attributes:
+        file: the file.
         shape: experts, rows (out), columns (in).
+        cached: where the matrices come from, if memory for them is limited.
         hot: what keeps packed matrices for products on a CPU, of activations rounded to 8 bits;
             None: products are exact, of matrices as they are stored.
 
@@ -43,7 +46,8 @@ class LazyStack:
             )
         self.name = name
         self.shape: tuple[int, int, int] = (entry.shape[0], entry.shape[1], entry.shape[2])
-        self._file = file
+        self.file = file
+        self.cached: CachedLayer | None = None
         self.hot: HotExperts | None = None
         self._matrices: dict[int, Matrix] = {}
         self._uploaded: dict[int, DeviceStack] = {}
@@ -52,10 +56,12 @@ class LazyStack:
         return f"<LazyStack {self.name}: {list(self.shape)}>"
 
     def matrix(self, expert: int) -> Matrix:
-        """One expert, as views of the file; it is checked when first asked for."""
+        """One expert, as views of the file or from the cache; checked when first asked for."""
+        if self.cached:
+            return self.cached.matrix(self.name, expert)
         matrix = self._matrices.get(expert)
         if matrix is None:
-            matrix = self._matrices[expert] = self._file.encoded(self.name, expert)
+            matrix = self._matrices[expert] = self.file.encoded(self.name, expert)
         return matrix
 
     def upload(self, device: int = 0, *, runs: bool = True) -> DeviceStack:
@@ -69,10 +75,10 @@ class LazyStack:
         if stack is None:
             from qmoe_format import gpu
 
-            matrices = [self._file.encoded(self.name, expert) for expert in range(self.shape[0])]
+            matrices = [self.file.encoded(self.name, expert) for expert in range(self.shape[0])]
             stack = gpu.upload(matrices, device=device, runs=False)
             if runs:
-                entries = self._file.tensors.values()
+                entries = self.file.tensors.values()
                 others = sum(entry.stored_bytes for entry in entries if entry.stack)
                 stack = gpu.add_runs(stack, spare=others)
             self._uploaded[device] = stack

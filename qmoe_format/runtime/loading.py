@@ -17,6 +17,7 @@ from qmoe_format.export.compressed_folder import CONFIG_FILE
 from qmoe_format.hub import find_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.remote import RemotePath
+from qmoe_format.runtime.expert_memory import limit_expert_memory
 from qmoe_format.runtime.experts import compressed_modules
 from qmoe_format.runtime.model_of_file import checked_config, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
@@ -28,6 +29,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    expert_memory: int | None = None,
 ) -> transformers.PreTrainedModel:
     """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
@@ -38,6 +40,9 @@ def load_model(
         device: where the model computes; the experts are copied to a GPU compressed.
         dtype: of everything but the experts; None: the one in ``config.json``.
         trust_remote_code: run Python code in the file, if the configuration needs that.
+        expert_memory: bytes of experts to keep in memory on a CPU; others are read when they are
+            needed. None: map the file into memory, or, if its experts do not fit into the memory
+            that is available, keep as many as do.
 
     Returns:
         A model of transformers in evaluation mode.
@@ -45,8 +50,8 @@ def load_model(
     Raises:
         QMoEError: the codes of ``open`` and of reading; ``not-found`` without ``config.json``;
             ``checkpoint`` for an unknown family, or if configuration and tensors do not belong
-            together; ``argument`` for a device that torch cannot use; on a GPU also
-            ``dependency``, ``device`` and ``memory``.
+            together; ``argument`` for a device that torch cannot use, or for ``expert_memory`` that
+            is below 1 or not for a CPU; on a GPU also ``dependency``, ``device`` and ``memory``.
 
     Example::
 
@@ -56,6 +61,13 @@ def load_model(
         print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
     """
     check_device(device)
+    on_cpu = torch.device(device).type == "cpu"
+    if expert_memory is not None and not on_cpu:
+        raise QMoEError(
+            "argument",
+            "the memory for experts can be limited on a CPU only",
+            "leave out expert_memory (--expert-memory)",
+        )
     path = find_qmoe_file(path)
     with container.open(path) as file, checked_config(file, trust_remote_code) as (folder, config):
         config.quantization_config = QMoEConfig(str(path.absolute())).to_dict()
@@ -78,6 +90,8 @@ def load_model(
             ) from error
     model.name_or_path = model.config.name_or_path = str(path)
     model.to(device)
+    if on_cpu:
+        limit_expert_memory(model, expert_memory)
     if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
         modules = (module for _, module in compressed_modules(model))
         stacks = [stack for module in modules for stack in module.compressed.stacks]

@@ -54,6 +54,23 @@ def test_generate_writes_what_the_model_does(qmoe: Run, file: Path) -> None:
     assert outcome.out.split() == tokenizer.decode(new, skip_special_tokens=True).split()
 
 
+def test_generate_with_little_memory_for_experts(qmoe: Run, file: Path) -> None:
+    arguments = ("generate", file, PROMPT, "--max-new-tokens", "9", "--stats")
+    mapped, limited = qmoe(*arguments), qmoe(*arguments, "--expert-memory", "20kB")
+    assert (mapped.code, limited.code) == (0, 0)
+    assert limited.out == mapped.out
+    assert mapped.err.startswith("experts: mapped")
+    assert "of 20.0 kB in memory" in limited.err
+    for word in ("hits", "misses", "a token", "in vain", "waited"):
+        assert word in limited.err
+    assert limited.err.count("\n") == 1
+
+
+def test_eval_with_little_memory_for_experts(qmoe: Run, file: Path, text: Path) -> None:
+    arguments = ("eval", file, "--text", text, "--sequence-length", "24", "--json")
+    assert qmoe(*arguments, "--expert-memory", "1").out == qmoe(*arguments).out
+
+
 def test_generate_refuses_settings_of_the_file(qmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     (folder / "generation_config.json").write_text('{"bad_words_ids": 5}')
