@@ -31,11 +31,12 @@ PackedProduct = tuple["PackedMatrix", npt.NDArray[np.float32], npt.NDArray[np.fl
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedMatrix:
-    """Levels as codes of 2 or 4 bits, and exceptions; weight = level times row and column scale.
+    """Levels as codes of 2 or 4 bits, exceptions, and scales as in ``EncodedMatrix``.
 
     Attributes:
         rows, columns: of the matrix.
         bits: of a code.
+        two_scales: whether negative levels have a scale of their own; products take twice as long.
         codes, begins, places, excess, row_scale, column_scale: see ``kernels.packed.Product``.
         nbytes: of all arrays.
     """
@@ -43,6 +44,7 @@ class PackedMatrix:
     rows: int
     columns: int
     bits: int
+    two_scales: bool
     codes: npt.NDArray[np.uint8]
     begins: npt.NDArray[np.int64]
     places: npt.NDArray[np.uint16]
@@ -54,21 +56,18 @@ class PackedMatrix:
 
     def __post_init__(self) -> None:
         exceptions = (self.begins, self.places, self.excess)
-        scales = (self.row_scale, self.column_scale)
-        object.__setattr__(
-            self, "nbytes", sum(each.nbytes for each in (self.codes, *exceptions, *scales))
-        )
-        addresses = [each.ctypes.data for each in (self.codes, *exceptions, *scales)]
+        arrays = (self.codes, *exceptions, self.row_scale, self.column_scale)
+        object.__setattr__(self, "nbytes", sum(each.nbytes for each in arrays))
+        codes, *parts, row_scale, column_scale = (each.ctypes.data for each in arrays)
         sizes = [self.bits, self.rows, self.columns, self.codes.shape[1]]
-        row = np.array([addresses[0], *sizes, *addresses[1:]], np.int64)
-        object.__setattr__(self, "_address", row)
+        row = [codes, *sizes, *parts, self.two_scales, row_scale, column_scale]
+        object.__setattr__(self, "_address", np.array(row, np.int64))
 
 
 def packable(matrix: Matrix) -> TypeGuard[EncodedMatrix]:
-    """Whether ``pack`` takes a matrix: no integers in groups, no rows whose negative levels have a
-    scale of their own, and at most 65,536 columns."""
-    fits = isinstance(matrix, EncodedMatrix) and matrix.symmetric
-    return fits and matrix.rows * matrix.columns > 0 and matrix.columns <= _MOST_COLUMNS
+    """Whether ``pack`` takes a matrix: not integers in groups, not more than 65,536 columns."""
+    some = matrix.rows * matrix.columns > 0
+    return isinstance(matrix, EncodedMatrix) and some and matrix.columns <= _MOST_COLUMNS
 
 
 def pack(matrix: Matrix, threads: int = 1) -> PackedMatrix:
@@ -103,8 +102,12 @@ def pack(matrix: Matrix, threads: int = 1) -> PackedMatrix:
     column_scale = np.ones(columns, np.float32)
     if matrix.column_scale is not None:
         column_scale = np.ascontiguousarray(to_float32(matrix.column_scale, "BF16"))
-    row_scale = np.ascontiguousarray(to_float32(matrix.row_scale[:, 0], "BF16"))
-    return PackedMatrix(rows, columns, bits, codes, begins, places, excess, row_scale, column_scale)
+    low, high = matrix.low_high().T
+    row_scale = np.stack([(high - low) / 2, (high + low) / 2], 1)  # a level's, a magnitude's
+    two_scales = bool(row_scale[:, 1].any())
+    return PackedMatrix(
+        rows, columns, bits, two_scales, codes, begins, places, excess, row_scale, column_scale
+    )
 
 
 def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None:

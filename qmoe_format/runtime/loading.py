@@ -17,7 +17,7 @@ from qmoe_format.export.compressed_folder import CONFIG_FILE
 from qmoe_format.hub import find_qmoe_file
 from qmoe_format.machine import check_device, out_of_memory
 from qmoe_format.remote import RemotePath
-from qmoe_format.runtime.expert_memory import limit_expert_memory
+from qmoe_format.runtime.expert_memory import place_experts
 from qmoe_format.runtime.experts import compressed_modules
 from qmoe_format.runtime.model_of_file import checked_config, dense_state
 from qmoe_format.runtime.plugin import QMoEConfig
@@ -30,6 +30,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     expert_memory: int | None = None,
+    exact: bool = False,
 ) -> transformers.PreTrainedModel:
     """Load a model whose experts stay in the file, compressed; do not change the file meanwhile.
 
@@ -42,7 +43,10 @@ def load_model(
         trust_remote_code: run Python code in the file, if the configuration needs that.
         expert_memory: bytes of experts to keep in memory on a CPU; others are read when they are
             needed. None: map the file into memory, or, if its experts do not fit into the memory
-            that is available, keep as many as do.
+            that is available, keep as many as do. Experts in use are also kept in a faster layout
+            of 2 or 4 bits a weight if there is room.
+        exact: on a CPU, multiply with activations as they are; by default they are rounded to 8
+            bits, which makes products several times as fast.
 
     Returns:
         A model of transformers in evaluation mode.
@@ -91,7 +95,7 @@ def load_model(
     model.name_or_path = model.config.name_or_path = str(path)
     model.to(device)
     if on_cpu:
-        limit_expert_memory(model, expert_memory)
+        place_experts(model, expert_memory, exact=exact)
     if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
         modules = (module for _, module in compressed_modules(model))
         stacks = [stack for module in modules for stack in module.compressed.stacks]

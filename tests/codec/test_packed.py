@@ -28,9 +28,11 @@ def bf16(values: Any) -> npt.NDArray[np.uint16]:
     return from_float32(np.asarray(values, np.float32), "BF16")
 
 
-def encoded(coded: npt.NDArray[np.int8], seed: int = 0, columns: bool = True) -> EncodedMatrix:
+def encoded(
+    coded: npt.NDArray[np.int8], seed: int = 0, columns: bool = True, scales: int = 1
+) -> EncodedMatrix:
     rng = np.random.default_rng(seed)
-    row_scale = bf16(rng.standard_normal((len(coded), 1)))
+    row_scale = bf16(rng.standard_normal((len(coded), scales)))
     return encode_matrix(
         coded, row_scale, bf16(rng.standard_normal(coded.shape[1])) if columns else None
     )
@@ -64,14 +66,14 @@ def check(matrix: EncodedMatrix, x: Floats, y: Floats) -> None:
     plain = EncodedMatrix(matrix.levels, matrix.row_scale, None)
     weights, seen = (each.astype(np.float64) for each in (dequantize(plain), rounded(matrix, x)))
     # What is added to levels, up to 7, is subtracted again.
-    room = np.abs(seen) @ (np.abs(weights) + 7 * np.abs(plain.low_high()[:, 1:])).T
+    room = np.abs(seen) @ (np.abs(weights) + 7 * np.abs(plain.low_high()).max(1)[:, None]).T
     assert (np.abs(y - seen @ weights.T) <= 1e-5 * room).all()
 
 
-@given(levels(max_columns=900), st.integers(0, 5), st.booleans(), st.integers(1, 3))
+@given(levels(max_columns=900), st.integers(0, 5), st.booleans(), st.integers(1, 2))
 @settings(deadline=None)
-def test_products(coded: npt.NDArray[np.int8], tokens: int, columns: bool, threads: int) -> None:
-    matrix = encoded(coded, columns=columns)
+def test_products(coded: npt.NDArray[np.int8], tokens: int, columns: bool, scales: int) -> None:
+    matrix, threads = encoded(coded, columns=columns, scales=scales), 1 + tokens % 3
     if not coded.size:
         assert not packable(matrix)
         return
@@ -95,7 +97,7 @@ def test_codes_are_as_small_as_pays() -> None:
     rare[::7, 3] = -100
     packed = pack(encoded(rare))
     assert (packed.bits, packed.begins[-1]) == (2, 74)
-    assert packed.nbytes < 2.3 / 8 * rare.size
+    assert packed.nbytes < 2.4 / 8 * rare.size
 
 
 def test_several_matrices_at_once() -> None:
@@ -151,11 +153,9 @@ def test_zeros() -> None:
 
 
 def test_what_cannot_be_packed() -> None:
-    coded = random_levels(4, 64, 0.5)
-    two = encode_matrix(coded, bf16(np.ones((4, 2))))
     wide = encode_matrix(np.zeros((1, 70000), np.int8), bf16(np.ones((1, 1))))
     grouped = pack_groups(np.zeros((4, 64), np.uint8), bf16(np.ones((4, 2))), 4, group_size=32)
-    for matrix in (two, wide, grouped):
+    for matrix in (wide, grouped):
         assert not packable(matrix)
         with pytest.raises(QMoEError) as error:
             pack(matrix)
@@ -194,14 +194,14 @@ def test_other_processors(features: str, tmp_path: Any) -> None:
     code = """
 import numpy as np, sys
 from tests.codec.test_packed import encoded, pack, product, random_levels, random_x
-for most in (1, 7, 40):
-    matrix = encoded(random_levels(23, 700, 0.6, most=most))
+for most in (1, 6, 40):
+    matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
     sys.stdout.buffer.write(product(pack(matrix), random_x(2, 700)).tobytes())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, check=True
     )
     found = np.frombuffer(done.stdout, np.float32).reshape(3, 2, 23)
-    for most, y in zip((1, 7, 40), found, strict=True):
-        matrix = encoded(random_levels(23, 700, 0.6, most=most))
+    for most, y in zip((1, 6, 40), found, strict=True):
+        matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
         check(matrix, random_x(2, 700), y)

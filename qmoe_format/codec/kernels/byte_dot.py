@@ -131,20 +131,37 @@ _SIGNATURE = lambda *_: sums_type(  # noqa: E731
 )
 
 
-@instruction(_SIGNATURE)
-def dot_two_bits(builder, codes, place, x, start):
-    """Sixteen partial sums of a block: codes from byte ``place`` on, x from ``start`` on."""
-    packed = _load(builder, codes, place, 0)
-    fields = [_field(builder, packed, 2 * i, 3) for i in range(4)]
-    return _dot(builder, fields, x, start)
+def _fields(builder, bits, codes, place):
+    """The four times 64 codes of a block."""
+    count = 8 // bits
+    loaded = [_load(builder, codes, place, _LANES * i) for i in range(4 // count)]
+    shifts = [bits * i for i in range(count)]
+    return [_field(builder, each, shift, (1 << bits) - 1) for each in loaded for shift in shifts]
 
 
-@instruction(_SIGNATURE)
-def dot_four_bits(builder, codes, place, x, start):
-    """``dot_two_bits`` for codes of 4 bits."""
-    packed = [_load(builder, codes, place, _LANES * i) for i in range(2)]
-    fields = [_field(builder, each, shift, 15) for each in packed for shift in (0, 4)]
-    return _dot(builder, fields, x, start)
+def _distance(builder, codes, level):
+    """How far codes are from the one of a level of 0."""
+    levels = builder.sub(codes, ir.Constant(codes.type, [level] * _LANES))
+    return _call(builder, f"llvm.abs.v{_LANES}i8", codes.type, [levels, ir.IntType(1)(0)])
+
+
+def _make_dots(bits, zero):
+    @instruction(_SIGNATURE)
+    def dot_codes(builder, codes, place, x, start):
+        """Sixteen partial sums of a block: codes from byte ``place`` on, x from ``start`` on."""
+        return _dot(builder, _fields(builder, bits, codes, place), x, start)
+
+    @instruction(_SIGNATURE)
+    def dot_magnitudes(builder, codes, place, x, start):
+        """``dot_codes`` of how far codes are from ``zero``."""
+        fields = _fields(builder, bits, codes, place)
+        return _dot(builder, [_distance(builder, each, zero) for each in fields], x, start)
+
+    return dot_codes, dot_magnitudes
+
+
+dot_two_bits, dot_two_magnitudes = _make_dots(2, 1)
+dot_four_bits, dot_four_magnitudes = _make_dots(4, 7)
 
 
 @instruction(lambda *_: simd.vector(simd.vector, sums_type, float32))

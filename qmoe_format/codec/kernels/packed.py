@@ -13,7 +13,9 @@ from qmoe_format.codec.kernels.byte_dot import (
     bytes_at,
     codes_at,
     dot_four_bits,
+    dot_four_magnitudes,
     dot_two_bits,
+    dot_two_magnitudes,
     floats_at,
     shorts_at,
     words_at,
@@ -30,8 +32,8 @@ _ALL = np.uint64(0xFFFF)
 class Product(NamedTuple):
     """One row of the table of products: addresses and sizes, all int64.
 
-    The first ten are of the matrix; ``x``, ``x_stride`` and ``out``, ``out_stride`` in elements, of
-    ``tokens`` rows; the others are room for x as ``round_all`` leaves it.
+    The first eleven are of the matrix. ``x`` and ``out`` have ``tokens`` rows, and strides in
+    elements; the others are room for x as ``round_all`` leaves it.
     """
 
     codes: Any  # uint8 [rows up to a multiple of GROUP, blocks, 32 * bits]
@@ -42,7 +44,8 @@ class Product(NamedTuple):
     begins: Any  # int64 [rows + 1]: of each row's exceptions
     places: Any  # uint16 [exceptions + 16]: their columns
     excess: Any  # int8 [exceptions + 16]: what their codes leave out
-    row_scale: Any  # float32 [rows]
+    two_scales: Any  # whether negative levels have a scale of their own
+    row_scale: Any  # float32 [rows, 2]: of levels, and of their magnitudes if ``two_scales``
     column_scale: Any  # float32 [columns]
     x: Any  # float32 [tokens, columns]
     x_stride: Any
@@ -55,7 +58,7 @@ class Product(NamedTuple):
     out_stride: Any
 
 
-MATRIX_FIELDS = 10
+MATRIX_FIELDS = 11
 
 
 @kernel
@@ -99,6 +102,7 @@ def _product(table, i):
         table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4], table[i, 5], table[i, 6],
         table[i, 7], table[i, 8], table[i, 9], table[i, 10], table[i, 11], table[i, 12],
         table[i, 13], table[i, 14], table[i, 15], table[i, 16], table[i, 17], table[i, 18],
+        table[i, 19],
     )  # fmt: skip
 
 
@@ -170,54 +174,74 @@ def _four(codes, place, x, start):
 
 
 @inlined
-def _finish(p, row, token, sums):
-    """Add a row's exceptions, and store it."""
-    if row >= p.rows:
-        return
-    begins = words_at(p.begins)
-    at, end = begins[row], begins[row + 1]
-    if at < end:
-        x = advance(floats_at(p.scaled), np.uint64(token * p.columns))
-        places, excess = shorts_at(p.places), bytes_at(p.excess)
-        extra = simd.zero_vector()
-        while at < end:
-            these = _ALL >> np.uint64(max(16 - (end - at), 0))
-            some = simd.gather(x, _ZERO, places, np.uint64(at), these)
-            extra = simd.add_times_levels(extra, some, excess, np.uint64(at))
-            at += 16
-        total = simd.vector_sum(sums) + simd.vector_sum(extra)
-    else:
-        total = simd.vector_sum(sums)
-    out = floats_at(p.out)
-    value = (total - floats_at(p.offsets)[token]) * floats_at(p.row_scale)[row]
-    out[token * p.out_stride + row] = value
+def _two_magnitudes(codes, place, x, start):
+    return dot_two_magnitudes(codes, place, x, start)
 
 
 @inlined
-def _multiply(dot, p, first, last):
+def _four_magnitudes(codes, place, x, start):
+    return dot_four_magnitudes(codes, place, x, start)
+
+
+@inlined
+def _sums(dot, p, row, token):
+    """Of the codes of GROUP rows, or of their magnitudes, times rounded x."""
     codes, block_bytes = codes_at(p.codes), np.uint64(32 * p.bits)
+    x = advance(bytes_at(p.rounded), np.uint64(token * p.blocks) * _BLOCK)
+    units = advance(floats_at(p.units), np.uint64(token * p.blocks))
     stride = np.uint64(p.blocks) * block_bytes
+    place, start = np.uint64(row) * stride, _ZERO
+    a = b = c = d = simd.zero_vector()
+    for block in range(np.uint64(p.blocks)):
+        unit = units[block]
+        a = add_scaled_sums(a, dot(codes, place, x, start), unit)
+        second = place + stride
+        b = add_scaled_sums(b, dot(codes, second, x, start), unit)
+        third = second + stride
+        c = add_scaled_sums(c, dot(codes, third, x, start), unit)
+        d = add_scaled_sums(d, dot(codes, third + stride, x, start), unit)
+        place += block_bytes
+        start += _BLOCK
+    return simd.vector_sum(a), simd.vector_sum(b), simd.vector_sum(c), simd.vector_sum(d)
+
+
+@inlined
+def _exceptions(p, row, token):
+    """What the exceptions of a row add to its sums, of levels and of magnitudes."""
+    begins = words_at(p.begins)
+    at, end = begins[row], begins[row + 1]
+    levels = magnitudes = np.float32(0)
+    if at < end:
+        x = advance(floats_at(p.scaled), np.uint64(token * p.columns))
+        places, excess = shorts_at(p.places), bytes_at(p.excess)
+        sums = sizes = simd.zero_vector()
+        while at < end:
+            these = _ALL >> np.uint64(max(16 - (end - at), 0))
+            some = simd.gather(x, _ZERO, places, np.uint64(at), these)
+            sums = simd.add_times_levels(sums, some, excess, np.uint64(at))
+            if p.two_scales:
+                sizes = simd.add_times_magnitudes(sizes, some, excess, np.uint64(at))
+            at += 16
+        levels, magnitudes = simd.vector_sum(sums), simd.vector_sum(sizes)
+    return levels, magnitudes
+
+
+@inlined
+def _multiply(dot, dot_magnitudes, p, first, last):
+    out, offsets, scales = floats_at(p.out), floats_at(p.offsets), floats_at(p.row_scale)
     for group in range(first, last):
         row = GROUP * group
         for token in range(p.tokens):
-            x = advance(bytes_at(p.rounded), np.uint64(token * p.blocks) * _BLOCK)
-            units = advance(floats_at(p.units), np.uint64(token * p.blocks))
-            a = b = c = d = simd.zero_vector()
-            place, start = np.uint64(row) * stride, _ZERO
-            for block in range(np.uint64(p.blocks)):
-                unit = units[block]
-                a = add_scaled_sums(a, dot(codes, place, x, start), unit)
-                second = place + stride
-                b = add_scaled_sums(b, dot(codes, second, x, start), unit)
-                third = second + stride
-                c = add_scaled_sums(c, dot(codes, third, x, start), unit)
-                d = add_scaled_sums(d, dot(codes, third + stride, x, start), unit)
-                place += block_bytes
-                start += _BLOCK
-            _finish(p, row, token, a)
-            _finish(p, row + 1, token, b)
-            _finish(p, row + 2, token, c)
-            _finish(p, row + 3, token, d)
+            sums = _sums(dot, p, row, token)
+            sizes = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            if p.two_scales:
+                sizes = _sums(dot_magnitudes, p, row, token)
+            for i in range(min(GROUP, p.rows - row)):
+                levels, magnitudes = _exceptions(p, row + i, token)
+                value = (sums[i] - offsets[token] + levels) * scales[2 * (row + i)]
+                if p.two_scales:
+                    value += (sizes[i] + magnitudes) * scales[2 * (row + i) + 1]
+                out[token * p.out_stride + row + i] = value
 
 
 @kernel
@@ -228,6 +252,6 @@ def multiply_all(part, parts, table):
         groups = (p.rows + GROUP - 1) // GROUP
         first, last = groups * part // parts, groups * (part + 1) // parts
         if p.bits == 2:
-            _multiply(_two, p, first, last)
+            _multiply(_two, _two_magnitudes, p, first, last)
         else:
-            _multiply(_four, p, first, last)
+            _multiply(_four, _four_magnitudes, p, first, last)

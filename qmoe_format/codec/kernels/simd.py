@@ -124,6 +124,16 @@ def add_times_levels(builder, sums, some, values, start):
     return builder.fadd(sums, builder.fmul(some, levels, flags=("contract",)), flags=("contract",))
 
 
+@instruction(lambda _, __, values, *___: vector(vector, vector, values, uint64))
+def add_times_magnitudes(builder, sums, some, values, start):
+    """``add_times_levels`` of their magnitudes."""
+    levels = _load(builder, values, start, _BYTE)
+    kind = ir.FunctionType(levels.type, [levels.type, ir.IntType(1)])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.abs.v{WIDTH}i8")
+    sizes = builder.uitofp(builder.call(function, [levels, ir.IntType(1)(0)]), _VECTOR)
+    return builder.fadd(sums, builder.fmul(some, sizes, flags=("contract",)), flags=("contract",))
+
+
 @instruction(lambda values, *_: void(values, uint64, vector))
 def store_vector(builder, values, start, sums):
     """``values[start : start + 16] = sums``."""
