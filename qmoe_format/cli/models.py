@@ -1,4 +1,4 @@
-"""Load models for ``generate`` and ``eval``."""
+"""Load models for ``generate``, ``chat`` and ``eval``."""
 
 from __future__ import annotations
 
