@@ -63,7 +63,7 @@ class Conversation:
         ids = encoded["input_ids"][0].tolist()
         settings = {**self._settings, "max_new_tokens": min(self._new_tokens, self._room(len(ids)))}
         known = len(self._cached_ids)
-        if known < len(ids) and ids[:known] == self._cached_ids:
+        if 0 < known < len(ids) and ids[:known] == self._cached_ids:
             settings["past_key_values"] = self._cache
         self._forget()  # an interruption may leave it with keys of some layers only
         streamer = Streamer(self._tokenizer)
