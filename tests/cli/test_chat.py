@@ -20,6 +20,7 @@ import transformers
 from qmoe_format import convert
 from qmoe_format.cli.streaming import Streamer
 from qmoe_format.runtime import load_model, load_tokenizer
+from qmoe_format.runtime.experts import CompressedExperts
 from tests.conftest import Outcome
 from tests.tiny_models import save_model
 
@@ -71,11 +72,11 @@ def chat(qmoe: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def answers(file: Path, said: list[str], system: str | None = None, first: int = 5) -> list[str]:
+def answers(file: Path, said: list[str], system: str | None = None, second: int = 5) -> list[str]:
     """What the model says to each message after reading the whole conversation anew.
 
     Args:
-        first: how many tokens the first answer has; the others have five.
+        second: how many tokens the second answer has; the others have five.
     """
     tokenizer, model = load_tokenizer(file), load_model(file, dtype=torch.float32)
     messages = [{"role": "system", "content": system}] if system else []
@@ -88,7 +89,7 @@ def answers(file: Path, said: list[str], system: str | None = None, first: int =
         tokens = model.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
-            max_new_tokens=5 if found else first,
+            max_new_tokens=second if len(found) == 1 else 5,
         )[0]
         new = tokens if model.config.is_encoder_decoder else tokens[encoded["input_ids"].shape[1] :]
         found.append(tokenizer.decode(new, skip_special_tokens=True))
@@ -150,24 +151,21 @@ def test_statistics_follow_each_answer(chat: Run, file: Path) -> None:
     assert all("generated: 5 tokens" in line for line in lines)
 
 
-def interrupt_after(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Ctrl-C come when the first answer has so many tokens."""
+def test_ctrl_c_stops_the_answer(chat: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["w6", "w1 w2", "w3"]
+    expected = answers(file, said, second=3)
     put = Streamer.put
-    done: list[bool] = []
+    streamers: list[Streamer] = []
 
-    def interrupt(self: Streamer, value: Any) -> None:
+    def press(self: Streamer, value: Any) -> None:
         put(self, value)
-        if len(self.tokens) == tokens and not done:
-            done.append(True)
+        if self not in streamers:
+            streamers.append(self)
+        if len(streamers) == 2 and len(self.tokens) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Streamer, "put", interrupt)
-
-
-def test_ctrl_c_stops_the_answer(chat: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answers(file, ["w1 w2", "w3"], first=3)
-    interrupt_after(3, monkeypatch)
-    outcome = chat(file, "w1 w2\nw3\n")
+    monkeypatch.setattr(Streamer, "put", press)
+    outcome = chat(file, "\n".join(said))
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines() == expected
 
@@ -175,9 +173,23 @@ def test_ctrl_c_stops_the_answer(chat: Run, file: Path, monkeypatch: pytest.Monk
 def test_ctrl_c_before_an_answer_drops_the_message(
     chat: Run, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = answers(file, ["w3"])
-    interrupt_after(0, monkeypatch)
-    outcome = chat(file, "w1 w2\nw3\n")
+    """Then one layer has read the message, and others have not."""
+    expected = answers(file, ["w6", "w3"])
+    generate, forward = transformers.GenerationMixin.generate, CompressedExperts.forward
+    prompts: list[Any] = []
+
+    def count(self: Any, *arguments: Any, **settings: Any) -> Any:
+        prompts.append(settings["input_ids"])
+        return generate(self, *arguments, **settings)
+
+    def press(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if len(prompts) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *arguments, **settings)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", count)
+    monkeypatch.setattr(CompressedExperts, "forward", press)
+    outcome = chat(file, "w6\nw1 w2\nw3\n")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines() == expected
 
@@ -242,9 +254,9 @@ def test_a_template_that_refuses(chat: Run, tmp_path: Path) -> None:
 
 def test_a_conversation_that_is_too_long(chat: Run, file: Path) -> None:
     """The model has 64 positions: two answers, a shorter third one, and no fourth."""
-    outcome = chat(file, "w1 " * 16 + "\n" + "w2 " * 16 + "\n" + "w3\n" * 3)
+    outcome = chat(file, "w1 " * 16 + "\n" + "w2 " * 22 + "\n" + "w3\n" * 3)
     assert outcome.code == 1
-    assert [len(line.split()) for line in outcome.out.splitlines()] == [5, 5, 5]
+    assert [len(line.split()) for line in outcome.out.splitlines()] == [5, 5, 4]
     assert outcome.err.startswith("error[argument]: the conversation has ")
     assert "positions for 64" in outcome.err
 
