@@ -106,9 +106,18 @@ def test_a_stop_string_ends_the_text(write: Run) -> None:
 
 
 def test_the_prompt_may_come_from_stdin(write: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = write(prompt="w1\nw2 w3\n").out
+    expected = write().out
+    read: list[object] = []
+    tokenize = transformers.PreTrainedTokenizerBase.__call__
+
+    def spy(self: Any, text: object, **settings: Any) -> Any:
+        read.append(text)
+        return tokenize(self, text, **settings)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "__call__", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1\nw2 w3\n\n"))
     assert write(prompt="-").out == expected
+    assert read == ["w1\nw2 w3\n"]
 
 
 def test_stdin_that_is_no_text(write: Run, monkeypatch: pytest.MonkeyPatch) -> None:
