@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from qmoe_format._version import __version__
-from qmoe_format.cli import convert, demo, eval, families, generate, inspect, unpack, verify
+from qmoe_format.cli import chat, convert, demo, eval, families, generate, inspect, unpack, verify
 from qmoe_format.cli.interruption import interruptible
 from qmoe_format.errors import QMoEError, QMoEWarning
 from qmoe_format.machine import out_of_memory
 
-COMMANDS = (convert, inspect, verify, unpack, generate, eval, families, demo)
+COMMANDS = (convert, inspect, verify, unpack, generate, chat, eval, families, demo)
 EXAMPLES = """\
 examples:
   qmoe demo
@@ -40,6 +40,8 @@ examples:
       check every byte
   qmoe generate mixtral.qmoe "The LORD is my shepherd;"
       generate text, with the experts compressed in memory
+  qmoe chat qwen3.qmoe
+      talk with a model
   qmoe eval switch.qmoe --text eval.jsonl --against switch-base-8/
       measure how well it predicts a text, compared with the original
   qmoe unpack switch.qmoe switch-unpacked/

@@ -52,6 +52,28 @@ def positive_real(text: str) -> float:
     return number
 
 
+def non_negative_real(text: str) -> float:
+    """A finite number, 0 or above."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, 0 or above")
+    return number
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
+    return number
+
+
 def add_file_argument(to: argparse._ActionsContainer) -> None:
     """The file that a command reads."""
     to.add_argument(
@@ -120,4 +142,10 @@ def add_model_options(to: argparse._ActionsContainer) -> None:
         help="memory for experts on a CPU, such as 12GB; others are read from the file when they "
         "are needed (default: the file is mapped, or, if its experts do not fit into available "
         "memory, most of that)",
+    )
+    to.add_argument(
+        "--exact",
+        action="store_true",
+        help="on a CPU, multiply experts with activations as they are, not rounded to 8 bits: "
+        "several times as slow",
     )

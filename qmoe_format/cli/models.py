@@ -1,4 +1,4 @@
-"""Load models for ``generate`` and ``eval``."""
+"""Load models for ``generate``, ``chat`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         dtype=dtype,
         trust_remote_code=trusted,
         expert_memory=options.expert_memory,
+        exact=options.exact,
     )
     return tokenizer, text_part(model)
 
