@@ -174,6 +174,14 @@ def add_scaled_sums(builder, total, sums, factor):
     return builder.fadd(total, scaled, flags=("contract",))
 
 
+@instruction(lambda *_: types.void(types.CPointer(types.uint8), uint64))
+def prefetch(builder, values, place):
+    """Have a line of the cache read; it does not matter whether there is memory."""
+    address = builder.gep(values, [place])
+    hint = [address, *(_INT(value) for value in (0, 3, 1))]  # to be read, soon again, as data
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), hint)
+
+
 def _make_at(kind):
     @instruction(lambda _: types.CPointer(kind)(types.int64))
     def at(builder, address):

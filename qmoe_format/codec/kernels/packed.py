@@ -17,6 +17,7 @@ from qmoe_format.codec.kernels.byte_dot import (
     dot_two_bits,
     dot_two_magnitudes,
     floats_at,
+    prefetch,
     shorts_at,
     words_at,
 )
@@ -27,6 +28,7 @@ GROUP = 4  # rows that are multiplied side by side: each alone would wait for it
 LIMITS = {2: 1, 4: 7}  # the largest magnitude in codes of as many bits; it is added to a level
 _ZERO, _SIXTEEN, _BLOCK = np.uint64(0), np.uint64(16), np.uint64(BLOCK)
 _ALL = np.uint64(0xFFFF)
+_AHEAD = np.uint64(4096)  # bytes: what the processor does not prefetch by itself
 
 
 class Product(NamedTuple):
@@ -36,7 +38,7 @@ class Product(NamedTuple):
     elements; the others are room for x as ``round_all`` leaves it.
     """
 
-    codes: Any  # uint8 [rows up to a multiple of GROUP, blocks, 32 * bits]
+    codes: Any  # uint8 [groups of rows, blocks, GROUP, 32 * bits]: in the order of reading
     bits: Any
     rows: Any
     columns: Any
@@ -81,7 +83,7 @@ def pack_rows(first, last, levels, bits, limit, codes, begins, places, excess):
         for block in range(codes.shape[1]):
             for i in range(BLOCK // 64):
                 start = block * BLOCK + 64 * i
-                target = codes[row, block, 64 * (i // fields) :]
+                target = codes[row // GROUP, block, row % GROUP, 64 * (i // fields) :]
                 shift = bits * (i % fields)
                 for j in range(min(64, columns - start)):
                     level = min(max(levels[row, start + j], -limit), limit)
@@ -184,25 +186,37 @@ def _four_magnitudes(codes, place, x, start):
 
 
 @inlined
-def _sums(dot, p, row, token):
-    """Of the codes of GROUP rows, or of their magnitudes, times rounded x."""
+def _sums(dot, dot_magnitudes, p, row, token):
+    """Of the codes of GROUP rows times rounded x, then of their magnitudes if those are needed."""
     codes, block_bytes = codes_at(p.codes), np.uint64(32 * p.bits)
     x = advance(bytes_at(p.rounded), np.uint64(token * p.blocks) * _BLOCK)
     units = advance(floats_at(p.units), np.uint64(token * p.blocks))
-    stride = np.uint64(p.blocks) * block_bytes
-    place, start = np.uint64(row) * stride, _ZERO
+    place, start = np.uint64(row) * np.uint64(p.blocks) * block_bytes, _ZERO
     a = b = c = d = simd.zero_vector()
+    e = f = g = h = simd.zero_vector()
     for block in range(np.uint64(p.blocks)):
         unit = units[block]
+        for i in range(GROUP):
+            prefetch(codes, place + _AHEAD + np.uint64(i) * block_bytes)
+        if p.two_scales:
+            e = add_scaled_sums(e, dot_magnitudes(codes, place, x, start), unit)
+            second = place + block_bytes
+            f = add_scaled_sums(f, dot_magnitudes(codes, second, x, start), unit)
+            third = second + block_bytes
+            g = add_scaled_sums(g, dot_magnitudes(codes, third, x, start), unit)
+            h = add_scaled_sums(h, dot_magnitudes(codes, third + block_bytes, x, start), unit)
         a = add_scaled_sums(a, dot(codes, place, x, start), unit)
-        second = place + stride
-        b = add_scaled_sums(b, dot(codes, second, x, start), unit)
-        third = second + stride
-        c = add_scaled_sums(c, dot(codes, third, x, start), unit)
-        d = add_scaled_sums(d, dot(codes, third + stride, x, start), unit)
+        place += block_bytes
+        b = add_scaled_sums(b, dot(codes, place, x, start), unit)
+        place += block_bytes
+        c = add_scaled_sums(c, dot(codes, place, x, start), unit)
+        place += block_bytes
+        d = add_scaled_sums(d, dot(codes, place, x, start), unit)
         place += block_bytes
         start += _BLOCK
-    return simd.vector_sum(a), simd.vector_sum(b), simd.vector_sum(c), simd.vector_sum(d)
+    sums = simd.vector_sum(a), simd.vector_sum(b), simd.vector_sum(c), simd.vector_sum(d)
+    sizes = simd.vector_sum(e), simd.vector_sum(f), simd.vector_sum(g), simd.vector_sum(h)
+    return sums, sizes
 
 
 @inlined
@@ -232,10 +246,7 @@ def _multiply(dot, dot_magnitudes, p, first, last):
     for group in range(first, last):
         row = GROUP * group
         for token in range(p.tokens):
-            sums = _sums(dot, p, row, token)
-            sizes = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            if p.two_scales:
-                sizes = _sums(dot_magnitudes, p, row, token)
+            sums, sizes = _sums(dot, dot_magnitudes, p, row, token)
             for i in range(min(GROUP, p.rows - row)):
                 levels, magnitudes = _exceptions(p, row + i, token)
                 value = (sums[i] - offsets[token] + levels) * scales[2 * (row + i)]
