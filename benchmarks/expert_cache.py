@@ -10,7 +10,7 @@ Writes benchmarks/results/expert_cache.json, keeping its other cases:
                                 an expert has 1.2 MB
 
 All are converted by ``rtn``. Each budget, a share of the experts' bytes, has a process of its own,
-which starts with an empty cache, reads prompts of 32 tokens and continues each by 48. Reads bypass
+which starts with an empty cache, reads prompts of 32 tokens and continues each by 32. Reads bypass
 the page cache, or the file is dropped from it before (``posix_fadvise``); ``mapped`` is the model
 without a cache of experts, its file in the page cache.
 
@@ -41,10 +41,11 @@ import qmoe_format
 from benchmarks import report
 from benchmarks.report import DATA
 from benchmarks.synthetic import MIXTRAL_LIKE, write_checkpoint
+from qmoe_format import QMoEFile
 
 CASES = ("mixtral-mini", "switch-mini", "mixtral-like")
 SHARES = (0.1, 0.25, 0.5, 1.0)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 48
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 32, 32
 
 Key: TypeAlias = tuple[int, int]
 """A layer and an expert."""
@@ -53,19 +54,27 @@ Trace: TypeAlias = list[list[Key]]
 
 
 @contextmanager
-def recording() -> Iterator[Trace]:
-    """What caches are asked for."""
+def recording() -> Iterator[tuple[Trace, list[int]]]:
+    """What caches are asked for, and the bytes in the file of each matrix that they read."""
     from qmoe_format.runtime.expert_cache import ExpertCache
 
     trace: Trace = []
-    using = ExpertCache.using
+    missed: list[int] = []
+    using, read = ExpertCache.using, QMoEFile.read_encoded
 
     def recorded(self: ExpertCache, keys: Sequence[Key]) -> Any:
         trace.append(list(keys))
         return using(self, keys)
 
-    with patch.object(ExpertCache, "using", recorded):
-        yield trace
+    def noted(self: QMoEFile, name: str, expert: int | None = None) -> Any:
+        missed.append(self.stored_bytes(name, expert))
+        return read(self, name, expert)
+
+    with (
+        patch.object(ExpertCache, "using", recorded),
+        patch.object(QMoEFile, "read_encoded", noted),
+    ):
+        yield trace, missed
 
 
 def work(path: Path, budget: int | None, prompts: list[list[int]]) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def work(path: Path, budget: int | None, prompts: list[list[int]]) -> dict[str, 
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     model: Any = load_model(path, dtype=torch.float32, expert_memory=budget)
     started = time.perf_counter()
-    with recording() as trace:
+    with recording() as (trace, missed):
         for prompt in prompts:
             ids = torch.tensor([prompt])
             model.generate(
@@ -114,7 +123,7 @@ def work(path: Path, budget: int | None, prompts: list[list[int]]) -> dict[str, 
             "lru": replay(trace, sizes, budget, oldest(trace)) / tokens,
             "used": sum(sizes[key] for call in trace for key in call) / tokens,
         },
-        "read / least": read / least,
+        "bytes_missed_per_token": sum(missed) / tokens,
     }
 
 
