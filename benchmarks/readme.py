@@ -139,20 +139,19 @@ def cached_experts(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         for each in result["budgets"]:
-            bytes_per_token, counters = each["bytes_per_token"], each["counters"]
-            read, least = bytes_per_token["read"], bytes_per_token["least"]
-            seconds = PROMPTS * NEW_TOKENS / each["tokens_per_second"]
+            counted = each["bytes_per_token"]
+            speed, mapped = each["tokens_per_second"], result["mapped_tokens_per_second"]
             rows.append(
                 [
                     f"{result['case']}, {each['share']:.0%}",
-                    f"{each['tokens_per_second']:.0f}",
-                    f"{each['tokens_per_second'] / result['mapped']['tokens_per_second']:.2f} ×",
-                    f"{counters['seconds_waited'] / seconds:.0%}",
-                    f"{bytes_per_token['used'] / 1000:.0f}",
-                    f"{read / 1000:.1f}",
-                    f"{read / each['bytes_missed_per_token']:.3f} ×",
-                    f"{read / least:.2f} ×",
-                    f"{bytes_per_token['lru'] / least:.2f} ×",
+                    f"{speed:.0f}",
+                    f"{speed / mapped:.2f} ×",
+                    f"{each['waiting']:.0%}",
+                    f"{counted['used'] / 1000:.0f}",
+                    f"{counted['read'] / 1000:.1f}",
+                    f"{counted['read'] / counted['missing']:.3f} ×",
+                    f"{counted['read'] / counted['least']:.2f} ×",
+                    f"{counted['lru'] / counted['least']:.2f} ×",
                 ]
             )
     header = "model, budget | tokens/s | vs. mapped | waiting | kB a token uses | reads"
