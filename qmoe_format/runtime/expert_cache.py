@@ -158,7 +158,8 @@ class ExpertCache:
         """Begin to read those of these experts for which there is room beside those in use."""
         self._check_process()
         with self._lock:
-            taken = sum(self._entries[key].bytes for key in self._users)
+            in_use = (self._entries.get(key) for key in self._users)
+            taken = sum(each.bytes for each in in_use if each)
             for key in keys:
                 if key in self._users:
                     continue
@@ -216,12 +217,13 @@ class ExpertCache:
             while reads := self._reads_of(key):
                 wait(reads)
                 with self._lock:
-                    if self._reads.get(key) is reads:  # no other thread was here before
-                        if not _failed(reads):
-                            self._entries[key].matrices = [each.result() for each in reads]
-                            del self._reads[key]
-                        else:
-                            self._forget(key)
+                    if self._reads.get(key) is not reads:  # another thread was here before
+                        continue
+                    if _failed(reads):
+                        self._forget(key)
+                    else:
+                        self._entries[key].matrices = [each.result() for each in reads]
+                        del self._reads[key]
                 for each in reads:
                     each.result()
         with self._lock:
