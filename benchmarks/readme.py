@@ -146,7 +146,7 @@ def cached_experts(results: list[dict[str, Any]]) -> str:
                     f"{result['case']}, {each['share']:.0%}",
                     f"{speed:.0f}",
                     f"{speed / mapped:.2f} ×",
-                    f"{each['waiting']:.0%}",
+                    f"{each['milliseconds_waited_per_token']:.1f}",
                     f"{counted['used'] / 1000:.0f}",
                     f"{counted['read'] / 1000:.1f}",
                     f"{counted['read'] / counted['missing']:.3f} ×",
@@ -154,7 +154,7 @@ def cached_experts(results: list[dict[str, Any]]) -> str:
                     f"{counted['lru'] / counted['least']:.2f} ×",
                 ]
             )
-    header = "model, budget | tokens/s | vs. mapped | waiting | kB a token uses | reads"
+    header = "model, budget | tokens/s | vs. mapped | ms waiting | kB a token uses | reads"
     return table(f"{header} | vs. experts missing | vs. Belady | LRU vs. Belady", rows)
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _READERS = 8
 # The policy is LRFU (Lee et al. 2001): an expert's uses count half as much after its layer has run
 # this often. On the routing of two small trained models, with room for 10 to 50 % of the experts, 4
-# reads from 14 % less to 0.4 % more than evicting the least recently used expert, 16 from 12 % less
-# to 4 % more, and counts that do not fade up to 10 % more.
+# reads from 14 % less to 8 % more than evicting the least recently used expert, 3 % less in the
+# median; 16 and counts that do not fade read more (benchmarks/expert_cache.py compares with LRU).
 _HALF_LIFE = 4
 
 Key: TypeAlias = tuple[int, int]
