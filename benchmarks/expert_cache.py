@@ -11,8 +11,8 @@ Writes benchmarks/results/expert_cache.json, keeping its other cases:
 
 All are converted by ``rtn``. For each budget, a share of the experts' bytes, there is a model that
 starts with an empty cache; they take turns to read prompts of 32 tokens and continue each by 32.
-Speeds are medians over prompts. Reads bypass the page cache; ``mapped`` is the model without a cache of experts, its file in the
-page cache.
+Speeds are medians over prompts. Reads bypass the page cache; ``mapped`` is the model without a
+cache of experts, its file in the page cache.
 
 The least possible is what Belady's rule reads, which knows the future: of the experts that the same
 calls have used, give up the one that is used last. (Among experts of different sizes it may be
