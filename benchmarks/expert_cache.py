@@ -93,6 +93,7 @@ def work(path: Path, budgets: list[int], prompts: list[list[int]]) -> dict[str, 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # two would wait for each other where other programs run, too
 
     def generate(model: Any, prompt: list[int], tokens: int) -> float:
         started = time.perf_counter()
