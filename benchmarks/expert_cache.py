@@ -5,9 +5,9 @@
 Writes benchmarks/results/expert_cache.json, keeping its other cases:
 
     mixtral-mini, switch-mini   the two small trained models and the text beside them; an expert has
-                                16 to 90 kB
+                                45 kB
     mixtral-like                8 layers of 8 experts of 3 × 3584 × 1024, random weights and tokens;
-                                an expert has 1.2 MB
+                                an expert has 0.8 MB
 
 All are converted by ``rtn``. For each budget, a share of the experts' bytes, there is a model that
 starts with an empty cache; they take turns to read prompts of 32 tokens and continue each by 32.
