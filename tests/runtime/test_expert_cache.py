@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import qmoe_format
 from qmoe_format import QMoEError, QMoEFile, load_model
 from qmoe_format.codec import dequantize
+from qmoe_format.machine import available_memory
 from qmoe_format.runtime import expert_memory
 from qmoe_format.runtime.expert_cache import CachedLayer, ExpertCache
 from qmoe_format.runtime.expert_memory import expert_cache
@@ -359,6 +360,10 @@ def test_memory_that_is_short_is_noticed(model: Converted, monkeypatch: pytest.M
     assert cache.budget < experts
     monkeypatch.setattr(expert_memory, "available_memory", lambda: None)
     assert expert_cache(load_model(model.file)) is None
+
+
+def test_the_memory_of_this_machine() -> None:
+    assert (available_memory() or 1 << 20) >= 1 << 20
 
 
 def test_budgets_that_make_no_sense(model: Converted) -> None:
