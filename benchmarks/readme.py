@@ -599,10 +599,10 @@ kernel takes {choice[len(choice) // 2]:.2f} times as long as the fastest one in 
 Experts in less memory than they need (`python -m benchmarks.expert_cache`; budgets are shares of
 the experts' bytes): {PROMPTS} prompts of 32 tokens, each continued by {NEW_TOKENS}, with one thread
 of `torch`, from an empty cache and with reads that reach the disk; *mapped* has the file in the
-page cache. For each token that is generated, prompts included, so many kB of experts are used and so
-many read. The latter is compared with the experts that were missing, whose blocks are read whole,
-and with Belady's rule, which knows what the same calls will use; so is evicting the least recently
-used.
+page cache. For each token that is generated, prompts included, so many kB of experts are used and
+so many read. The latter is compared with the experts that were missing, whose blocks are read
+whole, and with Belady's rule, which knows what the same calls will use; so is evicting the least
+recently used.
 
 {cached_experts(cache["results"])}
 
