@@ -5,33 +5,35 @@
 Writes benchmarks/results/expert_cache.json, keeping its other cases:
 
     mixtral-mini, switch-mini   the two small trained models and the text beside them; an expert has
-                                16 to 90 kB
+                                45 kB
     mixtral-like                8 layers of 8 experts of 3 × 3584 × 1024, random weights and tokens;
-                                an expert has 1.2 MB
+                                an expert has 0.8 MB
 
-All are converted by ``rtn``. Each budget, a share of the experts' bytes, has a process of its own,
-which starts with an empty cache, reads prompts of 32 tokens and continues each by 48. Reads bypass
-the page cache, or the file is dropped from it before (``posix_fadvise``); ``mapped`` is the model
-without a cache of experts, its file in the page cache.
+All are converted by ``rtn``. For each budget, a share of the experts' bytes, there is a model that
+starts with an empty cache; they take turns to read prompts of 32 tokens and continue each by 32.
+Speeds are medians over prompts. Reads bypass the page cache; ``mapped`` is the model without a
+cache of experts, its file in the page cache.
 
 The least possible is what Belady's rule reads, which knows the future: of the experts that the same
 calls have used, give up the one that is used last. (Among experts of different sizes it may be
 beaten, by little.) ``lru`` is what giving up the least recently used one reads. Both count the
-bytes of experts, ``read`` also the rest of the blocks that they share with others.
+bytes of experts, as does ``missing``, of those that were read; ``read`` also counts the rest of the
+disk's blocks that they share with others.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from threading import Lock
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
@@ -41,10 +43,11 @@ import qmoe_format
 from benchmarks import report
 from benchmarks.report import DATA
 from benchmarks.synthetic import MIXTRAL_LIKE, write_checkpoint
+from qmoe_format import QMoEFile
 
 CASES = ("mixtral-mini", "switch-mini", "mixtral-like")
 SHARES = (0.1, 0.25, 0.5, 1.0)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 48
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 32, 32
 
 Key: TypeAlias = tuple[int, int]
 """A layer and an expert."""
@@ -53,69 +56,90 @@ Trace: TypeAlias = list[list[Key]]
 
 
 @contextmanager
-def recording() -> Iterator[Trace]:
-    """What caches are asked for."""
+def recording() -> Iterator[tuple[dict[Any, Trace], dict[Any, int]]]:
+    """What each cache is asked for, and the bytes of experts that are read of each open file."""
     from qmoe_format.runtime.expert_cache import ExpertCache
 
-    trace: Trace = []
-    using = ExpertCache.using
+    traces: dict[Any, Trace] = defaultdict(list)
+    missed: dict[Any, int] = Counter()
+    using, read = ExpertCache.using, QMoEFile.read_encoded
 
     def recorded(self: ExpertCache, keys: Sequence[Key]) -> Any:
-        trace.append(list(keys))
+        traces[self].append(list(keys))
         return using(self, keys)
 
-    with patch.object(ExpertCache, "using", recorded):
-        yield trace
+    def noted(self: QMoEFile, name: str, expert: int | None = None) -> Any:
+        found = read(self, name, expert)
+        with lock:
+            missed[self] += self.stored_bytes(name, expert)
+        return found
+
+    lock = Lock()
+    with (
+        patch.object(ExpertCache, "using", recorded),
+        patch.object(QMoEFile, "read_encoded", noted),
+    ):
+        yield traces, missed
 
 
-def work(path: Path, budget: int | None, prompts: list[list[int]]) -> dict[str, Any]:
-    """Continue the prompts with experts in ``budget`` bytes, or mapped."""
+def work(path: Path, budgets: list[int], prompts: list[list[int]]) -> dict[str, Any]:
+    """Continue the prompts by a model for each budget, and by one without; they take turns."""
     import torch
     from transformers.utils import logging
 
     from qmoe_format.runtime import load_model
     from qmoe_format.runtime.expert_memory import expert_cache
+    from qmoe_format.runtime.experts import compressed_modules
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    load_model(path).generate(  # compiles
-        torch.tensor(prompts[:1]), max_new_tokens=2, min_new_tokens=2, do_sample=False
-    )
-    if budget:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    model: Any = load_model(path, dtype=torch.float32, expert_memory=budget)
-    started = time.perf_counter()
-    with recording() as trace:
+    torch.set_num_threads(1)  # two would wait for each other where other programs run, too
+
+    def generate(model: Any, prompt: list[int], tokens: int) -> float:
+        started = time.perf_counter()
+        model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        return time.perf_counter() - started
+
+    mapped = load_model(path, dtype=torch.float32)
+    limited = [load_model(path, dtype=torch.float32, expert_memory=budget) for budget in budgets]
+    models = [mapped, *limited]
+    generate(mapped, prompts[0], 2)  # compiles
+    seconds: list[list[float]] = [[] for _ in models]
+    with recording() as (traces, missed):
         for prompt in prompts:
-            ids = torch.tensor([prompt])
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )
-    seconds = time.perf_counter() - started
+            for number, model in enumerate(models):
+                seconds[number].append(generate(model, prompt, NEW_TOKENS))
     tokens = NEW_TOKENS * len(prompts)
-    result: dict[str, Any] = {"tokens_per_second": tokens / seconds}
-    cache = expert_cache(model)
-    if cache is None or budget is None:
-        return result
-    sizes = {key: cache.size(key) for call in trace for key in call}
-    least = replay(trace, sizes, budget, farthest(trace))
-    read = cache.counters.bytes_read
-    return result | {
-        "budget_bytes": budget,
-        "counters": asdict(cache.counters),
-        "bytes_per_token": {
-            "read": read / tokens,
-            "least": least / tokens,
-            "lru": replay(trace, sizes, budget, oldest(trace)) / tokens,
-            "used": sum(sizes[key] for call in trace for key in call) / tokens,
-        },
-        "read / least": read / least,
-    }
+    results = []
+    for budget, model, taken in zip(budgets, limited, seconds[1:], strict=True):
+        cache = expert_cache(model)
+        assert cache is not None
+        trace = traces[cache]
+        sizes = {key: cache.size(key) for call in trace for key in call}
+        file_of = next(module.compressed.output.file for _, module in compressed_modules(model))
+        counted = {
+            "read": cache.counters.bytes_read,
+            "missing": missed[file_of],
+            "least": replay(trace, sizes, budget, farthest(trace)),
+            "lru": replay(trace, sizes, budget, oldest(trace)),
+            "used": sum(sizes[key] for call in trace for key in call),
+        }
+        results.append(
+            {
+                "budget_bytes": budget,
+                "tokens_per_second": NEW_TOKENS / median(taken),
+                "milliseconds_waited_per_token": 1000 * cache.counters.seconds_waited / tokens,
+                "counters": asdict(cache.counters),
+                "bytes_per_token": {name: each / tokens for name, each in counted.items()},
+            }
+        )
+    return {"mapped_tokens_per_second": NEW_TOKENS / median(seconds[0]), "budgets": results}
 
 
 def replay(
@@ -169,7 +193,8 @@ def oldest(trace: Trace) -> Callable[[int, Key], int]:
 def read_prompts(case: str, file: Path) -> list[list[int]]:
     """The beginnings of texts, or random tokens."""
     if case not in ("mixtral-mini", "switch-mini"):
-        return np.random.default_rng(0).integers(3, 250, (PROMPTS, PROMPT_TOKENS)).tolist()
+        generator = np.random.default_rng(0)
+        return [generator.integers(3, 250, PROMPT_TOKENS).tolist() for _ in range(PROMPTS)]
     tokenizer = qmoe_format.load_tokenizer(file)
     lines = (DATA / "text" / "eval.jsonl").read_text("utf-8").splitlines()[:PROMPTS]
     texts = [json.loads(line)["text"][:1000] for line in lines]
@@ -187,12 +212,11 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     with qmoe_format.open(file) as opened:
         stacks = [entry for entry in opened.tensors.values() if entry.stack]
         total = sum(entry.stored_bytes for entry in stacks)
-    budgets = [
-        {"share": share, **report.in_new_process(work, file, int(share * total), prompts)}
-        for share in SHARES
-    ]
-    mapped = report.in_new_process(work, file, None, prompts)
-    return {"case": case, "expert_bytes": total, "budgets": budgets, "mapped": mapped}
+    budgets = [int(share * total) for share in SHARES]
+    found = report.in_new_process(work, file, budgets, prompts)
+    for share, each in zip(SHARES, found["budgets"], strict=True):
+        each["share"] = share
+    return {"case": case, "expert_bytes": total, **found}
 
 
 def main() -> None:

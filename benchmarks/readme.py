@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.expert_cache import NEW_TOKENS, PROMPTS
 from benchmarks.report import load
 
 README = Path(__file__).parents[1] / "README.md"
@@ -131,6 +132,30 @@ def speeds_of_models(results: list[dict[str, Any]]) -> str:
     return table(
         "model, runtime | expert weights | load | prompt | tokens/s | vs. bf16 | peak memory", rows
     )
+
+
+def cached_experts(results: list[dict[str, Any]]) -> str:
+    """Speed and bytes read with budgets for experts."""
+    rows = []
+    for result in results:
+        for each in result["budgets"]:
+            counted = each["bytes_per_token"]
+            speed, mapped = each["tokens_per_second"], result["mapped_tokens_per_second"]
+            rows.append(
+                [
+                    f"{result['case']}, {each['share']:.0%}",
+                    f"{speed:.0f}",
+                    f"{speed / mapped:.2f} ×",
+                    f"{each['milliseconds_waited_per_token']:.1f}",
+                    f"{counted['used'] / 1000:.0f}",
+                    f"{counted['read'] / 1000:.1f}",
+                    f"{counted['read'] / counted['missing']:.3f} ×",
+                    f"{counted['read'] / counted['least']:.2f} ×",
+                    f"{counted['lru'] / counted['least']:.2f} ×",
+                ]
+            )
+    header = "model, budget | tokens/s | vs. mapped | ms waiting | kB a token uses | reads"
+    return table(f"{header} | vs. experts missing | vs. Belady | LRU vs. Belady", rows)
 
 
 def choices(variants: dict[str, Any]) -> str:
@@ -407,7 +432,7 @@ def all_figures() -> str:
     native, kernels = load("native_formats"), load("products")["results"]
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     converted, ranks = load("convert_choices"), load("ranks")
-    speed, profiles = load("convert_speed"), load("convert_profile")
+    speed, profiles, cache = map(load, ("convert_speed", "convert_profile", "expert_cache"))
     assumed = ranks["assumed"]
     whole = converted["settings"]
     decoded = sorted(
@@ -570,6 +595,16 @@ The number of an expert's tokens decides which kernel multiplies them
 (`python -m benchmarks.products`). Over {len(choice)} cases (shapes, zeros, tokens), the chosen
 kernel takes {choice[len(choice) // 2]:.2f} times as long as the fastest one in the median, and
 {choice[-1]:.2f} times at most.
+
+Experts in less memory than they need (`python -m benchmarks.expert_cache`; budgets are shares of
+the experts' bytes): {PROMPTS} prompts of 32 tokens, each continued by {NEW_TOKENS}, with one thread
+of `torch`, from an empty cache and with reads that reach the disk; *mapped* has the file in the
+page cache. For each token that is generated, prompts included, so many kB of experts are used and
+so many read. The latter is compared with the experts that were missing, whose blocks are read
+whole, and with Belady's rule, which knows what the same calls will use; so is evicting the least
+recently used.
+
+{cached_experts(cache["results"])}
 
 ## GPU
 

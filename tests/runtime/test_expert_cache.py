@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import qmoe_format
 from qmoe_format import QMoEError, QMoEFile, load_model
 from qmoe_format.codec import dequantize
+from qmoe_format.machine import available_memory
 from qmoe_format.runtime import expert_memory
 from qmoe_format.runtime.expert_cache import CachedLayer, ExpertCache
 from qmoe_format.runtime.expert_memory import expert_cache
@@ -199,7 +200,8 @@ def test_a_file_that_becomes_shorter(copied: Path) -> None:
             assert str(copied) in refusal(lambda: reads_of(cache, layer, [0, 1, 2]), "truncated")
         assert reads_of(cache, layer, [0]) == 0  # it is still there
         copied.write_bytes(data)
-        assert reads_of(cache, layer, [0, 1, 2]) == 2
+        assert reads_of(cache, layer, [0, 1, 2]) in (1, 2)  # 2 may have been under way
+        assert reads_of(cache, layer, [0, 1, 2]) == 0
         assert cache.bytes == sum(expert_bytes(file, 0, expert) for expert in range(3))
 
 
@@ -248,6 +250,44 @@ def test_threads(file: QMoEFile, dense: Dense) -> None:
             done.result(timeout=120)
     with layers[0].using([0]):
         pass
+    assert cache.bytes <= cache.budget
+
+
+def test_threads_and_a_disk_that_fails_at_times(
+    file: QMoEFile, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some calls fail, by the disk's error and no other; all others are right."""
+    cache, (layer, _) = cached(file, room_for(file, 3))
+    read, rng = QMoEFile.read_encoded, np.random.default_rng(0)
+
+    def failing(self: QMoEFile, name: str, expert: int | None = None) -> object:
+        if rng.random() < 0.05:
+            raise QMoEError("io", "the disk does not answer", "wait")
+        return read(self, name, expert)
+
+    monkeypatch.setattr(QMoEFile, "read_encoded", failing)
+
+    def work(seed: int) -> int:
+        own = np.random.default_rng(seed)
+        failed = 0
+        for _ in range(100):
+            experts = own.permutation(EXPERTS)[:2].tolist()
+            try:
+                with layer.using(experts):
+                    layer.prefetch(own.permutation(EXPERTS)[:2].tolist())
+                    for expert in experts:
+                        found = dequantize(layer.matrix("gate", expert))
+                        assert np.array_equal(found, dense["gate"][expert].numpy())
+            except QMoEError as error:
+                assert error.code == "io"
+                failed += 1
+        return failed
+
+    with ThreadPoolExecutor(6) as pool:
+        failures = [pool.submit(work, seed) for seed in range(6)]
+        assert 0 < sum(each.result(timeout=120) for each in failures) < 600
+    monkeypatch.undo()
+    assert reads_of(cache, layer, [0, 1, 2]) <= 3
     assert cache.bytes <= cache.budget
 
 
@@ -320,6 +360,10 @@ def test_memory_that_is_short_is_noticed(model: Converted, monkeypatch: pytest.M
     assert cache.budget < experts
     monkeypatch.setattr(expert_memory, "available_memory", lambda: None)
     assert expert_cache(load_model(model.file)) is None
+
+
+def test_the_memory_of_this_machine() -> None:
+    assert (available_memory() or 1 << 20) >= 1 << 20
 
 
 def test_budgets_that_make_no_sense(model: Converted) -> None:
