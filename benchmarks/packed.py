@@ -1,0 +1,116 @@
+"""Products with packed matrices, beside matrices as they are stored and torch's own.
+
+    python -m benchmarks.packed
+
+Writes benchmarks/results/packed.json: 10⁹ weights a second, times tokens, of y = W x with random
+levels, medians of some rounds in which all take turns. ``stored`` multiplies codewords with x in
+fp32, ``packed`` codes of 2 or 4 bits with x rounded to int8, ``torch`` bf16 with bf16. Also bits in
+memory, the time to pack, and the error of y that rounding x makes, to int8 and to bf16.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from qmoe_format import codec
+from qmoe_format.dtypes import from_float32
+from qmoe_format.machine import cores
+
+SHAPES = ((768, 3072), (3072, 768), (3584, 1024), (8192, 14336))
+ZEROS = (0.6, 0.885, 0.95)
+TOKENS = (1, 16)
+ROUNDS = 9
+_MOST_WEIGHTS = 1 << 24  # multiplied at a time: smaller matrices several times
+
+
+def matrix_of(rows: int, columns: int, zeros: float, most: int) -> codec.EncodedMatrix:
+    """Random levels up to ``most``, one in ten of those that are not 0 beyond 1."""
+    rng = np.random.default_rng(0)
+    levels = (rng.random((rows, columns)) >= zeros).astype(np.int8)
+    if most > 1:
+        further = rng.random((rows, columns)) < 0.1
+        levels[further] *= rng.integers(2, most + 1, int(further.sum()), dtype=np.int8)
+    levels *= rng.integers(0, 2, (rows, columns), dtype=np.int8) * 2 - 1
+    scales = (from_float32(rng.random(size).astype(np.float32) + 0.5, "BF16") for size in (
+        (rows, 1), columns))  # fmt: skip
+    return codec.encode_matrix(levels, *scales)
+
+
+def error(y: Any, exact: Any) -> float:
+    return float(np.sqrt(np.square(y - exact).sum() / np.square(exact).sum()))
+
+
+def measure(rows: int, columns: int, zeros: float, most: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    matrix = matrix_of(rows, columns, zeros, most)
+    started = time.perf_counter()
+    packed = codec.pack(matrix, threads)
+    packing = time.perf_counter() - started
+    dense = codec.dequantize(matrix)
+    weights = torch.from_numpy(dense).bfloat16()
+    repeat = max(1, _MOST_WEIGHTS // (rows * columns))
+    rates: dict[str, dict[int, float]] = {"stored": {}, "packed": {}, "torch": {}}
+    for tokens in TOKENS:
+        x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
+        y = np.empty((tokens, rows), np.float32)
+        x_bf16 = torch.from_numpy(x).bfloat16()
+
+        def repeated(call: Callable[[], Any]) -> None:
+            for _ in range(repeat):
+                call()
+
+        calls: dict[str, Callable[[], Any]] = {
+            "stored": partial(codec.matmul, matrix, x, y, threads),
+            "packed": partial(codec.multiply_packed, [(packed, x, y)], threads),
+            "torch": partial(torch.nn.functional.linear, x_bf16, weights),
+        }
+        if tokens == 1:
+            calls["stored"] = partial(codec.matvec, matrix, x[0], y[0], threads)
+        work = {name: partial(repeated, call) for name, call in calls.items()}
+        for name, seconds in report.medians(work, ROUNDS).items():
+            rates[name][tokens] = rows * columns * repeat * tokens / seconds["median"] / 1e9
+        codec.multiply_packed([(packed, x, y)], threads)
+        exact = x.astype(np.float64) @ dense.T.astype(np.float64)
+        bf16 = x_bf16.double().numpy() @ dense.T.astype(np.float64)
+    return {
+        "shape": [rows, columns],
+        "zeros": zeros,
+        "levels": 2 * most + 1,
+        "threads": threads,
+        "rates": {name: _rounded(each) for name, each in rates.items()},
+        "packed / torch": _rounded({t: rates["packed"][t] / rates["torch"][t] for t in TOKENS}),
+        "packed / stored": _rounded({t: rates["packed"][t] / rates["stored"][t] for t in TOKENS}),
+        "packed_bits_per_weight": round(8 * packed.nbytes / (rows * columns), 2),
+        "packing_ns_per_weight": round(1e9 * packing / (rows * columns), 2),
+        "error_of_int8_x": error(y, exact),
+        "error_of_bf16_x": error(bf16, exact),
+    }
+
+
+def _rounded(by_tokens: dict[int, float]) -> dict[str, float]:
+    return {str(tokens): round(each, 2) for tokens, each in by_tokens.items()}
+
+
+def main() -> None:
+    report.arguments(__doc__).parse_args()
+    cases = [(*shape, zeros, 1, 1) for shape in SHAPES for zeros in ZEROS]
+    cases += [(3584, 1024, 0.885, 5, 1), (8192, 14336, 0.885, 5, 1)]
+    if cores() > 1:
+        cases += [(*shape, 0.885, 1, 2) for shape in SHAPES]
+    measure(64, 64, 0.885, 5, 1)  # compiles kernels
+    results = []
+    for case in cases:
+        results.append(measure(*case))
+        print(results[-1], flush=True)
+    report.save("packed", {"results": results})
+
+
+if __name__ == "__main__":
+    main()
