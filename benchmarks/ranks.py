@@ -34,6 +34,8 @@ from benchmarks import report
 from benchmarks.quantize_scale import CASES
 from benchmarks.synthetic import MIXTRAL_LIKE, write_checkpoint
 from qmoe_format.calibration.ranks import Ranks
+from qmoe_format.conversion.block_experts import _MEASURED_TOKENS
+from qmoe_format.conversion.survey import _PART, _TOKENS
 
 DEMO = Path(qmoe_format.__file__).parent / "demo"
 LAYERS = MIXTRAL_LIKE | {
@@ -47,7 +49,7 @@ BLOCKS = 30  # with experts: 15 in the encoder, 15 in the decoder
 WIDTH, ATTENTION = 2080, 4 * 2080 * 2048  # of a token, and weights outside the experts, per block
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHARED, OWN = 10e9, 1e9  # bytes/s of the shared folder, for all ranks together and for one
-SURVEY = 1.25  # of the text that a survey reads, with its probes
+PROBES = 0.25  # as much as this part of the text do the probes of a survey read
 SPREAD = 0.5  # standard deviation of the logarithm of an expert's tokens
 
 
@@ -139,23 +141,26 @@ def simulate(one: Costs, count: int) -> dict[str, Any]:
     chance = np.random.default_rng(0).lognormal(0, SPREAD, case.experts)
     tokens = chance / chance.sum() * case.experts * one.tokens
     hessian, output = one.per_token
+    survey = one.rated * max(_PART, min(1.0, _TOKENS / one.tokens))  # of the text
     # Quantizing: outputs of the inputs' matrices for the Hessians, then of all. Survey: of all,
-    # for what they return and for their energies.
+    # for what they return, and of some tokens for their energies.
     quantizing = tokens * (hessian + 1.5 * output) + one.fixed
-    surveying = tokens * 2 * output if one.rated else np.zeros(case.experts)
+    seen = survey * tokens
+    surveying = (seen + np.minimum(seen, _MEASURED_TOKENS)) * output
     every = [Ranks(rank, count) for rank in range(count)]
     passes = [
         max(sum(each[number] for number in rank.packed(each.tolist())) for rank in every)
         for each in (surveying, quantizing)
     ]
-    total, reads = tokens.sum(), 1 + SURVEY * one.rated
-    # A block runs for what its experts are given, and again with what they return.
-    dense = 2 * ATTENTION * output / case.weights * total / count * reads
+    reading = survey + PROBES * one.rated
+    total, reads = tokens.sum(), 1 + reading
+    dense = ATTENTION * output / case.weights * total / count * reads
     rows = 4.0 * WIDTH * total  # bytes of all hidden states
-    # Read and written: hidden states 3 times, inputs 3, outputs 4; pairs twice if ranks exchange
-    # them; for the norms of a survey, hidden states and outputs once more.
-    times = 10 + 2 * (count > 1)
-    activations = rows * (times + one.rated * SURVEY * (times + 2)) / count
+    # Read and written: hidden states twice, without the experts' outputs twice, inputs 3 times,
+    # outputs 4; pairs twice if ranks exchange them; for the norms of a survey, hidden states and
+    # outputs once more.
+    times = 11 + 2 * (count > 1)
+    activations = rows * (times + reading * (times + 2)) / count
     # Experts once, in a survey twice: for what they return and for their energies.
     experts = 2.0 * case.experts * case.weights * (1 + 2 * one.rated) / count
     staged = case.experts * case.weights * one.bits / 8
@@ -173,8 +178,8 @@ def simulate(one: Costs, count: int) -> dict[str, Any]:
         "bytes_moved_per_rank": round(moved * BLOCKS),
         # The largest group of experts, a block's other weights, and three numbers for each token.
         "memory_per_rank": round(one.memory + 4 * ATTENTION + 3 * 8 * total),
-        # Hidden states before and after, inputs, outputs, pairs; and the experts.
-        "disk_per_rank": round((rows * (4 + (count > 1)) + staged * BLOCKS) / count),
+        # Hidden states before and after, and without outputs; inputs, outputs, pairs; the experts.
+        "disk_per_rank": round((rows * (5 + (count > 1)) + staged * BLOCKS) / count),
     }
 
 
