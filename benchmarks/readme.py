@@ -263,6 +263,27 @@ def older(results: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def packed_products(results: list[dict[str, Any]]) -> str:
+    """Rates of products with packed and with stored matrices, and torch's."""
+    rows = []
+    for each in results:
+        rates = each["rates"]
+        rows.append(
+            [
+                f"{each['shape'][0]} × {each['shape'][1]}",
+                f"{each['zeros']:.1%}, {each['levels']}",
+                str(each["threads"]),
+                *(f"{rates[name]['1']:.1f}" for name in ("stored", "packed", "torch")),
+                f"{each['packed / torch']['1']:.1f} ×",
+                f"{each['packed / torch']['16']:.1f} ×",
+                f"{each['packed_bits_per_weight']:.2f}",
+                f"{each['packing_ns_per_weight']:.1f} ns",
+            ]
+        )
+    header = "shape | zeros, levels | threads | stored | packed | torch | packed / torch"
+    return table(f"{header} | of 16 tokens | bits | packing", rows)
+
+
 def stages(profiles: dict[str, Any]) -> str:
     """The largest shares of the time of conversions."""
     rows = []
@@ -327,6 +348,13 @@ def main_figures() -> str:
         if record["source"] == "iid 0.885"
     }
     ratios = codec["ratios"][f"iid 0.885, {FAST}"]
+    packed = [
+        each
+        for zeros in (0.885, 0.6)
+        for each in load("packed")["results"]
+        if (each["shape"], each["zeros"]) == ([8192, 14336], zeros)
+        and (each["levels"], each["threads"]) == (3, 1)
+    ]
     rows = [
         [
             "total bits per weight, 88.5 % zeros, 3072 wide",
@@ -344,6 +372,12 @@ def main_figures() -> str:
             f"{rate[f'{FAST}: matvec, 1 thread']:.1f}",
             f"ours is {ratios['matvec / torch bf16']:.2f} × torch with dense bf16; at 60 % zeros "
             f"{codec['ratios'][f'iid 0.6, {FAST}']['matvec / torch bf16']:.2f} ×",
+        ],
+        [
+            "the same of experts in use: packed, x in int8",
+            f"{packed[0]['rates']['packed']['1']:.1f}",
+            f"{packed[0]['packed / torch']['1']:.1f} ×; at 60 % zeros "
+            f"{packed[1]['packed / torch']['1']:.1f} ×",
         ],
     ]
     for model, found in quality["models"].items():
@@ -430,6 +464,7 @@ def all_figures() -> str:
     codec, opening, memory, levels = map(load, ("codec", "opening", "convert_memory", "levels"))
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
+    products = load("packed")["results"]
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     converted, ranks = load("convert_choices"), load("ranks")
     speed, profiles, cache = map(load, ("convert_speed", "convert_profile", "expert_cache"))
@@ -553,8 +588,8 @@ Quantizing experts as large as those of switch-c-2048 and of a modern gated mode
 {scale(large["runs"]["cpu"])}
 
 The same with `rd` beside the code as it was before it had kernels for 32 rows at a time
-(`python -m benchmarks.convert_speed`, {speed["threads"]} threads; it can also compare whole
-conversions of the two small models).
+(`python -m benchmarks.convert_speed`, {speed["threads"]} threads), and whole conversions of the two
+small models at 0.8 bits. Time of all cores tells more: other work shared the machine.
 
 {older(speed["results"])}
 
@@ -591,7 +626,14 @@ bf16 is the dtype of activations and of uncompressed weights.
 
 {speeds_of_models(runtime["results"])}
 
-The number of an expert's tokens decides which kernel multiplies them
+Experts in use are packed, see `codec.packed` (`python -m benchmarks.packed`): 10⁹ weights a second
+for y = W x with fp32 x and stored codewords, with int8 x and packed codes, and with torch's dense
+bf16. Rounding x to int8 changes y by {1e3 * products[0]["error_of_int8_x"]:.0f} thousandths of its
+size, to bf16 by {1e3 * products[0]["error_of_bf16_x"]:.1f}.
+
+{packed_products(products)}
+
+With exact products, the number of an expert's tokens decides which kernel multiplies them
 (`python -m benchmarks.products`). Over {len(choice)} cases (shapes, zeros, tokens), the chosen
 kernel takes {choice[len(choice) // 2]:.2f} times as long as the fastest one in the median, and
 {choice[-1]:.2f} times at most.
