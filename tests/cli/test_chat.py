@@ -147,8 +147,10 @@ def test_empty_lines_are_no_messages(chat: Run, file: Path) -> None:
 
 def test_statistics_follow_each_answer(chat: Run, file: Path) -> None:
     lines = chat(file, "w1 w2\nw3\n", "--stats").err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["prompt: 5 tokens", "prompt: 15 tokens"]
-    assert all("generated: 5 tokens" in line for line in lines)
+    first = [line.split(",")[0] for line in lines[::2]]
+    assert first == ["prompt: 5 tokens", "prompt: 15 tokens"]
+    assert all("generated: 5 tokens" in line for line in lines[::2])
+    assert all(line.startswith("experts: mapped") for line in lines[1::2])
 
 
 def test_ctrl_c_stops_the_answer(chat: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

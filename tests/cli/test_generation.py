@@ -142,7 +142,9 @@ def test_text_is_shown_while_it_is_generated(write: Run, monkeypatch: pytest.Mon
 
 
 def test_statistics(write: Run) -> None:
-    found = STATISTICS.fullmatch(write("--stats").err.strip())
+    statistics, experts = write("--stats").err.splitlines()
+    assert experts.startswith("experts: mapped")
+    found = STATISTICS.fullmatch(statistics)
     assert found
     assert found[1] == "12"
     assert found[2]
@@ -162,7 +164,7 @@ def test_ctrl_c_keeps_the_text(write: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.code == 130
     assert outcome.out.split() == words[:5]
     assert outcome.out.endswith("\n")
-    statistics, message = outcome.err.splitlines()
+    statistics, _, message = outcome.err.splitlines()
     found = STATISTICS.fullmatch(statistics)
     assert found
     assert found[1] == "5"

@@ -56,14 +56,20 @@ def test_generate_writes_what_the_model_does(qmoe: Run, file: Path) -> None:
 
 def test_generate_with_little_memory_for_experts(qmoe: Run, file: Path) -> None:
     arguments = ("generate", file, PROMPT, "--max-new-tokens", "9", "--stats")
-    mapped, limited = qmoe(*arguments), qmoe(*arguments, "--expert-memory", "20kB")
+    mapped, limited = qmoe(*arguments), qmoe(*arguments, "--expert-memory", "10kB")
     assert (mapped.code, limited.code) == (0, 0)
     assert limited.out == mapped.out
-    assert mapped.err.startswith("experts: mapped")
-    assert "of 20.0 kB in memory" in limited.err
-    for word in ("hits", "misses", "a token", "in vain", "waited"):
+    assert "\nexperts: mapped" in mapped.err
+    assert "products with packed matrices" in mapped.err
+    assert "of 10.0 kB in memory" in limited.err
+    for word in ("hits", "misses", "a token", "in vain", "waited", "packed: 0 B of 0 B"):
         assert word in limited.err
-    assert limited.err.count("\n") == 1
+
+
+def test_exact_products_pack_nothing(qmoe: Run, file: Path) -> None:
+    outcome = qmoe("generate", file, PROMPT, "--max-new-tokens", "9", "--stats", "--exact")
+    assert outcome.code == 0
+    assert "packed" not in outcome.err
 
 
 def test_eval_with_little_memory_for_experts(qmoe: Run, file: Path, text: Path) -> None:
