@@ -11,12 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from qmoe_format.cli import main
+
+# Fifty examples, not a hundred, where a test does not say how many: all tests have to be run often.
+# For more, --hypothesis-profile=thorough.
+settings.register_profile("quick", max_examples=50)
+settings.register_profile("thorough", max_examples=500)
+settings.load_profile("quick")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 State = dict[str, Any]  # tensors by name; torch is imported only when a test needs it
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models do not round activations, so that they can be compared with dequantized ones."""
+    from qmoe_format.runtime import expert_memory
+
+    monkeypatch.setattr(expert_memory, "HotExperts", lambda _: None)
 
 
 @pytest.fixture(scope="session")

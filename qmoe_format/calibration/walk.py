@@ -139,7 +139,6 @@ class Walk:
         inputs = self._file("inputs", count, width)
         experts = self._file("experts", count, 1, torch.int64)
         weights = self._file("weights", count, 1)
-        files = [inputs, experts, weights]
         with ExitStack() as opened:
             if runs:
                 opened.enter_context(part.loaded(number))
@@ -155,7 +154,7 @@ class Walk:
                 opened.enter_context(file.writing(self._ranks, self.own.start)) for file in files
             ]
             for given in chain([first] if first else [], found):
-                for append, rows in zip(appends, given, strict=False):
+                for append, rows in zip(appends, given, strict=False):  # perhaps no residual
                     append(rows)
         return RoutedTokens(
             inputs, experts, weights, part.counted[:count], block.experts.output.experts

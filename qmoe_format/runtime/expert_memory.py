@@ -22,7 +22,7 @@ def place_experts(model: Any, budget: int | None = None, *, exact: bool = False)
     cache reads them when they are needed.
 
     Args:
-        model: from ``load_model``.
+        model: with compressed experts, on a CPU.
         budget: bytes of experts in memory, packed ones included.
         exact: whether products are exact, so that none are packed.
 

@@ -178,7 +178,7 @@ def test_other_arrays_are_refused(x: Any, out: Any) -> None:
     assert error.value.code == "argument"
 
 
-@pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+fma", "+avx2,+avx512f,+avx512bw"])
+@pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+fma"])
 def test_other_processors(features: str, tmp_path: Any) -> None:
     """The same sums from the instructions of older processors."""
     from numba.core.registry import cpu_target

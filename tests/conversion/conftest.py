@@ -61,6 +61,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _exact(exact_products: None) -> None:
+    pass
+
+
 quick_rd = partial(quantize_rd, search=Search(rounds=3))
 
 

@@ -17,6 +17,11 @@ from tests.runtime.files import KINDS, Dense, write_stacks
 from tests.tiny_models import save_model
 
 
+@pytest.fixture(autouse=True)
+def _exact(exact_products: None) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Converted:
     """A checkpoint, its ``.qmoe`` file, the folder with compressed experts, and the same weights

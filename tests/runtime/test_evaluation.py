@@ -34,7 +34,7 @@ def models(
     source = save_model(folder / "checkpoint", request.param)
     file = convert(source, folder / "m.qmoe")
     original = load_original(source)
-    compressed = load_model(file, dtype=torch.float32)
+    compressed = load_model(file, dtype=torch.float32, exact=True)
     dequantized = load_original(unpack(file, folder / "unpacked"))
     batches = make_batches(
         AutoTokenizer.from_pretrained(source),
@@ -122,7 +122,7 @@ def test_what_is_lost_against_the_original(models: tuple[Any, Any, Any, list[Bat
 def test_experts_that_text_does_not_reach_have_no_error(tmp_path: Path) -> None:
     """Those of a vision tower."""
     source = save_model(tmp_path / "checkpoint", "dots3_note")
-    compressed = load_model(convert(source, tmp_path / "m.qmoe"), dtype=torch.float32)
+    compressed = load_model(convert(source, tmp_path / "m.qmoe"), dtype=torch.float32, exact=True)
     original = load_original(source)
     batches = make_batches(AutoTokenizer.from_pretrained(source), {}, TEXTS[:1], sequence_length=24)
     errors = evaluate(compressed, batches, against=original).output_errors

@@ -145,6 +145,7 @@ def test_a_models_experts(
     converted: Callable[[str], Converted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixtral_file = converted("mixtral").file
+    monkeypatch.setattr(expert_memory, "HotExperts", HotExperts)
     monkeypatch.setattr(expert_memory, "available_memory", lambda: 1 << 30)
     ids = torch.arange(3, 23)[None]
     exact, rounded, small = (
