@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -43,34 +44,26 @@ def natural(text: str) -> int:
 
 def positive_real(text: str) -> float:
     """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
-    return number
+    return _real(text, lambda number: 0 < number < math.inf, "a positive number")
 
 
 def non_negative_real(text: str) -> float:
     """A finite number, 0 or above."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number, 0 or above")
-    return number
+    return _real(text, lambda number: 0 <= number < math.inf, "a number, 0 or above")
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
+    return _real(text, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def _real(text: str, fits: Callable[[float], bool], wanted: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
+        number = math.nan  # which nothing compares with
+    if not fits(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
     return number
 
 

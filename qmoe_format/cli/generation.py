@@ -74,7 +74,8 @@ def add_generation_options(to: argparse._ActionsContainer, new_tokens: int) -> N
     to.add_argument(
         "--stats",
         action="store_true",
-        help="print the time to the first token and tokens/s to stderr, as on a terminal",
+        help="print the time to the first token and tokens/s to stderr, as on a terminal, and "
+        "what was read and packed of experts",
     )
 
 

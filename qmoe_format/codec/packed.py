@@ -36,7 +36,7 @@ class PackedMatrix:
     Attributes:
         rows, columns: of the matrix.
         bits: of a code.
-        two_scales: whether negative levels have a scale of their own; products take twice as long.
+        two_scales: whether negative levels have a scale of their own; sums are then taken twice.
         codes, begins, places, excess, row_scale, column_scale: see ``kernels.packed.Product``.
         nbytes: of all arrays.
     """

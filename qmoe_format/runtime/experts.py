@@ -98,7 +98,7 @@ class CompressedExperts:
                     cached.prefetch(_experts(parts[part + 1][1]))
                 y = self._run(product, x[tokens], activation, *chosen_biases)
             y = (y * scales[pairs, None]).to(torch.float32)
-            # For one token, index_add would wait for torch's threads ten times as long.
+            # For one token there is nothing to sort, but index_add would wake torch's threads.
             total = total + y.sum(0) if len(x) == 1 else total.index_add(0, tokens, y)
         return total.to(x.dtype)
 

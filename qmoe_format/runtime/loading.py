@@ -94,7 +94,7 @@ def load_model(
             ) from error
     model.name_or_path = model.config.name_or_path = str(path)
     model.to(device)
-    if on_cpu:
+    if on_cpu and (exact or expert_memory is not None):  # otherwise that is done already
         place_experts(model, expert_memory, exact=exact)
     if model.device.type == "cuda":  # otherwise each layer would do this when it is first used
         modules = (module for _, module in compressed_modules(model))

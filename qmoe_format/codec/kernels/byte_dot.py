@@ -7,7 +7,7 @@ Codes are unsigned and the x signed, as the processors' instructions want them. 
 
 so that a shift and a mask of 64 bytes leave the codes of 64 neighboring columns. What adds them up
 is ``vpdpbusd`` with AVX-512 VNNI, otherwise ``pmaddubsw`` of AVX-512 or AVX2: its sums of 16 bits
-hold a block, at most 8 x 15 x 127. Without these LLVM widens everything, four times as slow.
+hold a block, at most 8 x 15 x 127. Without these LLVM widens everything.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.jit import instruction
 
 BLOCK = 256  # columns
+ZERO_OF_TWO, ZERO_OF_FOUR = 1, 7  # the code of a level of 0, in as many bits
 _LANES = 64  # bytes in a vector
 _BYTE, _SHORT, _INT = (ir.IntType(bits) for bits in (8, 16, 32))
 _INT_SUMS = ir.VectorType(_INT, 16)
@@ -160,8 +161,8 @@ def _make_dots(bits, zero):
     return dot_codes, dot_magnitudes
 
 
-dot_two_bits, dot_two_magnitudes = _make_dots(2, 1)
-dot_four_bits, dot_four_magnitudes = _make_dots(4, 7)
+dot_two_bits, dot_two_magnitudes = _make_dots(2, ZERO_OF_TWO)
+dot_four_bits, dot_four_magnitudes = _make_dots(4, ZERO_OF_FOUR)
 
 
 @instruction(lambda *_: simd.vector(simd.vector, sums_type, float32))

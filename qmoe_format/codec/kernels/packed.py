@@ -9,6 +9,8 @@ import numpy as np
 from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.byte_dot import (
     BLOCK,
+    ZERO_OF_FOUR,
+    ZERO_OF_TWO,
     add_scaled_sums,
     bytes_at,
     codes_at,
@@ -25,8 +27,9 @@ from qmoe_format.codec.kernels.jit import inlined, kernel
 from qmoe_format.codec.kernels.unaligned import advance
 
 GROUP = 4  # rows that are multiplied side by side: each alone would wait for its own sums
-LIMITS = {2: 1, 4: 7}  # the largest magnitude in codes of as many bits; it is added to a level
-_ZERO, _SIXTEEN, _BLOCK = np.uint64(0), np.uint64(16), np.uint64(BLOCK)
+# The largest magnitude in codes of as many bits, which is added to each level.
+LIMITS = {2: ZERO_OF_TWO, 4: ZERO_OF_FOUR}
+_ZERO, _BLOCK = np.uint64(0), np.uint64(BLOCK)
 _ALL = np.uint64(0xFFFF)
 _AHEAD = np.uint64(4096)  # bytes: what the processor does not prefetch by itself
 
@@ -69,8 +72,8 @@ def count_beyond(first, last, levels, counts):
     for row in range(first, last):
         two = four = 0
         for level in levels[row]:
-            two += abs(level) > 1
-            four += abs(level) > 7
+            two += abs(level) > ZERO_OF_TWO
+            four += abs(level) > ZERO_OF_FOUR
         counts[row, 0], counts[row, 1] = two, four
 
 
@@ -154,7 +157,7 @@ def round_all(table):
                 )
                 units[place] = unit
                 offset += unit * np.float32(total)
-            offsets[token] = offset * np.float32(1 if p.bits == 2 else 7)
+            offsets[token] = offset * np.float32(ZERO_OF_TWO if p.bits == 2 else ZERO_OF_FOUR)
 
 
 @kernel
@@ -165,24 +168,18 @@ def round_row(values):
         _round_block(values, start, min(BLOCK, values.size - start), rounded, 0)
 
 
-@inlined
-def _two(codes, place, x, start):
-    return dot_two_bits(codes, place, x, start)
+def _as_function(dot):
+    """Functions can be handed to others in a kernel, instructions cannot."""
+
+    @inlined
+    def function(codes, place, x, start):
+        return dot(codes, place, x, start)
+
+    return function
 
 
-@inlined
-def _four(codes, place, x, start):
-    return dot_four_bits(codes, place, x, start)
-
-
-@inlined
-def _two_magnitudes(codes, place, x, start):
-    return dot_two_magnitudes(codes, place, x, start)
-
-
-@inlined
-def _four_magnitudes(codes, place, x, start):
-    return dot_four_magnitudes(codes, place, x, start)
+_two, _two_magnitudes = map(_as_function, (dot_two_bits, dot_two_magnitudes))
+_four, _four_magnitudes = map(_as_function, (dot_four_bits, dot_four_magnitudes))
 
 
 @inlined
