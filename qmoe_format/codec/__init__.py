@@ -5,7 +5,8 @@
     pack_groups, unpack_groups  uint8 integers of few bits <-> ``GroupedMatrix``, with scales
     dequantize_rows             some rows of a matrix, into an array
     matvec, matvecs, matmul     y = W x without decoding W
-    pack, multiply_packed       the same, faster, of a ``PackedMatrix`` that takes more memory
+    multiply_rounded            the same, faster, with x rounded to int8
+    pack, multiply_packed       the same, faster still, of a ``PackedMatrix`` that takes more memory
     fit_dictionary, standard_dictionary
 
 Numba is loaded by the first call that encodes, decodes or multiplies.
@@ -24,6 +25,7 @@ from qmoe_format.codec.matrix import (
 from qmoe_format.codec.multiply import Matvec, matmul, matvec, matvecs
 from qmoe_format.codec.packed import PackedMatrix, PackedProduct, multiply_packed, pack, packable
 from qmoe_format.codec.profiles import PROFILES, Profile
+from qmoe_format.codec.rounded import RoundedProduct, multiply_rounded
 from qmoe_format.codec.segments import EncodedLevels, decode, encode
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "PackedMatrix",
     "PackedProduct",
     "Profile",
+    "RoundedProduct",
     "decode",
     "dequantize",
     "dequantize_rows",
@@ -48,6 +51,7 @@ __all__ = [
     "matvec",
     "matvecs",
     "multiply_packed",
+    "multiply_rounded",
     "pack",
     "pack_groups",
     "packable",

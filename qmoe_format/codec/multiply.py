@@ -15,7 +15,6 @@ from qmoe_format.codec import int_group
 from qmoe_format.codec.arrays import check_array, output
 from qmoe_format.codec.int_group import GroupedMatrix
 from qmoe_format.codec.matrix import EncodedMatrix, Matrix
-from qmoe_format.codec.packed import packable
 from qmoe_format.codec.segments import Call, kernel_strings, run_all
 from qmoe_format.dtypes import to_float32
 
@@ -55,17 +54,13 @@ def matvec(
     return out
 
 
-def matvecs(products: Sequence[Matvec], threads: int = 1, *, rounded: bool = False) -> None:
+def matvecs(products: Sequence[Matvec], threads: int = 1) -> None:
     """Do several ``matvec`` (matrix, x, out) at once: threads share each of them.
-
-    Args:
-        rounded: round x as ``multiply_packed`` does, for matrices that can be packed.
 
     Raises:
         QMoEError: as ``matvec``.
     """
-    calls = [matvec_call(*each, rounded=rounded) for each in products if each[2].size]
-    run_all(calls, threads)
+    run_all([matvec_call(*each) for each in products if each[2].size], threads)
 
 
 def matvec_call(
@@ -73,19 +68,16 @@ def matvec_call(
     x: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
     dense: bool | None = None,
-    rounded: bool = False,
 ) -> Call:
     """A ``matvec`` to be run.
 
     Args:
-        rounded: see ``matvecs``.
-        dense: whether to use ``dot_dense`` where it can be used: for ternary matrices with short
-            entries; by default where it is the faster kernel.
+        dense: whether a ternary matrix is multiplied by a kernel that takes a step for each weight;
+            by default where it is faster than one that takes a step for each non-zero.
     """
     if isinstance(matrix, GroupedMatrix):
         return int_group.matvec_call(matrix, x, out)
-    from qmoe_format.codec.kernels.dot import BEYOND_X, PREFER_DENSE, dot_dense, dot_sparse
-    from qmoe_format.codec.kernels.packed import round_row
+    from qmoe_format.codec.kernels.dot import BEYOND_X, DENSE_UNTIL, dot_dense, dot_sparse
     from qmoe_format.codec.kernels.tables import tables
 
     levels = matrix.levels
@@ -93,16 +85,13 @@ def matvec_call(
     padded = np.zeros(max(columns, 1) + BEYOND_X, np.float32)
     check_array("x", x, np.float32, (columns,))
     padded[:columns] = _scaled(matrix, x)
-    if rounded and packable(matrix):
-        round_row(padded[:columns])
     check_array("out", out, np.float32, (levels.rows,))
     if not columns:
         out[:] = 0
-    table = tables(levels.dictionary)
-    strings = kernel_strings(levels)
-    last = (matrix.row_scale, padded, out)
-    if table.masks.size and not levels.refinement and (PREFER_DENSE if dense is None else dense):
-        return dot_dense, 0, levels.count, (*strings[:2], (table.masks, table.longest), *last)
+    strings, last = kernel_strings(levels), (matrix.row_scale, padded, out)
+    if not levels.refinement and (levels.zero_fraction < DENSE_UNTIL if dense is None else dense):
+        patterns = tables(levels.dictionary).patterns
+        return dot_dense, 0, levels.count, (*strings[:3], patterns, *last)
     return dot_sparse, 0, levels.count, (*strings, *last)
 
 

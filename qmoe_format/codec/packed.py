@@ -78,8 +78,8 @@ def pack(matrix: Matrix, threads: int = 1) -> PackedMatrix:
     """
     if not packable(matrix):
         raise QMoEError("argument", "this matrix cannot be packed", "multiply it as it is stored")
-    from qmoe_format.codec.kernels.byte_dot import BLOCK
     from qmoe_format.codec.kernels.packed import GROUP, LIMITS, count_beyond, pack_rows
+    from qmoe_format.codec.kernels.rounding import BLOCK
 
     levels = decode(matrix.levels, threads=threads)
     rows, columns = levels.shape

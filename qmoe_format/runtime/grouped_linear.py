@@ -96,7 +96,7 @@ def _on_cpu(
     y = torch.empty((len(x), sum(stack.shape[1] for stack in stacks)), dtype=torch.float32)
     x_array, y_array = x_float.numpy(), y.numpy()
     singles: list[codec.Matvec] = []
-    rounded_singles: list[codec.Matvec] = []
+    rounded: list[codec.RoundedProduct] = []
     packed: list[codec.PackedProduct] = []
     for stack, columns in _side_by_side(stacks):
         for expert, first, last in groups:
@@ -106,9 +106,7 @@ def _on_cpu(
                 if found:
                     packed.append((found, x_array[first:last], y_array[first:last, columns]))
                 else:
-                    rounded_singles += [
-                        (matrix, x_array[i], y_array[i, columns]) for i in range(first, last)
-                    ]
+                    rounded.append((matrix, x_array[first:last], y_array[first:last, columns]))
                 continue
             kernel = choose_kernel(last - first, matrix, tuning)
             if kernel == "matvec":
@@ -119,13 +117,15 @@ def _on_cpu(
             else:
                 for rows, weights in _decoded_rows(stack, expert, x_float, tuning):
                     torch.mm(x_float[first:last], weights.T, out=y[first:last, columns][:, rows])
-    for calls, rounded in ((singles, False), (rounded_singles, True)):
-        size = sum(matrix.rows * matrix.columns for matrix, _, _ in calls)
-        threads = min(tuning.threads, 1 + size // tuning.weights_per_thread)
-        codec.matvecs(calls, threads, rounded=rounded)
-    size = sum(len(x) * matrix.rows * matrix.columns for matrix, x, _ in packed)
-    codec.multiply_packed(packed, min(tuning.threads, 1 + size // tuning.packed_per_thread))
+    codec.matvecs(singles, _threads(singles, tuning.weights_per_thread, tuning))
+    codec.multiply_rounded(rounded, _threads(rounded, tuning.weights_per_thread, tuning))
+    codec.multiply_packed(packed, _threads(packed, tuning.packed_per_thread, tuning))
     return y.to(x.dtype)
+
+
+def _threads(products: Sequence[tuple[Any, Any, Any]], per_thread: int, tuning: Tuning) -> int:
+    size: int = sum(out.size * matrix.columns for matrix, _, out in products)
+    return min(tuning.threads, 1 + size // per_thread)
 
 
 def _on_gpu(

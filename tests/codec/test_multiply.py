@@ -216,12 +216,17 @@ def test_what_is_missing_is_not_read_from_elsewhere(string: str) -> None:
         assert error.value.code == "malformed"
 
 
-@pytest.mark.skipif(not cpu_has("bmi2"), reason="this processor has no BMI2")
-def test_signs_that_are_missing_for_the_dense_kernel() -> None:
-    whole = encoded(np.ones((1, 4000), np.int8), dictionary=dictionary(0.5, 8))
+def cut_short(coded: npt.NDArray[np.int8]) -> EncodedMatrix:
+    """One segment without the bytes where it begins, those of signs."""
+    whole = encoded(coded, dictionary=dictionary(0.5, 8))
     bits = whole.levels.mask
     cut = with_segments(bits, bits.segments[500 : bits.segment_bytes])
-    matrix = replace(whole, levels=replace(whole.levels, mask=cut))
+    return replace(whole, levels=replace(whole.levels, mask=cut))
+
+
+@pytest.mark.skipif(not cpu_has("bmi2"), reason="this processor has no BMI2")
+def test_signs_that_are_missing_for_the_dense_kernel() -> None:
+    matrix = cut_short(np.ones((1, 4000), np.int8))
     call = matvec_call(matrix, np.ones(4000, np.float32), np.empty(1, np.float32), dense=True)
     assert call[0].__name__ == "dot_dense"
     with pytest.raises(QMoEError, match="ends before"):

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix, matvecs, pack_groups
-from qmoe_format.codec.kernels.packed import round_row
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix, pack_groups
 from qmoe_format.codec.packed import PackedMatrix, multiply_packed, pack, packable
 from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
@@ -112,21 +111,6 @@ def test_several_matrices_at_once() -> None:
     assert not y[:, 37::40].any()
 
 
-@given(levels(), st.integers(1, 2))
-@settings(deadline=None, max_examples=30)
-def test_the_stored_matrix_gives_the_same(coded: npt.NDArray[np.int8], threads: int) -> None:
-    matrix = encoded(coded)
-    x = random_x(1, matrix.columns)
-    y = np.empty((1, matrix.rows), np.float32)
-    matvecs([(matrix, x[0], y[0])], threads, rounded=True)
-    check(matrix, x, y)
-    expected = rounded(matrix, x)
-    assert matrix.column_scale is not None
-    scaled = x[0] * to_float32(matrix.column_scale, "BF16")
-    round_row(scaled)
-    assert np.array_equal(scaled, expected[0])
-
-
 def test_rounding_is_fine_enough() -> None:
     """The error of 8 bits is far below that of a quantizer: about a hundredth, squared 1e-4."""
     matrix = encoded(random_levels(256, 2048, 0.885))
@@ -178,7 +162,7 @@ def test_other_arrays_are_refused(x: Any, out: Any) -> None:
     assert error.value.code == "argument"
 
 
-@pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+fma"])
+@pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+bmi2,+fma"])
 def test_other_processors(features: str, tmp_path: Any) -> None:
     """The same sums from the instructions of older processors."""
     from numba.core.registry import cpu_target
@@ -193,15 +177,20 @@ def test_other_processors(features: str, tmp_path: Any) -> None:
     }
     code = """
 import numpy as np, sys
+from qmoe_format.codec.kernels.simd import DEPOSITS
 from tests.codec.test_packed import encoded, pack, product, random_levels, random_x
+from tests.codec.test_rounded import rounded_product
 for most in (1, 6, 40):
     matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
-    sys.stdout.buffer.write(product(pack(matrix), random_x(2, 700)).tobytes())
+    x = random_x(2, 700)
+    for y in product(pack(matrix), x), rounded_product(matrix, x, DEPOSITS):
+        sys.stdout.buffer.write(y.tobytes())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, check=True
     )
-    found = np.frombuffer(done.stdout, np.float32).reshape(3, 2, 23)
-    for most, y in zip((1, 6, 40), found, strict=True):
+    found = np.frombuffer(done.stdout, np.float32).reshape(3, 2, 2, 23)
+    for most, both in zip((1, 6, 40), found, strict=True):
         matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
-        check(matrix, random_x(2, 700), y)
+        for y in both:
+            check(matrix, random_x(2, 700), y)

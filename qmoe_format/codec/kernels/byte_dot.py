@@ -20,7 +20,6 @@ from numba.extending import models, register_model
 from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.jit import instruction
 
-BLOCK = 256  # columns
 ZERO_OF_TWO, ZERO_OF_FOUR = 1, 7  # the code of a level of 0, in as many bits
 _LANES = 64  # bytes in a vector
 _BYTE, _SHORT, _INT = (ir.IntType(bits) for bits in (8, 16, 32))
@@ -112,9 +111,13 @@ def _widened(builder, sums):
     return _add_pairs(builder, builder.sext(sums, ir.VectorType(_INT, sums.type.count)))
 
 
-def _dot(builder, fields, x, start):
-    """Sixteen sums of the products of four fields with x from ``start`` on."""
-    vectors = [_load(builder, x, start, _LANES * i) for i in range(4)]
+def _four(builder, values, start):
+    """Four times 64 bytes."""
+    return [_load(builder, values, start, _LANES * i) for i in range(4)]
+
+
+def _dot(builder, fields, vectors):
+    """Sixteen sums of the products of codes and x, four vectors of each."""
     if _VNNI:
         sums = [ir.Constant(_INT_SUMS, [0] * 16)] * 2  # two chains: each step waits for the last
         for i, (codes, values) in enumerate(zip(fields, vectors, strict=True)):
@@ -127,9 +130,11 @@ def _dot(builder, fields, x, start):
     return _widened(builder, first)
 
 
-_SIGNATURE = lambda *_: sums_type(  # noqa: E731
-    types.CPointer(types.uint8), uint64, types.CPointer(types.int8), uint64
-)
+_DOT = types.CPointer(types.uint8), uint64, types.CPointer(types.int8), uint64
+
+
+def _signature(*_):
+    return sums_type(*_DOT)
 
 
 def _fields(builder, bits, codes, place):
@@ -147,22 +152,40 @@ def _distance(builder, codes, level):
 
 
 def _make_dots(bits, zero):
-    @instruction(_SIGNATURE)
+    @instruction(_signature)
     def dot_codes(builder, codes, place, x, start):
         """Sixteen partial sums of a block: codes from byte ``place`` on, x from ``start`` on."""
-        return _dot(builder, _fields(builder, bits, codes, place), x, start)
+        return _dot(builder, _fields(builder, bits, codes, place), _four(builder, x, start))
 
-    @instruction(_SIGNATURE)
+    @instruction(_signature)
     def dot_magnitudes(builder, codes, place, x, start):
         """``dot_codes`` of how far codes are from ``zero``."""
         fields = _fields(builder, bits, codes, place)
-        return _dot(builder, [_distance(builder, each, zero) for each in fields], x, start)
+        distances = [_distance(builder, each, zero) for each in fields]
+        return _dot(builder, distances, _four(builder, x, start))
 
     return dot_codes, dot_magnitudes
 
 
 dot_two_bits, dot_two_magnitudes = _make_dots(2, ZERO_OF_TWO)
 dot_four_bits, dot_four_magnitudes = _make_dots(4, ZERO_OF_FOUR)
+
+
+@instruction(_signature)
+def dot_bytes(builder, codes, place, x, start):
+    """Sixteen partial sums of 256 codes, a byte each, times x."""
+    return _dot(builder, _four(builder, codes, place), _four(builder, x, start))
+
+
+@instruction(lambda *kinds: sums_type(*_DOT, uint64, uint64, uint64, uint64))
+def dot_signed(builder, codes, place, x, start, a, b, c, d):
+    """``dot_bytes`` with a minus where a bit of four words says so."""
+    vectors = []
+    for bits, values in zip((a, b, c, d), _four(builder, x, start), strict=True):
+        negative = builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES))
+        minus = builder.sub(ir.Constant(values.type, [0] * _LANES), values)
+        vectors.append(builder.select(negative, minus, values))
+    return _dot(builder, _four(builder, codes, place), vectors)
 
 
 @instruction(lambda *_: simd.vector(simd.vector, sums_type, float32))

@@ -1,14 +1,8 @@
 """Kernels that multiply: segments times vectors, without decoding to weights.
 
-Where zeros are few (up to about 63 % with codewords of 12 bits) entries are short, and there is a
-faster kernel for one token and ternary matrices, ``dot_dense``: three entries at a time become a
-bit for each weight, the signs of 32 weights are deposited at their non-zeros, and x is added under
-masks of sixteen bits. It costs the same for every weight, and no gather. On one core with AVX-512,
-4096 x 1536, ns a weight:
-
-    zeros       50 %    60 %    64 %    70 %    75 %   88.5 %    95 %     dense bf16
-    dot_sparse  0.46    0.36    0.32    0.29    0.26    0.15     0.10     0.29, of the memory
-    dot_dense   0.26    0.26
+``dot_sparse`` takes a step for each non-zero: a gather of x. Where zeros are few there is a faster
+kernel for one token and ternary matrices, ``dot_dense``, which takes the same time for each weight:
+x is added under masks of sixteen bits.
 """
 
 from __future__ import annotations
@@ -19,8 +13,18 @@ import numpy as np
 
 from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.cursor import for_each_run
-from qmoe_format.codec.kernels.jit import inlined, kernel, optional
+from qmoe_format.codec.kernels.expansion import (
+    BLOCK,
+    ROOM,
+    as_patterns,
+    for_each_part,
+    last_negatives,
+    negatives,
+    ones_at,
+)
+from qmoe_format.codec.kernels.jit import called, inlined, keep_apart, kernel, optional
 from qmoe_format.codec.kernels.refinement import as_refinement, magnitudes_of
+from qmoe_format.codec.kernels.scales import low_high
 from qmoe_format.codec.kernels.scan import (
     LIST_LENGTH,
     ONE,
@@ -34,27 +38,14 @@ from qmoe_format.codec.kernels.scan import (
     find_positions,
     first_at,
 )
-from qmoe_format.codec.kernels.tables import MASK_LENGTH
-from qmoe_format.codec.kernels.unaligned import load32, load64, pointer, store64
+from qmoe_format.codec.kernels.unaligned import advance, load64, pointer
 
-# Where vectors take masks, and bits are deposited fast. With AVX2 dot_dense gains little over
-# dot_sparse, and on the first AMD processors with BMI2 it loses by far.
-PREFER_DENSE = simd.cpu_has("avx512f", "bmi2")
-BEYOND_X = 32  # elements of x that may be read behind its last one
+# The share of zeros up to which dot_dense is faster. AVX-512 adds under masks.
+DENSE_UNTIL = 0.0 if not simd.DEPOSITS else 0.76 if simd.cpu_has("avx512f") else 0.71
+BEYOND_X = int(BLOCK)  # elements of x that may be read behind its last one
 
-# A mask and, above it, the size of its entry, as in ``Tables.masks``.
-MASK_BITS, MASK = np.uint64(MASK_LENGTH), np.uint64((1 << MASK_LENGTH) - 1)
-CHUNK_WORDS = 32768 // 64 + 8
-SIXTEEN, THIRTY_TWO, LAST = (np.uint64(n) for n in (16, 32, 63))
-WHOLE_BYTES = ~SEVEN
+SIXTEEN, THIRTY_TWO, WORD, LAST = (np.uint64(n) for n in (16, 32, 64, 63))
 ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-
-
-@inlined
-def _low_high(scales, row):
-    high = simd.from_bf16(scales[row, scales.shape[1] - 1])
-    low = simd.from_bf16(scales[row, 0])
-    return -low if scales.shape[1] == 1 else low, high
 
 
 @inlined
@@ -70,14 +61,14 @@ def _zero_four():
 @inlined
 def _sum_two(sums, scales, row):
     plus, minus = sums
-    low, high = _low_high(scales, row)
+    low, high = low_high(scales, row)
     return simd.add_scaled(simd.add_scaled(simd.zero_vector(), plus, high), minus, low)
 
 
 @inlined
 def _sum_four(sums, scales, row):
     plus_a, plus_b, minus_a, minus_b = sums
-    low, high = _low_high(scales, row)
+    low, high = low_high(scales, row)
     total = _sum_two((plus_a, minus_a), scales, row)
     return simd.add_scaled(simd.add_scaled(total, plus_b, high), minus_b, low)
 
@@ -92,94 +83,65 @@ def _store_four(out, row, sums, scales):
     out[row] = simd.vector_sum(_sum_four(sums, scales, row))
 
 
-class Masks(NamedTuple):
-    """What each codeword stands for: pointer to ``Tables.masks``; the longest entry."""
+class Factors(NamedTuple):
+    """What parts of rows are multiplied by, and where sums go: pointers."""
 
-    masks: Any
-    longest: Any
-
-
-@inlined
-def _append(bits, base, held, place, mask):
-    """Set the ones of ``mask`` in ``bits`` from bit ``place`` on, after all that are set.
-
-    ``held`` is the word last written, at bit ``base``, a multiple of 8; returns the next of both.
-    """
-    here = place & WHOLE_BYTES
-    held = (held >> (here - base)) | (mask << (place & SEVEN))
-    store64(bits, here >> THREE, held)
-    return here, held
+    scales: Any  # bf16 [rows, 1 or 2], the array itself
+    x: Any
+    out: Any
 
 
 @inlined
-def _mark(width, masks, longest, bits, data, left, limit):
-    """Set a bit of ``bits`` for each non-zero until ``limit`` weights are passed.
-
-    Returns the bits left of the segment, and the weights passed.
-    """
-    code = (ONE << width) - ONE
-    place = base = held = ZERO
-    three, two = THREE * width, TWO * width
-    safe = limit - THREE * longest if limit > THREE * longest else ZERO
-    while place < safe and left >= three:
-        left -= three
-        word = load64(data, left >> THREE) >> (left & SEVEN)
-        a = np.uint64(masks[(word >> two) & code])
-        b = np.uint64(masks[(word >> width) & code])
-        c = np.uint64(masks[word & code])
-        second = a >> MASK_BITS
-        third = second + (b >> MASK_BITS)
-        mask = (a & MASK) | ((b & MASK) << second) | ((c & MASK) << third)
-        base, held = _append(bits, base, held, place, mask)
-        place += third + (c >> MASK_BITS)
-    while place < limit and left >= width:
-        left -= width
-        a = np.uint64(masks[(load32(data, left >> THREE) >> (left & SEVEN)) & code])
-        base, held = _append(bits, base, held, place, a & MASK)
-        place += a >> MASK_BITS
-    return left, place
-
-
-@inlined
-def _find_bits(mask, masks, bits, data, left, limit, seen):
-    left, passed = _mark(mask.width, masks.masks, masks.longest, bits, data, left, limit)
-    return left, passed, passed
-
-
-@inlined
-def _add_bits(run, sums, bits, x):
+def _add_word(sums, x, at, ones, negatives):
     plus_a, plus_b, minus_a, minus_b = sums
-    data, left, seen, column = run.data, run.left, run.seen, run.column
-    start, stop = np.uint64(run.start), np.uint64(min(run.end, run.count))
-    while start < stop and seen <= left:
-        these = ALL_ONES >> (LAST - min(stop - start, THIRTY_TWO) + ONE)
-        mask = (load64(bits, start >> THREE) >> (start & SEVEN)) & these
-        signs = load64(data, seen >> THREE) >> (seen & SEVEN)
-        negatives = simd.deposit(signs, mask)
-        seen += simd.popcount(mask)
-        positives = mask ^ negatives
-        plus_a = simd.add_loaded(plus_a, x, column + start, positives)
-        plus_b = simd.add_loaded(plus_b, x, column + start + SIXTEEN, positives >> SIXTEEN)
-        minus_a = simd.add_loaded(minus_a, x, column + start, negatives)
-        minus_b = simd.add_loaded(minus_b, x, column + start + SIXTEEN, negatives >> SIXTEEN)
-        start += THIRTY_TWO
-    return (plus_a, plus_b, minus_a, minus_b), np.int64(stop), seen
+    positives = ones ^ negatives
+    for _ in range(2):
+        plus_a = simd.add_loaded(plus_a, x, at, positives)
+        minus_a = simd.add_loaded(minus_a, x, at, negatives)
+        plus_b = simd.add_loaded(plus_b, x, at + SIXTEEN, positives >> SIXTEEN)
+        minus_b = simd.add_loaded(minus_b, x, at + SIXTEEN, negatives >> SIXTEEN)
+        positives >>= THIRTY_TWO
+        negatives >>= THIRTY_TWO
+        at += THIRTY_TWO
+    return plus_a, plus_b, minus_a, minus_b
+
+
+@inlined
+def _add_block(sums, part, x, at, words):
+    for word in words:
+        sums = _add_word(sums, x, at, ones_at(part.codes, at), word)
+        at += WORD
+    return sums, at
+
+
+@called
+def _add_part(part, seen, factors):
+    keep_apart()
+    sums, x, at = _zero_four(), advance(factors.x, part.column), ZERO
+    while at + BLOCK <= part.columns and seen + BLOCK <= part.left:
+        words, seen = negatives(part, at, seen)
+        sums, at = _add_block(sums, part, x, at, words)
+    while at < part.columns:
+        words, seen = last_negatives(part, at, seen)
+        sums, at = _add_block(sums, part, x, at, words)
+    before = factors.out[part.row] if part.column > 0 else np.float32(0)
+    total = _sum_four(sums, factors.scales, part.row)
+    factors.out[part.row] = before + simd.vector_sum(total)
+    return seen
 
 
 @kernel
-def dot_dense(first, last, span, mask, masks, scales, x, out):
-    """Multiply ternary rows of short entries with one token: an addition for every 16 weights.
+def dot_dense(first, last, span, mask, entries, patterns, scales, x, out):
+    """Multiply ternary rows with one token: an addition for every 16 weights.
 
     Args:
-        x: float32 [columns + ``BEYOND_X``], contiguous.
+        x: float32 [columns + ``BEYOND_X``], contiguous; zeros beyond the columns.
         out: float32 [rows].
     """
-    entries, longest = masks
-    bits = np.zeros(CHUNK_WORDS, np.uint64)
-    return for_each_run(
-        _find_bits, _add_bits, _store_four, _zero_four(), first, last, span, as_segments(*mask),
-        Masks(pointer(entries), longest), None, x.size - BEYOND_X, scales, pointer(bits),
-        pointer(x), out, bits,
+    room = np.zeros(ROOM, np.uint8)
+    return for_each_part(
+        _add_part, first, last, span, as_segments(*mask), as_patterns(entries, patterns),
+        len(scales), x.size - BEYOND_X, room, Factors(scales, pointer(x), out),
     )  # fmt: skip
 
 

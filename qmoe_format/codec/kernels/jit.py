@@ -58,6 +58,8 @@ def kernel(function):
     return compiled
 
 
+called = njit(nogil=True, forceinline=False)
+"""A function that kernels call."""
 inlined = njit(nogil=True, forceinline=True)
 """A function that becomes part of the kernels that call it."""
 
@@ -102,3 +104,9 @@ def instruction(signature):
         return typed
 
     return decorate
+
+
+@instruction(lambda: types.void())
+def keep_apart(builder):
+    """Have the calling function called, not inlined: all loops in one would lack registers."""
+    builder.function.attributes.add("noinline")

@@ -1,4 +1,4 @@
-"""Kernels of packed matrices: packing levels, rounding x to int8, and products."""
+"""Kernels of packed matrices: packing levels, and products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.byte_dot import (
-    BLOCK,
     ZERO_OF_FOUR,
     ZERO_OF_TWO,
     add_scaled_sums,
@@ -24,6 +23,7 @@ from qmoe_format.codec.kernels.byte_dot import (
     words_at,
 )
 from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.rounding import BLOCK, round_block
 from qmoe_format.codec.kernels.unaligned import advance
 
 GROUP = 4  # rows that are multiplied side by side: each alone would wait for its own sums
@@ -111,35 +111,9 @@ def _product(table, i):
     )  # fmt: skip
 
 
-@inlined
-def _round_block(values, start, count, rounded, target):
-    """Round ``values`` from ``start`` on to int8 times a unit, which is returned with their sum.
-
-    ``rounded`` receives a whole block from ``target`` on, and ``values`` what these stand for.
-    """
-    largest = nothing = np.float32(0)
-    for j in range(start, start + count):
-        largest = max(largest, abs(values[j]))
-        nothing += values[j] - values[j]  # NaN if one is not finite
-    unit = largest / np.float32(127) + nothing
-    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
-    total = 0
-    for j in range(count):
-        level = np.int8(np.rint(values[start + j] * inverse))
-        rounded[target + j] = level
-        values[start + j] = np.float32(level) * unit
-        total += level
-    for j in range(count, BLOCK):
-        rounded[target + j] = 0
-    return unit, total
-
-
 @kernel
 def round_all(table):
-    """Round the x of all products to int8, in blocks with a unit of their own.
-
-    What is NaN or infinite in x makes the block's unit, and so all sums, NaN.
-    """
+    """Round the x of all products to int8."""
     for i in range(len(table)):
         p = _product(table, i)
         x, column_scale, scaled = floats_at(p.x), floats_at(p.column_scale), floats_at(p.scaled)
@@ -152,20 +126,12 @@ def round_all(table):
             for block in range(p.blocks):
                 start, place = block * BLOCK, token * p.blocks + block
                 count = min(BLOCK, p.columns - start)
-                unit, total = _round_block(
+                unit, total = round_block(
                     scaled, token * p.columns + start, count, rounded, place * BLOCK
                 )
                 units[place] = unit
                 offset += unit * np.float32(total)
             offsets[token] = offset * np.float32(ZERO_OF_TWO if p.bits == 2 else ZERO_OF_FOUR)
-
-
-@kernel
-def round_row(values):
-    """Round float32 [columns], contiguous, to what ``round_all`` would make of them."""
-    rounded = np.empty(BLOCK, np.int8)
-    for start in range(0, values.size, BLOCK):
-        _round_block(values, start, min(BLOCK, values.size - start), rounded, 0)
 
 
 def _as_function(dot):

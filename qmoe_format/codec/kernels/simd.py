@@ -27,6 +27,14 @@ def cpu_has(*features: str) -> bool:
     return all(f"+{feature}" in available for feature in features)
 
 
+def _deposits() -> bool:
+    _, name, _ = cpu_target.target_context.codegen().magic_tuple()
+    return cpu_has("bmi2") and name not in ("znver1", "znver2")  # these take some hundred cycles
+
+
+DEPOSITS = _deposits()  # whether ``deposit`` pays
+
+
 class _Vector(types.Type):  # type: ignore[misc]
     def __init__(self):
         super().__init__("Float32x16")

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 # A step of one bit in each of the four 16-bit lanes of a word of positions.
 LANES = np.uint64(0x0001_0001_0001_0001)
-# Bits of the longest entry for which there are masks: three of them, shifted by up to 7 bits, fit
-# one word, with a bit to spare.
-MASK_LENGTH = 18
+# The highest bits of a pattern hold the entry's length, so that one load brings both.
+LENGTH_BITS = 6
+LONG = (
+    1 << LENGTH_BITS
+) - 1  # instead of a length, where the other bits have no room for the entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,8 @@ class Tables:
         steps: uint64 [2^w], the entry's length in all four lanes.
         ones: uint8 [2^w].
         longest: the length of the longest entry.
-        masks: uint32 [2^w], the entry's bits, and its length from bit ``MASK_LENGTH`` up; empty if
-            there are longer entries.
+        patterns: uint32 or uint64 [2^w], the entry's bits and, in the highest ``LENGTH_BITS``, its
+            length or ``LONG``.
         children: int32 [2^w - 1, 2], the inner node after a 0 / a 1, or ``~codeword``.
     """
 
@@ -39,7 +41,7 @@ class Tables:
     steps: npt.NDArray[np.uint64]
     ones: npt.NDArray[np.uint8]
     longest: np.uint64
-    masks: npt.NDArray[np.uint32]
+    patterns: npt.NDArray[Any]
     children: npt.NDArray[np.int32]
 
     @property
@@ -60,7 +62,7 @@ def tables(dictionary: Dictionary) -> Tables:
     children = np.zeros((size - 1, 2), np.int32)
     _fill(bits, positions, steps, ones, children)
     longest = np.uint64(dictionary.max_length)
-    return Tables(positions, steps, ones, longest, _masks(positions, steps, ones), children)
+    return Tables(positions, steps, ones, longest, _patterns(positions, steps, ones), children)
 
 
 @lru_cache(maxsize=64)
@@ -73,20 +75,22 @@ def by_zeros(dictionary: Dictionary) -> tuple[Any, ...]:
     return positions, steps, table.ones, (steps & np.uint64(255)).max()
 
 
-def _masks(
+def _patterns(
     positions: npt.NDArray[np.uint64],
     steps: npt.NDArray[np.uint64],
     ones: npt.NDArray[np.uint8],
-) -> npt.NDArray[np.uint32]:
-    """``masks``."""
-    sizes = (steps & np.uint64(255)).astype(np.uint32)
-    if sizes.max() > MASK_LENGTH:
-        return np.zeros(0, np.uint32)
-    masks = sizes << np.uint32(MASK_LENGTH)
+) -> npt.NDArray[Any]:
+    """``Tables.patterns``, in the smaller type if that has room for all entries."""
+    lengths = steps & np.uint64(255)
+    bits = 32 if lengths.max() <= 32 - LENGTH_BITS else 64
+    room = np.uint64(bits - LENGTH_BITS)
+    patterns = np.zeros(ones.size, np.uint64)
     for k in range(int(ones.max())):
-        place = (positions[:, k >> 2] >> np.uint64(16 * (k & 3))).astype(np.uint16)
-        masks |= (ones > k) * (np.uint32(1) << (place & np.uint16(31)))
-    return masks
+        place = (positions[:, k >> 2] >> np.uint64(16 * (k & 3))) & np.uint64(0xFFFF)
+        patterns |= (ones > k) * (np.uint64(1) << (place & np.uint64(63)))
+    patterns |= lengths << room
+    patterns[lengths > room] = np.uint64(LONG) << room
+    return patterns.astype(f"uint{bits}")
 
 
 @kernel

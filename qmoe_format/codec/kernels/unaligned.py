@@ -51,7 +51,7 @@ def _make_load(bits):
     return load
 
 
-load16, load32, load64 = (_make_load(bits) for bits in (16, 32, 64))
+load8, load16, load32, load64 = (_make_load(bits) for bits in (8, 16, 32, 64))
 
 
 @instruction(lambda start, offset, value: types.void(start, types.uint64, types.uint64))

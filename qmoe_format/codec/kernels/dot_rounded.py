@@ -1,0 +1,112 @@
+"""Products of stored matrices with x rounded to int8 (``rounding``), where zeros are not too many.
+
+The second stage after ``expansion``: bytes of 0 or 1, times x with the signs of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qmoe_format.codec.kernels import simd
+from qmoe_format.codec.kernels.byte_dot import add_scaled_sums, dot_bytes, dot_signed
+from qmoe_format.codec.kernels.expansion import (
+    BLOCK,
+    ROOM,
+    as_patterns,
+    for_each_part,
+    last_negatives,
+    negatives,
+)
+from qmoe_format.codec.kernels.jit import called, inlined, keep_apart, kernel
+from qmoe_format.codec.kernels.scales import low_high
+from qmoe_format.codec.kernels.scan import ONE, ZERO, as_segments
+from qmoe_format.codec.kernels.unaligned import advance, pointer
+
+# The share of zeros up to which this is faster than ``dot_sparse``. Without AVX-512 that is where
+# entries have up to 26 bits: others take twice as many instructions.
+DENSE_UNTIL = 0.0 if not simd.DEPOSITS else 0.93 if simd.cpu_has("avx512bw") else 0.77
+
+_HALF = np.float32(0.5)
+
+
+class Factors(NamedTuple):
+    """What parts of rows are multiplied by, and where sums go."""
+
+    scales: Any  # bf16 [rows, 1 or 2]
+    x: Any  # pointer to int8 [tokens, blocks, BLOCK]
+    units: Any  # pointer to float32 [tokens, blocks]
+    tokens: Any
+    blocks: Any
+    out: Any  # float32 [tokens, rows]
+
+
+@inlined
+def _add_block(total, part, at, x, words, unit):
+    sums = dot_signed(part.codes, at, x, at, words[0], words[1], words[2], words[3])
+    return add_scaled_sums(total, sums, unit)
+
+
+@called
+def _sum_levels(part, seen, x, units):
+    """Levels times x, and ``seen`` after them."""
+    keep_apart()
+    total, at, block = simd.zero_vector(), ZERO, ZERO
+    while at + BLOCK <= part.columns and seen + BLOCK <= part.left:
+        words, seen = negatives(part, at, seen)
+        total = _add_block(total, part, at, x, words, units[block])
+        at += BLOCK
+        block += ONE
+    while at < part.columns:
+        words, seen = last_negatives(part, at, seen)
+        total = _add_block(total, part, at, x, words, units[block])
+        at += BLOCK
+        block += ONE
+    return simd.vector_sum(total), seen
+
+
+@inlined
+def _sum_magnitudes(part, x, units):
+    total, at, block = simd.zero_vector(), ZERO, ZERO
+    while at < part.columns:
+        total = add_scaled_sums(total, dot_bytes(part.codes, at, x, at), units[block])
+        at += BLOCK
+        block += ONE
+    return simd.vector_sum(total)
+
+
+@inlined
+def _multiply_part(part, seen, factors):
+    first, blocks, before = part.column // BLOCK, np.uint64(factors.blocks), seen
+    low, high = low_high(factors.scales, part.row)
+    for token in range(factors.tokens):
+        place = np.uint64(token) * blocks + first
+        x, units = advance(factors.x, place * BLOCK), advance(factors.units, place)
+        levels, seen = _sum_levels(part, before, x, units)
+        value = levels * (high - low) * _HALF
+        if low != -high:
+            value += _sum_magnitudes(part, x, units) * (high + low) * _HALF
+        earlier = factors.out[token, part.row] if part.column > ZERO else np.float32(0)
+        factors.out[token, part.row] = earlier + value
+    return seen
+
+
+@kernel
+def dot_rounded(first, last, span, mask, entries, patterns, columns, scales, x, units, out):
+    """Multiply ternary rows with some tokens.
+
+    Args:
+        columns: of the matrix, at least 1.
+        scales: bf16 [rows, 1 or 2].
+        x: int8 [tokens, blocks * BLOCK], contiguous, zeros beyond the columns.
+        units: float32 [tokens, blocks], contiguous.
+        out: float32 [tokens, rows].
+    """
+    room = np.zeros(ROOM, np.uint8)
+    tokens, blocks = units.shape
+    factors = Factors(scales, pointer(x), pointer(units), tokens, blocks, out)
+    return for_each_part(
+        _multiply_part, first, last, span, as_segments(*mask), as_patterns(entries, patterns),
+        len(scales), columns, room, factors,
+    )  # fmt: skip

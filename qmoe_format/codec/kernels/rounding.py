@@ -1,0 +1,50 @@
+"""x to int8, in blocks with a unit of their own, as llama.cpp does."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qmoe_format.codec.kernels.jit import inlined, kernel
+
+BLOCK = 256  # columns
+_LARGEST = np.float32(127)
+
+
+@inlined
+def round_block(values, start, count, rounded, target):
+    """Round ``values`` from ``start`` on to int8 times a unit, which is returned with their sum.
+
+    ``rounded`` receives a whole block from ``target`` on, zeros after ``count``, and ``values``
+    what they stand for. What is NaN or infinite makes the unit, and so all sums with it, NaN.
+    """
+    largest = nothing = np.float32(0)
+    for j in range(start, start + count):
+        largest = max(largest, abs(values[j]))
+        nothing += values[j] - values[j]  # NaN if one is not finite
+    unit = largest / _LARGEST + nothing
+    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
+    total = 0
+    for j in range(count):
+        level = np.int8(np.rint(values[start + j] * inverse))
+        rounded[target + j] = level
+        values[start + j] = np.float32(level) * unit
+        total += level
+    for j in range(count, BLOCK):
+        rounded[target + j] = 0
+    return unit, total
+
+
+@kernel
+def round_tokens(values, columns, rounded, units):
+    """Round all of x.
+
+    Args:
+        values: float32 [tokens, columns or more]; receives what is left of it.
+        rounded: int8 [tokens, blocks * BLOCK], contiguous.
+        units: float32 [tokens, blocks].
+    """
+    for token in range(len(values)):
+        for block in range(units.shape[1]):
+            start = block * BLOCK
+            count = min(BLOCK, columns - start)
+            units[token, block], _ = round_block(values[token], start, count, rounded[token], start)
