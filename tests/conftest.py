@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +23,20 @@ settings.register_profile("quick", max_examples=50)
 settings.register_profile("thorough", max_examples=500)
 settings.load_profile("quick")
 
+# Torch's threads wait for each other in busy loops, and tests run in several processes. Where
+# threads matter, a test sets their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 State = dict[str, Any]  # tensors by name; torch is imported only when a test needs it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects_to_collect() -> None:
+    """Conversions collect garbage after each block: not among all that tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytest.importorskip("torch", reason="needs the extra 'convert'")
 pytest.importorskip("transformers", reason="needs the extra 'convert'")
 
 
-def test_demo(qmoe_process: Any) -> None:
+def test_demo(qmoe_process: Any, qmoe: Any) -> None:
     done = qmoe_process("demo")
     assert done.code == 0, done.err
     lines = [line.strip() for line in done.out.splitlines()]
@@ -28,7 +28,7 @@ def test_demo(qmoe_process: Any) -> None:
         compressed = [name for name, entry in file.tensors.items() if entry.stack]
         total = describe(file)["totals"]["experts"]["total_bits_per_weight"]
     # The model's own configuration asks for a beam search, which cannot show text as it comes.
-    generated = qmoe_process("generate", path, "The LORD is my shepherd;")
+    generated = qmoe("generate", path, "The LORD is my shepherd;")
     shutil.rmtree(path.parent)
     assert (generated.code, generated.err) == (0, "")
     assert len(generated.out.split()) > 3

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -163,34 +166,43 @@ def test_other_arrays_are_refused(x: Any, out: Any) -> None:
 
 
 @pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+bmi2,+fma"])
-def test_other_processors(features: str, tmp_path: Any) -> None:
-    """The same sums from the instructions of older processors."""
+def test_other_processors(features: str, tmp_path: Path) -> None:
+    """The same sums from the instructions of older processors. Matrices are packed here: what packs
+    them is compiled alike for all processors."""
     from numba.core.registry import cpu_target
 
     own = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     if not all(each in own for each in features.split(",") if each):
         pytest.skip(f"this processor has not all of {features}")
+    matrices = [
+        encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3) for most in (1, 6, 40)
+    ]
+    packed = [
+        {field.name: getattr(each, field.name) for field in fields(each) if field.init}
+        for each in map(pack, matrices)
+    ]
+    file = tmp_path / "matrices.pickle"
+    file.write_bytes(pickle.dumps([*zip(matrices, packed, strict=True)]))
     environment = os.environ | {
         "NUMBA_CPU_NAME": "generic",
         "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
     }
     code = """
-import numpy as np, sys
+import pickle, sys
+from pathlib import Path
 from qmoe_format.codec.kernels.simd import DEPOSITS
-from tests.codec.test_packed import encoded, pack, product, random_levels, random_x
+from tests.codec.test_packed import PackedMatrix, product, random_x
 from tests.codec.test_rounded import rounded_product
-for most in (1, 6, 40):
-    matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
-    x = random_x(2, 700)
-    for y in product(pack(matrix), x), rounded_product(matrix, x, DEPOSITS):
+x = random_x(2, 700)
+for matrix, fields in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    for y in product(PackedMatrix(**fields), x), rounded_product(matrix, x, DEPOSITS):
         sys.stdout.buffer.write(y.tobytes())
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+        [sys.executable, "-c", code, file], env=environment, capture_output=True, check=True
     )
     found = np.frombuffer(done.stdout, np.float32).reshape(3, 2, 2, 23)
-    for most, both in zip((1, 6, 40), found, strict=True):
-        matrix = encoded(random_levels(23, 700, 0.6, most=most), scales=1 + most % 3)
+    for matrix, both in zip(matrices, found, strict=True):
         for y in both:
             check(matrix, random_x(2, 700), y)
