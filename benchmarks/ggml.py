@@ -7,6 +7,7 @@ imported. Types have ggml's names, such as ``IQ1_S``.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ _ROOM = 1 << 20  # bytes for a graph
 def available() -> bool:
     """Whether it is installed."""
     return find_spec("llama_cpp") is not None
+
+
+def version() -> str | None:
+    """Of llama-cpp-python, if it is installed."""
+    return importlib.metadata.version(PACKAGE) if available() else None
 
 
 @cache

@@ -1,23 +1,19 @@
 """GGUF's types for weights, made by llama.cpp's own code and read back by gguf-py.
 
-Needs the extra ``gguf``: gguf-py, and the shared library in llama-cpp-python, of which nothing else
-is used.
+Needs the extra ``gguf``: gguf-py, and llama-cpp-python, see ``ggml``.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import ggml
 from benchmarks.evaluation import Model
 from qmoe_format.calibration.sequences import Batch
 from qmoe_format.errors import QMoEError
@@ -27,76 +23,40 @@ TYPES = (
     *("IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"),
     *("IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
 )
-PACKAGES = ("llama-cpp-python", "gguf")
 
 Importance = dict[str, NDArray[np.float32]]
 """Of the columns of each expert's matrix, ``[experts, columns]`` by stack."""
 
 
-class GGUFTypes:
-    """Matrices to GGUF's types and back."""
+def bits(name: str) -> float:
+    """Bits per weight of a type, with its scales."""
+    _, weights, size = ggml.size(name)
+    return 8 * size / weights
 
-    def __init__(self) -> None:
-        """
-        Raises:
-            QMoEError: ``dependency`` if a package is missing.
-        """
-        package = find_spec("llama_cpp")
-        if package is None or package.origin is None or find_spec("gguf") is None:
-            raise QMoEError(
-                "dependency",
-                "llama_cpp or gguf cannot be imported",
-                "run: pip install 'qmoe-format[gguf]'",
-            )
-        self._gguf: Any = import_module("gguf")
-        suffix = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}
-        name = suffix.get(sys.platform, "libggml-base.so")
-        self._ggml = ctypes.CDLL(str(Path(package.origin).parent / "lib" / name))
-        self._quantize = self._ggml.ggml_quantize_chunk
-        floats = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
-        bytes_out = np.ctypeslib.ndpointer(np.uint8, flags="C_CONTIGUOUS")
-        numbers = [ctypes.c_int64] * 3  # first element, rows, columns
-        self._quantize.argtypes = [ctypes.c_int, floats, bytes_out, *numbers, floats]
-        self._quantize.restype = ctypes.c_size_t
 
-    def _size(self, name: str) -> tuple[int, int, int]:
-        """The type's number, the weights in a block of it, and the bytes of that."""
-        number = self._gguf.GGMLQuantizationType[name]
-        return int(number), *self._gguf.GGML_QUANT_SIZES[number]
+def fits(name: str, columns: int) -> bool:
+    """Whether a row consists of whole blocks of a type."""
+    return columns % ggml.size(name)[1] == 0
 
-    def bits(self, name: str) -> float:
-        """Bits per weight of a type, with its scales."""
-        _, weights, size = self._size(name)
-        return 8 * size / weights
 
-    def fits(self, name: str, columns: int) -> bool:
-        """Whether a row consists of whole blocks of a type."""
-        return columns % self._size(name)[1] == 0
+def round_trip(
+    name: str, weights: NDArray[np.float32], importance: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What llama.cpp makes of a matrix.
 
-    def round_trip(
-        self, name: str, weights: NDArray[np.float32], importance: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """What llama.cpp makes of a matrix.
+    Args:
+        name: of a type that ``fits``.
+        weights: float32 ``[rows, columns]``.
+        importance: of the columns, float32 ``[columns]``.
 
-        Args:
-            name: of a type that ``fits``.
-            weights: float32 ``[rows, columns]``.
-            importance: of the columns, float32 ``[columns]``.
-
-        Returns:
-            The dequantized weights, as ``weights``.
-        """
-        number, block, size = self._size(name)
-        rows, columns = weights.shape
-        stored = np.empty((rows, columns // block * size), np.uint8)
-        self._ggml.ggml_quantize_init(number)
-        weights, importance = map(np.ascontiguousarray, (weights, importance))
-        written = self._quantize(number, weights, stored, 0, rows, columns, importance)
-        assert written == stored.nbytes
-        back: NDArray[np.float32] = self._gguf.quants.dequantize(
-            stored, self._gguf.GGMLQuantizationType(number)
-        )
-        return back
+    Returns:
+        The dequantized weights, as ``weights``.
+    """
+    gguf: Any = import_module("gguf")
+    back: NDArray[np.float32] = gguf.quants.dequantize(
+        ggml.quantize(name, weights, importance), gguf.GGMLQuantizationType(ggml.size(name)[0])
+    )
+    return back
 
 
 class GGUFExperts:
@@ -115,8 +75,11 @@ class GGUFExperts:
             original: these, float32 ``[experts, rows, columns]`` by stack.
             batches: of the calibration text.
             progress: called with the number of batches read and to read.
+
+        Raises:
+            QMoEError: ``dependency`` if a package is missing.
         """
-        self._types = GGUFTypes()
+        ggml.library("ggml-base")  # rather now than after a calibration
         self._model = model
         self._original = original
         self._importance = column_importance(model, batches, progress)
@@ -137,15 +100,15 @@ class GGUFExperts:
         done, total = 0, sum(map(len, self._original.values()))
         for stack, experts in self._original.items():
             columns = experts.shape[2]
-            if not self._types.fits(name, columns):
+            if not fits(name, columns):
                 raise QMoEError("argument", f"{stack}: {columns} columns, not whole blocks")
             for expert, weights in enumerate(experts.numpy()):
-                found = self._types.round_trip(name, weights, self._importance[stack][expert])
+                found = round_trip(name, weights, self._importance[stack][expert])
                 self._model.replace(stack, expert, found)
                 done += 1
                 if progress:
                     progress(done, total)
-        return self._types.bits(name)
+        return bits(name)
 
 
 def column_importance(

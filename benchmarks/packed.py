@@ -1,11 +1,13 @@
-"""Products with packed matrices, beside matrices as they are stored and torch's own.
+"""y = W x on a CPU: from codewords, from packed matrices, in torch's bf16 and in ggml's types.
 
     python -m benchmarks.packed
 
 Writes benchmarks/results/packed.json: 10⁹ weights a second, times tokens, of y = W x with random
 levels, medians of some rounds in which all take turns. ``stored`` multiplies codewords with x in
-fp32, ``packed`` codes of 2 or 4 bits with x rounded to int8, ``torch`` bf16 with bf16. Also bits in
-memory, the time to pack, and the error of y that rounding x makes, to int8 and to bf16.
+fp32, ``rounded`` codewords with x in int8, ``packed`` codes of 2 or 4 bits with the same, ``torch``
+bf16 with bf16. With the extra ``gguf`` also llama.cpp's types of about as many bits (see
+``ggml.py``), which round x to int8 as well. Also bits in memory, the time to pack, and the error of
+y that rounding x makes, to int8 and to bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import report
+from benchmarks import ggml, report
 from qmoe_format import codec
 from qmoe_format.dtypes import from_float32
 from qmoe_format.machine import cores
@@ -26,6 +28,7 @@ from qmoe_format.machine import cores
 SHAPES = ((768, 3072), (3072, 768), (3584, 1024), (8192, 14336))
 ZEROS = (0.6, 0.885, 0.95)
 TOKENS = (1, 16)
+GGML = ("TQ2_0", "IQ1_S", "IQ2_XXS", "Q2_K", "Q4_0")
 ROUNDS = 9
 _MOST_WEIGHTS = 1 << 24  # multiplied at a time: smaller matrices several times
 
@@ -56,7 +59,7 @@ def measure(rows: int, columns: int, zeros: float, most: int, threads: int) -> d
     dense = codec.dequantize(matrix)
     weights = torch.from_numpy(dense).bfloat16()
     repeat = max(1, _MOST_WEIGHTS // (rows * columns))
-    rates: dict[str, dict[int, float]] = {"stored": {}, "packed": {}, "torch": {}}
+    rates: dict[str, dict[int, float]] = {}
     for tokens in TOKENS:
         x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
         y = np.empty((tokens, rows), np.float32)
@@ -68,14 +71,19 @@ def measure(rows: int, columns: int, zeros: float, most: int, threads: int) -> d
 
         calls: dict[str, Callable[[], Any]] = {
             "stored": partial(codec.matmul, matrix, x, y, threads),
+            "rounded": partial(codec.multiply_rounded, [(matrix, x, y)], threads),
             "packed": partial(codec.multiply_packed, [(packed, x, y)], threads),
             "torch": partial(torch.nn.functional.linear, x_bf16, weights),
         }
         if tokens == 1:
             calls["stored"] = partial(codec.matvec, matrix, x[0], y[0], threads)
-        work = {name: partial(repeated, call) for name, call in calls.items()}
-        for name, seconds in report.medians(work, ROUNDS).items():
-            rates[name][tokens] = rows * columns * repeat * tokens / seconds["median"] / 1e9
+        with ggml.products(GGML if ggml.available() else (), rows, columns, tokens) as theirs:
+            for name, product in theirs.items():
+                calls[name] = partial(product.run, threads)
+            work = {name: partial(repeated, call) for name, call in calls.items()}
+            for name, seconds in report.medians(work, ROUNDS).items():
+                rate = rows * columns * repeat * tokens / seconds["median"] / 1e9
+                rates.setdefault(name, {})[tokens] = rate
         codec.multiply_packed([(packed, x, y)], threads)
         exact = x.astype(np.float64) @ dense.T.astype(np.float64)
         bf16 = x_bf16.double().numpy() @ dense.T.astype(np.float64)
@@ -84,18 +92,15 @@ def measure(rows: int, columns: int, zeros: float, most: int, threads: int) -> d
         "zeros": zeros,
         "levels": 2 * most + 1,
         "threads": threads,
-        "rates": {name: _rounded(each) for name, each in rates.items()},
-        "packed / torch": _rounded({t: rates["packed"][t] / rates["torch"][t] for t in TOKENS}),
-        "packed / stored": _rounded({t: rates["packed"][t] / rates["stored"][t] for t in TOKENS}),
+        "rates": {
+            name: {str(tokens): round(rate, 2) for tokens, rate in each.items()}
+            for name, each in rates.items()
+        },
         "packed_bits_per_weight": round(8 * packed.nbytes / (rows * columns), 2),
         "packing_ns_per_weight": round(1e9 * packing / (rows * columns), 2),
         "error_of_int8_x": error(y, exact),
         "error_of_bf16_x": error(bf16, exact),
     }
-
-
-def _rounded(by_tokens: dict[int, float]) -> dict[str, float]:
-    return {str(tokens): round(each, 2) for tokens, each in by_tokens.items()}
 
 
 def main() -> None:
@@ -109,7 +114,7 @@ def main() -> None:
     for case in cases:
         results.append(measure(*case))
         print(results[-1], flush=True)
-    report.save("packed", {"results": results})
+    report.save("packed", {"results": results, "ggml": ggml.version()})
 
 
 if __name__ == "__main__":

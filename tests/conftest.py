@@ -184,7 +184,9 @@ def elsewhere() -> Iterator[str]:
     """The URL of an empty folder in fsspec's file system in memory."""
     fsspec = pytest.importorskip("fsspec", reason="needs the extra 'remote'")
     yield "memory://elsewhere"
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]  # folders that were made without files
 
 
 def copy_elsewhere(folder: Path, url: str) -> str:
