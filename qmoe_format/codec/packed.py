@@ -17,13 +17,15 @@ import numpy.typing as npt
 from qmoe_format.codec.arrays import check_array
 from qmoe_format.codec.matrix import EncodedMatrix, Matrix
 from qmoe_format.codec.segments import decode
-from qmoe_format.codec.threads import in_parts
+from qmoe_format.codec.threads import in_parts, share
 from qmoe_format.dtypes import to_float32
 from qmoe_format.errors import QMoEError
 
 _EXCEPTION_BITS = 24  # of a level beyond the codes
 _MOST_COLUMNS = 1 << 16  # columns of exceptions are uint16
 _BEYOND = 16  # exceptions that kernels may read after the last one
+
+_PARTS = 4  # of the rows, for each thread: where one is held up, others take more
 
 PackedProduct = tuple["PackedMatrix", npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """W, x [tokens, columns] and out [tokens, rows]."""
@@ -119,11 +121,11 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
     Raises:
         QMoEError: ``argument`` for other arrays.
     """
-    from qmoe_format.codec.kernels.packed import MATRIX_FIELDS, Product, multiply_all, round_all
+    from qmoe_format.codec.kernels.packed import FIELDS, MATRIX_FIELDS, multiply_all, round_all
 
     if not products:
         return
-    table = np.empty((len(products), len(Product._fields)), np.int64)
+    table = np.empty((len(products), FIELDS), np.int64)
     rooms = []
     for row, (matrix, x, out) in zip(table, products, strict=True):
         tokens = len(x)
@@ -143,7 +145,8 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
             out.ctypes.data, out.strides[0] // 4,
         )  # fmt: skip
     round_all(table)
-    in_parts(threads, threads, lambda part, _: multiply_all(part, threads, table))
+    parts = 1 if threads == 1 else _PARTS * threads
+    share(multiply_all(), np.array([0, parts, table.ctypes.data, len(table)]), threads)
 
 
 def _check(name: str, array: npt.NDArray[np.float32], shape: tuple[int, int]) -> None:

@@ -1,12 +1,17 @@
-"""A pool of threads that share segments; kernels release the interpreter lock."""
+"""Threads that share work; kernels release the interpreter lock."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 T = TypeVar("T")
 
@@ -16,9 +21,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="qmoe")
 
 
-# A forked child has none of its parent's threads, so it makes a pool of its own.
+_forked = False
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, so it makes a pool of its own."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
@@ -30,3 +44,34 @@ def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]
     others = [_pool(threads - 1).submit(work, *cuts[i : i + 2]) for i in range(1, parts)]
     mine = work(*cuts[:2])
     return [mine, *(other.result() for other in others)]
+
+
+@lru_cache(maxsize=1)
+def _parallel() -> Any:
+    """GNU OpenMP's entry point, in the library that torch has loaded; None if it uses another."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+def share(work: Any, job: npt.NDArray[np.int64], threads: int) -> None:
+    """Let some threads work on the same job: each takes parts of it while there are any.
+
+    Beside torch these are torch's own, which are awake between its operations: they start within a
+    few microseconds, those of a pool of Python's take a hundred, and both would fight for cores.
+
+    Args:
+        work: a ``kernels.jit.callback``.
+        job: its argument is the address of this.
+    """
+    address = job.ctypes.data
+    if threads == 1:
+        work(address)
+    elif "torch" in sys.modules and not _forked and (parallel := _parallel()):
+        parallel(work, address, threads, 0)
+    else:
+        in_parts(threads, threads, lambda *_: work(address))

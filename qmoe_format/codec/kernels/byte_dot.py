@@ -206,6 +206,12 @@ def prefetch(builder, values, place):
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), hint)
 
 
+@instruction(lambda *_: types.int64(types.CPointer(types.int64), types.int64))
+def fetch_add(builder, counter, addend):
+    """Add to a number that other threads add to as well, and return what it was."""
+    return builder.atomic_rmw("add", counter, addend, "monotonic")
+
+
 def _make_at(kind):
     @instruction(lambda _: types.CPointer(kind)(types.int64))
     def at(builder, address):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic, overload
 
 
@@ -55,6 +56,23 @@ def kernel(function):
     compiled = njit(nogil=True)(function)
     with suppress(RuntimeError):
         compiled._cache = _Cache(function)
+    return compiled
+
+
+def callback(function):
+    """A kernel of an address, int64, for ``threads.share``; compiled when it is first asked for.
+
+    Returns a function that returns the kernel, as ctypes calls it.
+    """
+
+    @lru_cache
+    def compiled():
+        made = CFunc(function, ((types.int64,), types.void), {}, {})
+        with suppress(RuntimeError):
+            made._cache = _Cache(function)  # type: ignore[attr-defined]
+        made.compile()
+        return made.ctypes
+
     return compiled
 
 

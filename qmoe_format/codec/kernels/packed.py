@@ -17,14 +17,15 @@ from qmoe_format.codec.kernels.byte_dot import (
     dot_four_magnitudes,
     dot_two_bits,
     dot_two_magnitudes,
+    fetch_add,
     floats_at,
     prefetch,
     shorts_at,
     words_at,
 )
-from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.jit import callback, called, inlined, kernel
 from qmoe_format.codec.kernels.rounding import BLOCK, round_block
-from qmoe_format.codec.kernels.unaligned import advance
+from qmoe_format.codec.kernels.unaligned import advance, pointer
 
 GROUP = 4  # rows that are multiplied side by side: each alone would wait for its own sums
 # The largest magnitude in codes of as many bits, which is added to each level.
@@ -63,7 +64,7 @@ class Product(NamedTuple):
     out_stride: Any
 
 
-MATRIX_FIELDS = 11
+MATRIX_FIELDS, FIELDS = 11, len(Product._fields)
 
 
 @kernel
@@ -103,11 +104,11 @@ def pack_rows(first, last, levels, bits, limit, codes, begins, places, excess):
 
 @inlined
 def _product(table, i):
+    """Row ``i`` of the table, to whose first number ``table`` points."""
+    p = advance(table, np.uint64(i * FIELDS))
     return Product(
-        table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4], table[i, 5], table[i, 6],
-        table[i, 7], table[i, 8], table[i, 9], table[i, 10], table[i, 11], table[i, 12],
-        table[i, 13], table[i, 14], table[i, 15], table[i, 16], table[i, 17], table[i, 18],
-        table[i, 19],
+        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13],
+        p[14], p[15], p[16], p[17], p[18], p[19],
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def _product(table, i):
 def round_all(table):
     """Round the x of all products to int8."""
     for i in range(len(table)):
-        p = _product(table, i)
+        p = _product(pointer(table), i)
         x, column_scale, scaled = floats_at(p.x), floats_at(p.column_scale), floats_at(p.scaled)
         rounded, units, offsets = bytes_at(p.rounded), floats_at(p.units), floats_at(p.offsets)
         for token in range(p.tokens):
@@ -218,10 +219,9 @@ def _multiply(dot, dot_magnitudes, p, first, last):
                 out[token * p.out_stride + row + i] = value
 
 
-@kernel
-def multiply_all(part, parts, table):
-    """This part of the rows of all products, of x as ``round_all`` left it."""
-    for i in range(len(table)):
+@called
+def _multiply_part(table, count, part, parts):
+    for i in range(count):
         p = _product(table, i)
         groups = (p.rows + GROUP - 1) // GROUP
         first, last = groups * part // parts, groups * (part + 1) // parts
@@ -229,3 +229,17 @@ def multiply_all(part, parts, table):
             _multiply(_two, _two_magnitudes, p, first, last)
         else:
             _multiply(_four, _four_magnitudes, p, first, last)
+
+
+@callback
+def multiply_all(job):
+    """All products of x as ``round_all`` left it.
+
+    ``job`` points to int64: parts taken, parts, the address of the table, its rows.
+    """
+    fields = words_at(job)
+    parts, table, count = fields[1], words_at(fields[2]), fields[3]
+    part = fetch_add(fields, 1)
+    while part < parts:
+        _multiply_part(table, count, part, parts)
+        part = fetch_add(fields, 1)
