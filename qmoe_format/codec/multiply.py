@@ -89,7 +89,9 @@ def matvec_call(
     if not columns:
         out[:] = 0
     strings, last = kernel_strings(levels), (matrix.row_scale, padded, out)
-    if not levels.refinement and (levels.zero_fraction < DENSE_UNTIL if dense is None else dense):
+    if dense is None:
+        dense = levels.zero_fraction < DENSE_UNTIL
+    if dense and not levels.refinement:
         patterns = tables(levels.dictionary).patterns
         return dot_dense, 0, levels.count, (*strings[:3], patterns, *last)
     return dot_sparse, 0, levels.count, (*strings, *last)

@@ -54,16 +54,16 @@ class PackedMatrix:
     row_scale: npt.NDArray[np.float32]
     column_scale: npt.NDArray[np.float32]
     nbytes: int = field(init=False)
-    _address: npt.NDArray[np.int64] = field(init=False)
+    _fields: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         exceptions = (self.begins, self.places, self.excess)
         arrays = (self.codes, *exceptions, self.row_scale, self.column_scale)
         object.__setattr__(self, "nbytes", sum(each.nbytes for each in arrays))
         codes, *parts, row_scale, column_scale = (each.ctypes.data for each in arrays)
-        sizes = [self.bits, self.rows, self.columns, self.codes.shape[1]]
-        row = [codes, *sizes, *parts, self.two_scales, row_scale, column_scale]
-        object.__setattr__(self, "_address", np.array(row, np.int64))
+        sizes = (self.bits, self.rows, self.columns, self.codes.shape[1])
+        fields = (codes, *sizes, *parts, int(self.two_scales), row_scale, column_scale)
+        object.__setattr__(self, "_fields", fields)
 
 
 def packable(matrix: Matrix) -> TypeGuard[EncodedMatrix]:
@@ -121,35 +121,33 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
     Raises:
         QMoEError: ``argument`` for other arrays.
     """
-    from qmoe_format.codec.kernels.packed import FIELDS, MATRIX_FIELDS, multiply_all, round_all
+    from qmoe_format.codec.kernels.packed import SCRATCH, multiply_all, round_all
 
     if not products:
         return
-    table = np.empty((len(products), FIELDS), np.int64)
-    rooms = []
-    for row, (matrix, x, out) in zip(table, products, strict=True):
-        tokens = len(x)
+    rows, size = [], 0
+    for matrix, x, out in products:
+        tokens, blocks = len(x), matrix.codes.shape[1]
         _check("x", x, (tokens, matrix.columns))
         _check("out", out, (tokens, matrix.rows))
-        blocks = matrix.codes.shape[1]
-        scaled, block = 4 * tokens * matrix.columns, tokens * blocks
-        room = np.empty(scaled + 260 * block + 4 * tokens, np.uint8)
-        rooms.append(room)
-        start = room.ctypes.data
-        # floats before bytes, so that all are aligned
-        units = start + scaled
-        offsets = units + 4 * block
-        row[:MATRIX_FIELDS] = matrix._address
-        row[MATRIX_FIELDS:] = (
-            x.ctypes.data, x.strides[0] // 4, tokens, start, offsets + 4 * tokens, units, offsets,
-            out.ctypes.data, out.strides[0] // 4,
+        units = size + 4 * tokens * matrix.columns
+        offsets = units + 4 * tokens * blocks
+        rounded = offsets + 4 * tokens
+        rows.append(
+            (
+                *matrix._fields, x.ctypes.data, x.strides[0] // 4, tokens,
+                size, rounded, units, offsets, out.ctypes.data, out.strides[0] // 4,
+            )
         )  # fmt: skip
+        size = rounded + 256 * tokens * blocks
+    scratch, table = np.empty(size, np.uint8), np.array(rows)
+    table[:, SCRATCH] += scratch.ctypes.data
     round_all(table)
     parts = 1 if threads == 1 else _PARTS * threads
     share(multiply_all(), np.array([0, parts, table.ctypes.data, len(table)]), threads)
 
 
 def _check(name: str, array: npt.NDArray[np.float32], shape: tuple[int, int]) -> None:
-    check_array(name, array, np.float32, shape)
-    if array.size and array.strides[1] != 4:
+    contiguous = array.strides[-1] == 4 or not array.size
+    if array.shape != shape or array.dtype != np.float32 or not contiguous:
         check_array(name, array, np.float32, shape, contiguous=True)

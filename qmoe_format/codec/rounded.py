@@ -60,7 +60,9 @@ def rounded_calls(
     units = np.empty((tokens, blocks), np.float32)
     round_tokens(scaled, columns, rounded, units)
     strings = kernel_strings(levels)
-    if not levels.refinement and (levels.zero_fraction < DENSE_UNTIL if dense is None else dense):
+    if dense is None:
+        dense = levels.zero_fraction < DENSE_UNTIL[tokens > 1]
+    if dense and not levels.refinement:
         patterns = tables(levels.dictionary).patterns
         last = (patterns, columns, matrix.row_scale, rounded, units, out)
         return [(dot_rounded, 0, levels.count, (*strings[:3], *last))]

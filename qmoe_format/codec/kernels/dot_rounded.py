@@ -14,6 +14,7 @@ from qmoe_format.codec.kernels.byte_dot import add_scaled_sums, dot_bytes, dot_s
 from qmoe_format.codec.kernels.expansion import (
     BLOCK,
     ROOM,
+    SLAB,
     as_patterns,
     for_each_part,
     last_negatives,
@@ -21,14 +22,16 @@ from qmoe_format.codec.kernels.expansion import (
 )
 from qmoe_format.codec.kernels.jit import called, inlined, keep_apart, kernel
 from qmoe_format.codec.kernels.scales import low_high
-from qmoe_format.codec.kernels.scan import ONE, ZERO, as_segments
+from qmoe_format.codec.kernels.scan import OK, ONE, THREE, TWO, ZERO, as_segments
 from qmoe_format.codec.kernels.unaligned import advance, pointer
 
-# The share of zeros up to which this is faster than ``dot_sparse``. Without AVX-512 that is where
-# entries have up to 26 bits: others take twice as many instructions.
-DENSE_UNTIL = 0.0 if not simd.DEPOSITS else 0.93 if simd.cpu_has("avx512bw") else 0.77
+# The share of zeros up to which this is faster than ``dot_sparse``, for one token and for several,
+# which share what is expanded. Without AVX-512, entries of more than 26 bits take twice the time.
+DENSE_UNTIL = (0.0, 0.0)
+if simd.DEPOSITS:
+    DENSE_UNTIL = (0.88, 0.95) if simd.cpu_has("avx512bw") else (0.77, 0.9)
 
-_HALF = np.float32(0.5)
+_FOUR, _HALF = np.uint64(4), np.float32(0.5)
 
 
 class Factors(NamedTuple):
@@ -39,6 +42,7 @@ class Factors(NamedTuple):
     units: Any  # pointer to float32 [tokens, blocks]
     tokens: Any
     blocks: Any
+    kept: Any  # pointer to uint64 [SLAB / 64]
     out: Any  # float32 [tokens, rows]
 
 
@@ -48,22 +52,45 @@ def _add_block(total, part, at, x, words, unit):
     return add_scaled_sums(total, sums, unit)
 
 
+@inlined
+def _keep(kept, block, words):
+    place = _FOUR * block
+    for k in range(4):
+        kept[place + np.uint64(k)] = words[k]
+
+
 @called
-def _sum_levels(part, seen, x, units):
-    """Levels times x, and ``seen`` after them."""
+def _sum_levels(part, seen, x, units, kept):
+    """Levels times x, and ``seen`` after them; which are negative goes to ``kept``."""
     keep_apart()
     total, at, block = simd.zero_vector(), ZERO, ZERO
     while at + BLOCK <= part.columns and seen + BLOCK <= part.left:
         words, seen = negatives(part, at, seen)
+        _keep(kept, block, words)
         total = _add_block(total, part, at, x, words, units[block])
         at += BLOCK
         block += ONE
     while at < part.columns:
         words, seen = last_negatives(part, at, seen)
+        _keep(kept, block, words)
         total = _add_block(total, part, at, x, words, units[block])
         at += BLOCK
         block += ONE
     return simd.vector_sum(total), seen
+
+
+@called
+def _sum_again(part, x, units, kept):
+    """``_sum_levels`` of another token."""
+    keep_apart()
+    total, at, block = simd.zero_vector(), ZERO, ZERO
+    while at < part.columns:
+        k = _FOUR * block
+        words = kept[k], kept[k + ONE], kept[k + TWO], kept[k + THREE]
+        total = _add_block(total, part, at, x, words, units[block])
+        at += BLOCK
+        block += ONE
+    return simd.vector_sum(total)
 
 
 @inlined
@@ -78,12 +105,15 @@ def _sum_magnitudes(part, x, units):
 
 @inlined
 def _multiply_part(part, seen, factors):
-    first, blocks, before = part.column // BLOCK, np.uint64(factors.blocks), seen
+    first, blocks = part.column // BLOCK, np.uint64(factors.blocks)
     low, high = low_high(factors.scales, part.row)
     for token in range(factors.tokens):
         place = np.uint64(token) * blocks + first
         x, units = advance(factors.x, place * BLOCK), advance(factors.units, place)
-        levels, seen = _sum_levels(part, before, x, units)
+        if token == 0:
+            levels, seen = _sum_levels(part, seen, x, units, factors.kept)
+        else:
+            levels = _sum_again(part, x, units, factors.kept)
         value = levels * (high - low) * _HALF
         if low != -high:
             value += _sum_magnitudes(part, x, units) * (high + low) * _HALF
@@ -103,10 +133,11 @@ def dot_rounded(first, last, span, mask, entries, patterns, columns, scales, x, 
         units: float32 [tokens, blocks], contiguous.
         out: float32 [tokens, rows].
     """
-    room = np.zeros(ROOM, np.uint8)
+    room, kept = np.zeros(ROOM, np.uint8), np.empty(SLAB // 64, np.uint64)
     tokens, blocks = units.shape
-    factors = Factors(scales, pointer(x), pointer(units), tokens, blocks, out)
-    return for_each_part(
+    factors = Factors(scales, pointer(x), pointer(units), tokens, blocks, pointer(kept), out)
+    status = for_each_part(
         _multiply_part, first, last, span, as_segments(*mask), as_patterns(entries, patterns),
         len(scales), columns, room, factors,
     )  # fmt: skip
+    return status if kept.size else OK  # ``pointer`` says why kept is mentioned

@@ -64,7 +64,8 @@ class Product(NamedTuple):
     out_stride: Any
 
 
-MATRIX_FIELDS, FIELDS = 11, len(Product._fields)
+FIELDS = len(Product._fields)
+SCRATCH = slice(14, 18)  # from ``scaled`` on
 
 
 @kernel
