@@ -95,6 +95,15 @@ class LayerStacks:
             products = [torch.cat(list(self.split_rows(each, 2)), -1) for each in products]
         return self.layer.hidden(products)
 
+    def is_silu_gate(self) -> bool:
+        """Whether ``hidden`` is silu(gate) * up, gate above up: found by trying."""
+        inner = self.output.columns
+        if sum(stack.rows for stack in self.inputs) != 2 * inner:
+            return False
+        product = torch.linspace(-60, 60, 8 * inner).view(4, -1)  # some families have limits
+        gate, up = product.chunk(2, -1)
+        return torch.equal(self.hidden([product]), torch.nn.functional.silu(gate) * up)
+
     def split_rows(self, product: Tensor, parts: int) -> Sequence[Tensor]:
         """The rows of gate and up in a product with ``inputs`` [..., rows], if it has both."""
         if self.interleaved or self.layer.interleaved:

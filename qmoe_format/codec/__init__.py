@@ -7,6 +7,7 @@
     matvec, matvecs, matmul     y = W x without decoding W
     multiply_rounded            the same, faster, with x rounded to int8
     pack, multiply_packed       the same, faster still, of a ``PackedMatrix`` that takes more memory
+    multiply_gated              whole experts of these, with one token
     fit_dictionary, standard_dictionary
 
 Numba is loaded by the first call that encodes, decodes or multiplies.
@@ -14,6 +15,7 @@ Numba is loaded by the first call that encodes, decodes or multiplies.
 
 from qmoe_format.codec.bit_string import EncodedBits
 from qmoe_format.codec.dictionary import Dictionary, fit_dictionary, standard_dictionary
+from qmoe_format.codec.gated import multiply_gated
 from qmoe_format.codec.int_group import GroupedMatrix, pack_groups, unpack_groups
 from qmoe_format.codec.matrix import (
     EncodedMatrix,
@@ -50,6 +52,7 @@ __all__ = [
     "matmul",
     "matvec",
     "matvecs",
+    "multiply_gated",
     "multiply_packed",
     "multiply_rounded",
     "pack",

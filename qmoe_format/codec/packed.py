@@ -41,6 +41,7 @@ class PackedMatrix:
         two_scales: whether negative levels have a scale of their own; sums are then taken twice.
         codes, begins, places, excess, row_scale, column_scale: see ``kernels.packed.Product``.
         nbytes: of all arrays.
+        fields: the first ones of ``kernels.packed.Product``.
     """
 
     rows: int
@@ -54,7 +55,7 @@ class PackedMatrix:
     row_scale: npt.NDArray[np.float32]
     column_scale: npt.NDArray[np.float32]
     nbytes: int = field(init=False)
-    _fields: tuple[int, ...] = field(init=False)
+    fields: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         exceptions = (self.begins, self.places, self.excess)
@@ -63,7 +64,7 @@ class PackedMatrix:
         codes, *parts, row_scale, column_scale = (each.ctypes.data for each in arrays)
         sizes = (self.bits, self.rows, self.columns, self.codes.shape[1])
         fields = (codes, *sizes, *parts, int(self.two_scales), row_scale, column_scale)
-        object.__setattr__(self, "_fields", fields)
+        object.__setattr__(self, "fields", fields)
 
 
 def packable(matrix: Matrix) -> TypeGuard[EncodedMatrix]:
@@ -135,7 +136,7 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
         rounded = offsets + 4 * tokens
         rows.append(
             (
-                *matrix._fields, x.ctypes.data, x.strides[0] // 4, tokens,
+                *matrix.fields, x.ctypes.data, x.strides[0] // 4, tokens,
                 size, rounded, units, offsets, out.ctypes.data, out.strides[0] // 4,
             )
         )  # fmt: skip
@@ -143,8 +144,13 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
     scratch, table = np.empty(size, np.uint8), np.array(rows)
     table[:, SCRATCH] += scratch.ctypes.data
     round_all(table)
-    parts = 1 if threads == 1 else _PARTS * threads
-    share(multiply_all(), np.array([0, parts, table.ctypes.data, len(table)]), threads)
+    job = np.array([0, 0, parts_for(threads), table.ctypes.data, len(table)])
+    share(multiply_all(), job, threads)
+
+
+def parts_for(threads: int) -> int:
+    """Parts of products that threads share."""
+    return 1 if threads == 1 else _PARTS * threads
 
 
 def _check(name: str, array: npt.NDArray[np.float32], shape: tuple[int, int]) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from qmoe_format import codec
 from qmoe_format.errors import QMoEError
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.lazy_stack import LazyStack
@@ -31,6 +32,7 @@ class CompressedExperts:
         inputs: gate and up in one stack, or in two, gate first; or the only input.
         output: the stack whose product is the experts' output.
         tuning: of their products.
+        silu_gate: whether the activation is silu(gate) * up.
 
     Raises:
         QMoEError: ``argument`` if the shapes do not fit each other.
@@ -39,6 +41,7 @@ class CompressedExperts:
     inputs: tuple[LazyStack, ...]
     output: LazyStack
     tuning: Tuning = field(default_factory=Tuning)
+    silu_gate: bool = False
 
     def __post_init__(self) -> None:
         experts, hidden, inner = self.output.shape
@@ -82,6 +85,10 @@ class CompressedExperts:
         differentiable = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         if x.is_cuda and len(x) <= self.tuning.gpu_layer_tokens and not differentiable:
             return self._forward_fused(x, index, weights, activation, *biases)
+        if len(x) == 1 and self.silu_gate and not (x.is_cuda or differentiable or biases):
+            y = self._forward_packed(x, index[0], weights[0])
+            if y is not None:
+                return y
         k = index.shape[1]
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         scales = weights.reshape(-1)
@@ -101,6 +108,26 @@ class CompressedExperts:
             # For one token there is nothing to sort, but index_add would wake torch's threads.
             total = total + y.sum(0) if len(x) == 1 else total.index_add(0, tokens, y)
         return total.to(x.dtype)
+
+    def _forward_packed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """One token, by one kernel; None if an expert is not packed."""
+        chosen = index.tolist()
+        places = [i for i, expert in enumerate(chosen) if expert < self.output.shape[0]]
+        experts = [chosen[i] for i in places]
+        if not (experts and self.output.hot):
+            return None
+        inputs = [(stack.name, expert) for expert in experts for stack in self.inputs]
+        outputs = [(self.output.name, expert) for expert in experts]
+        found = self.output.hot.kept(inputs + outputs)
+        if found is None:
+            return None
+        size = sum(matrix.rows * matrix.columns for matrix in found)
+        threads = min(self.tuning.threads, 1 + size // self.tuning.packed_per_thread)
+        values, scales = (
+            each.detach().to(torch.float32).contiguous().numpy() for each in (x[0], weights)
+        )
+        y = codec.multiply_gated(found[: len(inputs)], found[len(inputs) :], values, threads)
+        return torch.from_numpy(scales[places] @ y).to(x.dtype)[None]
 
     def _forward_fused(
         self, x: Tensor, index: Tensor, weights: Tensor, activation: Activation, *biases: Tensor

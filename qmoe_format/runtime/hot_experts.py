@@ -8,6 +8,7 @@ was used more needs the room.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -82,6 +83,17 @@ class HotExperts:
             if room and key not in self._kept and self._make_room(found.nbytes, uses):
                 self._kept[key] = found
                 self.bytes += found.nbytes
+        return found
+
+    def kept(self, keys: Sequence[Key]) -> list[PackedMatrix] | None:
+        """Packed matrices for products with one token each; None if not all of them are there."""
+        with self._lock:
+            found = [self._kept[key] for key in keys if key in self._kept]
+            if len(found) < len(keys):
+                return None
+            for key in keys:
+                self._count(key, 1)
+            self.counters.hot += len(keys)
         return found
 
     def _count(self, key: Key, tokens: int) -> float:

@@ -95,7 +95,8 @@ def _install(model: Any, file: container.QMoEFile) -> None:
         if not each.runs:
             continue
         inputs = tuple(LazyStack(file, stack.name) for stack in each.inputs)
-        compressed = CompressedExperts(inputs, LazyStack(file, each.output.name))
+        output = LazyStack(file, each.output.name)
+        compressed = CompressedExperts(inputs, output, silu_gate=each.is_silu_gate())
         each.layer.install(model, compressed, partial(_forward, compressed, each))
 
 

@@ -33,7 +33,7 @@ class Tuning:
     dense_tokens: float = 17.0
     grouped_dense_tokens: int = 48
     weights_per_thread: int = 1 << 18
-    packed_per_thread: int = 1 << 22
+    packed_per_thread: int = 1 << 20
     scratch_bytes: int = 8 << 20
     gpu_layer_tokens: int = 64
     gpu_expert_tokens: int = 32

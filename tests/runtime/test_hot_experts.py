@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,12 +16,13 @@ from qmoe_format import QMoEFile, codec
 from qmoe_format.codec import EncodedMatrix, encode_matrix
 from qmoe_format.runtime import expert_memory, load_model
 from qmoe_format.runtime.expert_memory import expert_cache, hot_experts
+from qmoe_format.runtime.experts import CompressedExperts
 from qmoe_format.runtime.grouped_linear import Group, grouped_linear
 from qmoe_format.runtime.hot_experts import HotExperts
 from qmoe_format.runtime.lazy_stack import LazyStack
 from qmoe_format.runtime.tuning import Tuning
 from tests.runtime.conftest import Converted
-from tests.runtime.files import HIDDEN, random
+from tests.runtime.files import EXPERTS, HIDDEN, random
 
 WORTH = 8  # tokens that pay for packing
 
@@ -130,6 +132,54 @@ def test_products_are_the_same_packed_or_not(file: QMoEFile, tokens: int) -> Non
     else:
         assert not kept.bytes
         assert torch.equal(y, exact)
+
+
+def silu_gate(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("inputs", [("gate", "up"), ("gate_up",)])
+def test_one_token_takes_one_kernel(
+    file: QMoEFile, inputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its experts are packed; the result is the same."""
+    whole = Mock(wraps=codec.multiply_gated)
+    monkeypatch.setattr(codec, "multiply_gated", whole)
+    hot = HotExperts(1 << 30)
+    packable = codec.packable(file.encoded("gate", 1))
+
+    def layer(silu: bool) -> CompressedExperts:
+        stacks = [LazyStack(file, name) for name in (*inputs, "down")]
+        for stack in stacks:
+            stack.hot = hot
+        return CompressedExperts(tuple(stacks[:-1]), stacks[-1], silu_gate=silu)
+
+    fast, slow = layer(True), layer(False)
+    x, weights = random(1, HIDDEN), torch.tensor([[0.7, 0.3, 0.5]])
+    for index in ([1, 4, EXPERTS], [EXPERTS, 4, 0], [EXPERTS] * 3):
+        chosen = torch.tensor([index])
+        with torch.no_grad():
+            for _ in range(WORTH):
+                want = slow.forward(x, chosen, weights, silu_gate)
+            for _ in range(2):
+                before = hot.counters.hot, whole.call_count
+                y = fast.forward(x, chosen, weights, silu_gate)
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+                experts = sum(each < EXPERTS for each in index)
+                used = packable * (len(inputs) + 1) * experts
+                assert (hot.counters.hot, whole.call_count) == (
+                    before[0] + used,
+                    before[1] + bool(used),
+                )
+            half = fast.forward(x.bfloat16(), chosen, weights.bfloat16(), silu_gate)
+        assert half.dtype == torch.bfloat16
+        assert (half - want).abs().max() <= 0.05 * want.abs().max()
+        chosen_twice = chosen.expand(2, -1)
+        calls = whole.call_count
+        fast.forward(x.expand(2, -1), chosen_twice, weights.expand(2, -1), silu_gate)
+        fast.forward(x.clone().requires_grad_(), chosen, weights, silu_gate)
+        assert whole.call_count == calls
 
 
 def test_gradients_belong_to_exact_products(file: QMoEFile) -> None:

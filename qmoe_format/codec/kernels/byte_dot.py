@@ -206,10 +206,26 @@ def prefetch(builder, values, place):
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), hint)
 
 
+@instruction(lambda *_: float32(types.int32))
+def power_of_two(builder, exponent):
+    """2 to a power of -126 to 127."""
+    bits = builder.shl(builder.add(exponent, _INT(127)), _INT(23))
+    return builder.bitcast(bits, ir.FloatType())
+
+
 @instruction(lambda *_: types.int64(types.CPointer(types.int64), types.int64))
 def fetch_add(builder, counter, addend):
-    """Add to a number that other threads add to as well, and return what it was."""
-    return builder.atomic_rmw("add", counter, addend, "monotonic")
+    """Add to a number that other threads add to as well, and return what it was.
+
+    What a thread wrote before it can be read by those that add later.
+    """
+    return builder.atomic_rmw("add", counter, addend, "acq_rel")
+
+
+@instruction(lambda *_: types.int64(types.CPointer(types.int64)))
+def fetch(builder, counter):
+    """What a number is that other threads add to; what they wrote before can be read."""
+    return builder.load_atomic(counter, "acquire", 8)
 
 
 def _make_at(kind):

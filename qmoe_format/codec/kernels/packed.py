@@ -113,11 +113,11 @@ def _product(table, i):
     )  # fmt: skip
 
 
-@kernel
-def round_all(table):
-    """Round the x of all products to int8."""
-    for i in range(len(table)):
-        p = _product(pointer(table), i)
+@called
+def round_products(table, count):
+    """``round_all`` for kernels."""
+    for i in range(count):
+        p = _product(table, i)
         x, column_scale, scaled = floats_at(p.x), floats_at(p.column_scale), floats_at(p.scaled)
         rounded, units, offsets = bytes_at(p.rounded), floats_at(p.units), floats_at(p.offsets)
         for token in range(p.tokens):
@@ -134,6 +134,12 @@ def round_all(table):
                 units[place] = unit
                 offset += unit * np.float32(total)
             offsets[token] = offset * np.float32(ZERO_OF_TWO if p.bits == 2 else ZERO_OF_FOUR)
+
+
+@kernel
+def round_all(table):
+    """Round the x of all products to int8."""
+    round_products(pointer(table), len(table))
 
 
 def _as_function(dot):
@@ -232,15 +238,28 @@ def _multiply_part(table, count, part, parts):
             _multiply(_four, _four_magnitudes, p, first, last)
 
 
-@callback
-def multiply_all(job):
-    """All products of x as ``round_all`` left it.
+# What ``multiply_all`` finds at an address, each an int64: parts of the products taken and done,
+# all parts, the address of the table of products, and its rows.
+TAKEN, DONE, PARTS, TABLE, COUNT = map(np.uint64, range(5))
 
-    ``job`` points to int64: parts taken, parts, the address of the table, its rows.
+
+@inlined
+def multiply_parts(taken, done, parts, table, count):
+    """Take parts of all products while there are any.
+
+    Returns whether the last one of all was done here.
     """
-    fields = words_at(job)
-    parts, table, count = fields[1], words_at(fields[2]), fields[3]
-    part = fetch_add(fields, 1)
+    last = False
+    part = fetch_add(taken, 1)
     while part < parts:
         _multiply_part(table, count, part, parts)
-        part = fetch_add(fields, 1)
+        last = fetch_add(done, 1) == parts - 1
+        part = fetch_add(taken, 1)
+    return last
+
+
+@callback
+def multiply_all(job):
+    """All products, of x as ``round_all`` left it."""
+    f = words_at(job)
+    multiply_parts(advance(f, TAKEN), advance(f, DONE), f[PARTS], words_at(f[TABLE]), f[COUNT])

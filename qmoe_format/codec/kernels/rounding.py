@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
+from numba import float32, uint32
 
-from qmoe_format.codec.kernels.jit import inlined, kernel
+from qmoe_format.codec.kernels.jit import inlined, instruction, kernel
 
 BLOCK = 256  # columns
-_LARGEST = np.float32(127)
+_LARGEST, _NAN = np.float32(127), np.float32(np.nan)
+_INFINITE = np.uint32(0x7F80_0000)
+
+
+@instruction(lambda *_: uint32(uint32, float32))
+def _larger(builder, magnitude, value):
+    """The larger one of two magnitudes, as the bits of float32: loops over integers become vectors,
+    those over floats, among which NaN has no order, do not."""
+    bits = builder.and_(builder.bitcast(value, magnitude.type), magnitude.type(0x7FFF_FFFF))
+    return builder.select(builder.icmp_unsigned(">", bits, magnitude), bits, magnitude)
+
+
+@instruction(lambda _: float32(uint32))
+def _as_float(builder, bits):
+    return builder.bitcast(bits, ir.FloatType())
 
 
 @inlined
@@ -17,15 +33,14 @@ def round_block(values, start, count, rounded, target):
     ``rounded`` receives a whole block from ``target`` on, zeros after ``count``, and ``values``
     what they stand for. What is NaN or infinite makes the unit, and so all sums with it, NaN.
     """
-    largest = nothing = np.float32(0)
+    largest = np.uint32(0)
     for j in range(start, start + count):
-        largest = max(largest, abs(values[j]))
-        nothing += values[j] - values[j]  # NaN if one is not finite
-    unit = largest / _LARGEST + nothing
+        largest = _larger(largest, values[j])
+    unit = _as_float(largest) / _LARGEST if largest < _INFINITE else _NAN
     inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
     total = 0
     for j in range(count):
-        level = np.int8(np.rint(values[start + j] * inverse))
+        level = np.int32(np.rint(values[start + j] * inverse))
         rounded[target + j] = level
         values[start + j] = np.float32(level) * unit
         total += level
