@@ -80,3 +80,17 @@ def test_generation(model_type: str, converted: Callable[[str], Converted]) -> N
     expected = generated(load_model(files.dense))
     for model in (qmoe_format.load_model(files.file), from_pretrained(files.folder)):
         assert generated(model) == expected
+
+
+def test_which_activations_are_known(converted: Callable[[str], Converted]) -> None:
+    """Those of the others are relu without a gate, limited, and gelu."""
+    for model_type, expected in (
+        ("mixtral", True),
+        ("qwen3_moe", True),
+        ("switch_transformers", False),
+        ("gpt_oss", False),
+        ("gemma4", False),
+    ):
+        model = qmoe_format.runtime.load_model(converted(model_type).file)
+        gates = {each.compressed.silu_gate for _, each in compressed_modules(model)}
+        assert gates == {expected}, model_type
