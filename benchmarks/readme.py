@@ -263,25 +263,19 @@ def older(results: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def packed_products(results: list[dict[str, Any]]) -> str:
-    """Rates of products with packed and with stored matrices, and torch's."""
-    rows = []
-    for each in results:
-        rates = each["rates"]
-        rows.append(
-            [
-                f"{each['shape'][0]} × {each['shape'][1]}",
-                f"{each['zeros']:.1%}, {each['levels']}",
-                str(each["threads"]),
-                *(f"{rates[name]['1']:.1f}" for name in ("stored", "packed", "torch")),
-                f"{each['packed / torch']['1']:.1f} ×",
-                f"{each['packed / torch']['16']:.1f} ×",
-                f"{each['packed_bits_per_weight']:.2f}",
-                f"{each['packing_ns_per_weight']:.1f} ns",
-            ]
-        )
-    header = "shape | zeros, levels | threads | stored | packed | torch | packed / torch"
-    return table(f"{header} | of 16 tokens | bits | packing", rows)
+def products_of_kinds(results: list[dict[str, Any]], tokens: int) -> str:
+    """Rates of products from codewords, with packed matrices, of torch and of llama.cpp's types."""
+    kinds = [*results[0]["rates"]]
+    rows = [
+        [
+            f"{each['shape'][0]} × {each['shape'][1]}",
+            f"{each['zeros']:.1%}, {each['levels']}",
+            str(each["threads"]),
+            *(f"{each['rates'][kind][str(tokens)]:.1f}" for kind in kinds),
+        ]
+        for each in results
+    ]
+    return table(" | ".join(["shape", "zeros, levels", "threads", *kinds]), rows)
 
 
 def stages(profiles: dict[str, Any]) -> str:
@@ -355,6 +349,14 @@ def main_figures() -> str:
         if (each["shape"], each["zeros"]) == ([8192, 14336], zeros)
         and (each["levels"], each["threads"]) == (3, 1)
     ]
+
+    def product(kind: str, case: int) -> float:
+        rate: float = packed[case]["rates"][kind]["1"]
+        return rate
+
+    def over(ours: str, theirs: str, case: int) -> float:
+        return product(ours, case) / product(theirs, case)
+
     rows = [
         [
             "total bits per weight, 88.5 % zeros, 3072 wide",
@@ -369,15 +371,22 @@ def main_figures() -> str:
         ],
         [
             "y = W x from codewords, W 8192 × 14336, one core, 10⁹ weights/s",
-            f"{rate[f'{FAST}: matvec, 1 thread']:.1f}",
-            f"ours is {ratios['matvec / torch bf16']:.2f} × torch with dense bf16; at 60 % zeros "
-            f"{codec['ratios'][f'iid 0.6, {FAST}']['matvec / torch bf16']:.2f} ×",
+            f"{product('stored', 0):.1f}",
+            f"ours is {over('stored', 'torch', 0):.2f} × torch with dense bf16; at 60 % zeros "
+            f"{over('stored', 'torch', 1):.2f} ×",
+        ],
+        [
+            "the same, x rounded to int8",
+            f"{product('rounded', 0):.1f}",
+            f"{over('rounded', 'IQ1_S', 0):.2f} × llama.cpp's IQ1_S, "
+            f"{over('rounded', 'IQ2_XXS', 0):.2f} × IQ2_XXS; at 60 % zeros "
+            f"{over('rounded', 'IQ1_S', 1):.2f} × and {over('rounded', 'IQ2_XXS', 1):.2f} ×",
         ],
         [
             "the same of experts in use: packed, x in int8",
-            f"{packed[0]['rates']['packed']['1']:.1f}",
-            f"{packed[0]['packed / torch']['1']:.1f} ×; at 60 % zeros "
-            f"{packed[1]['packed / torch']['1']:.1f} ×",
+            f"{product('packed', 0):.1f}",
+            f"{over('packed', 'torch', 0):.1f} × torch, {over('packed', 'TQ2_0', 0):.1f} × "
+            f"llama.cpp's TQ2_0, {over('packed', 'Q2_K', 0):.1f} × Q2_K",
         ],
     ]
     for model, found in quality["models"].items():
@@ -465,6 +474,7 @@ def all_figures() -> str:
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
     products = load("packed")["results"]
+    packing = sorted(each["packing_ns_per_weight"] for each in products)
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     converted, ranks = load("convert_choices"), load("ranks")
     speed, profiles, cache = map(load, ("convert_speed", "convert_profile", "expert_cache"))
@@ -626,12 +636,19 @@ bf16 is the dtype of activations and of uncompressed weights.
 
 {speeds_of_models(runtime["results"])}
 
-Experts in use are packed, see `codec.packed` (`python -m benchmarks.packed`): 10⁹ weights a second
-for y = W x with fp32 x and stored codewords, with int8 x and packed codes, and with torch's dense
-bf16. Rounding x to int8 changes y by {1e3 * products[0]["error_of_int8_x"]:.0f} thousandths of its
-size, to bf16 by {1e3 * products[0]["error_of_bf16_x"]:.1f}.
+Products (`python -m benchmarks.packed`), 10⁹ weights a second, of one token: *stored* from the
+codewords with fp32 x, *rounded* from the codewords with x rounded to int8, *packed* in the layout
+of experts in use (see `codec.packed`, 2 or 4 bits a weight; packing takes
+{packing[0]:.1f} to {packing[-1]:.1f} ns a weight) with the same x, *torch* dense bf16, and
+llama.cpp's types, with x that it rounds to int8. Rounding x to int8 changes y by
+{1e3 * products[0]["error_of_int8_x"]:.0f} thousandths of its size, to bf16 by
+{1e3 * products[0]["error_of_bf16_x"]:.1f}.
 
-{packed_products(products)}
+{products_of_kinds(products, 1)}
+
+The same of 16 tokens, times tokens:
+
+{products_of_kinds(products, 16)}
 
 With exact products, the number of an expert's tokens decides which kernel multiplies them
 (`python -m benchmarks.products`). Over {len(choice)} cases (shapes, zeros, tokens), the chosen

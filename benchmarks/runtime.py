@@ -10,9 +10,11 @@ models it generated:
     mixtral-like                8 layers of 8 experts of 3 × 3584 × 1024, random weights: 0.7 G
     switch-base-128             random weights, 7.4 G: 15 GB in bf16, so only the compressed runs
 
-All are converted by ``rtn``. The ways to run a model take turns, each in a process of its own: load
-the model, read a prompt of 32 tokens, and generate 64 greedily with a KV cache. Peak memory is
-ru_maxrss, which includes mapped pages of files; allocated memory alone is RssAnon at the end.
+With the extra ``gguf`` llama.cpp runs a model of the size of mixtral-like, see
+``llama_cpp_model.py``. All are converted by ``rtn``. The ways to run a model take turns, each in a
+process of its own: load the model, read a prompt of 32 tokens, and generate 64 greedily with a KV
+cache. Peak memory is ru_maxrss, which includes mapped pages of files; allocated memory alone is
+RssAnon at the end.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from typing import Any
 import numpy as np
 
 import qmoe_format
-from benchmarks import report
+from benchmarks import ggml, llama_cpp_model, report
 from benchmarks.report import DATA
 from benchmarks.synthetic import MIXTRAL_LIKE, switch_base, write_checkpoint
 from qmoe_format.container.inspection import describe
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 OURS, THEIRS = ("qmoe fp32", "qmoe bf16"), ("transformers bf16", "transformers fp32")
+LLAMA_CPP = ("llama.cpp IQ1_S", "llama.cpp IQ2_XXS", "llama.cpp Q2_K") if ggml.available() else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +53,23 @@ CASES = (
     Case("switch-mini"),
     Case("mixtral-mini"),
     Case("switch-base-16", switch_base(16)),
-    Case("mixtral-like", MIXTRAL_LIKE),
+    Case("mixtral-like", MIXTRAL_LIKE, (*OURS, *THEIRS, *LLAMA_CPP)),
     Case("switch-base-128", switch_base(128), OURS),
 )
 
 
 def work(way: str, path: Path, device: str) -> dict[str, Any]:
     """Load, read the prompt, generate."""
+    library, number = way.split()
+    prompt = np.random.default_rng(0).integers(3, 250, (1, PROMPT_TOKENS))
+    if library == "llama.cpp":
+        return llama_cpp_model.work(path, prompt[0], NEW_TOKENS) | memory()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    library, number = way.split()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[number]
     if library == "qmoe":
         import qmoe_format.runtime  # the import is not part of loading
@@ -89,7 +95,7 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
         def end(self) -> None:
             pass
 
-    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 250, (1, PROMPT_TOKENS)))
+    ids = torch.from_numpy(prompt)
 
     def generate() -> list[float]:
         clock = Clock()
@@ -107,16 +113,22 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
 
     first = generate()  # compiles, or reads from disk
     times = generate()
-    status = Path("/proc/self/status").read_text()
-    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    return {
+    return memory() | {
         "load_seconds": loaded - started,
         "first_token_seconds": first[0],
         "prefill_seconds": times[0],
         "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]),
+        "device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+    }
+
+
+def memory() -> dict[str, int]:
+    """Of this process."""
+    status = Path("/proc/self/status").read_text()
+    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return {
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "anonymous_bytes": int(anonymous.split()[1]) * 1024,
-        "device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
     }
 
 
@@ -131,10 +143,14 @@ def measure(case: Case, folder: Path, device: str, rounds: int) -> dict[str, Any
     with qmoe_format.open(file) as opened:
         experts = describe(opened)["totals"]["experts"]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in case.ways}
+    files = dict.fromkeys(OURS, file) | dict.fromkeys(THEIRS, checkpoint)
+    for way in set(LLAMA_CPP).intersection(case.ways):
+        assert case.config
+        files[way] = folder / f"{way}.gguf"
+        llama_cpp_model.write(case.config, way.split()[1], files[way])
     for _ in range(rounds):
         for way in case.ways:
-            path = file if way in OURS else checkpoint
-            found[way].append(report.in_new_process(work, way, path, device))
+            found[way].append(report.in_new_process(work, way, files[way], device))
     ways = {
         way: {
             what: report.spread([each[what] for each in results])
