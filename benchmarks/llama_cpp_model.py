@@ -87,7 +87,8 @@ def _rows(kind: str, columns: int) -> NDArray[np.uint8]:
 def work(path: Path, prompt: NDArray[np.int64], new_tokens: int) -> dict[str, Any]:
     """Load, read a prompt and write tokens, twice, as ``runtime.work`` does."""
     llama: Any = import_module("llama_cpp")
-    llama.llama_log_set(llama.llama_log_callback(lambda *_: None), None)
+    silent = llama.llama_log_callback(lambda *_: None)  # which has to live as long as the model
+    llama.llama_log_set(silent, None)
     llama.llama_backend_init()
     started = time.perf_counter()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
