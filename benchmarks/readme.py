@@ -474,6 +474,11 @@ def all_figures() -> str:
     tried, large, runtime = map(load, ("quantize_choices", "quantize_scale", "runtime"))
     native, kernels = load("native_formats"), load("products")["results"]
     products = load("packed")["results"]
+    rounding = "; ".join(
+        f"{each['model']} {1e3 * each['exact: kl']:#.3g}e-3 with exact products, "
+        f"{1e3 * each['rounded: kl']:#.3g}e-3 with x rounded ({each['added']:+.1%})"
+        for each in load("rounded_x")["results"]
+    )
     packing = sorted(each["packing_ns_per_weight"] for each in products)
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     converted, ranks = load("convert_choices"), load("ranks")
@@ -642,7 +647,8 @@ of experts in use (see `codec.packed`, 2 or 4 bits a weight; packing takes
 {packing[0]:.1f} to {packing[-1]:.1f} ns a weight) with the same x, *torch* dense bf16, and
 llama.cpp's types, with x that it rounds to int8. Rounding x to int8 changes y by
 {1e3 * products[0]["error_of_int8_x"]:.0f} thousandths of its size, to bf16 by
-{1e3 * products[0]["error_of_bf16_x"]:.1f}.
+{1e3 * products[0]["error_of_bf16_x"]:.1f}. KL(original ‖ file) of the trained models
+(`python -m benchmarks.rounded_x`): {rounding}.
 
 {products_of_kinds(products, 1)}
 

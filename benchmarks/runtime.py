@@ -13,14 +13,13 @@ models it generated:
 With the extra ``gguf`` llama.cpp runs a model of the size of mixtral-like, see
 ``llama_cpp_model.py``. All are converted by ``rtn``. The ways to run a model take turns, each in a
 process of its own: load the model, read a prompt of 32 tokens, and generate 64 greedily with a KV
-cache. Peak memory is ru_maxrss, which includes mapped pages of files; allocated memory alone is
-RssAnon at the end.
+cache. Peak memory is VmHWM, which includes mapped pages of files; allocated memory alone is RssAnon
+at the end.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -123,12 +122,14 @@ def work(way: str, path: Path, device: str) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Of this process."""
+    """Of this process. Its ru_maxrss would be no less than that of the process which started it."""
     status = Path("/proc/self/status").read_text()
-    anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    kilobytes = {name: value.split()[0] for name, _, value in (
+        line.partition(":") for line in status.splitlines() if line.endswith("kB")
+    )}  # fmt: skip
     return {
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "anonymous_bytes": int(anonymous.split()[1]) * 1024,
+        "peak_resident_bytes": int(kilobytes["VmHWM"]) * 1024,
+        "anonymous_bytes": int(kilobytes["RssAnon"]) * 1024,
     }
 
 
