@@ -1,7 +1,7 @@
 """Linear layers in bf16, for one token on a CPU.
 
-What surrounds the experts reads each weight once a token. torch's products of one row in bf16 are
-at about half the speed of memory, at one of float32 weights that are twice as large.
+What surrounds the experts reads each weight once a token, at best at the speed of memory. torch's
+products of one row are, in float32; in bf16 they take about as long for half the bytes.
 """
 
 from __future__ import annotations
