@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,17 +36,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call ``work(first, last)`` for equal parts of ``range(count)``; results in their order."""
-    parts = max(1, min(threads, count))
-    if parts == 1:
-        return [work(0, count)]
-    cuts = [count * part // parts for part in range(parts + 1)]
-    others = [_pool(threads - 1).submit(work, *cuts[i : i + 2]) for i in range(1, parts)]
-    mine = work(*cuts[:2])
-    return [mine, *(other.result() for other in others)]
-
-
 @lru_cache(maxsize=1)
 def _parallel() -> Any:
     """GNU OpenMP's entry point, in the library that torch has loaded; None if it uses another."""
@@ -58,11 +48,49 @@ def _parallel() -> Any:
     return function
 
 
+def _torchs_threads() -> Any:
+    """``_parallel`` beside torch, whose threads are awake between its operations.
+
+    They start within microseconds, and others would fight with them for cores.
+    """
+    return _parallel() if "torch" in sys.modules and not _forked else None
+
+
+def in_parts(count: int, threads: int, work: Callable[[int, int], T]) -> list[T]:
+    """Call ``work(first, last)`` for equal parts of ``range(count)``; results in their order."""
+    parts = max(1, min(threads, count))
+    if parts == 1:
+        return [work(0, count)]
+    cuts = [count * part // parts for part in range(parts + 1)]
+    if parallel := _torchs_threads():
+        return _in_parallel(parallel, work, [*pairwise(cuts)])
+    first, *rest = pairwise(cuts)
+    others = [_pool(threads - 1).submit(work, *part) for part in rest]
+    mine = work(*first)
+    return [mine, *(other.result() for other in others)]
+
+
+def _in_parallel(
+    parallel: Any, work: Callable[[int, int], T], parts: Sequence[tuple[int, int]]
+) -> list[T]:
+    left, results = iter(range(len(parts))), dict[int, T]()
+    errors: list[BaseException] = []
+
+    def take(_: Any) -> None:
+        try:
+            for i in left:  # each thread takes the next one, under Python's lock
+                results[i] = work(*parts[i])
+        except BaseException as error:  # nothing may be raised into C
+            errors.append(error)
+
+    parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(take), None, len(parts), 0)
+    if errors:
+        raise errors[0]
+    return [results[i] for i in range(len(parts))]
+
+
 def share(work: Any, job: npt.NDArray[np.int64], threads: int) -> None:
     """Let some threads work on the same job: each takes parts of it while there are any.
-
-    Beside torch these are torch's own, which are awake between its operations: they start within a
-    few microseconds, those of a pool of Python's take a hundred, and both would fight for cores.
 
     Args:
         work: a ``kernels.jit.callback``.
@@ -71,7 +99,7 @@ def share(work: Any, job: npt.NDArray[np.int64], threads: int) -> None:
     address = job.ctypes.data
     if threads == 1:
         work(address)
-    elif "torch" in sys.modules and not _forked and (parallel := _parallel()):
+    elif parallel := _torchs_threads():
         parallel(work, address, threads, 0)
     else:
         in_parts(threads, threads, lambda *_: work(address))
