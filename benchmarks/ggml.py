@@ -1,7 +1,7 @@
 """ggml, llama.cpp's library of tensors, as it comes with llama-cpp-python.
 
-Needs the extra ``gguf``: the shared libraries in llama-cpp-python, of which nothing else is
-imported. Types have ggml's names, such as ``IQ1_S``.
+Needs the extra ``gguf``, both of its packages: of llama-cpp-python the shared libraries, and what
+writes files or reads types back uses gguf-py. Types have ggml's names, such as ``IQ1_S``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _ROOM = 1 << 20  # bytes for a graph
 
 
 def available() -> bool:
-    """Whether it is installed."""
-    return find_spec("llama_cpp") is not None
+    """Whether both packages are installed."""
+    return all(find_spec(name) for name in ("llama_cpp", "gguf"))
 
 
 def version() -> str | None:
-    """Of llama-cpp-python, if it is installed."""
+    """Of llama-cpp-python, if both packages are installed."""
     return importlib.metadata.version(PACKAGE) if available() else None
 
 
@@ -45,12 +45,12 @@ def library(name: str) -> ctypes.CDLL:
     """A shared library of llama-cpp-python: ``ggml-base`` or ``ggml-cpu``.
 
     Raises:
-        QMoEError: ``dependency`` if it is not installed.
+        QMoEError: ``dependency`` if a package is missing.
     """
     package = find_spec("llama_cpp")
-    if package is None or package.origin is None:
+    if not available() or package is None or package.origin is None:
         advice = "run: pip install 'qmoe-format[gguf]'"
-        raise QMoEError("dependency", "llama_cpp cannot be imported", advice)
+        raise QMoEError("dependency", "llama_cpp or gguf cannot be imported", advice)
     files = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}
     file = files.get(sys.platform, f"lib{name}.so")
     return ctypes.CDLL(str(Path(package.origin).parent / "lib" / file), mode=ctypes.RTLD_GLOBAL)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.arrays import check_array
-from qmoe_format.codec.packed import PackedMatrix, parts_for
+from qmoe_format.codec.packed import PackedMatrix, parts_for, product_table
 from qmoe_format.codec.threads import share
 
 
@@ -39,8 +39,8 @@ def multiply_gated(
     gates = np.empty((experts, 2 * inner), np.float32)
     hidden = np.empty((experts, inner), np.float32)
     y = np.empty((experts, outputs[0].rows), np.float32)
-    first, _scratch = _table(inputs, x.ctypes.data, 0, gates)
-    second, _scratch_of_outputs = _table(outputs, hidden.ctypes.data, 4 * inner, y)
+    first, _scratch = _of_one_token(inputs, x.ctypes.data, 0, gates)
+    second, _scratch_of_outputs = _of_one_token(outputs, hidden.ctypes.data, 4 * inner, y)
     round_all(first)
     job = [0, 0, parts_for(threads), first.ctypes.data, len(first)]
     job += [0, 0, 0, second.ctypes.data, experts, gates.ctypes.data, hidden.ctypes.data, inner]
@@ -48,22 +48,16 @@ def multiply_gated(
     return y
 
 
-def _table(
-    matrices: Sequence[PackedMatrix], x: int, stride: int, out: npt.NDArray[np.float32]
+def _of_one_token(
+    matrices: Sequence[PackedMatrix], x: int, step: int, out: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Rows of ``kernels.packed.Product``, and the scratch memory that they point to.
+    """``product_table`` of matrices of one shape.
 
     Args:
-        x: address of the first matrix's x; those of others follow ``stride`` bytes apart.
+        x: address of the first matrix's x; those of others follow ``step`` bytes apart.
         out: what the matrices' products are written to, one behind another.
     """
-    columns, blocks = matrices[0].columns, matrices[0].codes.shape[1]
-    units, offset, rounded = 4 * columns, 4 * (columns + blocks), 4 * (columns + blocks + 1)
-    scratch = np.empty((len(matrices), rounded + 256 * blocks), np.uint8)
-    start, target, bytes_out = scratch.ctypes.data, out.ctypes.data, out.nbytes // len(matrices)
-    rows = []
-    for i, matrix in enumerate(matrices):
-        scaled = start + i * scratch.shape[1]
-        places = (scaled, scaled + rounded, scaled + units, scaled + offset)
-        rows.append((*matrix.fields, x + i * stride, 0, 1, *places, target + i * bytes_out, 0))
-    return np.array(rows), scratch
+    target, bytes_out = out.ctypes.data, out.nbytes // len(matrices)
+    return product_table(
+        (matrix, 1, x + i * step, 0, target + i * bytes_out, 0) for i, matrix in enumerate(matrices)
+    )

@@ -7,7 +7,7 @@ float32 between them. The few levels beyond what the codes can hold are kept apa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -122,30 +122,45 @@ def multiply_packed(products: Sequence[PackedProduct], threads: int = 1) -> None
     Raises:
         QMoEError: ``argument`` for other arrays.
     """
-    from qmoe_format.codec.kernels.packed import SCRATCH, multiply_all, round_all
+    from qmoe_format.codec.kernels.packed import multiply_all, round_all
 
     if not products:
         return
-    rows, size = [], 0
+    rows = []
     for matrix, x, out in products:
-        tokens, blocks = len(x), matrix.codes.shape[1]
+        tokens = len(x)
         _check("x", x, (tokens, matrix.columns))
         _check("out", out, (tokens, matrix.rows))
-        units = size + 4 * tokens * matrix.columns
-        offsets = units + 4 * tokens * blocks
-        rounded = offsets + 4 * tokens
-        rows.append(
-            (
-                *matrix.fields, x.ctypes.data, x.strides[0] // 4, tokens,
-                size, rounded, units, offsets, out.ctypes.data, out.strides[0] // 4,
-            )
-        )  # fmt: skip
-        size = rounded + 256 * tokens * blocks
-    scratch, table = np.empty(size, np.uint8), np.array(rows)
-    table[:, SCRATCH] += scratch.ctypes.data
+        places = x.ctypes.data, x.strides[0] // 4, out.ctypes.data, out.strides[0] // 4
+        rows.append((matrix, tokens, *places))
+    table, _scratch = product_table(rows)
     round_all(table)
     job = np.array([0, 0, parts_for(threads), table.ctypes.data, len(table)])
     share(multiply_all(), job, threads)
+
+
+def product_table(
+    products: Iterable[tuple[PackedMatrix, int, int, int, int, int]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Rows of ``kernels.packed.Product``, and the scratch memory that they point to.
+
+    Args:
+        products: matrix, tokens; address and stride, in elements, of x, and the same of out.
+    """
+    from qmoe_format.codec.kernels.packed import SCRATCH
+
+    rows, scaled = [], 0
+    for matrix, tokens, x, x_stride, out, out_stride in products:
+        blocks = matrix.codes.shape[1]
+        units = scaled + 4 * tokens * matrix.columns
+        offsets = units + 4 * tokens * blocks
+        rounded = offsets + 4 * tokens  # bytes after floats, so that all are aligned
+        places = scaled, rounded, units, offsets
+        rows.append((*matrix.fields, x, x_stride, tokens, *places, out, out_stride))
+        scaled = rounded + 256 * tokens * blocks
+    scratch, table = np.empty(scaled, np.uint8), np.array(rows)
+    table[:, SCRATCH] += scratch.ctypes.data
+    return table, scratch
 
 
 def parts_for(threads: int) -> int:

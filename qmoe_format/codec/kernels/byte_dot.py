@@ -1,4 +1,4 @@
-"""Products of 256 packed codes of 2 or 4 bits with 256 int8, for Numba kernels.
+"""Products of 256 codes of 2 or 4 bits, or of a byte each, with 256 int8, for Numba kernels.
 
 Codes are unsigned and the x signed, as the processors' instructions want them. A block:
 
@@ -44,7 +44,8 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, of, _INT_SUMS)
 
 
-def _load(builder, values, start, lane):
+def load_bytes(builder, values, start, lane=0):
+    """Sixty-four bytes of int8 or uint8, ``lane`` after ``start``."""
     kind = ir.VectorType(_BYTE, _LANES)
     address = builder.gep(values, [builder.add(start, ir.IntType(64)(lane))])
     loaded = builder.load(builder.bitcast(address, kind.as_pointer()))
@@ -113,7 +114,7 @@ def _widened(builder, sums):
 
 def _four(builder, values, start):
     """Four times 64 bytes."""
-    return [_load(builder, values, start, _LANES * i) for i in range(4)]
+    return [load_bytes(builder, values, start, _LANES * i) for i in range(4)]
 
 
 def _dot(builder, fields, vectors):
@@ -140,7 +141,7 @@ def _signature(*_):
 def _fields(builder, bits, codes, place):
     """The four times 64 codes of a block."""
     count = 8 // bits
-    loaded = [_load(builder, codes, place, _LANES * i) for i in range(4 // count)]
+    loaded = [load_bytes(builder, codes, place, _LANES * i) for i in range(4 // count)]
     shifts = [bits * i for i in range(count)]
     return [_field(builder, each, shift, (1 << bits) - 1) for each in loaded for shift in shifts]
 
@@ -204,40 +205,3 @@ def prefetch(builder, values, place):
     address = builder.gep(values, [place])
     hint = [address, *(_INT(value) for value in (0, 3, 1))]  # to be read, soon again, as data
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), hint)
-
-
-@instruction(lambda *_: float32(types.int32))
-def power_of_two(builder, exponent):
-    """2 to a power of -126 to 127."""
-    bits = builder.shl(builder.add(exponent, _INT(127)), _INT(23))
-    return builder.bitcast(bits, ir.FloatType())
-
-
-@instruction(lambda *_: types.int64(types.CPointer(types.int64), types.int64))
-def fetch_add(builder, counter, addend):
-    """Add to a number that other threads add to as well, and return what it was.
-
-    What a thread wrote before it can be read by those that add later.
-    """
-    return builder.atomic_rmw("add", counter, addend, "acq_rel")
-
-
-@instruction(lambda *_: types.int64(types.CPointer(types.int64)))
-def fetch(builder, counter):
-    """What a number is that other threads add to; what they wrote before can be read."""
-    return builder.load_atomic(counter, "acquire", 8)
-
-
-def _make_at(kind):
-    @instruction(lambda _: types.CPointer(kind)(types.int64))
-    def at(builder, address):
-        """A pointer to what lies at an address."""
-        bits = {types.float32: ir.FloatType()}.get(kind) or ir.IntType(kind.bitwidth)
-        return builder.inttoptr(address, bits.as_pointer())
-
-    return at
-
-
-floats_at, bytes_at, codes_at, shorts_at, words_at = map(
-    _make_at, (types.float32, types.int8, types.uint8, types.uint16, types.int64)
-)

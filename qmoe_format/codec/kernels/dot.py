@@ -78,17 +78,12 @@ def _store_two(out, row, sums, scales):
     out[row] = simd.vector_sum(_sum_two(sums, scales, row))
 
 
-@inlined
-def _store_four(out, row, sums, scales):
-    out[row] = simd.vector_sum(_sum_four(sums, scales, row))
-
-
 class Factors(NamedTuple):
-    """What parts of rows are multiplied by, and where sums go: pointers."""
+    """What parts of rows are multiplied by, and where sums go."""
 
-    scales: Any  # bf16 [rows, 1 or 2], the array itself
-    x: Any
-    out: Any
+    scales: Any  # bf16 [rows, 1 or 2]
+    x: Any  # pointer to float32 [columns + ``BEYOND_X``]
+    out: Any  # float32 [rows]
 
 
 @inlined

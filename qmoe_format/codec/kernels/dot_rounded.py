@@ -26,7 +26,7 @@ from qmoe_format.codec.kernels.scan import OK, ONE, THREE, TWO, ZERO, as_segment
 from qmoe_format.codec.kernels.unaligned import advance, pointer
 
 # The share of zeros up to which this is faster than ``dot_sparse``, for one token and for several,
-# which share what is expanded. Without AVX-512, entries of more than 26 bits take twice the time.
+# which share what is expanded. Without AVX-512, entries of more than 26 bits take longer.
 DENSE_UNTIL = (0.0, 0.0)
 if simd.DEPOSITS:
     DENSE_UNTIL = (0.88, 0.95) if simd.cpu_has("avx512bw") else (0.77, 0.9)

@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types, uint64
 
 from qmoe_format.codec.kernels import simd
+from qmoe_format.codec.kernels.byte_dot import load_bytes
 from qmoe_format.codec.kernels.jit import called, inlined, instruction, keep_apart
 from qmoe_format.codec.kernels.scan import (
     EIGHT,
@@ -81,13 +82,6 @@ def _vector_at(builder, values, place, count):
     return builder.bitcast(builder.gep(values, [place]), kind.as_pointer())
 
 
-def _load(builder, codes, place):
-    """Sixty-four bytes."""
-    loaded = builder.load(_vector_at(builder, codes, place, 64))
-    loaded.align = 1
-    return loaded
-
-
 @instruction(lambda words, *_: uint64(words, uint64, types.CPointer(types.uint8), uint64))
 def _expand_entry(builder, words, codeword, codes, place):
     """Write a pattern's bits as bytes, and return its length."""
@@ -102,14 +96,14 @@ def _expand_entry(builder, words, codeword, codes, place):
 
 @instruction(lambda *_: types.void(types.CPointer(types.uint8), uint64, uint64))
 def _move(builder, codes, target, source):
-    loaded = _load(builder, codes, source)
+    loaded = load_bytes(builder, codes, source)
     builder.store(loaded, _vector_at(builder, codes, target, 64)).align = 1
 
 
 @instruction(lambda *_: uint64(types.CPointer(types.uint8), uint64))
 def ones_at(builder, codes, place):
     """The bits of 64 bytes that are not 0."""
-    loaded = _load(builder, codes, place)
+    loaded = load_bytes(builder, codes, place)
     ones = builder.icmp_unsigned("!=", loaded, ir.Constant(loaded.type, [0] * 64))
     return builder.bitcast(ones, ir.IntType(64))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
+from numba import float32, types
 
-from qmoe_format.codec.kernels.byte_dot import fetch, fetch_add, floats_at, power_of_two, words_at
-from qmoe_format.codec.kernels.jit import callback, inlined
+from qmoe_format.codec.kernels.addresses import fetch, fetch_add, floats_at, words_at
+from qmoe_format.codec.kernels.jit import callback, inlined, instruction
 from qmoe_format.codec.kernels.packed import (
     COUNT,
     DONE,
@@ -33,6 +35,14 @@ _EXP = tuple(_FACTORIALS)
 _LEAST, _MOST = np.float32(-87), np.float32(88)
 
 
+@instruction(lambda *_: float32(types.int32))
+def _power_of_two(builder, exponent):
+    """2 to a power of -126 to 127."""
+    word = exponent.type
+    bits = builder.shl(builder.add(exponent, word(127)), word(23))
+    return builder.bitcast(bits, ir.FloatType())
+
+
 @inlined
 def _silu(x):
     """x / (1 + exp(-x)), without calls and branches, so that loops become vectors."""
@@ -42,7 +52,7 @@ def _silu(x):
     exp = _FIRST
     for term in _EXP:
         exp = exp * r + term
-    return x / (np.float32(1) + exp * power_of_two(np.int32(n)))
+    return x / (np.float32(1) + exp * _power_of_two(np.int32(n)))
 
 
 @inlined

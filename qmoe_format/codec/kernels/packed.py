@@ -7,21 +7,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmoe_format.codec.kernels import simd
+from qmoe_format.codec.kernels.addresses import (
+    bytes_at,
+    codes_at,
+    fetch_add,
+    floats_at,
+    shorts_at,
+    words_at,
+)
 from qmoe_format.codec.kernels.byte_dot import (
     ZERO_OF_FOUR,
     ZERO_OF_TWO,
     add_scaled_sums,
-    bytes_at,
-    codes_at,
     dot_four_bits,
     dot_four_magnitudes,
     dot_two_bits,
     dot_two_magnitudes,
-    fetch_add,
-    floats_at,
     prefetch,
-    shorts_at,
-    words_at,
 )
 from qmoe_format.codec.kernels.jit import callback, called, inlined, kernel
 from qmoe_format.codec.kernels.rounding import BLOCK, round_block
