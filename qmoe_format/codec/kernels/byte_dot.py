@@ -192,9 +192,7 @@ def dot_signed(builder, codes, place, x, start, a, b, c, d):
 @instruction(lambda *_: simd.vector(simd.vector, sums_type, float32))
 def add_scaled_sums(builder, total, sums, factor):
     """``total + sums * factor``, sixteen float32."""
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    first = builder.insert_element(undefined, factor, _INT(0))
-    factors = builder.shuffle_vector(first, undefined, ir.Constant(_INT_SUMS, [0] * 16))
+    factors = simd.splat(builder, factor, 16)
     scaled = builder.fmul(builder.sitofp(sums, _FLOATS), factors, flags=("contract",))
     return builder.fadd(total, scaled, flags=("contract",))
 

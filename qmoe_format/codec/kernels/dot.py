@@ -113,7 +113,7 @@ def _add_block(sums, part, x, at, words):
 def _add_part(part, seen, factors):
     keep_apart()
     sums, x, at = _zero_four(), advance(factors.x, part.column), ZERO
-    while at + BLOCK <= part.columns and seen + BLOCK <= part.left:
+    while at + BLOCK <= part.columns and seen + BLOCK <= part.end:
         words, seen = negatives(part, at, seen)
         sums, at = _add_block(sums, part, x, at, words)
     while at < part.columns:

@@ -20,7 +20,7 @@ from qmoe_format.codec.kernels.expansion import (
     last_negatives,
     negatives,
 )
-from qmoe_format.codec.kernels.jit import called, inlined, keep_apart, kernel
+from qmoe_format.codec.kernels.jit import called, inlined, keep_apart, kernel, optional
 from qmoe_format.codec.kernels.scales import low_high
 from qmoe_format.codec.kernels.scan import OK, ONE, THREE, TWO, ZERO, as_segments
 from qmoe_format.codec.kernels.unaligned import advance, pointer
@@ -52,7 +52,7 @@ def _add_block(total, part, at, x, words, unit):
     return add_scaled_sums(total, sums, unit)
 
 
-@inlined
+@optional(lambda kept, block, words: None)
 def _keep(kept, block, words):
     place = _FOUR * block
     for k in range(4):
@@ -61,10 +61,11 @@ def _keep(kept, block, words):
 
 @called
 def _sum_levels(part, seen, x, units, kept):
-    """Levels times x, and ``seen`` after them; which are negative goes to ``kept``."""
+    """Levels times x, and ``seen`` after them; which are negative goes to ``kept`` or, if that is
+    None, nowhere."""
     keep_apart()
     total, at, block = simd.zero_vector(), ZERO, ZERO
-    while at + BLOCK <= part.columns and seen + BLOCK <= part.left:
+    while at + BLOCK <= part.columns and seen + BLOCK <= part.end:
         words, seen = negatives(part, at, seen)
         _keep(kept, block, words)
         total = _add_block(total, part, at, x, words, units[block])
@@ -110,7 +111,9 @@ def _multiply_part(part, seen, factors):
     for token in range(factors.tokens):
         place = np.uint64(token) * blocks + first
         x, units = advance(factors.x, place * BLOCK), advance(factors.units, place)
-        if token == 0:
+        if factors.tokens == 1:
+            levels, seen = _sum_levels(part, seen, x, units, None)
+        elif token == 0:
             levels, seen = _sum_levels(part, seen, x, units, factors.kept)
         else:
             levels = _sum_again(part, x, units, factors.kept)

@@ -49,6 +49,7 @@ _AT_ONCE = 4  # codewords from one load of 64 bits, 7 of which may belong to oth
 _WIDEST = np.uint64(57 // _AT_ONCE)
 _FOUR, _SIXTEEN, _WORD = np.uint64(_AT_ONCE), np.uint64(16), np.uint64(64)
 _LONG = np.uint64(LONG)
+_LONGEST = np.uint64(64 - LENGTH_BITS)  # that a pattern has room for
 BLOCK = np.uint64(256)  # weights whose signs are found at a time
 _TWELVE = np.uint64(12)  # of profile ``fast``
 _ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -75,6 +76,7 @@ class Part(NamedTuple):
     columns: Any  # uint64
     data: Any  # pointer to the bytes of the segment
     left: Any  # bits of it that may be signs
+    end: Any  # bits of it
 
 
 def _vector_at(builder, values, place, count):
@@ -82,14 +84,26 @@ def _vector_at(builder, values, place, count):
     return builder.bitcast(builder.gep(values, [place]), kind.as_pointer())
 
 
-@instruction(lambda words, *_: uint64(words, uint64, types.CPointer(types.uint8), uint64))
-def _expand_entry(builder, words, codeword, codes, place):
-    """Write a pattern's bits as bytes, and return its length."""
+@instruction(lambda: types.uint8())
+def _one(builder):
+    """1, which the compiler takes for any number. Otherwise it loads a vector of ones for each
+    entry, where choosing bytes of one in a register is enough."""
+    byte = ir.IntType(8)
+    return builder.asm(ir.FunctionType(byte, [byte]), "", "=r,0", [byte(1)], side_effect=False)
+
+
+@instruction(
+    lambda words, *_: uint64(words, uint64, types.uint8, types.CPointer(types.uint8), uint64)
+)
+def _expand_entry(builder, words, codeword, one, codes, place):
+    """Write a pattern's bits as bytes, each 0 or ``one``, and return its length."""
     word = builder.load(builder.gep(words, [codeword]))
     count = word.type.width
     bits = builder.bitcast(word, ir.VectorType(ir.IntType(1), count))
     target = _vector_at(builder, codes, place, count)
-    builder.store(builder.zext(bits, target.type.pointee), target).align = 1
+    ones = simd.splat(builder, one, count)
+    none = ir.Constant(target.type.pointee, [0] * count)
+    builder.store(builder.select(bits, ones, none), target).align = 1
     length = builder.lshr(word, word.type(count - LENGTH_BITS))
     return builder.zext(length, ir.IntType(64)) if count < 64 else length
 
@@ -123,44 +137,48 @@ def _expand_long(entries, codeword, codes, place):
 
 
 @inlined
-def _expand_next(patterns, codeword, codes, place):
+def _expand_next(patterns, long, codeword, one, codes, place):
     """Write an entry as bytes, and return where the next one begins."""
-    length = _expand_entry(patterns.words, codeword, codes, place)
-    if length == _LONG:  # seldom, where zeros are not so many that other kernels are faster
+    length = _expand_entry(patterns.words, codeword, one, codes, place)
+    if long and length == _LONG:  # seldom, for where zeros are many other kernels are faster
         length = _expand_long(patterns.entries, codeword, codes, place)
     return place + length
 
 
 @inlined
-def _expand_codewords(width, patterns, codes, data, left, place, limit, end):
+def _expand_codewords(width, long, patterns, codes, data, left, place, limit, end):
     """Write bytes from ``place`` on until ``limit`` is reached; the segment has them until ``end``.
+
+    Args:
+        long: whether there are entries too long for their pattern.
 
     Returns the bits left of the segment, and the place reached.
     """
+    one = _one()
     code = (ONE << width) - ONE
     four = _FOUR * width
     before_last = (_FOUR - ONE) * patterns.entries.longest  # so that all four are the segment's
     safe = min(limit, end - before_last) if width <= _WIDEST and end > before_last else ZERO
     while place < safe and left >= four:
         left -= four
-        word = load64(data, left >> THREE) >> (left & SEVEN)
+        word, phase = load64(data, left >> THREE), left & SEVEN
         for k in range(_AT_ONCE):
-            codeword = (word >> (np.uint64(_AT_ONCE - 1 - k) * width)) & code
-            place = _expand_next(patterns, codeword, codes, place)
+            codeword = simd.extract(word, code << (phase + np.uint64(_AT_ONCE - 1 - k) * width))
+            place = _expand_next(patterns, long, codeword, one, codes, place)
     while place < limit and left >= width:
         left -= width
         codeword = (load32(data, left >> THREE) >> (left & SEVEN)) & code
-        place = _expand_next(patterns, codeword, codes, place)
+        place = _expand_next(patterns, long, codeword, one, codes, place)
     return left, place
 
 
 @called
 def _expand(width, patterns, codes, data, left, place, limit, end):
-    """``_expand_codewords``, which is faster when the compiler knows the width."""
+    """``_expand_codewords``, which is faster when the compiler knows more."""
     keep_apart()
-    if width == _TWELVE:
-        return _expand_codewords(_TWELVE, patterns, codes, data, left, place, limit, end)
-    return _expand_codewords(width, patterns, codes, data, left, place, limit, end)
+    if width == _TWELVE and patterns.entries.longest <= _LONGEST:
+        return _expand_codewords(_TWELVE, False, patterns, codes, data, left, place, limit, end)
+    return _expand_codewords(width, True, patterns, codes, data, left, place, limit, end)
 
 
 @inlined
@@ -187,7 +205,7 @@ def _last_signs(part, at, seen):
 def negatives(part, at, seen):
     """Which of ``BLOCK`` weights from ``at`` on are negative, four words, and ``seen`` after them.
 
-    All of them are in the part, and the segment has as many signs.
+    All of them are in the part, and the segment has as many bits, should there be a sign for each.
     """
     a, seen = _signs(part, at, _ALL, seen)
     b, seen = _signs(part, at + _WORD, _ALL, seen)
@@ -242,7 +260,7 @@ def for_each_part(visit, first, last, span, mask, patterns, rows, columns, room,
                 return segment * REASONS + ENDS_EARLY
             for i in range(count):
                 here, start = advance(codes, np.uint64(i * width)), np.uint64(column)
-                part = Part(here, row + i, start, np.uint64(width), data, left)
+                part = Part(here, row + i, start, np.uint64(width), data, left, EIGHT * length)
                 seen = visit(part, seen, sink)
             if seen > left:
                 return segment * REASONS + ENDS_EARLY

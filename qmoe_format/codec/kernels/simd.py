@@ -32,7 +32,7 @@ def _deposits() -> bool:
     return cpu_has("bmi2") and name not in ("znver1", "znver2")  # these take some hundred cycles
 
 
-DEPOSITS = _deposits()  # whether ``deposit`` pays
+DEPOSITS = _deposits()  # whether ``deposit`` and ``extract`` pay
 
 
 class _Vector(types.Type):  # type: ignore[misc]
@@ -63,6 +63,14 @@ def _load(builder, values, start, element):
     loaded = builder.load(_address(builder, values, start, element))
     loaded.align = element.width // 8 if isinstance(element, ir.IntType) else 4
     return loaded
+
+
+def splat(builder, value, count):
+    """A vector of ``count`` times ``value``."""
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count)
+    return builder.shuffle_vector(first, undefined, zeros)
 
 
 @instruction(lambda: vector())
@@ -117,11 +125,7 @@ def add_loaded(builder, sums, values, start, bits):
 @instruction(lambda *_: vector(vector, vector, float32))
 def add_scaled(builder, sums, addend, factor):
     """``sums + addend * factor``."""
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, factor, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-    factors = builder.shuffle_vector(first, undefined, zeros)
-    scaled = builder.fmul(addend, factors, flags=("contract",))
+    scaled = builder.fmul(addend, splat(builder, factor, WIDTH), flags=("contract",))
     return builder.fadd(sums, scaled, flags=("contract",))
 
 
@@ -173,6 +177,16 @@ def popcount(builder, word):
 @instruction(lambda *_: uint64(uint64, uint64))
 def deposit(builder, bits, mask):
     """The lowest of ``bits``, one after another, where ``mask`` has ones; needs x86's BMI2."""
+    return _of_bmi2(builder, "pdep", bits, mask)
+
+
+@instruction(lambda *_: uint64(uint64, uint64))
+def extract(builder, bits, mask):
+    """The ``bits`` where ``mask`` has ones, next to each other; needs x86's BMI2."""
+    return _of_bmi2(builder, "pext", bits, mask)
+
+
+def _of_bmi2(builder, name, *words):
     kind = ir.FunctionType(_WORD, [_WORD, _WORD])
-    pdep = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.bmi.pdep.64")
-    return builder.call(pdep, [bits, mask])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.bmi.{name}.64")
+    return builder.call(function, words)
