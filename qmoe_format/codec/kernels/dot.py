@@ -40,12 +40,13 @@ from qmoe_format.codec.kernels.scan import (
 )
 from qmoe_format.codec.kernels.unaligned import advance, load64, pointer
 
-# The share of zeros up to which dot_dense is faster. AVX-512 adds under masks.
-DENSE_UNTIL = 0.0 if not simd.DEPOSITS else 0.76 if simd.cpu_has("avx512f") else 0.71
+# The share of zeros up to which dot_dense is faster (benchmarks/crossings.py). AVX-512 adds under
+# masks.
+DENSE_UNTIL = 0.0 if not simd.DEPOSITS else 0.81 if simd.cpu_has("avx512f") else 0.54
 BEYOND_X = int(BLOCK)  # elements of x that may be read behind its last one
 
-SIXTEEN, THIRTY_TWO, WORD, LAST = (np.uint64(n) for n in (16, 32, 64, 63))
-ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+SIXTEEN, THIRTY_TWO, WORD = (np.uint64(n) for n in (16, 32, 64))
+_SIXTEEN_ONES = np.uint64(0xFFFF)
 
 
 @inlined
@@ -142,20 +143,28 @@ def dot_dense(first, last, span, mask, entries, patterns, scales, x, out):
 
 @inlined
 def _add_gathered(run, sums, lists, x):
-    plus, minus = sums
     found, magnitudes = lists
     start, stop = run.start, first_at(found, run.start, run.count, run.end)
     sign = run.seen - np.uint64(start)
-    while start < stop:
-        these = ALL_ONES >> (LAST - np.uint64(min(stop - start, 16)) + ONE)
-        bit = sign + np.uint64(start)
-        negatives = (load64(run.data, bit >> THREE) >> (bit & SEVEN)) & these
-        some = simd.gather(x, run.column, found, np.uint64(start), these)
-        some = _times(magnitudes, some, bit)
-        plus = simd.add_masked(plus, some, these ^ negatives)
-        minus = simd.add_masked(minus, some, negatives)
+    whole = stop - (stop - start) % 16
+    while start < whole:
+        some = simd.gather(x, run.column, found, np.uint64(start))
+        sums = _add_some(run, sums, some, magnitudes, sign + np.uint64(start), _SIXTEEN_ONES)
         start += 16
-    return (plus, minus), stop, sign + np.uint64(stop)
+    if start < stop:
+        these = (ONE << np.uint64(stop - start)) - ONE
+        some = simd.gather_some(x, run.column, found, np.uint64(start), these)
+        sums = _add_some(run, sums, some, magnitudes, sign + np.uint64(start), these)
+    return sums, stop, sign + np.uint64(stop)
+
+
+@inlined
+def _add_some(run, sums, some, magnitudes, sign, these):
+    plus, minus = sums
+    negatives = (load64(run.data, sign >> THREE) >> (sign & SEVEN)) & these
+    some = _times(magnitudes, some, sign)
+    plus = simd.add_masked(plus, some, these ^ negatives)
+    return plus, simd.add_masked(minus, some, negatives)
 
 
 @optional(lambda magnitudes, some, start: some)

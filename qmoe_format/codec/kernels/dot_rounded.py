@@ -26,10 +26,11 @@ from qmoe_format.codec.kernels.scan import OK, ONE, THREE, TWO, ZERO, as_segment
 from qmoe_format.codec.kernels.unaligned import advance, pointer
 
 # The share of zeros up to which this is faster than ``dot_sparse``, for one token and for several,
-# which share what is expanded. Without AVX-512, entries of more than 26 bits take longer.
+# which share what is expanded (benchmarks/crossings.py). Without AVX-512, entries of more than 26
+# bits take longer.
 DENSE_UNTIL = (0.0, 0.0)
 if simd.DEPOSITS:
-    DENSE_UNTIL = (0.88, 0.95) if simd.cpu_has("avx512bw") else (0.77, 0.9)
+    DENSE_UNTIL = (0.92, 0.94) if simd.cpu_has("avx512bw") else (0.82, 0.93)
 
 _FOUR, _HALF = np.uint64(4), np.float32(0.5)
 

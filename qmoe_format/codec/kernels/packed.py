@@ -204,7 +204,7 @@ def _exceptions(p, row, token):
         sums = sizes = simd.zero_vector()
         while at < end:
             these = _ALL >> np.uint64(max(16 - (end - at), 0))
-            some = simd.gather(x, _ZERO, places, np.uint64(at), these)
+            some = simd.gather_some(x, _ZERO, places, np.uint64(at), these)
             sums = simd.add_times_levels(sums, some, excess, np.uint64(at))
             if p.two_scales:
                 sizes = simd.add_times_magnitudes(sizes, some, excess, np.uint64(at))

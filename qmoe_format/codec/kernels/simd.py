@@ -18,6 +18,7 @@ WIDTH = 16
 _FLOAT = ir.FloatType()
 _BYTE, _SHORT, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * WIDTH)
 
 
@@ -50,8 +51,7 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def _mask(builder, bits):
-    kind = ir.VectorType(ir.IntType(1), WIDTH)
-    return builder.bitcast(builder.trunc(bits, ir.IntType(WIDTH)), kind)
+    return builder.bitcast(builder.trunc(bits, ir.IntType(WIDTH)), _MASK)
 
 
 def _address(builder, values, start, element):
@@ -79,22 +79,39 @@ def zero_vector(builder):
     return _ZEROS
 
 
-@instruction(lambda values, _, indices, *__: vector(values, uint64, indices, uint64, uint64))
-def gather(builder, values, base, indices, start, bits):
-    """``values[base + i]`` for the i in ``indices[start : start + 16]``, uint16.
-
-    Reads only the values whose bit is set, but all sixteen indices; ``base`` may be negative.
-    """
+def _gather(builder, values, base, indices, start, mask):
     wide = builder.zext(_load(builder, indices, start, _SHORT), ir.VectorType(_WORD, WIDTH))
     # llvmlite has no gep that makes a vector of pointers.
     pointers = builder.gep(builder.gep(values, [base]), [_WORD(0)])
     pointers.indices[0] = wide
     pointers.type = ir.VectorType(values.type, WIDTH)
-    mask = _mask(builder, bits)
     kind = ir.FunctionType(_VECTOR, [pointers.type, ir.IntType(32), mask.type, _VECTOR])
     name = f"llvm.masked.gather.v{WIDTH}f32.v{WIDTH}p0"
     call = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(call, [pointers, ir.IntType(32)(4), mask, _ZEROS])
+
+
+@instruction(lambda values, _, indices, *__: vector(values, uint64, indices, uint64, uint64))
+def gather_some(builder, values, base, indices, start, bits):
+    """``values[base + i]`` for the i in ``indices[start : start + 16]``, uint16.
+
+    Reads only the values whose bit is set, but all sixteen indices; ``base`` may be negative.
+    """
+    return _gather(builder, values, base, indices, start, _mask(builder, bits))
+
+
+@instruction(lambda values, _, indices, __: vector(values, uint64, indices, uint64))
+def gather(builder, values, base, indices, start):
+    """``gather_some`` of all."""
+    if cpu_has("avx512f"):
+        return _gather(builder, values, base, indices, start, ir.Constant(_MASK, [1] * WIDTH))
+    origin = builder.gep(values, [base])  # a load for each: earlier gathers are slower, or not used
+    gathered = _ZEROS
+    for lane in range(WIDTH):
+        index = builder.load(builder.gep(indices, [builder.add(start, _WORD(lane))]))
+        value = builder.load(builder.gep(origin, [builder.zext(index, _WORD)]))
+        gathered = builder.insert_element(gathered, value, ir.IntType(32)(lane))
+    return gathered
 
 
 @instruction(lambda some, values, _: vector(some, values, uint64))
