@@ -165,7 +165,11 @@ def test_other_arrays_are_refused(x: Any, out: Any) -> None:
     assert error.value.code == "argument"
 
 
-@pytest.mark.parametrize("features", ["", "+ssse3,+avx2,+bmi2,+fma"])
+AVX2 = "+ssse3,+avx2,+bmi2,+fma"
+AVX512_WITHOUT_VNNI = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl"
+
+
+@pytest.mark.parametrize("features", ["", AVX2, AVX512_WITHOUT_VNNI])
 def test_other_processors(features: str, tmp_path: Path) -> None:
     """The same sums from the instructions of older processors. Matrices are packed here: what packs
     them is compiled alike for all processors."""

@@ -12,6 +12,7 @@ and what they are made of:
     int_group  packed integers: their weights and products
     tables     look-up tables of a dictionary
     unaligned, simd    memory and vector instructions that Numba lacks
+    vector_type        and the type of vectors
     jit        how all of it is compiled and cached
 
 Every decoding kernel takes the segments ``first`` to ``last`` and returns ``OK`` or

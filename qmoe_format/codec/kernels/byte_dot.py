@@ -15,33 +15,20 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import float32, types, uint64
 from numba.core import cgutils
-from numba.extending import models, register_model
 
 from qmoe_format.codec.kernels import simd
 from qmoe_format.codec.kernels.jit import instruction
+from qmoe_format.codec.kernels.vector_type import Vector
 
 ZERO_OF_TWO, ZERO_OF_FOUR = 1, 7  # the code of a level of 0, in as many bits
 _LANES = 64  # bytes in a vector
 _BYTE, _SHORT, _INT = (ir.IntType(bits) for bits in (8, 16, 32))
-_INT_SUMS = ir.VectorType(_INT, 16)
+sums_type = Vector("int32", 16)
+_INT_SUMS = sums_type.llvm
 _FLOATS = ir.VectorType(ir.FloatType(), 16)
 _VNNI = simd.cpu_has("avx512vnni")
 _WIDE = simd.cpu_has("avx512bw")
 _AVX2 = simd.cpu_has("avx2")
-
-
-class _Sums(types.Type):  # type: ignore[misc]
-    def __init__(self):
-        super().__init__("Int32x16")
-
-
-sums_type = _Sums()
-
-
-@register_model(_Sums)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager, of):
-        super().__init__(manager, of, _INT_SUMS)
 
 
 def load_bytes(builder, values, start, lane=0):

@@ -7,17 +7,18 @@ here is one or two instructions. Elsewhere LLVM emulates them with what there is
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import float32, types, uint16, uint64, void
+from numba import float32, uint16, uint64, void
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import models, register_model
 
 from qmoe_format.codec.kernels.jit import instruction
+from qmoe_format.codec.kernels.vector_type import Vector
 
 WIDTH = 16
+vector = Vector("float32", WIDTH)
 _FLOAT = ir.FloatType()
 _BYTE, _SHORT, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_VECTOR = vector.llvm
 _MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * WIDTH)
 
@@ -34,20 +35,6 @@ def _deposits() -> bool:
 
 
 DEPOSITS = _deposits()  # whether ``deposit`` and ``extract`` pay
-
-
-class _Vector(types.Type):  # type: ignore[misc]
-    def __init__(self):
-        super().__init__("Float32x16")
-
-
-vector = _Vector()
-
-
-@register_model(_Vector)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager, of):
-        super().__init__(manager, of, _VECTOR)
 
 
 def _mask(builder, bits):

@@ -13,29 +13,18 @@ import operator
 from llvmlite import ir
 from numba import float32, int64, types, uint64, void
 from numba.core import cgutils
-from numba.extending import models, overload, register_model
+from numba.extending import overload
 
 from qmoe_format.codec.kernels.jit import instruction
+from qmoe_format.codec.kernels.simd import splat
+from qmoe_format.codec.kernels.vector_type import Vector
 
 WIDTH = 32
+vector = Vector("float32", WIDTH)
 _FLOAT, _BYTE, _INDEX = ir.FloatType(), ir.IntType(8), ir.IntType(32)
-_FLOATS, _BYTES = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_BYTE, WIDTH)
+_FLOATS, _BYTES = vector.llvm, ir.VectorType(_BYTE, WIDTH)
 _ZEROS = ir.Constant(_FLOATS, [0.0] * WIDTH)
 _FUSED = ("contract", "nsz")
-
-
-class _Vector(types.Type):  # type: ignore[misc]
-    def __init__(self):
-        super().__init__("Float32x32")
-
-
-vector = _Vector()
-
-
-@register_model(_Vector)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager, of):
-        super().__init__(manager, of, _FLOATS)
 
 
 def _address(builder, values, start, kind):
@@ -92,9 +81,7 @@ def _lanes(*order):
 @instruction(lambda _: vector(float32))
 def broadcast(builder, value):
     """A float32 in all lanes."""
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    first = builder.insert_element(undefined, value, _INDEX(0))
-    return builder.shuffle_vector(first, undefined, _lanes(*[0] * WIDTH))
+    return splat(builder, value, WIDTH)
 
 
 def _operator(python, name):
