@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from qmoe_format.codec import PackedMatrix, multiply_gated, pack
+from qmoe_format.codec import PackedMatrix, encode_matrix, multiply_gated, pack
 from qmoe_format.errors import QMoEError
 
 from .strategies import random_levels
-from .test_packed import Floats, encoded, product, random_x
+from .test_packed import Floats, bf16, encoded, product, random_x
 
 
 def experts(
@@ -67,12 +67,20 @@ def test_experts(count: int, hidden: int, inner: int, apart: bool, threads: int)
     assert found.tobytes() == multiply_gated(inputs, outputs, x).tobytes()
 
 
-@pytest.mark.parametrize("size", [1e-30, 0.01, 1, 30, 1e4])
-def test_the_activation(size: float) -> None:
-    """From where silu is x / 2 to where it is 0 or x."""
-    inputs, outputs = experts(2, 256, 256, apart=False)
-    x = random_x(1, 256)[0] * np.float32(size)
-    check(multiply_gated(inputs, outputs, x), one_by_one(inputs, outputs, x))
+def test_the_activation() -> None:
+    """From where silu is x / 2 to where it is 0 or x. A single element is rounded to itself."""
+    one = pack(encode_matrix(np.ones((1, 1), np.int8), bf16(np.ones((1, 1)))))
+    values = np.concatenate([np.geomspace(1e-30, 1e4, 200), [0.0]]).astype(np.float32)
+    values = np.concatenate([values, -values])
+    found = [multiply_gated([one, one], [one], value[None])[0, 0] for value in values]
+    np.testing.assert_allclose(found, silu(values) * values, rtol=2e-6, atol=1e-30)
+
+
+def test_threads_that_are_early_wait() -> None:
+    inputs, outputs = experts(2, 512, 512, apart=True)
+    x = random_x(1, 512)[0]
+    expected = multiply_gated(inputs, outputs, x).tobytes()
+    assert all(multiply_gated(inputs, outputs, x, 4).tobytes() == expected for _ in range(300))
 
 
 def test_what_is_not_finite_stays_so() -> None:

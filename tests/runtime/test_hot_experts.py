@@ -61,6 +61,15 @@ def test_many_tokens_are_worth_packing_without_room(matrix: EncodedMatrix) -> No
     assert hot.bytes == 0
 
 
+def test_experts_of_a_token_are_there_all_or_not(matrix: EncodedMatrix, size: int) -> None:
+    hot = HotExperts(10 * size)
+    first, second = (hot.find(("a", expert), matrix, WORTH, 1) for expert in (0, 1))
+    assert hot.kept([("a", 1), ("a", 0)]) == [second, first]
+    assert hot.counters.hot == 2
+    assert hot.kept([("a", 1), ("a", 2)]) is None
+    assert hot.counters.hot == 2
+
+
 def test_what_is_used_much_less_makes_room(matrix: EncodedMatrix, size: int) -> None:
     hot = HotExperts(2 * size + 100)
     for expert, tokens in ((0, 100), (1, 10)):
