@@ -10,6 +10,7 @@ from qmoe_format.codec.kernels.jit import inlined, instruction, kernel
 
 BLOCK = 256  # columns
 _LARGEST, _NAN = np.float32(127), np.float32(np.nan)
+_LEAST = np.finfo(np.float32).tiny  # a unit that is less has no inverse
 _INFINITE = np.uint32(0x7F80_0000)
 
 
@@ -31,13 +32,14 @@ def round_block(values, start, count, rounded, target):
     """Round ``values`` from ``start`` on to int8 times a unit, which is returned with their sum.
 
     ``rounded`` receives a whole block from ``target`` on, zeros after ``count``, and ``values``
-    what they stand for. What is NaN or infinite makes the unit, and so all sums with it, NaN.
+    what they stand for. What is NaN or infinite makes the unit, and so all sums with it, NaN;
+    blocks of less than 1e-36 become 0.
     """
     largest = np.uint32(0)
     for j in range(start, start + count):
         largest = _larger(largest, values[j])
     unit = _as_float(largest) / _LARGEST if largest < _INFINITE else _NAN
-    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
+    inverse = np.float32(1) / unit if unit >= _LEAST else np.float32(0)
     total = 0
     for j in range(count):
         level = np.int32(np.rint(values[start + j] * inverse))
