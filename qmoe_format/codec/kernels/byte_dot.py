@@ -182,11 +182,3 @@ def add_scaled_sums(builder, total, sums, factor):
     factors = simd.splat(builder, factor, 16)
     scaled = builder.fmul(builder.sitofp(sums, _FLOATS), factors, flags=("contract",))
     return builder.fadd(total, scaled, flags=("contract",))
-
-
-@instruction(lambda *_: types.void(types.CPointer(types.uint8), uint64))
-def prefetch(builder, values, place):
-    """Have a line of the cache read; it does not matter whether there is memory."""
-    address = builder.gep(values, [place])
-    hint = [address, *(_INT(value) for value in (0, 3, 1))]  # to be read, soon again, as data
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), hint)

@@ -17,9 +17,8 @@ from qmoe_format.codec.kernels.scan import (
     REFINEMENT,
     ZERO,
     beginning,
-    segment_length,
+    segment_at,
 )
-from qmoe_format.codec.kernels.unaligned import advance
 
 
 class Run(NamedTuple):
@@ -58,8 +57,7 @@ def for_each_run(
     rows = scales.shape[0]
     begin, refined_begin = beginning(mask, first), beginning_of(refinement, first)
     for segment in range(first, last):
-        data = advance(mask.data, begin)
-        length = segment_length(mask, segment)
+        data, length = segment_at(mask, segment, begin)
         begin += length
         left = EIGHT * length
         row = segment * (span // columns)

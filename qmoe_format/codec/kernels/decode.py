@@ -30,9 +30,9 @@ from qmoe_format.codec.kernels.scan import (
     check_rest,
     find_levels,
     first_at,
-    segment_length,
+    segment_at,
 )
-from qmoe_format.codec.kernels.unaligned import advance, pointer
+from qmoe_format.codec.kernels.unaligned import pointer
 
 
 @kernel
@@ -51,8 +51,7 @@ def decode_segments(first, last, span, mask, entries, refinement, totals, out):
         weights = np.uint64(target.size)
         lists = pointer(found), pointer(levels), magnitudes_of(refinement)
         refined_begin, known = find_magnitudes(refinement, segment, refined_begin, weights)
-        data = advance(mask.data, begin)
-        length = segment_length(mask, segment)
+        data, length = segment_at(mask, segment, begin)
         begin += length
         left = EIGHT * length
         place = seen = ZERO

@@ -37,7 +37,7 @@ from qmoe_format.codec.kernels.scan import (
     ZERO,
     as_entries,
     beginning,
-    segment_length,
+    segment_at,
 )
 from qmoe_format.codec.kernels.tables import LENGTH_BITS, LONG
 from qmoe_format.codec.kernels.unaligned import advance, load8, load32, load64, pointer, store64
@@ -244,8 +244,7 @@ def for_each_part(visit, first, last, span, mask, patterns, rows, columns, room,
     begin = beginning(mask, first)
     at_once = max(1, SLAB // columns)
     for segment in range(first, last):
-        data = advance(mask.data, begin)
-        length = segment_length(mask, segment)
+        data, length = segment_at(mask, segment, begin)
         begin += length
         left, seen, place = EIGHT * length, ZERO, ZERO
         row = segment * (span // columns)

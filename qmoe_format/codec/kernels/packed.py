@@ -23,11 +23,10 @@ from qmoe_format.codec.kernels.byte_dot import (
     dot_four_magnitudes,
     dot_two_bits,
     dot_two_magnitudes,
-    prefetch,
 )
 from qmoe_format.codec.kernels.jit import callback, called, inlined, kernel
 from qmoe_format.codec.kernels.rounding import BLOCK, round_block
-from qmoe_format.codec.kernels.unaligned import advance, pointer
+from qmoe_format.codec.kernels.unaligned import advance, pointer, prefetch
 
 GROUP = 4  # rows that are multiplied side by side: each alone would wait for its own sums
 # The largest magnitude in codes of as many bits, which is added to each level.

@@ -32,6 +32,7 @@ from qmoe_format.codec.kernels.scan import (
     beginning,
     check_rest,
     scan,
+    segment_at,
     segment_length,
 )
 from qmoe_format.codec.kernels.unaligned import advance, load32, pointer
@@ -93,8 +94,7 @@ def find_magnitudes(refinement, segment, begin, most):
         Where the next segment begins; ``Magnitudes``.
     """
     segments = refinement.segments
-    length = segment_length(segments, segment)
-    data = advance(segments.data, begin)
+    data, length = segment_at(segments, segment, begin)
     return begin + length, _find_magnitudes(
         segments.width, refinement.entries, pointer(refinement.found),
         pointer(refinement.magnitudes), data, EIGHT * length, most,

@@ -26,7 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec.kernels.jit import inlined, optional
-from qmoe_format.codec.kernels.unaligned import load16, load32, load64, pointer, store64
+from qmoe_format.codec.kernels.unaligned import (
+    advance,
+    load16,
+    load32,
+    load64,
+    pointer,
+    prefetch,
+    store64,
+)
 
 OK = -1
 ENDS_EARLY, BEYOND_END, LEFT_OVER, PADDING = range(4)
@@ -41,6 +49,7 @@ LIST_LENGTH = 32768 + 64
 
 ZERO, ONE, TWO, THREE, SEVEN, EIGHT = (np.uint64(n) for n in (0, 1, 2, 3, 7, 8))
 LANE = np.uint64(0xFFFF)
+_LINE = np.uint64(64)  # bytes in a line of the cache
 
 
 def _sign_bytes() -> npt.NDArray[np.uint64]:
@@ -94,6 +103,19 @@ def beginning(segments, segment):
 def segment_length(segments, segment):
     """Its bytes."""
     return segments.length_base + np.uint64(segments.lengths[segment])
+
+
+@inlined
+def segment_at(segments, segment, begin):
+    """Pointer to a segment, which begins at byte ``begin``, and its length.
+
+    The next one, which is about as long, is asked for: codewords are read from the end, and what a
+    processor sees is too short for it to find out.
+    """
+    data, length = advance(segments.data, begin), segment_length(segments, segment)
+    for place in range(ZERO, length, _LINE):
+        prefetch(data, length + place)
+    return data, length
 
 
 @inlined

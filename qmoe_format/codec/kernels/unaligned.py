@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmoe_format.codec.kernels.jit import instruction
@@ -58,3 +59,13 @@ load8, load16, load32, load64 = (_make_load(bits) for bits in (8, 16, 32, 64))
 def store64(builder, start, offset, value):
     """Write the 8 bytes of ``value``, ``offset`` bytes after the pointer ``start``."""
     builder.store(value, _address(builder, start, offset, 64)).align = 1
+
+
+@instruction(lambda start, offset: types.void(start, types.uint64))
+def prefetch(builder, start, offset):
+    """Have a line of the cache read; it does not matter whether there is memory."""
+    address = _address(builder, start, offset, 8)
+    hint = [address, *(ir.IntType(32)(value) for value in (0, 3, 1))]  # to be read, often, as data
+    kind = ir.FunctionType(ir.VoidType(), [each.type for each in hint])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(call, hint)
