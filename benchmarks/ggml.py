@@ -1,13 +1,15 @@
 """ggml, llama.cpp's library of tensors, as it comes with llama-cpp-python.
 
 Needs the extra ``gguf``, both of its packages: of llama-cpp-python the shared libraries, and what
-writes files or reads types back uses gguf-py. Types have ggml's names, such as ``IQ1_S``.
+writes files or reads types back uses gguf-py. Types have ggml's names, such as ``IQ1_S``. With
+``GGML_LIBRARIES`` the shared libraries are those of that folder.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +55,8 @@ def library(name: str) -> ctypes.CDLL:
         raise QMoEError("dependency", "llama_cpp or gguf cannot be imported", advice)
     files = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}
     file = files.get(sys.platform, f"lib{name}.so")
-    return ctypes.CDLL(str(Path(package.origin).parent / "lib" / file), mode=ctypes.RTLD_GLOBAL)
+    folder = os.environ.get("GGML_LIBRARIES", Path(package.origin).parent / "lib")
+    return ctypes.CDLL(str(Path(folder) / file), mode=ctypes.RTLD_GLOBAL)
 
 
 def _function(name: str, result: Any, *arguments: Any, of: str = "ggml-base") -> Any:

@@ -1,6 +1,6 @@
 """y = W x on a CPU: from codewords, from packed matrices, in torch's bf16 and in ggml's types.
 
-    python -m benchmarks.packed
+    python -m benchmarks.packed [--avx2]
 
 Writes benchmarks/results/packed.json: 10⁹ weights a second, times tokens, of y = W x with random
 levels, medians of some rounds in which all take turns. ``stored`` multiplies codewords with x in
@@ -8,10 +8,16 @@ fp32, ``rounded`` codewords with x in int8, ``packed`` codes of 2 or 4 bits with
 bf16 with bf16. With the extra ``gguf`` also llama.cpp's types of about as many bits (see
 ``ggml.py``), which round x to int8 as well. Also bits in memory, the time to pack, and the error of
 y that rounding x makes, to int8 and to bf16.
+
+With ``--avx2``, one shape on a processor that is told to have no more than that, written to
+packed_avx2.json. ``GGML_LIBRARIES`` then has to name a folder with ggml built for AVX2 (of its
+sources, ``cmake -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON``).
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +31,18 @@ from qmoe_format import codec
 from qmoe_format.dtypes import from_float32
 from qmoe_format.machine import cores
 
-SHAPES = ((768, 3072), (3072, 768), (3584, 1024), (8192, 14336))
+LARGE = (8192, 14336)
+SHAPES = ((768, 3072), (3072, 768), (3584, 1024), LARGE)
 ZEROS = (0.6, 0.885, 0.95)
 TOKENS = (1, 16)
 GGML = ("TQ2_0", "IQ1_S", "IQ2_XXS", "Q2_K", "Q4_0")
 ROUNDS = 9
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt,+f16c,+movbe,+64bit,+cmov,+cx16",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 _MOST_WEIGHTS = 1 << 24  # multiplied at a time: smaller matrices several times
 
 
@@ -104,17 +117,25 @@ def measure(rows: int, columns: int, zeros: float, most: int, threads: int) -> d
 
 
 def main() -> None:
-    report.arguments(__doc__).parse_args()
+    parser = report.arguments(__doc__)
+    parser.add_argument("--avx2", action="store_true")
+    avx2 = parser.parse_args().avx2
+    if avx2 and not AVX2.items() <= os.environ.items():  # which libraries read when they are loaded
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.packed", "--avx2"], os.environ | AVX2
+        )
     cases = [(*shape, zeros, 1, 1) for shape in SHAPES for zeros in ZEROS]
-    cases += [(3584, 1024, 0.885, 5, 1), (8192, 14336, 0.885, 5, 1)]
-    if cores() > 1:
+    cases += [(3584, 1024, 0.885, 5, 1), (*LARGE, 0.885, 5, 1)]
+    if avx2:
+        cases = [(*LARGE, zeros, 1, 1) for zeros in ZEROS]
+    elif cores() > 1:
         cases += [(*shape, 0.885, 1, 2) for shape in SHAPES]
     measure(64, 64, 0.885, 5, 1)  # compiles kernels
     results = []
     for case in cases:
         results.append(measure(*case))
         print(results[-1], flush=True)
-    report.save("packed", {"results": results, "ggml": ggml.version()})
+    report.save("packed_avx2" if avx2 else "packed", {"results": results, "ggml": ggml.version()})
 
 
 if __name__ == "__main__":
