@@ -278,6 +278,17 @@ def products_of_kinds(results: list[dict[str, Any]], tokens: int) -> str:
     return table(" | ".join(["shape", "zeros, levels", "threads", *kinds]), rows)
 
 
+def crossings(found: dict[str, Any]) -> str:
+    """Shares of zeros at which one kernel becomes faster than another, by processor features."""
+    names = [*next(iter(found.values()))["crossings"]]
+    rows = [
+        [features.split(", ")[-1], *(f"{each['crossings'][name]:.0%}" for name in names)]
+        for features, each in found.items()
+    ]
+    header = [f"x in {name}".replace(", ", ", tokens: ") for name in names]
+    return table(" | ".join(["processor with", *header]), rows)
+
+
 def stages(profiles: dict[str, Any]) -> str:
     """The largest shares of the time of conversions."""
     rows = []
@@ -655,6 +666,16 @@ llama.cpp's types, with x that it rounds to int8. Rounding x to int8 changes y b
 The same of 16 tokens, times tokens:
 
 {products_of_kinds(products, 16)}
+
+One token on the same processor, told to have no more than AVX2
+(`python -m benchmarks.packed --avx2`), with ggml built for that:
+
+{products_of_kinds(load("packed_avx2")["results"], 1)}
+
+Codewords are expanded to all weights up to some share of zeros, beyond which non-zeros are listed
+(`python -m benchmarks.crossings`):
+
+{crossings(load("crossings")["features"])}
 
 With exact products, the number of an expert's tokens decides which kernel multiplies them
 (`python -m benchmarks.products`). Over {len(choice)} cases (shapes, zeros, tokens), the chosen
