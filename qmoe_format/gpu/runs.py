@@ -27,6 +27,7 @@ from qmoe_format.gpu.launch import Kernel, Launch
 THREADS = 1024
 TRANSCODE_THREADS = 256
 GUARD = 16  # lines
+LINE_BYTES = 128  # x of a slot, once for each lane of a warp
 MOST_SLOTS = 2046  # so that a start has 16 bits
 MOST_LANDINGS = 1.5  # per weight
 # A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
@@ -120,18 +121,19 @@ def _codes_per_weight(stack: DictLayout, bits: int) -> float:
 
 def shared_bytes(layout: RunLayout) -> int:
     """Shared memory of a product: a line of x for each slot, and one before them."""
-    return 128 * (layout.slots + 1)
+    return LINE_BYTES * (layout.slots + 1)
 
 
 def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
     text = source(
-        *("types", "runs", "run_product"),
-        **_defines(layout),
+        *("types", "runs", "run_lane", "run_product"),
+        **defines(layout),
         X_TYPE=x,
         Y_TYPE=y,
         PAIRS=pairs,
         COLUMNS=layout.columns,
+        LINE_BYTES=LINE_BYTES,
         SLOTS=layout.slots,
         SCALES=layout.scales,
         COLUMN_SCALES=int(layout.column_scales),
@@ -177,12 +179,12 @@ def _shape(layout: RunLayout, count: int) -> tuple[np.int32, ...]:
     return np.int32(count), np.int32(layout.rows), np.int32(layout.columns)
 
 
-def _defines(layout: RunLayout) -> dict[str, int]:
+def defines(layout: RunLayout) -> dict[str, int]:
     return {"BITS": layout.bits, "LANES": layout.lanes}
 
 
 def _transcoding(layout: RunLayout) -> dict[str, int]:
-    return {**_defines(layout), "THREADS": TRANSCODE_THREADS}
+    return {**defines(layout), "THREADS": TRANSCODE_THREADS}
 
 
 def _by_warps(
