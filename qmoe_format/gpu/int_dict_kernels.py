@@ -30,6 +30,7 @@ def product(layout: DictLayout, product: Product, limits: DeviceLimits) -> Kerne
     most = MOST_CODEWORDS if product.tile == 1 and tables[0] else FEW_CODEWORDS
     text = product.source(
         *_files(layout),
+        "tiles",
         "pairs",
         "product",
         tile_type=_tile_type(layout, product.x),
