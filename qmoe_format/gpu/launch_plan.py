@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_format.gpu import int_dict_kernels, int_group_kernels, runs
+from qmoe_format.gpu import int_dict_kernels, int_group_kernels, run_batches, runs
 from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Kernel, Launch
 from qmoe_format.gpu.packing import Layout, PackedStack
+from qmoe_format.gpu.run_batches import Batch
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 
@@ -125,8 +126,13 @@ def _products(
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
-    if stack.runs and max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
-        return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
+    if stack.runs:
+        batch = _batch(layout, stack.runs.layout, element_type(x.dtype), limits)
+        matrices = 1 if pairs.experts is None else min(layout.experts, pairs.count)
+        if batch and pairs.count >= run_batches.FEWEST * matrices:
+            return _by_batches(stack, stack.runs, batch, x, y, pairs, workspace)
+        if max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
+            return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -138,7 +144,7 @@ def _products(
         mode = "ONE"
     elif tile > 1:
         mode = "GROUPS"
-        launches, listed, tiles = _sort(layout, pairs, tile, workspace)
+        launches, listed, tiles = _sort(layout, pairs, tile, SMALL_TILE, workspace)
     else:
         mode, listed = "LIST", pairs.experts
     if not tile and isinstance(layout, DictLayout):
@@ -162,20 +168,55 @@ def _by_runs(
     # A block stages x of one pair: one that came to a second would be late.
     each = -(-layout.groups // max(limits.multiprocessors // pairs.count, 1))
     sizes = _ints(layout.experts, layout.rows)
-    call = (x, y, pairs.experts, *_ints(pairs.expert, each), np.uint32(128 * layout.slots - 4))
+    call = (x, y, pairs.experts, *_ints(pairs.expert, each), _ring(layout))
     grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
     return Launch(kernel, grid, (*packed.arrays.values(), *scales, *sizes, *call))
 
 
+def _by_batches(
+    stack: PackedStack,
+    packed: PackedRuns,
+    batch: Batch,
+    x: Any,
+    y: Any,
+    pairs: _Pairs,
+    workspace: Workspace,
+) -> list[Launch]:
+    """y [pairs, rows], an expert's tokens together."""
+    layout, scales = batch.layout, batch.layout.column_scales
+    launches: list[Launch] = []
+    mode, listed, tiles = "ONE", pairs.experts, None
+    count = pairs.count if scales else pairs.count // pairs.per_x
+    terms = workspace.empty((count, batch.terms, batch.places), batch.term)
+    by_column = stack.arrays["column_scale"]
+    sizes = _ints(layout.experts, pairs.expert, count, pairs.per_x)
+    cut = batch.prepare(workspace.limits, count, (x, by_column, listed, terms, *sizes))
+    if pairs.experts is not None:
+        mode, tile = "GROUPS", run_batches.TOKENS
+        launches, listed, tiles = _sort(stack.layout, pairs, tile, tile, workspace)
+    kernel = batch.product(element_type(y.dtype), mode)
+    arrays = (*packed.arrays.values(), stack.arrays["row_scale"], by_column)
+    sizes = _ints(layout.experts, layout.rows)
+    call = (terms, y, listed, tiles, *_ints(pairs.expert, pairs.count, pairs.per_x))
+    blocks = min(workspace.limits.multiprocessors, pairs.count * layout.groups)
+    constants = (_ring(layout), np.int32(runs.LINE_BYTES - 1))
+    return [*launches, cut, Launch(kernel, blocks, (*arrays, *sizes, *call, *constants))]
+
+
+def _ring(layout: RunLayout) -> np.uint32:
+    """From a region's end to the beginning of the next one."""
+    return np.uint32(runs.LINE_BYTES * layout.slots - 4)
+
+
 def _sort(
-    layout: Layout, pairs: _Pairs, tile: int, workspace: Workspace
+    layout: Layout, pairs: _Pairs, tile: int, small: int, workspace: Workspace
 ) -> tuple[list[Launch], Any, Any]:
     """Order pairs by expert and cut them into tiles: launches, order, tiles."""
     order = workspace.empty((pairs.count,), "int32")
     tiles = workspace.empty((1 + 3 * pairs.count,), "int32")
     ranks = workspace.empty((pairs.count,), "int32")
     counts = workspace.empty((layout.experts + 1,), "int32")
-    text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=SMALL_TILE)
+    text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=small)
     sizes = _ints(pairs.count, layout.experts)
     arguments = (pairs.experts, order, tiles, ranks, counts, *sizes)
     return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], order, tiles
@@ -219,6 +260,13 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
     if isinstance(layout, DictLayout):
         return int_dict_kernels.product(layout, product, limits)
     return int_group_kernels.product(layout, product)
+
+
+@lru_cache(maxsize=1024)
+def _batch(layout: Layout, packed: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
+    """None if tokens go one after another: for levels beyond 1, too."""
+    ternary = isinstance(layout, DictLayout) and layout.refinement is None
+    return run_batches.choose(packed, x, limits) if ternary else None
 
 
 @lru_cache(maxsize=1024)

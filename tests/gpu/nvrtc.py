@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 
+from qmoe_format.gpu.launch import Kernel
+
 # The compilers of cupy-cuda12x and of cupy-cuda13x.
 PACKAGES = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 ARCHITECTURES = (
@@ -27,6 +29,11 @@ _KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
+
+
+def architectures(kernel: Kernel) -> tuple[str, ...]:
+    """Those that have a kernel's instructions: mma of bf16 came with sm_80."""
+    return tuple(a for a in ARCHITECTURES if "mma.sync" not in kernel.source or a != "sm_75")
 
 
 class CompileError(Exception):

@@ -1,0 +1,124 @@
+"""Products of several tokens an expert from runs, on tensor cores: ``kernels/run_batch.cu``.
+
+A group's codes are turned once into marks, one bit for each place and sign, for up to ``TOKENS``
+tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qmoe_format.gpu.cuda import DeviceLimits
+from qmoe_format.gpu.kernel_text import source
+from qmoe_format.gpu.launch import Kernel, Launch
+from qmoe_format.gpu.runs import LINE_BYTES, RunLayout, defines
+
+THREADS = 512
+TERM_THREADS = 256
+WARPS = THREADS // 32
+OLDEST = 80  # the compute capability that has mma.m16n8k16 of bf16
+TOKENS = 64  # of a tile: more would leave too much to the blocks of experts that many tokens want
+MOST_TILES = 6  # of 8 rows: their sums for 16 tokens, 48 registers, and x fit into 128
+# In shared memory, so that four warps or more share a row. A tensor core does not round but cuts:
+# each of eight products, a bit below the last one of their sum, and then the sum. That is an error
+# of 10/8 x 2^-24 at worst for each of the columns that a warp adds up; [M-1] allows 2^-24 for every
+# column of the row. Of few columns, a warp may have most; there is little to gain, too.
+MOST_ROWS = 4 * 8 * MOST_TILES
+FEWEST_COLUMNS = 256
+# Tokens of an expert from which on this is faster than one after another. A code takes 10
+# instructions instead of 6, a weight 2 more, in which at 88.5 % zeros there are 0.12 codes: as many
+# as 4.5 tokens take. At 60 %, with 0.44 codes, it is 2.4 tokens.
+FEWEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How a stack is multiplied by several tokens.
+
+    Attributes:
+        layout: of the runs.
+        groups: so many are in shared memory at once.
+        x: element type of x.
+    """
+
+    layout: RunLayout
+    groups: int
+    x: str
+
+    @property
+    def places(self) -> int:
+        """Of a row, in the order of ``kernels/run_order.cu``."""
+        return 32 * self.layout.lanes * _lines(self.layout)
+
+    @property
+    def terms(self) -> int:
+        """How many numbers of 16 bits add up to one of x, times a column scale of 8 bits."""
+        if self.layout.column_scales:
+            return 2 if self.x == "bf16" else 3
+        return 3 if self.x == "fp32" else 1
+
+    @property
+    def term(self) -> str:
+        """Their element type: bf16 has the range of all products."""
+        return "fp16" if self.x == "fp16" and not self.layout.column_scales else "bf16"
+
+    def _source(self, *names: str, **more: str | int) -> str:
+        return source(
+            *names,
+            **defines(self.layout),
+            COLUMNS=self.layout.columns,
+            SLOTS=self.layout.slots,
+            COLUMN_SCALES=int(self.layout.column_scales),
+            TERM_TYPE=self.term,
+            TERMS=self.terms,
+            **more,
+        )
+
+    def prepare(self, limits: DeviceLimits, count: int, arguments: tuple[Any, ...]) -> Launch:
+        """Cut ``count`` vectors into terms."""
+        text = self._source("types", "runs", "run_order", "run_terms", X_TYPE=self.x)
+        blocks = min(limits.multiprocessors * 8, -(-count * self.places // TERM_THREADS))
+        return Launch(Kernel("run_terms", text, TERM_THREADS), blocks, arguments)
+
+    def product(self, y: str, pairs: str) -> Kernel:
+        """The kernel for y = W x; ``pairs``: ``ONE`` or ``GROUPS``."""
+        text = self._source(
+            *("types", "runs", "run_lane", "run_order", "share", "tiles", "mma", "run_batch"),
+            Y_TYPE=y,
+            PAIRS=pairs,
+            SCALES=self.layout.scales,
+            LINE_BYTES=LINE_BYTES,
+            TOKENS=TOKENS,
+            BATCH=self.groups,
+            MOST_TILES=MOST_TILES,
+            THREADS=THREADS,
+        )
+        shared = self.groups * _group_bytes(self.layout) + _sum_bytes()
+        return Kernel("product", text, THREADS, shared)
+
+
+def choose(layout: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
+    """How to multiply ternary matrices; None on old GPUs, and for short or very long rows."""
+    tile = 8 * layout.lanes // 16  # groups of 8 rows
+    room = max(limits.shared_bytes - _sum_bytes(), 0)
+    fit = min(room // _group_bytes(layout), MOST_ROWS * layout.lanes // 16)
+    # A warp takes a group at a time: equally many each, if there are so many.
+    groups = fit // WARPS * WARPS or fit // max(tile, 1) * tile
+    short = layout.columns < FEWEST_COLUMNS or layout.lanes < 2
+    return None if limits.capability < OLDEST or short or not groups else Batch(layout, groups, x)
+
+
+def _lines(layout: RunLayout) -> int:
+    """Of marks, as in ``kernels/run_order.cu``."""
+    multiple = max(4 // layout.lanes, 1)
+    return (layout.slots // 32 + multiple) // multiple * multiple
+
+
+def _group_bytes(layout: RunLayout) -> int:
+    return 128 * _lines(layout) + 16
+
+
+def _sum_bytes() -> int:
+    """Partial sums of 8 tokens by all warps."""
+    return 4 * 8 * WARPS * (8 * MOST_TILES + 4)
