@@ -144,7 +144,7 @@ def _products(
         mode = "ONE"
     elif tile > 1:
         mode = "GROUPS"
-        launches, listed, tiles = _sort(layout, pairs, tile, SMALL_TILE, workspace)
+        launches, listed, tiles = _sort(layout, pairs, tile, workspace)
     else:
         mode, listed = "LIST", pairs.experts
     if not tile and isinstance(layout, DictLayout):
@@ -183,24 +183,31 @@ def _by_batches(
     workspace: Workspace,
 ) -> list[Launch]:
     """y [pairs, rows], an expert's tokens together."""
-    layout, scales = batch.layout, batch.layout.column_scales
-    launches: list[Launch] = []
-    mode, listed, tiles = "ONE", pairs.experts, None
-    count = pairs.count if scales else pairs.count // pairs.per_x
+    layout, limits = batch.layout, workspace.limits
+    count = pairs.count if layout.column_scales else pairs.count // pairs.per_x
     terms = workspace.empty((count, batch.terms, batch.places), batch.term)
-    by_column = stack.arrays["column_scale"]
-    sizes = _ints(layout.experts, pairs.expert, count, pairs.per_x)
-    cut = batch.prepare(workspace.limits, count, (x, by_column, listed, terms, *sizes))
+    sorting: tuple[Any, ...] = (None, None, None, None)
+    mode = "ONE"
     if pairs.experts is not None:
-        mode, tile = "GROUPS", run_batches.TOKENS
-        launches, listed, tiles = _sort(stack.layout, pairs, tile, tile, workspace)
-    kernel = batch.product(element_type(y.dtype), mode)
-    arrays = (*packed.arrays.values(), stack.arrays["row_scale"], by_column)
-    sizes = _ints(layout.experts, layout.rows)
-    call = (terms, y, listed, tiles, *_ints(pairs.expert, pairs.count, pairs.per_x))
-    blocks = min(workspace.limits.multiprocessors, pairs.count * layout.groups)
-    constants = (_ring(layout), np.int32(runs.LINE_BYTES - 1))
-    return [*launches, cut, Launch(kernel, blocks, (*arrays, *sizes, *call, *constants))]
+        mode, sorting = "GROUPS", _sorting(stack.layout, pairs, workspace)
+    row_scale, column_scale = stack.arrays["row_scale"], stack.arrays["column_scale"]
+    about = _ints(pairs.expert, pairs.count, pairs.per_x)
+    prepare = Launch(
+        batch.prepare(mode),
+        min(limits.multiprocessors * 8, 1 + count * batch.places // run_batches.TERM_THREADS),
+        (x, column_scale, terms, pairs.experts, *sorting, np.int32(layout.experts), *about),
+    )
+    product = Launch(
+        batch.product(element_type(y.dtype), mode),
+        min(limits.multiprocessors, pairs.count * layout.groups),
+        (
+            *(*packed.arrays.values(), row_scale, column_scale),
+            *_ints(layout.experts, layout.rows),
+            *(terms, y, *sorting[:2], *about),
+            *(_ring(layout), np.int32(runs.LINE_BYTES - 1)),
+        ),
+    )
+    return [prepare, product]
 
 
 def _ring(layout: RunLayout) -> np.uint32:
@@ -209,17 +216,23 @@ def _ring(layout: RunLayout) -> np.uint32:
 
 
 def _sort(
-    layout: Layout, pairs: _Pairs, tile: int, small: int, workspace: Workspace
+    layout: Layout, pairs: _Pairs, tile: int, workspace: Workspace
 ) -> tuple[list[Launch], Any, Any]:
     """Order pairs by expert and cut them into tiles: launches, order, tiles."""
-    order = workspace.empty((pairs.count,), "int32")
-    tiles = workspace.empty((1 + 3 * pairs.count,), "int32")
-    ranks = workspace.empty((pairs.count,), "int32")
-    counts = workspace.empty((layout.experts + 1,), "int32")
-    text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=small)
-    sizes = _ints(pairs.count, layout.experts)
-    arguments = (pairs.experts, order, tiles, ranks, counts, *sizes)
-    return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], order, tiles
+    arrays = _sorting(layout, pairs, workspace)
+    text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=SMALL_TILE)
+    arguments = (pairs.experts, *arrays, *_ints(pairs.count, layout.experts))
+    return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], *arrays[:2]
+
+
+def _sorting(layout: Layout, pairs: _Pairs, workspace: Workspace) -> tuple[Any, Any, Any, Any]:
+    """What sorting writes: order, tiles and scratch."""
+    return (
+        workspace.empty((pairs.count,), "int32"),
+        workspace.empty((1 + 3 * pairs.count,), "int32"),
+        workspace.empty((pairs.count,), "int32"),
+        workspace.empty((layout.experts + 1,), "int32"),
+    )
 
 
 def _prepare(

@@ -7,11 +7,10 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.kernel_text import source
-from qmoe_format.gpu.launch import Kernel, Launch
+from qmoe_format.gpu.launch import Kernel
 from qmoe_format.gpu.runs import LINE_BYTES, RunLayout, defines
 
 THREADS = 512
@@ -63,7 +62,7 @@ class Batch:
         """Their element type: bf16 has the range of all products."""
         return "fp16" if self.x == "fp16" and not self.layout.column_scales else "bf16"
 
-    def _source(self, *names: str, **more: str | int) -> str:
+    def _source(self, *names: str, pairs: str, threads: int, **more: str | int) -> str:
         return source(
             *names,
             **defines(self.layout),
@@ -72,27 +71,29 @@ class Batch:
             COLUMN_SCALES=int(self.layout.column_scales),
             TERM_TYPE=self.term,
             TERMS=self.terms,
+            PAIRS=pairs,
+            TOKENS=TOKENS,
+            THREADS=threads,
             **more,
         )
 
-    def prepare(self, limits: DeviceLimits, count: int, arguments: tuple[Any, ...]) -> Launch:
-        """Cut ``count`` vectors into terms."""
-        text = self._source("types", "runs", "run_order", "run_terms", X_TYPE=self.x)
-        blocks = min(limits.multiprocessors * 8, -(-count * self.places // TERM_THREADS))
-        return Launch(Kernel("run_terms", text, TERM_THREADS), blocks, arguments)
+    def prepare(self, pairs: str) -> Kernel:
+        """The kernel that cuts x into terms and sorts the pairs."""
+        files = ("types", "runs", "run_order", "sort", "run_terms")
+        text = self._source(*files, pairs=pairs, threads=TERM_THREADS, X_TYPE=self.x, SOME=TOKENS)
+        return Kernel("run_terms", text, TERM_THREADS)
 
     def product(self, y: str, pairs: str) -> Kernel:
         """The kernel for y = W x; ``pairs``: ``ONE`` or ``GROUPS``."""
         text = self._source(
             *("types", "runs", "run_lane", "run_order", "share", "tiles", "mma", "run_batch"),
+            pairs=pairs,
+            threads=THREADS,
             Y_TYPE=y,
-            PAIRS=pairs,
             SCALES=self.layout.scales,
             LINE_BYTES=LINE_BYTES,
-            TOKENS=TOKENS,
             BATCH=self.groups,
             MOST_TILES=MOST_TILES,
-            THREADS=THREADS,
         )
         shared = self.groups * _group_bytes(self.layout) + _sum_bytes()
         return Kernel("product", text, THREADS, shared)

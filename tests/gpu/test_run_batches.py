@@ -162,5 +162,5 @@ def test_when_it_is_used(cupy: FakeCupy) -> None:
     assert launched([ternary], run_batches.FEWEST) == ["run_terms", "product"]
     assert launched([ternary], run_batches.FEWEST - 1) == ["product"]
     assert launched([refined], 8) == ["product"]
-    assert launched([ternary] * 4, 8, experts=4) == ["sort", "run_terms", "product"]
+    assert launched([ternary] * 4, 8, experts=4) == ["run_terms", "product"]
     assert launched([ternary] * 5, 8, experts=5) == ["product"]

@@ -2,9 +2,6 @@
 // a pair], so that no thread divides; a block's warps take groups of the matrix in turn. What takes
 // long is asked for first: offsets, x, and words as soon as their offsets are there.
 
-#define ONE 0
-#define LIST 1
-
 constexpr int X_BYTES = (SLOTS + 1) * LINE_BYTES;
 
 // x is staged 16 bytes at a time, which have so many columns, or the same ones twice or four times.

@@ -6,11 +6,6 @@
 //     tile 0: units 0 1 2 ... U-1 | tile 1: units 0 1 2 ... U-1 | ...
 //     '-- block 0 --''-- block 1 --''-- block 2 --' ...
 
-// PAIRS: tokens of ONE matrix, a LIST of experts, or GROUPS of pairs with the same expert.
-#define ONE 0
-#define LIST 1
-#define GROUPS 2
-
 struct Tile {
     int expert, count;
     const int* order;  // GROUPS: its pairs
