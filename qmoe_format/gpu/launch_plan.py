@@ -129,7 +129,7 @@ def _products(
     if stack.runs:
         batch = _batch(layout, stack.runs.layout, element_type(x.dtype), limits)
         matrices = 1 if pairs.experts is None else min(layout.experts, pairs.count)
-        if batch and pairs.count >= run_batches.FEWEST * matrices:
+        if batch and pairs.count >= batch.fewest * matrices:
             return _by_batches(stack, stack.runs, batch, x, y, pairs, workspace)
         if max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
             return [_by_runs(stack, stack.runs, x, y, pairs, limits)]

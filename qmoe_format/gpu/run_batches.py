@@ -18,17 +18,13 @@ TERM_THREADS = 256
 WARPS = THREADS // 32
 OLDEST = 80  # the compute capability that has mma.m16n8k16 of bf16
 TOKENS = 64  # of a tile: more would leave too much to the blocks of experts that many tokens want
-MOST_TILES = 6  # of 8 rows: their sums for 16 tokens, 48 registers, and x fit into 128
+WARP_ROWS = 48  # of a warp: their sums for 16 tokens and x fit into 128 registers
 # In shared memory, so that four warps or more share a row. A tensor core does not round but cuts:
 # each of eight products, a bit below the last one of their sum, and then the sum. That is an error
 # of 10/8 x 2^-24 at worst for each of the columns that a warp adds up; [M-1] allows 2^-24 for every
 # column of the row. Of few columns, a warp may have most; there is little to gain, too.
-MOST_ROWS = 4 * 8 * MOST_TILES
+MOST_ROWS = 4 * WARP_ROWS
 FEWEST_COLUMNS = 256
-# Tokens of an expert from which on this is faster than one after another. A code takes 10
-# instructions instead of 6, a weight 2 more, in which at 88.5 % zeros there are 0.12 codes: as many
-# as 4.5 tokens take. At 60 %, with 0.44 codes, it is 2.4 tokens.
-FEWEST = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +58,16 @@ class Batch:
         """Their element type: bf16 has the range of all products."""
         return "fp16" if self.x == "fp16" and not self.layout.column_scales else "bf16"
 
+    @property
+    def fewest(self) -> int:
+        """Tokens of an expert from which on this is faster than one after another.
+
+        A code takes 9 instructions instead of 6, but once for all tokens; a weight takes 2.6 more.
+        The rarer codes are, the more that is: 2.4 tokens' at 60 % zeros, with 0.43 codes of 4 bits
+        a weight, 4.9 at 88.5 %, with 0.12 of 6 bits. And there is a launch more.
+        """
+        return self.layout.bits
+
     def _source(self, *names: str, pairs: str, threads: int, **more: str | int) -> str:
         return source(
             *names,
@@ -93,7 +99,7 @@ class Batch:
             SCALES=self.layout.scales,
             LINE_BYTES=LINE_BYTES,
             BATCH=self.groups,
-            MOST_TILES=MOST_TILES,
+            WARP_ROWS=WARP_ROWS,
         )
         shared = self.groups * _group_bytes(self.layout) + _sum_bytes()
         return Kernel("product", text, THREADS, shared)
@@ -101,7 +107,7 @@ class Batch:
 
 def choose(layout: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
     """How to multiply ternary matrices; None on old GPUs, and for short or very long rows."""
-    tile = 8 * layout.lanes // 16  # groups of 8 rows
+    tile = (16 if layout.scales == 1 else 8) * layout.lanes // 16  # groups of a tile of A
     room = max(limits.shared_bytes - _sum_bytes(), 0)
     fit = min(room // _group_bytes(layout), MOST_ROWS * layout.lanes // 16)
     # A warp takes a group at a time: equally many each, if there are so many.
@@ -122,4 +128,4 @@ def _group_bytes(layout: RunLayout) -> int:
 
 def _sum_bytes() -> int:
     """Partial sums of 8 tokens by all warps."""
-    return 4 * 8 * WARPS * (8 * MOST_TILES + 4)
+    return 4 * 8 * WARPS * (WARP_ROWS + 4)

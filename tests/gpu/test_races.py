@@ -491,7 +491,7 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "groups after the last one": (
         batch_products_of_few_rows,
-        "(count + 8 / ROWS - 1) / (8 / ROWS) * (8 / ROWS)",
+        "(count + TILE_GROUPS - 1) / TILE_GROUPS * TILE_GROUPS",
         "count",
         RACE,
     ),
@@ -521,7 +521,7 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "(of < tile.count ?",
         WRONG,
     ),
-    "a column too far": (batch_products, "at / 2 % 4 + at % 2 * 16", "at / 2 % 4", WRONG),
+    "a column too far": (batch_products, "slot_of(two) + at % 2 * 16", "slot_of(two)", WRONG),
     # Groups.
     "x, no barrier": (
         group_products,

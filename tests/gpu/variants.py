@@ -203,6 +203,9 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product of runs, 6 bits, groups of tokens": partial(
         run_product, 1536, 6, 2, tokens=16, k=2, column_scales=True
     ),
+    "product of runs, one scale, groups of tokens": partial(
+        run_product, 14336, 6, 16, tokens=16, k=2, scales=1, column_scales=True
+    ),
     "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
     "terms of x": partial(run_product, 14336, 6, 16, tokens=16, place=0, column_scales=True),
     "terms of x and groups": partial(run_product, 1536, 6, 2, "fp16", tokens=16, k=2, place=0),

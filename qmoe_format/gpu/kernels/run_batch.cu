@@ -5,15 +5,19 @@
 // region as in x of a single token, so that marking has no bank conflicts. Then all warps multiply
 // these rows by up to 16 tokens at a time, sharing out the places and, if there are many rows, those.
 //
-// A tile of A has 8 rows of W: their halves above zero, and below them their halves below zero. Two
-// marks are cut out of a word at a time, each moved to bit 14 of half a register, which there means
-// 2.0, in bf16 and in fp16. x comes from global memory as `run_terms` has left it.
+// Two marks are cut out of a word at a time, each moved to bit 14 of half a register, which there
+// means 2.0, in bf16 and in fp16. Bit 15 is the sign. If a row has one scale, a tile of A is 16 rows
+// of W; otherwise 8, first their halves above zero, then those below. x comes from global memory as
+// `run_terms` has left it.
 
 constexpr int WARPS = THREADS / 32;
 // Four words after each group: so that 8 rows at the same place lie in different banks.
 constexpr int GROUP_WORDS = 32 * LINES + 4;
 constexpr int MARK_WORDS = BATCH * GROUP_WORDS;
-constexpr int TILE_WORDS = 8 / ROWS * GROUP_WORDS;  // from one tile of A to the next
+constexpr int EIGHT_ROWS = 8 / ROWS * GROUP_WORDS;  // words from a row to the eighth after it
+constexpr int TILE_ROWS = SCALES == 1 ? 16 : 8;     // of W, in a tile of A
+constexpr int TILE_GROUPS = TILE_ROWS / ROWS;
+constexpr int MOST_TILES = WARP_ROWS / TILE_ROWS;
 
 // The matrices, whose units are groups.
 struct Matrices : Stack {
@@ -82,16 +86,48 @@ __device__ __forceinline__ void mark_groups(const Stack& stack, int expert, int 
             });
     }
     // The last tile of A may reach beyond the last group.
-    for (; number < (count + 8 / ROWS - 1) / (8 / ROWS) * (8 / ROWS); number += WARPS) {
+    for (; number < (count + TILE_GROUPS - 1) / TILE_GROUPS * TILE_GROUPS; number += WARPS) {
         clear_group(marks, number);
     }
 }
 
-// Marks i and i + 16 of a word, as 0 or 2.0.
-template <int i>
-__device__ __forceinline__ u32 cut_out(u32 word) {
-    return (i < 15 ? word << max(14 - i, 0) : word >> 1) & 0x40004000u;
-}
+// A lane's marks of a unit, in rows g and g + 8 of a tile of A.
+template <int scales>
+struct Marks;
+
+template <>
+struct Marks<2> {
+    u32 of[2];
+
+    Marks() = default;
+    __device__ explicit Marks(const u32* word) : of{word[0], word[LANES]} {}
+    // A pair of slots.
+    template <int two>
+    __device__ __forceinline__ u32 cut_out(int row) const {
+        constexpr int left = 14 - slot_of(two);
+        return (left < 0 ? of[row] >> 1 : of[row] << max(left, 0)) & 0x40004000u;
+    }
+};
+
+// Two bits for each slot: whether there is a mark, and whether it is below zero.
+template <>
+struct Marks<1> {
+    u32 even[2], odd[2];
+
+    Marks() = default;
+    __device__ explicit Marks(const u32* word) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const u32 low = word[row * EIGHT_ROWS + LANES], any = word[row * EIGHT_ROWS] | low;
+            even[row] = (any & 0x55555555u) | (low << 1 & 0xaaaaaaaau);
+            odd[row] = (any >> 1 & 0x55555555u) | (low & 0xaaaaaaaau);
+        }
+    }
+    template <int two>
+    __device__ __forceinline__ u32 cut_out(int row) const {
+        return (two < 8 ? even[row] : odd[row]) << (14 - two % 8 * 2) & 0xc000c000u;
+    }
+};
 
 // A warp's part of the work: `tiles` tiles of A from `first` on, and every `parts`-th step.
 struct WarpPart {
@@ -113,11 +149,9 @@ template <int TB>
 struct Sums {
     float of[MOST_TILES][TB][4];
 
-    // Add quarters `v` to 3 of a step of the tiles, whose halves above and below zero have these
-    // marks.
+    // Add quarters `v` to 3 of a step.
     template <int v>
-    __device__ __forceinline__ void add(int tiles, const u32 (&high)[MOST_TILES],
-                                        const u32 (&low)[MOST_TILES],
+    __device__ __forceinline__ void add(int tiles, const Marks<SCALES> (&marks)[MOST_TILES],
                                         const TERM_TYPE* const (&x)[TB]) {
         if constexpr (v < 4) {
             uint4 given[TB];
@@ -126,17 +160,19 @@ struct Sums {
 #pragma unroll
             for (int m = 0; m < MOST_TILES; m++) {
                 if (m >= tiles) continue;
-                const u32 a[4] = {cut_out<4 * v>(high[m]), cut_out<4 * v>(low[m]),
-                                  cut_out<4 * v + 1>(high[m]), cut_out<4 * v + 1>(low[m])};
-                const u32 b[4] = {cut_out<4 * v + 2>(high[m]), cut_out<4 * v + 2>(low[m]),
-                                  cut_out<4 * v + 3>(high[m]), cut_out<4 * v + 3>(low[m])};
+                const Marks<SCALES>& of_tile = marks[m];
+                constexpr int two = 4 * v;
+                const u32 a[4] = {of_tile.cut_out<two>(0), of_tile.cut_out<two>(1),
+                                  of_tile.cut_out<two + 1>(0), of_tile.cut_out<two + 1>(1)};
+                const u32 b[4] = {of_tile.cut_out<two + 2>(0), of_tile.cut_out<two + 2>(1),
+                                  of_tile.cut_out<two + 3>(0), of_tile.cut_out<two + 3>(1)};
 #pragma unroll
                 for (int n = 0; n < TB; n++) {
                     multiply_add(TERM_TYPE(), of[m][n], a, given[n].x, given[n].y);
                     multiply_add(TERM_TYPE(), of[m][n], b, given[n].z, given[n].w);
                 }
             }
-            add<v + 1>(tiles, high, low, x);
+            add<v + 1>(tiles, marks, x);
         }
     }
 };
@@ -145,7 +181,7 @@ struct Sums {
 template <int TB>
 __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, const Tile& tile,
                                          int token, Rows rows, const u32* marks, float* partial) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, all = (rows.count + 7) / 8;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, all = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
     const WarpPart part(all);
     const TERM_TYPE* x[TB];
 #pragma unroll
@@ -155,7 +191,7 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
         const u64 number = COLUMN_SCALES ? pair : pair / call.pairs_per_x;
         x[n] = call.x + number * TERMS * PLACES + 8 * t;
     }
-    const u32* const lines = marks + (8 * part.first + g) / ROWS * GROUP_WORDS + g % ROWS * 2 * LANES;
+    const u32* const lines = marks + (TILE_ROWS * part.first + g) / ROWS * GROUP_WORDS + g % ROWS * 2 * LANES;
     Sums<TB> sums = {};
     // The smallest terms first: beside larger ones, tensor cores would cut off bits of them.
 #pragma unroll 1
@@ -164,33 +200,39 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
         for (int step = part.step; step < STEPS; step += part.parts) {
             const int unit = 4 * step + t;
             const u32* const word = lines + unit / LANES * 32 + unit % LANES;
-            u32 high[MOST_TILES], low[MOST_TILES];
+            Marks<SCALES> of[MOST_TILES];
 #pragma unroll
             for (int m = 0; m < MOST_TILES; m++) {
-                if (m >= part.tiles) continue;
-                high[m] = word[m * TILE_WORDS];
-                low[m] = word[m * TILE_WORDS + LANES];
+                if (m < part.tiles) of[m] = Marks<SCALES>(word + m * (TILE_ROWS / 8 * EIGHT_ROWS));
             }
             const TERM_TYPE* at[TB];
 #pragma unroll
             for (int n = 0; n < TB; n++) at[n] = x[n] + term * PLACES + 128 * step;
-            sums.template add<0>(part.tiles, high, low, at);
+            sums.template add<0>(part.tiles, of, at);
         }
     }
     // Partial sums of a row by its warps, [parts][8 tokens][rows]. So many words between two tokens
     // that a warp's lie in different banks.
-    const int stride = 8 * all + 4;
+    const int stride = TILE_ROWS * all + 4;
 #pragma unroll
     for (int n = 0; n < TB; n++) {
 #pragma unroll
         for (int m = 0; m < MOST_TILES; m++) {
             if (m >= part.tiles) continue;
-            const int row = 8 * (part.first + m) + g;
-            const Scales scales(stack, tile.expert, rows.first + row);
+            const int row = TILE_ROWS * (part.first + m) + g;
             const float(&four)[4] = sums.of[m][n];
             float* const to = partial + (8 * part.step + 2 * t) * stride + row;
-            to[0] = scales.of(four[0], four[2]);
-            to[stride] = scales.of(four[1], four[3]);
+            const Scales scales(stack, tile.expert, rows.first + row);
+            if (SCALES == 2) {
+                to[0] = scales.of(four[0], four[2]);
+                to[stride] = scales.of(four[1], four[3]);
+            } else {
+                const Scales below(stack, tile.expert, rows.first + row + 8);
+                to[0] = scales.high * (0.5f * four[0]);
+                to[stride] = scales.high * (0.5f * four[1]);
+                to[8] = below.high * (0.5f * four[2]);
+                to[stride + 8] = below.high * (0.5f * four[3]);
+            }
         }
         __syncthreads();
         const int of = threadIdx.x / 32 % 8, number = token + 8 * n + of;
