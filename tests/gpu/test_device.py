@@ -225,6 +225,53 @@ def test_a_stack_of_more_than_4_gib() -> None:
     assert gpu.decode(stack[-1]).get().tobytes() == expected.tobytes()
 
 
+# -- Several tokens an expert, from runs -----------------------------------------------------------
+
+# Sixteen, eight, two and four lanes to a half row.
+WIDE = [(515, 14336), (1030, 4097), (4095, 1536), (2047, 771)]
+
+
+@pytest.mark.parametrize("size", WIDE, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("zeros", [0.6, 0.885])
+@pytest.mark.parametrize("scales", [1, 2])
+@pytest.mark.parametrize("column_scale", [False, True])
+@pytest.mark.parametrize("dtype", NAMES)
+def test_batches(
+    dtype: str, column_scale: bool, scales: int, zeros: float, size: tuple[int, int]
+) -> None:
+    """[M-1] and [M-2] with the shapes of real experts; 80 tokens are two tiles."""
+    kind = replace(BF16, scales=scales, column_scale=column_scale, dtype=dtype)
+    for exact in (False, True):
+        shape = Shape(*size, zeros, None, 0, exact)
+        members, stack = stack_of(kind, shape, 2)
+        x = vectors(kind, shape, 80)
+        for tokens in (8, 16, 80):
+            y = numbers(gpu.matmul(stack[1], on_gpu(x[:tokens], dtype)), dtype)
+            if exact:
+                assert np.array_equal(y, rounded(x[:tokens] @ dequantize(members[1]).T, dtype))
+            else:
+                assert within_tolerance(members[1], x[:tokens], y, dtype)
+
+
+@pytest.mark.parametrize("column_scale", [False, True])
+def test_batches_of_experts(column_scale: bool) -> None:
+    """Some experts have 60 tokens, some one, some none."""
+    kind = replace(BF16, scales=1, column_scale=column_scale)
+    shape = Shape(301, 2050, 0.7, None, 0, exact=True)
+    members, stack = stack_of(kind, shape, 6)
+    experts = np.tile(np.array([0, 4], np.int32), (60, 1))
+    experts[7] = 2, 9
+    x = vectors(kind, shape, 60)
+    out = gpu.require().empty((60, 2, 301), "float32")
+    gpu.expert_matvec(stack, on_gpu(x, "bf16"), gpu.require().asarray(experts), out=out)
+    there = experts < 6
+    decoded = np.stack([dequantize(member) for member in members])
+    for token, pair in np.argwhere(there):
+        expected = decoded[experts[token, pair]] @ x[token]
+        assert np.array_equal(out[token, pair].get(), expected)
+    assert np.isnan(out.get()[~there]).all()
+
+
 # -- Streams and graphs ----------------------------------------------------------------------------
 
 
