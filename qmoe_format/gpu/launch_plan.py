@@ -192,22 +192,20 @@ def _by_batches(
         mode, sorting = "GROUPS", _sorting(stack.layout, pairs, workspace)
     row_scale, column_scale = stack.arrays["row_scale"], stack.arrays["column_scale"]
     about = _ints(pairs.expert, pairs.count, pairs.per_x)
-    prepare = Launch(
-        batch.prepare(mode),
-        min(limits.multiprocessors * 8, 1 + count * batch.places // run_batches.TERM_THREADS),
-        (x, column_scale, terms, pairs.experts, *sorting, np.int32(layout.experts), *about),
-    )
-    product = Launch(
-        batch.product(element_type(y.dtype), mode),
-        min(limits.multiprocessors, pairs.count * layout.groups),
-        (
-            *(*packed.arrays.values(), row_scale, column_scale),
-            *_ints(layout.experts, layout.rows),
-            *(terms, y, *sorting[:2], *about),
-            *(_ring(layout), np.int32(runs.LINE_BYTES - 1)),
+    prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
+    cut = (x, column_scale, terms, pairs.experts, *sorting, np.int32(layout.experts), *about)
+    blocks = 1 + count * batch.places // prepare.threads
+    arrays = (*packed.arrays.values(), row_scale, column_scale)
+    sizes = _ints(layout.experts, layout.rows)
+    call = (terms, y, *sorting[:2], *about, _ring(layout), np.int32(runs.LINE_BYTES - 1))
+    return [
+        Launch(prepare, min(limits.multiprocessors * 8, blocks), cut),
+        Launch(
+            product,
+            min(limits.multiprocessors, pairs.count * layout.groups),
+            (*arrays, *sizes, *call),
         ),
-    )
-    return [prepare, product]
+    ]
 
 
 def _ring(layout: RunLayout) -> np.uint32:
@@ -280,6 +278,11 @@ def _batch(layout: Layout, packed: RunLayout, x: str, limits: DeviceLimits) -> B
     """None if tokens go one after another: for levels beyond 1, too."""
     ternary = isinstance(layout, DictLayout) and layout.refinement is None
     return run_batches.choose(packed, x, limits) if ternary else None
+
+
+@lru_cache(maxsize=1024)
+def _batch_kernels(batch: Batch, y: str, pairs: str) -> tuple[Kernel, Kernel]:
+    return batch.prepare(pairs), batch.product(y, pairs)
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,12 @@
 // A block takes as many groups as fit into its shared memory. First each warp follows the paths of a
 // group and marks where they land, with one bit: words [LINES][32 banks], a bank for each lane's
 // region as in x of a single token, so that marking has no bank conflicts. Then all warps multiply
-// these rows by up to 16 tokens at a time, sharing out the places and, if there are many rows, those.
+// these rows by up to 16 tokens at a time, sharing out the steps and, if there are many, the rows.
+//
+//     bank                0 ... LANES-1         LANES ... 2 LANES-1    ...
+//     line LINES-1        regions, above zero   the same, below zero   the next row
+//       bit 31            the last slot
+//       bit 30            the one before
 //
 // Two marks are cut out of a word at a time, each moved to bit 14 of half a register, which there
 // means 2.0, in bf16 and in fp16. Bit 15 is the sign. If a row has one scale, a tile of A is 16 rows
@@ -181,7 +186,8 @@ struct Sums {
 template <int TB>
 __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, const Tile& tile,
                                          int token, Rows rows, const u32* marks, float* partial) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, all = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int all = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
     const WarpPart part(all);
     const TERM_TYPE* x[TB];
 #pragma unroll
@@ -191,7 +197,8 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
         const u64 number = COLUMN_SCALES ? pair : pair / call.pairs_per_x;
         x[n] = call.x + number * TERMS * PLACES + 8 * t;
     }
-    const u32* const lines = marks + (TILE_ROWS * part.first + g) / ROWS * GROUP_WORDS + g % ROWS * 2 * LANES;
+    const int group = (TILE_ROWS * part.first + g) / ROWS;
+    const u32* const lines = marks + group * GROUP_WORDS + g % ROWS * 2 * LANES;
     Sums<TB> sums = {};
     // The smallest terms first: beside larger ones, tensor cores would cut off bits of them.
 #pragma unroll 1
