@@ -232,25 +232,28 @@ WIDE = [(515, 14336), (1030, 4097), (4095, 1536), (2047, 771)]
 
 
 @pytest.mark.parametrize("size", WIDE, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("zeros", [0.6, 0.885])
-@pytest.mark.parametrize("scales", [1, 2])
-@pytest.mark.parametrize("column_scale", [False, True])
-@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize(
+    ("dtype", "scales", "column_scale", "zeros"),
+    [
+        *[("bf16", 2, False, 0.6), ("bf16", 1, True, 0.885), ("fp16", 1, False, 0.885)],
+        *[("fp16", 2, True, 0.6), ("fp32", 2, False, 0.885)],
+    ],
+)
 def test_batches(
-    dtype: str, column_scale: bool, scales: int, zeros: float, size: tuple[int, int]
+    dtype: str, scales: int, column_scale: bool, zeros: float, size: tuple[int, int]
 ) -> None:
     """[M-1] and [M-2] with the shapes of real experts; 80 tokens are two tiles."""
     kind = replace(BF16, scales=scales, column_scale=column_scale, dtype=dtype)
     for exact in (False, True):
         shape = Shape(*size, zeros, None, 0, exact)
-        members, stack = stack_of(kind, shape, 2)
-        x = vectors(kind, shape, 80)
+        coded, x = matrix(kind, shape), vectors(kind, shape, 80)
+        stack, dense = gpu.upload(coded), dequantize(coded)
         for tokens in (8, 16, 80):
-            y = numbers(gpu.matmul(stack[1], on_gpu(x[:tokens], dtype)), dtype)
+            y = numbers(gpu.matmul(stack, on_gpu(x[:tokens], dtype)), dtype)
             if exact:
-                assert np.array_equal(y, rounded(x[:tokens] @ dequantize(members[1]).T, dtype))
+                assert np.array_equal(y, rounded(x[:tokens] @ dense.T, dtype))
             else:
-                assert within_tolerance(members[1], x[:tokens], y, dtype)
+                assert within_tolerance(coded, x[:tokens], y, dtype)
 
 
 @pytest.mark.parametrize("column_scale", [False, True])
