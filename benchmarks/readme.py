@@ -677,15 +677,15 @@ On one {gpu["device"]["name"]} (`python -m benchmarks.gpu`): y = W x with one ma
 then one token and eight experts, in one launch; then 16 tokens for each of eight experts. Compared
 are the fastest of several ways to multiply with torch in bf16, and QMoE's kernel, which we wrote
 from the paper. Each was timed in a CUDA graph, with matrices from memory, not from the L2 cache.
-*Bits* are those that a product reads, in the form that `gpu.upload` makes; the codewords, which
-decoding reads, are in memory as well.
+*Bits* are those that a product reads, in the form that `gpu.upload` makes; nothing else of a matrix
+is kept.
 
 {on_gpu(gpu["shapes"])}
 
 ![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
 
-Decoding writes bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least
-for small matrices. `results/gpu_prototypes.json` has what the layout was decided by.
+Decoding wrote bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least
+for small matrices, when it still read codewords. `results/gpu_prototypes.json` has what the layout was decided by.
 `results/gpu_kernels.json` has registers, shared memory and spills of all kernels for compute
 capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
 """

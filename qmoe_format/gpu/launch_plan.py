@@ -6,20 +6,21 @@ numpy's (bf16 as uint16).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import int_dict_kernels, int_group_kernels, runs
 from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Kernel, Launch
-from qmoe_format.gpu.packing import Layout, PackedStack
+from qmoe_format.gpu.packing import SCALES, Layout, PackedStack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 
@@ -66,8 +67,14 @@ def expert_matvec(
         weights: [tokens, k] or None.
         y: [tokens, k, rows]; with weights [tokens, rows].
         workspace: for scratch arrays.
+
+    Raises:
+        QMoEError: ``limit`` for more than ``MOST_BLOCKS`` experts of a token.
     """
     tokens, k = experts.shape
+    if k > MOST_BLOCKS:
+        problem = f"a token has {k} experts, more than {MOST_BLOCKS}"
+        raise QMoEError("limit", problem, "multiply by some of them at a time")
     pairs = _Pairs(tokens * k, k if len(x.shape) == 2 else 1, -1, experts)
     if weights is None:
         return _products(stack, x, y, pairs, workspace)
@@ -95,7 +102,15 @@ def decode(
     layout, limits = stack.layout, workspace.limits
     if not count * layout.units or not layout.columns:
         return []
-    kernel = _decode_kernel(layout, element_type(y.dtype), limits)
+    dtype = element_type(y.dtype)
+    if stack.runs and isinstance(layout, DictLayout):
+        kernel = _run_decode_kernel(stack.runs.layout, dtype, layout.refinement is not None)
+        blocks = -(-count * stack.runs.layout.groups * 32 // kernel.threads)
+        sizes = _ints(layout.experts, layout.rows, layout.columns)
+        return [
+            Launch(kernel, blocks, (*_runs(stack, stack.runs), *sizes, y, *_ints(first, count)))
+        ]
+    kernel = _decode_kernel(layout, dtype, limits)
     resident = limits.shared_bytes // kernel.shared_bytes if kernel.shared_bytes else 8
     blocks = min(limits.multiprocessors * max(1, resident), count * layout.units)
     return [Launch(kernel, blocks, (*_stack(stack), y, *_ints(first, count)))]
@@ -125,8 +140,8 @@ def _products(
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
-    if stack.runs and max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
-        return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
+    if stack.runs:
+        return [_by_runs(stack, stack.runs, *part, limits) for part in _parts(x, y, pairs)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -151,6 +166,21 @@ def _products(
     return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
 
 
+def _parts(x: Any, y: Any, pairs: _Pairs) -> Iterator[tuple[Any, Any, _Pairs]]:
+    """A call with at most ``MOST_BLOCKS`` x, or several."""
+    count, experts = pairs.count // pairs.per_x, pairs.experts
+    if count <= MOST_BLOCKS:
+        yield x, y, pairs
+        return
+    x, y = x.reshape(count, -1), y.reshape(count, -1)
+    experts = None if experts is None else experts.reshape(count, -1)
+    for first in range(0, count, MOST_BLOCKS):
+        part = slice(first, min(first + MOST_BLOCKS, count))
+        listed = None if experts is None else experts[part]
+        size = (part.stop - first) * pairs.per_x
+        yield x[part], y[part], replace(pairs, count=size, experts=listed)
+
+
 def _by_runs(
     stack: PackedStack, packed: PackedRuns, x: Any, y: Any, pairs: _Pairs, limits: DeviceLimits
 ) -> Launch:
@@ -158,13 +188,12 @@ def _by_runs(
     layout = packed.layout
     mode = "ONE" if pairs.experts is None else "LIST"
     kernel = _run_kernel(layout, element_type(x.dtype), element_type(y.dtype), mode)
-    scales = (stack.arrays["row_scale"], stack.arrays["column_scale"])
     # A block stages x of one pair: one that came to a second would be late.
     each = -(-layout.groups // max(limits.multiprocessors // pairs.count, 1))
     sizes = _ints(layout.experts, layout.rows)
     call = (x, y, pairs.experts, *_ints(pairs.expert, each), np.uint32(128 * layout.slots - 4))
     grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
-    return Launch(kernel, grid, (*packed.arrays.values(), *scales, *sizes, *call))
+    return Launch(kernel, grid, (*_runs(stack, packed), *sizes, *call))
 
 
 def _sort(
@@ -227,6 +256,11 @@ def _run_kernel(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
 
 
 @lru_cache(maxsize=1024)
+def _run_decode_kernel(layout: RunLayout, y_dtype: str, refined: bool) -> Kernel:
+    return runs.decode(layout, y_dtype, refined=refined)
+
+
+@lru_cache(maxsize=1024)
 def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> Kernel:
     if isinstance(layout, DictLayout):
         return int_dict_kernels.decode(layout, y_dtype, limits)
@@ -236,6 +270,11 @@ def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> Kernel
 def _stack(stack: PackedStack) -> tuple[Any, ...]:
     """The arguments for a ``Stack`` of the kernels."""
     return (*stack.arrays.values(), *_ints(*stack.layout.sizes))
+
+
+def _runs(stack: PackedStack, packed: PackedRuns) -> tuple[Any, ...]:
+    """The arrays for a ``Stack`` of the kernels that read runs."""
+    return (*packed.arrays.values(), *(stack.arrays[name] for name in SCALES))
 
 
 def _ints(*numbers: int) -> tuple[np.int32, ...]:

@@ -1,9 +1,11 @@
-"""Runs of gap codes, ``kernels/runs.cu``: a second form of ``int-dict`` matrices, made on the GPU.
+"""Runs of gap codes, ``kernels/runs.cu``: the form of ``int-dict`` for products, made on the GPU.
 
 The kernels that read codewords as they are stored need a look-up in a table, a scan and shuffles
 for every step of a warp. Here a lane has codes of its own, and adds for each of them one x whose
 address depends on nothing else. That takes more memory than the codewords, and much less time.
-Decoding reads the codewords.
+
+Where a stack has runs, products and decoding read them, and its codewords are gone. It has none,
+and keeps its codewords, if ``choose`` says so or memory is short.
 
     offsets   uint32 [experts, groups + 1]: the first code of each group, and how many there are
     starts    uint16 [experts, groups, 32]: 32 * (slot + 1) + bank of the landing before each run
@@ -26,7 +28,9 @@ from qmoe_format.gpu.launch import Kernel, Launch
 
 THREADS = 1024
 TRANSCODE_THREADS = 256
+DECODE_THREADS = 128  # so many that levels of wide rows fit wherever their x does
 GUARD = 16  # lines
+LINE_BYTES = 128  # x of a slot, once for each lane of a warp
 MOST_SLOTS = 2046  # so that a start has 16 bits
 MOST_LANDINGS = 1.5  # per weight
 # A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
@@ -120,24 +124,40 @@ def _codes_per_weight(stack: DictLayout, bits: int) -> float:
 
 def shared_bytes(layout: RunLayout) -> int:
     """Shared memory of a product: a line of x for each slot, and one before them."""
-    return 128 * (layout.slots + 1)
+    return LINE_BYTES * (layout.slots + 1)
 
 
 def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
     text = source(
-        *("types", "runs", "run_product"),
+        *("types", "runs", "run_lane", "run_product"),
         **_defines(layout),
         X_TYPE=x,
         Y_TYPE=y,
         PAIRS=pairs,
         COLUMNS=layout.columns,
+        LINE_BYTES=LINE_BYTES,
         SLOTS=layout.slots,
         SCALES=layout.scales,
         COLUMN_SCALES=int(layout.column_scales),
         THREADS=THREADS,
     )
     return Kernel("product", text, THREADS, shared_bytes(layout))
+
+
+def decode(layout: RunLayout, y: str, *, refined: bool) -> Kernel:
+    """The kernel that writes W; ``refined``: some levels are beyond 1."""
+    text = source(
+        *("types", "runs", "run_lane", "run_decode"),
+        **_defines(layout),
+        Y_TYPE=y,
+        LINE_BYTES=layout.lanes,  # a level takes a byte
+        SCALES=layout.scales,
+        COLUMN_SCALES=int(layout.column_scales),
+        REFINED=int(refined),
+        THREADS=DECODE_THREADS,
+    )
+    return Kernel("decode", text, DECODE_THREADS, DECODE_THREADS // 2 * (layout.slots + 2))
 
 
 def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:

@@ -98,6 +98,10 @@ class FakeCupy(ModuleType):
             alloc_pinned_memory=lambda size: np.zeros(size, np.uint8).view(Pinned),
         )
 
+    def get_default_memory_pool(self) -> Any:
+        """A pool that keeps nothing."""
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
     def count(self) -> int:
         """Number of GPUs; if negative, there is no driver."""
         if self.gpus < 0:
@@ -161,6 +165,8 @@ class _Device:
     attributes: dict[str, int]
     mem_info: tuple[int, int]
     manager: Any
+
+    def synchronize(self) -> None: ...
 
     def __enter__(self) -> None:
         self.manager.__enter__()

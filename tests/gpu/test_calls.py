@@ -56,13 +56,16 @@ def check_uploaded(stack: gpu.DeviceStack, members: list[Matrix]) -> None:
 def test_upload(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members, device=1)
     packed = packing.pack(members)
-    check_uploaded(stack, members)
     assert stack.device == 1
     assert stack.shape == (EXPERTS, ROWS, COLUMNS)
     runs = stack.packed.runs
     assert bool(runs) == isinstance(packed.layout, DictLayout)
-    assert stack.bytes == packed.layout.bytes + (runs.bytes if runs else 0)
-    assert gpu.upload(members, runs=False).bytes == packed.layout.bytes
+    coded = gpu.upload(members, device=1, runs=False)
+    check_uploaded(coded, members)
+    assert coded.bytes == packed.layout.bytes
+    for name, array in stack.packed.arrays.items():
+        assert array.device.id == 1
+        assert np.array_equal(array, packed.arrays[name]), name
     assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
     assert stack[-1].expert == 3
 
@@ -136,9 +139,10 @@ def test_expert_matvec(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str, runs: bool) -> None:
     name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
-    stack = gpu.upload(members)
+    stack = gpu.upload(members, runs=runs)
     dense = np.stack([dequantize(matrix) for matrix in members])
     assert np.array_equal(to_float32(gpu.decode(stack, dtype), name), dense)
     out = cupy.empty((ROWS, COLUMNS), np.float32)

@@ -87,14 +87,27 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
-def run_matvec(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
-    """The launch of a product from runs."""
+def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStack:
+    """A stack with empty runs: what they hold does not shape a kernel."""
     packed = stack(columns=columns, **options)
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    packed = replace(packed, runs=PackedRuns(layout, {}))
+    return replace(packed, runs=PackedRuns(layout, {}))
+
+
+def run_matvec(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch of a product from runs."""
+    packed = with_runs(columns, bits, lanes, **options)
     x, y = array((1, columns), dtype), array((1, 4), dtype)
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[0]
+
+
+def run_decode(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch that decodes a matrix from runs."""
+    packed = with_runs(columns, bits, lanes, **options)
+    return launch_plan.decode(packed, 0, 1, array((1, 4, columns), dtype), Workspace(H200, array))[
+        0
+    ]
 
 
 def transcode(name: str, bits: int, lanes: int) -> Launch:
@@ -141,6 +154,7 @@ MAIN: dict[str, Callable[[], Launch]] = {
     "product, groups of 16 tokens": partial(expert_matvec, 2, 1),
     "product of runs": partial(run_matvec, 14336, 6, 16, column_scales=True),
     "decode": decode,
+    "decode from runs": partial(run_decode, 14336, 6, 16),
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
     "GPTQ in a block": partial(quantizer, "gptq_block"),
@@ -172,6 +186,11 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product of runs, 4 bits, any columns": partial(run_matvec, 4097, 4, 8, scales=1),
     "product of runs, 5 bits, fp16": partial(run_matvec, 7168, 5, 8, "fp16"),
     "product of runs, 8 bits": partial(run_matvec, 2048, 8, 4),
+    "decode from runs, fp32": partial(run_decode, 1536, 3, 2, "fp32"),
+    "decode from runs, fp16, refined": partial(run_decode, 4096, 4, 8, "fp16", refined=(0.7, 12)),
+    "decode from runs, refined, column scales": partial(
+        run_decode, 7168, 5, 8, refined=(0.7, 12), column_scales=True
+    ),
     "sizes of runs": partial(transcode, "sizes", 5, 8),
     "offsets of runs": partial(transcode, "offsets", 5, 8),
     "codes of runs": partial(transcode, "codes", 6, 2),
