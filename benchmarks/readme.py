@@ -685,9 +685,9 @@ is kept.
 ![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
 
 Decoding wrote bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least
-for small matrices, when it still read codewords. `results/gpu_prototypes.json` has what the layout was decided by.
-`results/gpu_kernels.json` has registers, shared memory and spills of all kernels for compute
-capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
+for small matrices, when it still read codewords. `results/gpu_prototypes.json` has what the layout
+was decided by. `results/gpu_kernels.json` has registers, shared memory and spills of all kernels
+for compute capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
 """
 
 

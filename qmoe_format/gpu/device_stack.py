@@ -42,12 +42,15 @@ class DeviceStack:
     Attributes:
         device: number of the GPU.
         packed: the arrays there.
-        recorded: scratch arrays of calls captured in a CUDA graph, which uses them at every replay.
+        recorded: scratch arrays of calls captured in a CUDA graph of CuPy's, which uses them at every
+            replay; they stay as long as the stack.
+        prepared: calls that were made before, ready to be launched again.
     """
 
     device: int
     packed: PackedStack
     recorded: list[Any] = field(default_factory=list, repr=False)
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,6 +81,8 @@ def upload(
     matrices: Matrix | Sequence[Matrix], *, device: int | None = None, runs: bool = True
 ) -> DeviceStack:
     """Copy matrices to a GPU. The copy is complete when this returns.
+
+    CuPy keeps the 64 MB of page-locked memory that this takes for the next time.
 
     Args:
         matrices: ``int-dict`` or ``int-group``; one, or several that differ in nothing but their
@@ -154,6 +159,7 @@ def add_runs(stack: DeviceStack, *, spare: int = 0) -> bool:
             return False
         device.synchronize()  # other streams may still read the codewords
         stack.packed = replace(packed, arrays=scales, runs=runs)
+        stack.prepared.clear()
         del packed
         cuda.release()
     return True

@@ -53,7 +53,7 @@ def decode(layout: DictLayout, y_dtype: str, limits: DeviceLimits) -> Kernel:
         THREADS=DECODE_THREADS,
         **_defines(layout, tables, MOST_CODEWORDS),
     )
-    return Kernel("decode", text, DECODE_THREADS, sum(tables) + own)
+    return Kernel("decode", text, DECODE_THREADS, sum(tables) + own, together=True)
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
 """From a call to the kernel launches it takes. Nothing here needs a GPU.
 
-Arrays belong to whoever executes the launches: CuPy's, torch's, or, where kernels run on a CPU,
-numpy's (bf16 as uint16).
+Arrays belong to whoever executes the launches: CuPy's, torch's, what stands for them until a call
+brings them (``Given``), or, where kernels run on a CPU, numpy's (bf16 as uint16).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
-from qmoe_format.gpu.launch import Kernel, Launch
+from qmoe_format.gpu.launch import Given, Kernel, Launch
 from qmoe_format.gpu.packing import SCALES, Layout, PackedStack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
@@ -28,6 +28,8 @@ SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
 MOST_BLOCKS = 65535  # in the second or third dimension of a grid
+
+Number = int | Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,15 @@ class Workspace:
         return self.scratch[-1]
 
 
-def matmul(stack: PackedStack, expert: int, x: Any, y: Any, workspace: Workspace) -> list[Launch]:
-    """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``."""
-    return _products(stack, x, y, _Pairs(x.shape[0], 1, expert), workspace)
+def matmul(
+    stack: PackedStack, expert: Number, x: Any, y: Any, workspace: Workspace
+) -> list[Launch]:
+    """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``.
+
+    For one token, x and y may have one dimension.
+    """
+    tokens = x.shape[0] if len(x.shape) == 2 else 1
+    return _products(stack, x, y, _Pairs(tokens, 1, expert), workspace)
 
 
 def expert_matvec(
@@ -96,7 +104,7 @@ def expert_matvec(
 
 
 def decode(
-    stack: PackedStack, first: int, count: int, y: Any, workspace: Workspace
+    stack: PackedStack, first: Number, count: int, y: Any, workspace: Workspace
 ) -> list[Launch]:
     """y [count, rows, columns]: the weights of ``count`` matrices from ``first`` on."""
     layout, limits = stack.layout, workspace.limits
@@ -129,7 +137,7 @@ class _Pairs:
 
     count: int
     per_x: int
-    expert: int
+    expert: Number
     experts: Any = None
 
 
@@ -277,5 +285,5 @@ def _runs(stack: PackedStack, packed: PackedRuns) -> tuple[Any, ...]:
     return (*packed.arrays.values(), *(stack.arrays[name] for name in SCALES))
 
 
-def _ints(*numbers: int) -> tuple[np.int32, ...]:
-    return tuple(np.int32(number) for number in numbers)
+def _ints(*numbers: Number) -> tuple[np.int32 | Given, ...]:
+    return tuple(each if isinstance(each, Given) else np.int32(each) for each in numbers)

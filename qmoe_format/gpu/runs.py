@@ -157,7 +157,8 @@ def decode(layout: RunLayout, y: str, *, refined: bool) -> Kernel:
         REFINED=int(refined),
         THREADS=DECODE_THREADS,
     )
-    return Kernel("decode", text, DECODE_THREADS, DECODE_THREADS // 2 * (layout.slots + 2))
+    shared = DECODE_THREADS // 2 * (layout.slots + 2)
+    return Kernel("decode", text, DECODE_THREADS, shared, together=True)
 
 
 def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:

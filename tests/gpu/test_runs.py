@@ -160,7 +160,9 @@ def test_codewords_go_when_runs_are_there(cupy: FakeCupy) -> None:
     assert "segments" in long.packed.arrays
 
 
-def test_more_tokens_than_a_grid_has_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tokens_than_a_grid_has_blocks(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch_plan, "MOST_BLOCKS", 3)
     kind = DictKind(((0.6, 12), None), 2, False, "fp32", 1, False, False)
     shape = Shape(5, 64, 0.7, None, 0, exact=True)
@@ -175,6 +177,12 @@ def test_more_tokens_than_a_grid_has_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     for each in (x, np.repeat(x[:, None], 2, axis=1)):
         y = expert_matvec(kind, stack, each, experts)
         assert np.array_equal(y, np.einsum("tc,tkrc->tkr", x, dense[experts]))
+    uploaded = gpu.upload(coded)
+    assert np.array_equal(gpu.matmul(uploaded[1], cupy.asarray(x)), x @ dense[1].T)
+    for each in (x, np.repeat(x[:, None], 2, axis=1)):
+        y = gpu.expert_matvec(uploaded, cupy.asarray(each), cupy.asarray(experts))
+        assert np.array_equal(y, np.einsum("tc,tkrc->tkr", x, dense[experts]))
+    assert len(cupy.launched) > 6
     with pytest.raises(QMoEError, match="4 experts, more than 3"):
         expert_matvec(kind, stack, x, np.zeros((7, 4), np.int32))
 
