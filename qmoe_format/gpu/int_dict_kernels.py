@@ -69,7 +69,7 @@ def tile(layout: DictLayout, x_dtype: str, wanted: int, limits: DeviceLimits) ->
 
 def _files(layout: DictLayout) -> tuple[str, ...]:
     magnitudes = "refinement" if layout.refinement else "ternary"
-    return "types", "share", "entry", "stack", magnitudes, "walk"
+    return "types", "scan", "share", "entry", "stack", magnitudes, "walk"
 
 
 def _threads(layout: DictLayout, tokens: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda
+from qmoe_format.gpu.cuda import DeviceLimits
 
 DEFAULT_SHARED = 48 << 10  # bytes of shared memory beyond which a kernel has to ask for them
 
@@ -34,6 +35,10 @@ class Kernel:
     threads: int
     shared_bytes: int = 0
     together: bool = False
+
+    def blocks(self, size: int, limits: DeviceLimits) -> int:
+        """How many there should be for ``size`` threads' work if each may do more than its own."""
+        return max(1, min(limits.multiprocessors * 8, -(-size // self.threads)))
 
 
 @dataclass(frozen=True, slots=True)

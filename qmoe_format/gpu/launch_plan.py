@@ -112,7 +112,7 @@ def decode(
         return []
     dtype = element_type(y.dtype)
     if stack.runs and isinstance(layout, DictLayout):
-        kernel = _run_decode_kernel(stack.runs.layout, dtype, layout.refinement is not None)
+        kernel = runs.decode(stack.runs.layout, dtype, layout.refinement is not None)
         blocks = -(-count * stack.runs.layout.groups * 32 // kernel.threads)
         sizes = _ints(layout.experts, layout.rows, layout.columns)
         return [
@@ -239,9 +239,8 @@ def _elementwise(
     name: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
 ) -> Launch:
     """A launch of a kernel whose threads share out ``size`` elements."""
-    blocks = max(1, min(workspace.limits.multiprocessors * 8, -(-size // ELEMENTWISE_THREADS)))
     kernel = Kernel(name, source("types", name, **defines), ELEMENTWISE_THREADS)
-    return Launch(kernel, blocks, arguments)
+    return Launch(kernel, kernel.blocks(size, workspace.limits), arguments)
 
 
 def _tile(layout: Layout, x_dtype: str, wanted: int, limits: DeviceLimits) -> int:
@@ -261,11 +260,6 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
 @lru_cache(maxsize=1024)
 def _run_kernel(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     return runs.product(layout, x, y, pairs)
-
-
-@lru_cache(maxsize=1024)
-def _run_decode_kernel(layout: RunLayout, y_dtype: str, refined: bool) -> Kernel:
-    return runs.decode(layout, y_dtype, refined=refined)
 
 
 @lru_cache(maxsize=1024)

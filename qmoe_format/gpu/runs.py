@@ -145,7 +145,7 @@ def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     return Kernel("product", text, THREADS, shared_bytes(layout))
 
 
-def decode(layout: RunLayout, y: str, *, refined: bool) -> Kernel:
+def decode(layout: RunLayout, y: str, refined: bool) -> Kernel:
     """The kernel that writes W; ``refined``: some levels are beyond 1."""
     text = source(
         *("types", "runs", "run_lane", "run_decode"),
@@ -166,14 +166,14 @@ def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> L
 
     They go to ``found``, uint32 [count, rows, 2].
     """
-    text = source("types", "runs", "run_walk", "run_sizes", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_walk", "run_sizes", **_transcoding(layout))
     arguments = (levels, found, *_shape(layout, len(levels)))
     return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
 
 
 def offsets(layout: RunLayout, sizes: Any, found: Any) -> Launch:
     """Make ``found``, the array ``offsets``, from ``sizes``."""
-    text = source("types", "runs", "run_offsets", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_offsets", **_transcoding(layout))
     arguments = (sizes, found, *_shape(layout, layout.experts)[:2])
     return Launch(Kernel("run_offsets", text, 32), layout.experts, arguments)
 
@@ -186,7 +186,7 @@ def codes(
     limits: DeviceLimits,
 ) -> Launch:
     """Write the runs of ``levels``, matrices from ``first`` on, into ``words`` and ``starts``."""
-    text = source("types", "runs", "run_walk", "run_codes", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_walk", "run_codes", **_transcoding(layout))
     of_matrices = (arrays["offsets"][first:], arrays["bases"][first:])
     written = (arrays["words"], arrays["starts"][first:])
     arguments = (levels, *of_matrices, *written, *_shape(layout, len(levels)))
@@ -210,5 +210,5 @@ def _by_warps(
     name: str, text: str, warps: int, limits: DeviceLimits, arguments: tuple[Any, ...]
 ) -> Launch:
     """A launch whose warps share out the work."""
-    blocks = min(limits.multiprocessors * 8, -(-warps * 32 // TRANSCODE_THREADS))
-    return Launch(Kernel(name, text, TRANSCODE_THREADS), blocks, arguments)
+    kernel = Kernel(name, text, TRANSCODE_THREADS)
+    return Launch(kernel, kernel.blocks(32 * warps, limits), arguments)
