@@ -42,8 +42,8 @@ class DeviceStack:
     Attributes:
         device: number of the GPU.
         packed: the arrays there.
-        recorded: scratch arrays of calls captured in CUDA graphs, which use them at each replay; they
-            stay as long as the stack.
+        recorded: scratch arrays of calls captured in a CUDA graph, which uses them at every replay;
+            they stay as long as the stack.
         prepared: calls that were made before, ready to be launched again.
     """
 
