@@ -108,6 +108,11 @@ def limits(device: int) -> DeviceLimits:
     )
 
 
+def release() -> None:
+    """Give back to the GPU what CuPy keeps of it unused: torch has a pool of its own."""
+    module().get_default_memory_pool().free_all_blocks()
+
+
 @contextmanager
 def out_of_memory() -> Iterator[None]:
     """Turn a failed allocation, CuPy's or torch's, into ``QMoEError("memory")``."""

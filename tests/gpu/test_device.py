@@ -151,9 +151,11 @@ def test_experts_outside_the_stack(tokens: int, runs: bool) -> None:
 
 
 @all_kinds
+@with_and_without_runs
 @pytest.mark.parametrize("dtype", NAMES)
-def test_decode(kind: Kind, dtype: str) -> None:
-    members, stack = stack_of(kind, Shape(37, 1001, 0.8, 3, 0), 3)
+@pytest.mark.parametrize("columns", [1001, 1000])
+def test_decode(kind: Kind, dtype: str, columns: int, runs: bool) -> None:
+    members, stack = stack_of(kind, Shape(37, columns, 0.8, 3, 0), 3, runs)
     expected = from_float32(np.stack([dequantize(member) for member in members]), NAMES[dtype])
     assert gpu.decode(stack, dtype).get().tobytes() == expected.tobytes()
     assert gpu.decode(stack[1], dtype).get().tobytes() == expected[1].tobytes()
@@ -161,10 +163,34 @@ def test_decode(kind: Kind, dtype: str) -> None:
     assert gpu.decode(stack, dtype, out=at).get().tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
+@with_and_without_runs
+@pytest.mark.parametrize("kind", [BF16, REFINED], ids=["ternary", "refined"])
+def test_decoded_shapes(kind: Kind, size: tuple[int, int], runs: bool) -> None:
+    members, stack = stack_of(kind, Shape(*size, 0.885, None, 0), 2, runs)
+    expected = from_float32(np.stack([dequantize(member) for member in members]), "BF16")
+    assert gpu.decode(stack).get().tobytes() == expected.tobytes()
+
+
+def test_codewords_go_when_runs_are_there() -> None:
+    """Their memory is free for others: CuPy's pool does not keep it."""
+    coded = matrix(BF16, Shape(2048, 4096, 0.885, None, 0))
+    pool = gpu.require().get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    stack = gpu.upload([coded] * 16)
+    assert stack.packed.runs
+    assert stack.bytes < 16 * 2048 * 4096 * 0.9 / 8
+    assert pool.total_bytes() - before < stack.bytes + (8 << 20)
+
+
+@with_and_without_runs
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("column_scale", [False, True])
 @pytest.mark.parametrize("most", [1, 127])
-def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: int) -> None:
+def test_decoding_keeps_subnormal_numbers(
+    dtype: str, column_scale: bool, most: int, runs: bool
+) -> None:
     """[V-1] and [V-2], although CuPy tells the compiler to flush them to zero."""
     levels = np.random.default_rng(0).integers(-most, most + 1, (9, 400)).astype(np.int8)
     by_row = np.resize(np.array([1e-38, 1e-40, 1e-30, 1e-4, 3e38], np.float32), (9, 2))
@@ -174,8 +200,10 @@ def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: 
         from_float32(by_row, "BF16"),
         from_float32(by_column, "BF16") if column_scale else None,
     )
+    stack = gpu.upload(coded, runs=runs)
     expected = from_float32(dequantize(coded), NAMES[dtype])
-    assert gpu.decode(gpu.upload(coded)[0], dtype).get().tobytes() == expected.tobytes()
+    assert bool(stack.packed.runs) == (runs and most == 1)  # of 127, there are too many landings
+    assert gpu.decode(stack[0], dtype).get().tobytes() == expected.tobytes()
 
 
 @with_and_without_runs

@@ -103,10 +103,12 @@ def refined_zeros(machine: Machine) -> None:
 
 
 @cache
-def runs(columns: int, bits: int = 3, lanes: int = 4) -> tuple[list[Matrix], PackedStack]:
-    """Refined matrices, one of them empty."""
+def runs(
+    columns: int, bits: int = 3, lanes: int = 4, kind: DictKind = REFINED
+) -> tuple[list[Matrix], PackedStack]:
+    """Refined or ternary matrices, one of them empty."""
     shape = replace(SHAPE, columns=columns)
-    coded = [matrix(REFINED, replace(shape, zeros=0.2 + 0.4 * seed), seed) for seed in range(3)]
+    coded = [matrix(kind, replace(shape, zeros=0.2 + 0.4 * seed), seed) for seed in range(3)]
     return coded, run_reference.stack(coded, bits, lanes)
 
 
@@ -169,6 +171,19 @@ def batch_mixtures(machine: Machine) -> None:
     assert np.isnan(y[~there]).all(), "wrong result"
 
 
+def run_decoded(machine: Machine, kind: DictKind = REFINED) -> None:
+    """Rows that end within 16 bytes, and rows that do not."""
+    for columns in (301, 304):
+        coded, stack = runs(columns, kind=kind)
+        bits = decode(stack, "bf16", machine)
+        expected = np.stack([dequantize(member) for member in coded])
+        assert bits.tobytes() == from_float32(expected, "BF16").tobytes(), "wrong result"
+
+
+def ternary_run_decoded(machine: Machine) -> None:
+    run_decoded(machine, KIND)
+
+
 def group_products(machine: Machine) -> None:
     products(machine, BITS)
 
@@ -187,6 +202,7 @@ CALLS: tuple[Call, ...] = (
     *(refined_products, refined_mixtures, refined_decoded, refined_zeros),
     *(run_products, run_products_unaligned, run_products_of_short_rows, run_mixtures),
     *(batch_products, batch_products_of_few_rows, batch_mixtures),
+    *(run_decoded, ternary_run_decoded),
     *(group_products, group_mixtures, group_decoded),
 )
 
@@ -522,6 +538,44 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         WRONG,
     ),
     "a column too far": (batch_products, "slot_of(two) + at % 2 * 16", "slot_of(two)", WRONG),
+    "levels, no barrier": (
+        run_decoded,
+        "});\n    __syncwarp();\n    Bits* const out",
+        "});\n    Bits* const out",
+        RACE,
+    ),
+    "zeros, no barrier": (run_decoded, "__syncwarp();\n    const int end", "const int end", RACE),
+    "levels that are not zeros at first": (
+        ternary_run_decoded,
+        "v < ROWS * row_bytes / 16; v += 32",
+        "v < ROWS * row_bytes / 16; v += 64",
+        RACE,
+    ),
+    "landings on empty places": (
+        ternary_run_decoded,
+        "there && !reach_divides((u32)(place + lines * LANES) / LANES)",
+        "there",
+        RACE,
+    ),
+    "landings that are not atomic": (
+        run_decoded,
+        "atomicAdd((u32*)(levels + (at & ~3)), level ? one << 8 * (at & 3) : 0);",
+        "if (level) levels[at] += one;",
+        RACE,
+    ),
+    "a byte for two lanes": (
+        ternary_run_decoded,
+        "const int spare = half % 2 * LANES + lane",
+        "const int spare = lane",
+        RACE,
+    ),
+    "one group too many": (run_decoded, "if (warp >=", "if (warp >", OUTSIDE),
+    "one row of a group too many": (
+        ternary_run_decoded,
+        "r < ROWS && number * ROWS + r < rows",
+        "r <= ROWS && number * ROWS + r < rows",
+        f"{OUTSIDE}|{RACE}|{WRONG}",
+    ),
     # Groups.
     "x, no barrier": (
         group_products,

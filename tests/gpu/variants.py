@@ -87,6 +87,14 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
+def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStack:
+    """A stack with empty runs: what they hold does not shape a kernel."""
+    packed = stack(columns=columns, **options)
+    column_scales = bool(options.get("column_scales"))
+    layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
+    return replace(packed, runs=PackedRuns(layout, {}))
+
+
 def run_product(
     columns: int,
     bits: int,
@@ -98,19 +106,20 @@ def run_product(
     **options: Any,
 ) -> Launch:
     """The launch at ``place`` of a product from runs; with ``k``, of so many experts a token."""
-    packed = stack(columns=columns, **options)
-    column_scales = bool(options.get("column_scales"))
-    layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    packed = replace(packed, runs=PackedRuns(layout, {}))
-    x, y, workspace = (
-        array((tokens, columns), dtype),
-        array((tokens, 4), dtype),
-        Workspace(H200, array),
-    )
+    packed = with_runs(columns, bits, lanes, **options)
+    x, workspace = array((tokens, columns), dtype), Workspace(H200, array)
     if not k:
-        return launch_plan.matmul(packed, 0, x, y, workspace)[place]
+        return launch_plan.matmul(packed, 0, x, array((tokens, 4), dtype), workspace)[place]
     experts, y = array((tokens, k), "int32"), array((tokens, k, 4), dtype)
     return launch_plan.expert_matvec(packed, x, experts, None, y, workspace)[place]
+
+
+def run_decode(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch that decodes a matrix from runs."""
+    packed = with_runs(columns, bits, lanes, **options)
+    return launch_plan.decode(packed, 0, 1, array((1, 4, columns), dtype), Workspace(H200, array))[
+        0
+    ]
 
 
 def transcode(name: str, bits: int, lanes: int) -> Launch:
@@ -160,6 +169,7 @@ MAIN: dict[str, Callable[[], Launch]] = {
         run_product, 14336, 6, 16, tokens=16, k=2, column_scales=True
     ),
     "decode": decode,
+    "decode from runs": partial(run_decode, 14336, 6, 16),
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
     "GPTQ in a block": partial(quantizer, "gptq_block"),
@@ -209,6 +219,11 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
     "terms of x": partial(run_product, 14336, 6, 16, tokens=16, place=0, column_scales=True),
     "terms of x and groups": partial(run_product, 1536, 6, 2, "fp16", tokens=16, k=2, place=0),
+    "decode from runs, fp32": partial(run_decode, 1536, 3, 2, "fp32"),
+    "decode from runs, fp16, refined": partial(run_decode, 4096, 4, 8, "fp16", refined=(0.7, 12)),
+    "decode from runs, refined, column scales": partial(
+        run_decode, 7168, 5, 8, refined=(0.7, 12), column_scales=True
+    ),
     "sizes of runs": partial(transcode, "sizes", 5, 8),
     "offsets of runs": partial(transcode, "offsets", 5, 8),
     "codes of runs": partial(transcode, "codes", 6, 2),
