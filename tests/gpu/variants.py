@@ -102,13 +102,9 @@ def run_product(
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
     packed = replace(packed, runs=PackedRuns(layout, {}))
-    x, y, workspace = (
-        array((tokens, columns), dtype),
-        array((tokens, 4), dtype),
-        Workspace(H200, array),
-    )
+    x, workspace = array((tokens, columns), dtype), Workspace(H200, array)
     if not k:
-        return launch_plan.matmul(packed, 0, x, y, workspace)[place]
+        return launch_plan.matmul(packed, 0, x, array((tokens, 4), dtype), workspace)[place]
     experts, y = array((tokens, k), "int32"), array((tokens, k, 4), dtype)
     return launch_plan.expert_matvec(packed, x, experts, None, y, workspace)[place]
 
