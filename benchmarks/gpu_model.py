@@ -32,13 +32,12 @@ from benchmarks import report
 from benchmarks.gpu_works import FUSED
 from benchmarks.readme import table
 from qmoe_format.gpu import runs
-from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.runs import RunLayout
 from tests.gpu import nvrtc
+from tests.gpu.variants import H200
 
 CLOCK = 1.755e9  # under load, of both cards
-LIMITS = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10, capability=90)
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes/s, as measured by reading
 ISSUED = 4 * 0.80  # instructions of warps per clock, of four schedulers
 WAVEFRONTS = 0.88  # of shared memory per clock
@@ -128,7 +127,7 @@ def layout_of(rows: int, columns: int, zeros: float) -> RunLayout:
     landings = round((1 - zeros) * rows * columns)
     shape = {"experts": 1, "rows": rows, "columns": columns}
     stack = SimpleNamespace(**shape, landings=landings, scales=2, column_scales=False)
-    found = runs.choose(cast(DictLayout, stack), LIMITS)
+    found = runs.choose(cast(DictLayout, stack), H200)
     assert found is not None
     return found
 
@@ -154,9 +153,9 @@ def codes_of(layout: RunLayout, zeros: float, groups: int = 200) -> float:
 
 def predict(layout: RunLayout, parts: Parts, codes: float, pairs: int) -> dict[str, float]:
     """Seconds on each card for one token and ``pairs`` matrices."""
-    each = math.ceil(layout.groups / max(LIMITS.multiprocessors // pairs, 1))
+    each = math.ceil(layout.groups / max(H200.multiprocessors // pairs, 1))
     blocks = pairs * math.ceil(layout.groups / each)
-    turns = math.ceil(blocks / LIMITS.multiprocessors)
+    turns = math.ceil(blocks / H200.multiprocessors)
     walks = max(0, math.ceil(codes / 32) - 1)
     tail = parts.tail * math.ceil((codes - 32 * walks) / 8) / 4
     instructions = 32 * parts.prologue + each * (parts.group + walks * parts.walk + tail)

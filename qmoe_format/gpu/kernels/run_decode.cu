@@ -38,15 +38,21 @@ struct Row {
     float low, high;           // the weights of levels -1 and +1
     const bf16* column_scale;  // of the expert
 
-    // The zero is chosen before rounding: after it, the compiler would make a branch of that.
-    __device__ Bits weight(u32 level, bf16 scale) const {
-        float value = (REFINED ? level < ZERO : level == MINUS) ? low : high;
+    // Of level `i` in a word. The zero is chosen before rounding: after it, the compiler would make a
+    // branch of that.
+    __device__ Bits weight(u32 word, int i, bf16 scale) const {
+        const u32 level = word >> 8 * i & 0xffu;
+        bool zero = level == ZERO;
+        float value = level == MINUS ? low : high;
         if (REFINED) {
-            const float number = __uint_as_float(0x4b000000u | level) - 8388736.0f;  // 2^23 + 128
-            value = multiply(value, fabsf(number));
+            // 2^23 plus the byte, less 2^23 + 128.
+            const u32 bits = __byte_perm(word, 0x4b000000u, 0x7440u | i);
+            const float number = __uint_as_float(bits) - 8388736.0f;
+            zero = number == 0.0f;
+            value = multiply(number < 0.0f ? negative(low) : high, number);
         }
         if (COLUMN_SCALES) value = multiply(value, to_float(scale));
-        return bits_of(from_float<Y_TYPE>(level == ZERO ? 0.0f : value));
+        return bits_of(from_float<Y_TYPE>(zero ? 0.0f : value));
     }
     // The levels of columns from `column` on.
     template <typename T>
@@ -59,7 +65,7 @@ struct Row {
         const int lane = threadIdx.x % 32;
         if (columns % VECTOR || (u64)out % 16) {
             for (int c = lane; c < columns; c += 32) {
-                out[c] = weight(load<u8>(c), COLUMN_SCALES ? column_scale[c] : bf16{});
+                out[c] = weight(load<u8>(c), 0, COLUMN_SCALES ? column_scale[c] : bf16{});
             }
             return;
         }
@@ -74,11 +80,13 @@ struct Row {
                 const Part part = load<Part>(c + p);
 #pragma unroll
                 for (int i = 0; i < PART; i++) {
-                    const u32 rest = part.of[i / sizeof(Word)] >> 8 * (i % sizeof(Word));
+                    const u32 word = part.of[i / sizeof(Word)];
+                    const int at = i % sizeof(Word);
                     if (!CHOSEN) {
-                        vector.of[p + i] = weight(rest & 0xffu, scales.of[p + i]);
+                        vector.of[p + i] = weight(word, at, scales.of[p + i]);
                     } else if (i % 2 == 0) {
-                        ((u32*)vector.of)[(p + i) / 2] = __byte_perm(both << 8, both >> 24, rest);
+                        const u32 choice = word >> 8 * at;
+                        ((u32*)vector.of)[(p + i) / 2] = __byte_perm(both << 8, both >> 24, choice);
                     }
                 }
             }
