@@ -1,7 +1,7 @@
 """Products and decoding on a GPU, beside torch's bf16 and QMoE's published scheme and kernel.
 
     python -m benchmarks.gpu [--quick] [--correctness-only] [--shapes RxC,RxC] [--resume]
-                             [--width BITS] [--segment WEIGHTS] [--results FOLDER]
+                             [--codewords] [--width BITS] [--segment WEIGHTS] [--results FOLDER]
 
 Needs a CUDA device, CuPy (extra ``cuda12`` or ``cuda13``) and torch with CUDA. Writes gpu.json
 into benchmarks/results after each shape, so that ``--resume`` can continue an interrupted run, and
@@ -64,6 +64,8 @@ def run(options: argparse.Namespace, device: Cuda) -> tuple[list[Record], list[s
     rounds = 6 if options.quick else 15
     profile = codec.Profile(options.width, options.segment)
     settings = {"width": options.width, "segment_weights": options.segment, "rounds": rounds}
+    if options.codewords:
+        settings["codewords"] = True
     about = device.description()
     measured = gpu_figures.kept(options.results, settings, about) if options.resume else []
     bandwidth = device.bandwidth(rounds)
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace, device: Cuda) -> tuple[list[Record], list[s
         problems = []
         try:
             for zeros in ZEROS:
-                problems.append(Problem(device, shape, zeros, profile))
+                problems.append(Problem(device, shape, zeros, profile, runs=not options.codewords))
                 check(problems[-1])
             if not options.correctness_only:
                 measured.append(measure(device, problems, rounds, bandwidth))
@@ -97,6 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--correctness-only", action="store_true", help="check, measure nothing")
     parser.add_argument("--shapes", type=shape_list, help="such as 4096x14336,2080x6144")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--codewords", action="store_true", help="multiply without runs")
     parser.add_argument("--width", type=int, default=codec.PROFILES["fast"].width)
     parser.add_argument("--segment", type=int, default=codec.PROFILES["fast"].segment_weights)
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder")

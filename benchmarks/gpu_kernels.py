@@ -26,7 +26,7 @@ def measure(name: str, kernel: Kernel) -> dict[str, Any]:
     def compile_all(compiler: nvrtc.Compiler) -> dict[str, nvrtc.Resources]:
         return {
             architecture: compiler.compile(kernel.source, architecture)[kernel.name]
-            for architecture in nvrtc.ARCHITECTURES
+            for architecture in nvrtc.architectures(kernel)
         }
 
     with ThreadPoolExecutor() as pool:
@@ -42,7 +42,7 @@ def measure(name: str, kernel: Kernel) -> dict[str, Any]:
         "spill_loads": max(resources.spill_loads for resources in every),
         "registers": {
             architecture: [by_architecture[architecture].registers for by_architecture in found]
-            for architecture in nvrtc.ARCHITECTURES
+            for architecture in nvrtc.architectures(kernel)
         },
     }
 
@@ -50,10 +50,10 @@ def measure(name: str, kernel: Kernel) -> dict[str, Any]:
 def markdown(kernels: list[dict[str, Any]]) -> str:
     rows = []
     for kernel in kernels:
-        registers = [sorted(set(pair)) for pair in kernel["registers"].values()]
+        pairs = [kernel["registers"].get(name, []) for name in nvrtc.ARCHITECTURES]
         spills = f"{kernel['spill_stores']}, {kernel['spill_loads']}"
         numbers = [kernel["threads"], kernel["shared"], kernel["stack"], spills]
-        columns = ["–".join(map(str, pair)) for pair in registers]
+        columns = ["–".join(map(str, sorted(set(pair)))) for pair in pairs]
         rows.append([kernel["variant"], *columns, *map(str, numbers)])
     architectures = " | ".join(name.removeprefix("sm_") for name in nvrtc.ARCHITECTURES)
     return table(f"registers: sm_ | {architectures} | threads | shared | stack | spills", rows)

@@ -32,7 +32,12 @@ class Problem:
     """
 
     def __init__(
-        self, device: Cuda, shape: tuple[int, int], zeros: float, profile: codec.Profile
+        self,
+        device: Cuda,
+        shape: tuple[int, int],
+        zeros: float,
+        profile: codec.Profile,
+        runs: bool = True,
     ) -> None:
         self.device, self.shape, self.zeros = device, shape, zeros
         rows, columns = shape
@@ -53,7 +58,8 @@ class Problem:
         )
         mask = self.matrix.levels.mask
         self.experts = sets_of_experts(device, mask.segment_bytes) * FUSED
-        self.stack = device.gpu.upload([self.expert(number) for number in range(self.experts)])
+        experts = [self.expert(number) for number in range(self.experts)]
+        self.stack = device.gpu.upload(experts, runs=runs)
         coded = mask.segment_bytes + 4 * (mask.lengths.size + 1)
         self.bytes = (device.run_bytes(self.stack) // self.experts or coded) + bits.nbytes
         self.anchor = gpu_anchor.encode(levels, bits)

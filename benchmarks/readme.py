@@ -492,6 +492,7 @@ def all_figures() -> str:
     )
     packing = sorted(each["packing_ns_per_weight"] for each in products)
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
+    modeled = load("gpu_model")["ratio"]
     converted, ranks = load("convert_choices"), load("ranks")
     speed, profiles, cache = map(load, ("convert_speed", "convert_profile", "expert_cache"))
     assumed = ranks["assumed"]
@@ -698,17 +699,19 @@ On one {gpu["device"]["name"]} (`python -m benchmarks.gpu`): y = W x with one ma
 then one token and eight experts, in one launch; then 16 tokens for each of eight experts. Compared
 are the fastest of several ways to multiply with torch in bf16, and QMoE's kernel, which we wrote
 from the paper. Each was timed in a CUDA graph, with matrices from memory, not from the L2 cache.
-*Bits* are those that a product reads, in the form that `gpu.upload` makes; the codewords, which
-decoding reads, are in memory as well.
+*Bits* are those that a product reads, in the form that `gpu.upload` makes; nothing else of a matrix
+is kept.
 
 {on_gpu(gpu["shapes"])}
 
 ![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
 
-Decoding writes bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least
-for small matrices. `results/gpu_prototypes.json` has what the layout was decided by.
-`results/gpu_kernels.json` has registers, shared memory and spills of all kernels for compute
-capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
+From the machine code alone, `python -m benchmarks.gpu_model` predicts times with one token that are
+{modeled["least"]:.2f} to {modeled["most"]:.2f} of those measured, {modeled["median"]:.2f} in the
+median. Decoding wrote bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the
+least for small matrices, when it still read codewords. `results/gpu_prototypes.json` has what the
+layout was decided by. `results/gpu_kernels.json` has registers, shared memory and spills of all
+kernels for compute capabilities 7.5 to 12.0 (`python -m benchmarks.gpu_kernels`).
 """
 
 

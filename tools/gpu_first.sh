@@ -7,19 +7,7 @@
 #
 # FOLDER gets the logs, and gpu.json and gpu.png shape by shape; the end of each part is printed.
 # benchmarks/results/quantize_gpu.json gets the quantizer's figures.
-set -uo pipefail
-out=${1:?give a folder for the results}
-mkdir -p "$out"
-cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1
-
-part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 begin=$SECONDS
-    shift 2
-    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
-    printf '%-12s exit code %d, %3d s: %s\n' "$name" $? $((SECONDS - begin)) \
-        "$(tail -n 1 "$out/$name.log" | cut -c 1-120)"
-}
+source "$(dirname "$0")/gpu_parts.sh"
 
 part machine 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 python -c "import numpy, numba, torch, cupy
@@ -29,14 +17,9 @@ part tests 150 python -m pytest -q -m gpu -n 8 --dist worksteal tests/gpu/test_d
 part quantizer 150 python -m pytest -q -m gpu -n 2 tests/quantize/test_gpu_steps.py \
     tests/quantize/test_cuda.py &
 part runtime 150 python -m pytest -q -m gpu -n 2 tests/runtime/test_device.py &
-# In CuPy's pool of memory, what is beyond an array would be no error.
-plain='import sys, cupy, pytest
-cupy.cuda.set_allocator(None)
-sys.exit(pytest.main(sys.argv[1:]))'
-few="shapes and (257x1 or 2047x769 or 11x16383) or experts_outside or transcoding and 5x257"
+few="test_shapes and (257x1 or 2047x769 or 11x16383) or experts_outside or transcoding and 5x257"
 for tool in memcheck racecheck initcheck synccheck; do
-    part $tool 150 compute-sanitizer --tool $tool --error-exitcode 9 python -c "$plain" -q -m gpu \
-        tests/gpu/test_device.py -k "$few" &
+    part $tool 150 sanitized $tool tests/gpu/test_device.py -k "$few" &
 done
 for shapes in 4096x14336 14336x4096 4096x1536,2048x768; do # fills CuPy's cache of kernels
     part "check-$shapes" 150 python -m benchmarks.gpu --correctness-only --shapes $shapes &

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda
@@ -56,13 +56,10 @@ class Library:
                 return cuda.module().empty(shape, _CUPY[dtype])
 
     def stream(self) -> Any:
-        """The library's current stream, as one of CuPy's."""
-        cupy = cuda.module()
+        """The library's current stream: CuPy's, or of torch's the address as ``ptr``."""
         if self.torch:
-            pointer = self.torch.cuda.current_stream(self.device).cuda_stream
-            return cupy.cuda.Stream.from_external(_ExternalStream(pointer))
-        with cupy.cuda.Device(self.device):
-            return cupy.cuda.get_current_stream()
+            return _Address(self.torch.cuda.current_stream(self.device).cuda_stream)
+        return cuda.module().cuda.get_current_stream(self.device)
 
     def check(
         self, array: Any, name: str, shape: Sequence[int], dtypes: Sequence[str] = FLOATS
@@ -96,22 +93,22 @@ class Library:
                 f"give {name}.contiguous() (torch) or cupy.ascontiguousarray({name})",
             )
 
-    def output(self, out: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        """``out``, checked; if it is None, a new array."""
-        if out is None:
-            return self.empty(shape, dtype)
-        self.check(out, "out", shape)
-        return out
+
+class _Address(NamedTuple):
+    ptr: int
 
 
-@dataclass(frozen=True, slots=True)
-class _ExternalStream:
-    """A stream in the form that libraries exchange; torch's own class lacks it in old releases."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
+def signature(array: Any) -> Any:
+    """All that ``Library.check`` and the choice of kernels ask of an array, to be compared."""
+    if array is None:
+        return None
+    try:
+        if hasattr(array, "is_contiguous"):  # torch's
+            return type(array), array.device, array.shape, array.dtype, array.is_contiguous()
+        where = array.device.id
+        return type(array), where, array.shape, array.dtype, array.flags.c_contiguous
+    except AttributeError:
+        return object()  # like no other
 
 
 def library_of(array: Any, name: str, device: int) -> Library:

@@ -21,10 +21,12 @@ class DeviceLimits:
     Attributes:
         multiprocessors: how many there are.
         shared_bytes: the most shared memory that one block can have.
+        capability: compute capability, times ten.
     """
 
     multiprocessors: int
     shared_bytes: int
+    capability: int
 
 
 def require() -> Any:
@@ -93,16 +95,22 @@ def limits(device: int) -> DeviceLimits:
     if not 0 <= device < count:
         raise QMoEError("device", f"there is no GPU {device}", f"choose from 0 to {count - 1}")
     gpu = cupy.cuda.Device(device)
-    if int(gpu.compute_capability) < OLDEST:
+    capability = int(gpu.compute_capability)
+    if capability < OLDEST:
         raise QMoEError(
             "device",
-            f"GPU {device} has compute capability {int(gpu.compute_capability) / 10}",
+            f"GPU {device} has compute capability {capability / 10}",
             f"use one of {OLDEST / 10} (Turing, 2018) or higher",
         )
     attributes = gpu.attributes
     return DeviceLimits(
-        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], capability
     )
+
+
+def release() -> None:
+    """Give back to the GPU what CuPy keeps of it unused: torch has a pool of its own."""
+    module().get_default_memory_pool().free_all_blocks()
 
 
 @contextmanager

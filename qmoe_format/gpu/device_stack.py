@@ -1,4 +1,4 @@
-"""Matrices in a GPU's memory, encoded as they are in a file: no dense weights."""
+"""Matrices in a GPU's memory, encoded as they are in a file or as runs: no dense weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, packing
 from qmoe_format.gpu.int_dict_packing import DictLayout
-from qmoe_format.gpu.packing import Layout, Matrix, PackedStack
+from qmoe_format.gpu.packing import SCALES, Layout, Matrix, PackedStack
 from qmoe_format.gpu.runs import choose, expected_bytes
 from qmoe_format.gpu.transcode import runs_of
 
@@ -32,19 +32,25 @@ class DeviceMatrix:
         return self.stack.shape[1:]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DeviceStack:
     """Encoded matrices of one shape on a GPU. ``stack[e]`` is one of them, without a copy.
+
+    Like other arrays of CuPy's, a stack has to be kept until calls on streams other than CuPy's
+    current one are done: its memory may be used anew at once.
 
     Attributes:
         device: number of the GPU.
         packed: the arrays there.
-        recorded: scratch arrays of calls captured in a CUDA graph, which uses them at every replay.
+        recorded: scratch arrays of calls captured in a CUDA graph, which uses them at every replay;
+            they stay as long as the stack.
+        prepared: calls that were made before, ready to be launched again.
     """
 
     device: int
     packed: PackedStack
     recorded: list[Any] = field(default_factory=list, repr=False)
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,8 +61,8 @@ class DeviceStack:
     @property
     def bytes(self) -> int:
         """Memory that the stack takes on the GPU."""
-        runs = self.packed.runs.bytes if self.packed.runs else 0
-        return self.packed.layout.bytes + runs
+        runs = self.packed.runs
+        return runs.bytes + _scale_bytes(self.packed) if runs else self.packed.layout.bytes
 
     def __len__(self) -> int:
         return self.packed.layout.experts
@@ -74,13 +80,15 @@ class DeviceStack:
 def upload(
     matrices: Matrix | Sequence[Matrix], *, device: int | None = None, runs: bool = True
 ) -> DeviceStack:
-    """Copy matrices to a GPU as they are encoded. The copy is complete when this returns.
+    """Copy matrices to a GPU. The copy is complete when this returns.
+
+    CuPy keeps the 64 MB of page-locked memory that this takes for the next time.
 
     Args:
         matrices: ``int-dict`` or ``int-group``; one, or several that differ in nothing but their
             weights, number of levels, dictionaries and group sizes.
         device: number of the GPU; by default CuPy's current one.
-        runs: see ``add_runs``.
+        runs: see ``add_runs``; otherwise they stay as they are encoded.
 
     Raises:
         QMoEError: ``dependency`` without CuPy; ``device`` without a suitable GPU; ``memory``;
@@ -104,40 +112,61 @@ def upload(
             buffer = cupy.zeros(layout.bytes, np.uint8)
         _copy(cupy, layout, sequence, buffer)
     stack = DeviceStack(number, PackedStack(layout, layout.arrays(buffer)))
-    return add_runs(stack) if runs else stack
+    del buffer  # only the stack has it: it can let it go
+    if runs:
+        add_runs(stack)
+    return stack
 
 
-def add_runs(stack: DeviceStack, *, spare: int = 0) -> DeviceStack:
-    """Make products with ``int-dict`` matrices two to five times as fast.
+def add_runs(stack: DeviceStack, *, spare: int = 0) -> bool:
+    """Make products with ``int-dict`` matrices two to five times as fast: of codewords, make runs.
 
-    That takes a second form of them, of 1.2 to 1.5 times the memory of the first, see ``runs``.
+    Runs take 1.2 to 1.5 times the memory of the codewords, see ``runs``, which go when they are
+    made; until then both are there, and 256 MB or a matrix of levels.
 
     Args:
-        stack: what to make faster.
+        stack: what to make faster. CUDA graphs of calls with it have to be captured again.
         spare: bytes of the GPU's memory to leave free, besides ``SPARE`` of it.
 
     Returns:
-        The stack with that form; the stack as it is if it has the form, if large levels or very
-        long rows speak against it, or for want of memory.
+        Whether the stack has runs now. It stays as it is if large levels or very long rows speak
+        against them, or for want of memory.
 
     Raises:
         QMoEError: ``dependency`` if CuPy cannot compile.
     """
-    layout, device = stack.packed.layout, cuda.require().cuda.Device(stack.device)
-    if stack.packed.runs or not isinstance(layout, DictLayout):
-        return stack
-    run_layout = choose(layout, cuda.limits(stack.device))
-    free, total = device.mem_info
-    if run_layout is None or expected_bytes(layout, run_layout) > free - SPARE * total - spare:
-        return stack
-    try:
-        with device:
-            runs = runs_of(stack.packed, run_layout, stack.device)
-    except QMoEError as error:
-        if error.code != "memory":
-            raise
-        return stack
-    return replace(stack, packed=replace(stack.packed, runs=runs))
+    packed, cupy = stack.packed, cuda.require()
+    codewords = packed.layout
+    if packed.runs or not isinstance(codewords, DictLayout):
+        return packed.runs is not None
+    layout, device = choose(codewords, cuda.limits(stack.device)), cupy.cuda.Device(stack.device)
+    if layout is None:
+        return False
+    with device:
+        cuda.release()
+        free, total = device.mem_info
+        taken = expected_bytes(codewords, layout)
+        gained = codewords.bytes - _scale_bytes(packed)
+        if max(taken, taken - gained + spare) > free - SPARE * total:
+            return False
+        try:
+            with cuda.out_of_memory():
+                runs = runs_of(packed, layout, stack.device)
+                scales = {name: packed.arrays[name].copy() for name in SCALES}
+        except QMoEError as error:
+            if error.code != "memory":
+                raise
+            return False
+        device.synchronize()  # other streams may still read the codewords
+        stack.packed = replace(packed, arrays=scales, runs=runs)
+        stack.prepared.clear()
+        del packed
+        cuda.release()
+    return True
+
+
+def _scale_bytes(packed: PackedStack) -> int:
+    return sum(int(packed.arrays[name].nbytes) for name in SCALES)
 
 
 def _copy(cupy: Any, layout: Layout, matrices: Sequence[Matrix], buffer: Any) -> None:

@@ -30,6 +30,7 @@ def product(layout: DictLayout, product: Product, limits: DeviceLimits) -> Kerne
     most = MOST_CODEWORDS if product.tile == 1 and tables[0] else FEW_CODEWORDS
     text = product.source(
         *_files(layout),
+        "tiles",
         "pairs",
         "product",
         tile_type=_tile_type(layout, product.x),
@@ -53,7 +54,7 @@ def decode(layout: DictLayout, y_dtype: str, limits: DeviceLimits) -> Kernel:
         THREADS=DECODE_THREADS,
         **_defines(layout, tables, MOST_CODEWORDS),
     )
-    return Kernel("decode", text, DECODE_THREADS, sum(tables) + own)
+    return Kernel("decode", text, DECODE_THREADS, sum(tables) + own, together=True)
 
 
 @lru_cache(maxsize=1024)
@@ -69,7 +70,7 @@ def tile(layout: DictLayout, x_dtype: str, wanted: int, limits: DeviceLimits) ->
 
 def _files(layout: DictLayout) -> tuple[str, ...]:
     magnitudes = "refinement" if layout.refinement else "ternary"
-    return "types", "share", "entry", "stack", magnitudes, "walk"
+    return "types", "scan", "share", "entry", "stack", magnitudes, "walk"
 
 
 def _threads(layout: DictLayout, tokens: int) -> int:

@@ -19,7 +19,7 @@ def product(layout: GroupLayout, product: Product) -> Kernel:
     """The kernel for y = W x."""
     threads = THREADS.get(product.tile, GLOBAL_THREADS)
     text = product.source(
-        *("types", "share", "int_group", "pairs", "int_group_product"),
+        *("types", "share", "int_group", "tiles", "pairs", "int_group_product"),
         tile_type=product.x,
         threads=threads,
         LINE=RUN,

@@ -1,25 +1,27 @@
 """From a call to the kernel launches it takes. Nothing here needs a GPU.
 
-Arrays belong to whoever executes the launches: CuPy's, torch's, or, where kernels run on a CPU,
-numpy's (bf16 as uint16).
+Arrays belong to whoever executes the launches: CuPy's, torch's, what stands for them until a call
+brings them (``Given``), or, where kernels run on a CPU, numpy's (bf16 as uint16).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from qmoe_format.gpu import int_dict_kernels, int_group_kernels, runs
+from qmoe_format.errors import QMoEError
+from qmoe_format.gpu import int_dict_kernels, int_group_kernels, run_batches, runs
 from qmoe_format.gpu.arrays import element_type
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
-from qmoe_format.gpu.launch import Kernel, Launch
-from qmoe_format.gpu.packing import Layout, PackedStack
+from qmoe_format.gpu.launch import Given, Kernel, Launch
+from qmoe_format.gpu.packing import SCALES, Layout, PackedStack
+from qmoe_format.gpu.run_batches import Batch
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 
@@ -27,6 +29,8 @@ SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
 MOST_BLOCKS = 65535  # in the second or third dimension of a grid
+
+Number = int | Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,15 @@ class Workspace:
         return self.scratch[-1]
 
 
-def matmul(stack: PackedStack, expert: int, x: Any, y: Any, workspace: Workspace) -> list[Launch]:
-    """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``."""
-    return _products(stack, x, y, _Pairs(x.shape[0], 1, expert), workspace)
+def matmul(
+    stack: PackedStack, expert: Number, x: Any, y: Any, workspace: Workspace
+) -> list[Launch]:
+    """y [tokens, rows] = x [tokens, columns] times the transpose of matrix ``expert``.
+
+    For one token, x and y may have one dimension.
+    """
+    tokens = x.shape[0] if len(x.shape) == 2 else 1
+    return _products(stack, x, y, _Pairs(tokens, 1, expert), workspace)
 
 
 def expert_matvec(
@@ -66,8 +76,14 @@ def expert_matvec(
         weights: [tokens, k] or None.
         y: [tokens, k, rows]; with weights [tokens, rows].
         workspace: for scratch arrays.
+
+    Raises:
+        QMoEError: ``limit`` for more than ``MOST_BLOCKS`` experts of a token.
     """
     tokens, k = experts.shape
+    if k > MOST_BLOCKS:
+        problem = f"a token has {k} experts, more than {MOST_BLOCKS}"
+        raise QMoEError("limit", problem, "multiply by some of them at a time")
     pairs = _Pairs(tokens * k, k if len(x.shape) == 2 else 1, -1, experts)
     if weights is None:
         return _products(stack, x, y, pairs, workspace)
@@ -89,13 +105,21 @@ def expert_matvec(
 
 
 def decode(
-    stack: PackedStack, first: int, count: int, y: Any, workspace: Workspace
+    stack: PackedStack, first: Number, count: int, y: Any, workspace: Workspace
 ) -> list[Launch]:
     """y [count, rows, columns]: the weights of ``count`` matrices from ``first`` on."""
     layout, limits = stack.layout, workspace.limits
     if not count * layout.units or not layout.columns:
         return []
-    kernel = _decode_kernel(layout, element_type(y.dtype), limits)
+    dtype = element_type(y.dtype)
+    if stack.runs and isinstance(layout, DictLayout):
+        kernel = runs.decode(stack.runs.layout, dtype, layout.refinement is not None)
+        blocks = -(-count * stack.runs.layout.groups * 32 // kernel.threads)
+        sizes = _ints(layout.experts, layout.rows, layout.columns)
+        return [
+            Launch(kernel, blocks, (*_runs(stack, stack.runs), *sizes, y, *_ints(first, count)))
+        ]
+    kernel = _decode_kernel(layout, dtype, limits)
     resident = limits.shared_bytes // kernel.shared_bytes if kernel.shared_bytes else 8
     blocks = min(limits.multiprocessors * max(1, resident), count * layout.units)
     return [Launch(kernel, blocks, (*_stack(stack), y, *_ints(first, count)))]
@@ -114,7 +138,7 @@ class _Pairs:
 
     count: int
     per_x: int
-    expert: int
+    expert: Number
     experts: Any = None
 
 
@@ -125,8 +149,12 @@ def _products(
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
-    if stack.runs and max(per_x, pairs.count // per_x) <= MOST_BLOCKS:
-        return [_by_runs(stack, stack.runs, x, y, pairs, limits)]
+    if stack.runs:
+        batch = _batch(layout, stack.runs.layout, element_type(x.dtype), limits)
+        matrices = 1 if pairs.experts is None else min(layout.experts, pairs.count)
+        if batch and pairs.count >= batch.fewest * matrices:
+            return _by_batches(stack, stack.runs, batch, x, y, pairs, workspace)
+        return [_by_runs(stack, stack.runs, *part, limits) for part in _parts(x, y, pairs)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -151,6 +179,21 @@ def _products(
     return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
 
 
+def _parts(x: Any, y: Any, pairs: _Pairs) -> Iterator[tuple[Any, Any, _Pairs]]:
+    """A call with at most ``MOST_BLOCKS`` x, or several."""
+    count, experts = pairs.count // pairs.per_x, pairs.experts
+    if count <= MOST_BLOCKS:
+        yield x, y, pairs
+        return
+    x, y = x.reshape(count, -1), y.reshape(count, -1)
+    experts = None if experts is None else experts.reshape(count, -1)
+    for first in range(0, count, MOST_BLOCKS):
+        part = slice(first, min(first + MOST_BLOCKS, count))
+        listed = None if experts is None else experts[part]
+        size = (part.stop - first) * pairs.per_x
+        yield x[part], y[part], replace(pairs, count=size, experts=listed)
+
+
 def _by_runs(
     stack: PackedStack, packed: PackedRuns, x: Any, y: Any, pairs: _Pairs, limits: DeviceLimits
 ) -> Launch:
@@ -158,27 +201,69 @@ def _by_runs(
     layout = packed.layout
     mode = "ONE" if pairs.experts is None else "LIST"
     kernel = _run_kernel(layout, element_type(x.dtype), element_type(y.dtype), mode)
-    scales = (stack.arrays["row_scale"], stack.arrays["column_scale"])
     # A block stages x of one pair: one that came to a second would be late.
     each = -(-layout.groups // max(limits.multiprocessors // pairs.count, 1))
     sizes = _ints(layout.experts, layout.rows)
-    call = (x, y, pairs.experts, *_ints(pairs.expert, each), np.uint32(128 * layout.slots - 4))
+    call = (x, y, pairs.experts, *_ints(pairs.expert, each), _ring(layout))
     grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
-    return Launch(kernel, grid, (*packed.arrays.values(), *scales, *sizes, *call))
+    return Launch(kernel, grid, (*_runs(stack, packed), *sizes, *call))
+
+
+def _by_batches(
+    stack: PackedStack,
+    packed: PackedRuns,
+    batch: Batch,
+    x: Any,
+    y: Any,
+    pairs: _Pairs,
+    workspace: Workspace,
+) -> list[Launch]:
+    """y [pairs, rows], an expert's tokens together."""
+    layout, limits = batch.layout, workspace.limits
+    count = pairs.count if layout.column_scales else pairs.count // pairs.per_x
+    terms = workspace.empty((count, batch.terms, batch.places), batch.term)
+    sorting: tuple[Any, ...] = (None, None, None, None)
+    mode = "ONE"
+    if pairs.experts is not None:
+        mode, sorting = "GROUPS", _sorting(stack.layout, pairs, workspace)
+    about = _ints(pairs.expert, pairs.count, pairs.per_x)
+    prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
+    column_scale, experts = stack.arrays["column_scale"], np.int32(layout.experts)
+    cut = (x, column_scale, terms, pairs.experts, *sorting, experts, *about)
+    call = (terms, y, *sorting[:2], *about, _ring(layout), np.int32(runs.LINE_BYTES - 1))
+    return [
+        Launch(prepare, prepare.blocks(count * batch.places + prepare.threads, limits), cut),
+        Launch(
+            product,
+            min(limits.multiprocessors, pairs.count * layout.groups),
+            (*_runs(stack, packed), experts, np.int32(layout.rows), *call),
+        ),
+    ]
+
+
+def _ring(layout: RunLayout) -> np.uint32:
+    """From a region's end to the beginning of the next one."""
+    return np.uint32(runs.LINE_BYTES * layout.slots - 4)
 
 
 def _sort(
     layout: Layout, pairs: _Pairs, tile: int, workspace: Workspace
 ) -> tuple[list[Launch], Any, Any]:
     """Order pairs by expert and cut them into tiles: launches, order, tiles."""
-    order = workspace.empty((pairs.count,), "int32")
-    tiles = workspace.empty((1 + 3 * pairs.count,), "int32")
-    ranks = workspace.empty((pairs.count,), "int32")
-    counts = workspace.empty((layout.experts + 1,), "int32")
+    arrays = _sorting(layout, pairs, workspace)
     text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=SMALL_TILE)
-    sizes = _ints(pairs.count, layout.experts)
-    arguments = (pairs.experts, order, tiles, ranks, counts, *sizes)
-    return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], order, tiles
+    arguments = (pairs.experts, *arrays, *_ints(pairs.count, layout.experts))
+    return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], *arrays[:2]
+
+
+def _sorting(layout: Layout, pairs: _Pairs, workspace: Workspace) -> tuple[Any, Any, Any, Any]:
+    """What sorting writes: order, tiles and scratch."""
+    return (
+        workspace.empty((pairs.count,), "int32"),
+        workspace.empty((1 + 3 * pairs.count,), "int32"),
+        workspace.empty((pairs.count,), "int32"),
+        workspace.empty((layout.experts + 1,), "int32"),
+    )
 
 
 def _prepare(
@@ -202,9 +287,8 @@ def _elementwise(
     name: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
 ) -> Launch:
     """A launch of a kernel whose threads share out ``size`` elements."""
-    blocks = max(1, min(workspace.limits.multiprocessors * 8, -(-size // ELEMENTWISE_THREADS)))
     kernel = Kernel(name, source("types", name, **defines), ELEMENTWISE_THREADS)
-    return Launch(kernel, blocks, arguments)
+    return Launch(kernel, kernel.blocks(size, workspace.limits), arguments)
 
 
 def _tile(layout: Layout, x_dtype: str, wanted: int, limits: DeviceLimits) -> int:
@@ -219,6 +303,18 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
     if isinstance(layout, DictLayout):
         return int_dict_kernels.product(layout, product, limits)
     return int_group_kernels.product(layout, product)
+
+
+@lru_cache(maxsize=1024)
+def _batch(layout: Layout, packed: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
+    """None if tokens go one after another: for levels beyond 1, too."""
+    ternary = isinstance(layout, DictLayout) and layout.refinement is None
+    return run_batches.choose(packed, x, limits) if ternary else None
+
+
+@lru_cache(maxsize=1024)
+def _batch_kernels(batch: Batch, y: str, pairs: str) -> tuple[Kernel, Kernel]:
+    return batch.prepare(pairs), batch.product(y, pairs)
 
 
 @lru_cache(maxsize=1024)
@@ -238,5 +334,10 @@ def _stack(stack: PackedStack) -> tuple[Any, ...]:
     return (*stack.arrays.values(), *_ints(*stack.layout.sizes))
 
 
-def _ints(*numbers: int) -> tuple[np.int32, ...]:
-    return tuple(np.int32(number) for number in numbers)
+def _runs(stack: PackedStack, packed: PackedRuns) -> tuple[Any, ...]:
+    """The arrays for a ``Stack`` of the kernels that read runs."""
+    return (*packed.arrays.values(), *(stack.arrays[name] for name in SCALES))
+
+
+def _ints(*numbers: Number) -> tuple[np.int32 | Given, ...]:
+    return tuple(each if isinstance(each, Given) else np.int32(each) for each in numbers)

@@ -1,22 +1,26 @@
 """y = W x on a GPU from compressed weights, and W itself where it is wanted.
 
 x and y are CuPy arrays or torch tensors, used as they are, on the current stream of their library.
-Nothing waits for the GPU, and every call can be captured in a CUDA graph once it has been made
-before, so that its kernels are compiled. Sums are float32 ([M-1], [M-2]) and the same from run to
-run; a subnormal product counts as 0.
+Nothing waits for the GPU, and every call can be captured in a CUDA graph once a call with arrays of
+the same shapes and dtypes has been made before, so that its kernels are compiled. Sums are float32
+([M-1], [M-2]) and the same from run to run; a subnormal product counts as 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, launch_plan
-from qmoe_format.gpu.arrays import FLOATS, Library, element_type, library_of
+from qmoe_format.gpu.arrays import FLOATS, Library, element_type, library_of, signature
 from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack
-from qmoe_format.gpu.launch import Launch, execute
+from qmoe_format.gpu.launch import Given, Launch, Prepared
 from qmoe_format.gpu.launch_plan import Workspace
+
+MOST_PREPARED = 256  # calls of a stack that differ in what they are or in the shapes of arrays
 
 
 def matvec(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
@@ -38,14 +42,7 @@ def matvec(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
 
         y = gpu.matvec(stack[7], x)
     """
-    matrix = _matrix(weights)
-    rows, columns = matrix.shape
-    library = library_of(x, "x", matrix.stack.device)
-    library.check(x, "x", (columns,))
-    y = library.output(out, (rows,), element_type(x.dtype))
-    vectors = (x.reshape(1, -1), y.reshape(1, rows))
-    _run(library, matrix.stack, launch_plan.matmul, matrix.expert, *vectors)
-    return y
+    return _product(weights, x, out, 1)
 
 
 def matmul(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
@@ -58,13 +55,7 @@ def matmul(weights: DeviceStack | DeviceMatrix, x: Any, out: Any = None) -> Any:
         x: [tokens, columns].
         out: y [tokens, rows] to write.
     """
-    matrix = _matrix(weights)
-    rows, columns = matrix.shape
-    library = library_of(x, "x", matrix.stack.device)
-    library.check(x, "x", (-1, columns))
-    y = library.output(out, (x.shape[0], rows), element_type(x.dtype))
-    _run(library, matrix.stack, launch_plan.matmul, matrix.expert, x, y)
-    return y
+    return _product(weights, x, out, 2)
 
 
 def expert_matvec(
@@ -89,18 +80,23 @@ def expert_matvec(
 
         y = gpu.expert_matvec(stack, x, experts)  # x [5, 768], experts [5, 2]: y [5, 2, 3072]
     """
-    _, rows, columns = stack.shape
-    library = library_of(x, "x", stack.device)
-    library.check(experts, "experts", (-1, -1), ("int32",))
-    tokens, k = experts.shape
-    library.check(x, "x", (tokens, k, columns) if len(x.shape) == 3 else (tokens, columns))
-    shape: tuple[int, ...] = (tokens, k, rows)
-    if weights is not None:
-        library.check(weights, "weights", (tokens, k))
-        shape = (tokens, rows)
-    y = library.output(out, shape, element_type(x.dtype))
-    _run(library, stack, launch_plan.expert_matvec, x, experts, weights, y)
-    return y
+
+    def prepare() -> _Call:
+        _, rows, columns = stack.shape
+        library = library_of(x, "x", stack.device)
+        library.check(experts, "experts", (-1, -1), ("int32",))
+        tokens, k = experts.shape
+        library.check(x, "x", (tokens, k, columns) if len(x.shape) == 3 else (tokens, columns))
+        shape: tuple[int, ...] = (tokens, k, rows)
+        if weights is not None:
+            library.check(weights, "weights", (tokens, k))
+            shape = (tokens, rows)
+        y = _result(library, out, shape, element_type(x.dtype))
+        arrays = (x, experts, weights)
+        return _Call(library, stack, arrays, y, lambda packed, _, *others: plan(packed, *others))
+
+    plan = launch_plan.expert_matvec
+    return _run(stack, "experts", 0, (x, experts, weights), out, prepare)
 
 
 def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = None) -> Any:
@@ -126,10 +122,16 @@ def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = 
         raise QMoEError(
             "argument", f"weights cannot be decoded to {dtype}", f"choose {' or '.join(FLOATS)}"
         )
-    library = Library(stack.device) if out is None else library_of(out, "out", stack.device)
-    y = library.output(out, weights.shape, dtype)
-    _run(library, stack, launch_plan.decode, first, count, y)
-    return y
+
+    def prepare() -> _Call:
+        library = Library(stack.device) if out is None else library_of(out, "out", stack.device)
+        y = _result(library, out, weights.shape, dtype)
+        return _Call(
+            library, stack, (), y, lambda packed, n, *others: plan(packed, n, count, *others)
+        )
+
+    plan = launch_plan.decode
+    return _run(stack, ("decode", dtype, count), first, (), out, prepare)
 
 
 def _matrix(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
@@ -144,14 +146,81 @@ def _matrix(weights: DeviceStack | DeviceMatrix) -> DeviceMatrix:
     return weights[0]
 
 
+def _product(weights: DeviceStack | DeviceMatrix, x: Any, out: Any, dimensions: int) -> Any:
+    """``matvec`` for x of one dimension, ``matmul`` for two."""
+    matrix = _matrix(weights)
+    stack = matrix.stack
+
+    def prepare() -> _Call:
+        rows, columns = matrix.shape
+        library = library_of(x, "x", stack.device)
+        library.check(x, "x", (-1, columns)[-dimensions:])
+        y = _result(library, out, (*x.shape[:-1], rows), element_type(x.dtype))
+        return _Call(library, stack, (x,), y, launch_plan.matmul)
+
+    return _run(stack, dimensions, matrix.expert, (x,), out, prepare)
+
+
+def _result(library: Library, out: Any, shape: tuple[int, ...], dtype: str) -> Given:
+    """What y is: ``out``, checked; if it is None, of this dtype."""
+    if out is None:
+        return Given(shape, dtype)
+    library.check(out, "out", shape)
+    return Given(shape, element_type(out.dtype))
+
+
+class _Call:
+    """A call as it is prepared for all whose arrays have the same signatures.
+
+    Args:
+        library: what the arrays belong to.
+        stack: what is multiplied or decoded.
+        arrays: those of the first such call, checked; some may be None.
+        y: the result.
+        plan: from the stack, a number, what stands for the arrays, y and a workspace.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        stack: DeviceStack,
+        arrays: Sequence[Any],
+        y: Given,
+        plan: Callable[..., list[Launch]],
+    ) -> None:
+        workspace = Workspace(cuda.limits(stack.device), Given)
+        number, given = (
+            Given(),
+            [a if a is None else Given(tuple(a.shape), element_type(a.dtype)) for a in arrays],
+        )
+        launches = plan(stack.packed, number, *given, y, workspace)
+        self.library, self.y, self.scratch = library, y, workspace.scratch
+        everything = [number, *given, y, *workspace.scratch]
+        self.launches = Prepared(launches, everything, stack.device)
+
+
 def _run(
-    library: Library, stack: DeviceStack, plan: Callable[..., list[Launch]], *arguments: Any
-) -> None:
-    """Execute what ``plan``, a function of ``launch_plan``, makes of its arguments."""
-    workspace = Workspace(cuda.limits(library.device), library.empty)
-    launches = plan(stack.packed, *arguments, workspace)
+    stack: DeviceStack,
+    what: Any,
+    number: int,
+    arrays: tuple[Any, ...],
+    out: Any,
+    prepare: Callable[[], _Call],
+) -> Any:
+    """Do a call with a matrix ``number``; ``prepare`` it unless one like it was prepared before."""
+    key = (what, *map(signature, arrays), signature(out))
+    call = stack.prepared.get(key)
+    if call is None:
+        call = prepare()
+        if len(stack.prepared) >= MOST_PREPARED:
+            stack.prepared.clear()
+        stack.prepared[key] = call
+    library = call.library
+    y = library.empty(call.y.shape, call.y.dtype) if out is None else out
+    scratch = [library.empty(each.shape, each.dtype) for each in call.scratch]
     stream = library.stream()
-    execute(launches, stack.device, stream)
+    call.launches.run((np.int32(number), *arrays, y, *scratch), stream)
     # torch keeps for its graph what was allocated during a capture; CuPy knows nothing of graphs.
-    if workspace.scratch and not library.torch and stream.is_capturing():
-        stack.recorded.append(workspace.scratch)
+    if scratch and not library.torch and stream.is_capturing():
+        stack.recorded.append(scratch)
+    return y

@@ -20,13 +20,17 @@ Matrix = EncodedMatrix | GroupedMatrix
 Layout = DictLayout | GroupLayout
 
 
+SCALES = ("row_scale", "column_scale")  # of ``int-dict``
+
+
 @dataclass(frozen=True, slots=True)
 class PackedStack:
     """A stack ready for the kernels.
 
     Attributes:
-        arrays: numpy's or a device's, by name, in the order of the kernels' parameters.
-        runs: ``int-dict`` matrices once more, for products.
+        arrays: numpy's or a device's, by name, in the order of the kernels' parameters; with runs,
+            no others than ``SCALES``.
+        runs: ``int-dict`` matrices in the form for fast products, in place of their codewords.
     """
 
     layout: Layout

@@ -1,9 +1,11 @@
-"""Runs of gap codes, ``kernels/runs.cu``: a second form of ``int-dict`` matrices, made on the GPU.
+"""Runs of gap codes, ``kernels/runs.cu``: the form of ``int-dict`` for products, made on the GPU.
 
 The kernels that read codewords as they are stored need a look-up in a table, a scan and shuffles
 for every step of a warp. Here a lane has codes of its own, and adds for each of them one x whose
 address depends on nothing else. That takes more memory than the codewords, and much less time.
-Decoding reads the codewords.
+
+Where a stack has runs, products and decoding read them, and its codewords are gone. It has none,
+and keeps its codewords, if ``choose`` says so or memory is short.
 
     offsets   uint32 [experts, groups + 1]: the first code of each group, and how many there are
     starts    uint16 [experts, groups, 32]: 32 * (slot + 1) + bank of the landing before each run
@@ -26,7 +28,9 @@ from qmoe_format.gpu.launch import Kernel, Launch
 
 THREADS = 1024
 TRANSCODE_THREADS = 256
+DECODE_THREADS = 128  # so many that levels of wide rows fit wherever their x does
 GUARD = 16  # lines
+LINE_BYTES = 128  # x of a slot, once for each lane of a warp
 MOST_SLOTS = 2046  # so that a start has 16 bits
 MOST_LANDINGS = 1.5  # per weight
 # A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
@@ -120,18 +124,19 @@ def _codes_per_weight(stack: DictLayout, bits: int) -> float:
 
 def shared_bytes(layout: RunLayout) -> int:
     """Shared memory of a product: a line of x for each slot, and one before them."""
-    return 128 * (layout.slots + 1)
+    return LINE_BYTES * (layout.slots + 1)
 
 
 def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
     text = source(
-        *("types", "runs", "run_product"),
-        **_defines(layout),
+        *("types", "runs", "run_lane", "run_product"),
+        **defines(layout),
         X_TYPE=x,
         Y_TYPE=y,
         PAIRS=pairs,
         COLUMNS=layout.columns,
+        LINE_BYTES=LINE_BYTES,
         SLOTS=layout.slots,
         SCALES=layout.scales,
         COLUMN_SCALES=int(layout.column_scales),
@@ -140,19 +145,35 @@ def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     return Kernel("product", text, THREADS, shared_bytes(layout))
 
 
+def decode(layout: RunLayout, y: str, refined: bool) -> Kernel:
+    """The kernel that writes W; ``refined``: some levels are beyond 1."""
+    text = source(
+        *("types", "runs", "run_lane", "run_decode"),
+        **defines(layout),
+        Y_TYPE=y,
+        LINE_BYTES=layout.lanes,  # a level takes a byte
+        SCALES=layout.scales,
+        COLUMN_SCALES=int(layout.column_scales),
+        REFINED=int(refined),
+        THREADS=DECODE_THREADS,
+    )
+    shared = DECODE_THREADS // 2 * (layout.slots + 2)
+    return Kernel("decode", text, DECODE_THREADS, shared, together=True)
+
+
 def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:
     """Count the landings of ``levels`` fp16 [count, rows, columns].
 
     They go to ``found``, uint32 [count, rows, 2].
     """
-    text = source("types", "runs", "run_walk", "run_sizes", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_walk", "run_sizes", **_transcoding(layout))
     arguments = (levels, found, *_shape(layout, len(levels)))
     return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
 
 
 def offsets(layout: RunLayout, sizes: Any, found: Any) -> Launch:
     """Make ``found``, the array ``offsets``, from ``sizes``."""
-    text = source("types", "runs", "run_offsets", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_offsets", **_transcoding(layout))
     arguments = (sizes, found, *_shape(layout, layout.experts)[:2])
     return Launch(Kernel("run_offsets", text, 32), layout.experts, arguments)
 
@@ -165,7 +186,7 @@ def codes(
     limits: DeviceLimits,
 ) -> Launch:
     """Write the runs of ``levels``, matrices from ``first`` on, into ``words`` and ``starts``."""
-    text = source("types", "runs", "run_walk", "run_codes", **_transcoding(layout))
+    text = source("types", "scan", "runs", "run_walk", "run_codes", **_transcoding(layout))
     of_matrices = (arrays["offsets"][first:], arrays["bases"][first:])
     written = (arrays["words"], arrays["starts"][first:])
     arguments = (levels, *of_matrices, *written, *_shape(layout, len(levels)))
@@ -177,17 +198,17 @@ def _shape(layout: RunLayout, count: int) -> tuple[np.int32, ...]:
     return np.int32(count), np.int32(layout.rows), np.int32(layout.columns)
 
 
-def _defines(layout: RunLayout) -> dict[str, int]:
+def defines(layout: RunLayout) -> dict[str, int]:
     return {"BITS": layout.bits, "LANES": layout.lanes}
 
 
 def _transcoding(layout: RunLayout) -> dict[str, int]:
-    return {**_defines(layout), "THREADS": TRANSCODE_THREADS}
+    return {**defines(layout), "THREADS": TRANSCODE_THREADS}
 
 
 def _by_warps(
     name: str, text: str, warps: int, limits: DeviceLimits, arguments: tuple[Any, ...]
 ) -> Launch:
     """A launch whose warps share out the work."""
-    blocks = min(limits.multiprocessors * 8, -(-warps * 32 // TRANSCODE_THREADS))
-    return Launch(Kernel(name, text, TRANSCODE_THREADS), blocks, arguments)
+    kernel = Kernel(name, text, TRANSCODE_THREADS)
+    return Launch(kernel, kernel.blocks(32 * warps, limits), arguments)

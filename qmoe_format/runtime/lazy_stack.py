@@ -68,7 +68,7 @@ class LazyStack:
         """All experts in the memory of GPU number ``device``, where they stay.
 
         Args:
-            runs: make products fast if memory for all stacks of the file is left then. Without
+            runs: make products fast if memory for the file's other stacks is left then. Without
                 effect on a stack that is there.
         """
         stack = self._uploaded.get(device)
@@ -78,9 +78,8 @@ class LazyStack:
             matrices = [self.file.encoded(self.name, expert) for expert in range(self.shape[0])]
             stack = gpu.upload(matrices, device=device, runs=False)
             if runs:
-                entries = self.file.tensors.values()
-                others = sum(entry.stored_bytes for entry in entries if entry.stack)
-                stack = gpu.add_runs(stack, spare=others)
+                entries = (entry for name, entry in self.file.tensors.items() if name != self.name)
+                gpu.add_runs(stack, spare=sum(each.stored_bytes for each in entries if each.stack))
             self._uploaded[device] = stack
         return stack
 
@@ -88,4 +87,4 @@ class LazyStack:
         """See ``gpu.add_runs``."""
         from qmoe_format import gpu
 
-        self._uploaded[device] = gpu.add_runs(self.upload(device, runs=False))
+        gpu.add_runs(self.upload(device, runs=False))

@@ -52,9 +52,6 @@ class Stream:
     capturing: bool = False
     waits: int = 0
 
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
     def synchronize(self) -> None:
         self.waits += 1
 
@@ -86,6 +83,7 @@ class FakeCupy(ModuleType):
         runtime = SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=self.count,
+            getDevice=lambda: self.current,
             memcpyAsync=lambda to, source, size, _kind, _stream: ctypes.memmove(to, source, size),
             memcpyHostToDevice=1,
         )
@@ -94,9 +92,13 @@ class FakeCupy(ModuleType):
             runtime=runtime,
             Device=self.device,
             Event=lambda **_: event,
-            get_current_stream=lambda: self.stream,
+            get_current_stream=lambda _=-1: self.stream,
             alloc_pinned_memory=lambda size: np.zeros(size, np.uint8).view(Pinned),
         )
+
+    def get_default_memory_pool(self) -> Any:
+        """A pool that keeps nothing."""
+        return SimpleNamespace(free_all_blocks=lambda: None)
 
     def count(self) -> int:
         """Number of GPUs; if negative, there is no driver."""
@@ -162,6 +164,8 @@ class _Device:
     mem_info: tuple[int, int]
     manager: Any
 
+    def synchronize(self) -> None: ...
+
     def __enter__(self) -> None:
         self.manager.__enter__()
 
@@ -177,8 +181,15 @@ class Function:
         self.max_dynamic_shared_size_bytes = 48 << 10
 
     def __call__(
-        self, grid: tuple[int, int, int], block: tuple[int], arguments: Any, *, shared_mem: int
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int],
+        arguments: Any,
+        *,
+        shared_mem: int,
+        stream: Any,
     ) -> None:
+        assert isinstance(stream.ptr, int)
         assert shared_mem <= self.max_dynamic_shared_size_bytes, "more than was asked for"
         plain = tuple(map(_plain, arguments))
         launch = Launch(Kernel(self.name, self.code, block[0], shared_mem), grid, plain)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 
+from qmoe_format.gpu.launch import Kernel
+
 # The compilers of cupy-cuda12x and of cupy-cuda13x.
 PACKAGES = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 ARCHITECTURES = (
@@ -27,6 +29,11 @@ _KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
+
+
+def architectures(kernel: Kernel) -> tuple[str, ...]:
+    """Those that have a kernel's instructions: mma of bf16 came with sm_80."""
+    return tuple(a for a in ARCHITECTURES if "mma.sync" not in kernel.source or a != "sm_75")
 
 
 class CompileError(Exception):
@@ -59,6 +66,10 @@ class Compiler:
 
     def compile(self, source: str, architecture: str) -> dict[str, Resources]:
         """Compile ``source`` to machine code: resources by kernel. Raises ``CompileError``."""
+        return parse(self.build(source, architecture)[1])
+
+    def build(self, source: str, architecture: str) -> tuple[bytes, str]:
+        """Compile ``source`` to machine code: that, and the log. Raises ``CompileError``."""
         nvrtc, program = self._library, ctypes.c_void_p()
         options = [*OPTIONS, "--ptxas-options=-v", f"-arch={architecture}"]
         values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -68,15 +79,19 @@ class Compiler:
         if status != 0:
             raise CompileError(f"nvrtcCreateProgram: {status}")
         status = nvrtc.nvrtcCompileProgram(program, len(values), values)
-        size = ctypes.c_size_t()
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, log)
+
+        def fetch(what: str) -> bytes:
+            size = ctypes.c_size_t()
+            nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
+            buffer = ctypes.create_string_buffer(size.value)
+            nvrtc[f"nvrtcGet{what}"](program, buffer)
+            return buffer.raw
+
+        log, code = fetch("ProgramLog").rstrip(b"\0").decode(), b"" if status else fetch("CUBIN")
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-        text = log.value.decode()
         if status != 0:
-            raise CompileError(text)
-        return parse(text)
+            raise CompileError(log)
+        return code, log
 
 
 def parse(log: str) -> dict[str, Resources]:

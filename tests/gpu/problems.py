@@ -35,7 +35,7 @@ NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 # Half an ulp, relative to a number, and the smallest half ulp.
 ROUNDING = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (0.0, 0.0)}
 # Two blocks at most: two are enough to disagree, and more are slow here.
-LARGE = DeviceLimits(multiprocessors=2, shared_bytes=227 << 10)
+LARGE = DeviceLimits(multiprocessors=2, shared_bytes=227 << 10, capability=90)
 
 
 @dataclass(frozen=True, slots=True)

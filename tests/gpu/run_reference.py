@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_format.codec import EncodedMatrix, decode
+from qmoe_format.gpu.packing import Matrix, PackedStack, pack
 from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout
+
+
+def stack(members: Sequence[Matrix], bits: int, lanes: int) -> PackedStack:
+    """Matrices and their runs."""
+    coded = [member for member in members if isinstance(member, EncodedMatrix)]
+    scales, column_scales = coded[0].row_scale.shape[1], coded[0].column_scale is not None
+    shape = (len(coded), coded[0].rows, coded[0].columns)
+    levels = np.stack([decode(member.levels) for member in coded])
+    layout = RunLayout(*shape, bits, lanes, scales, column_scales)
+    return replace(pack(coded), runs=runs(levels, layout))
 
 
 def landings(levels: npt.NDArray[np.int_], layout: RunLayout) -> list[int]:

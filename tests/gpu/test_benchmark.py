@@ -30,7 +30,7 @@ class CpuGpu:
     """``qmoe_format.gpu`` in terms of ``qmoe_format.codec``; a stack is a list."""
 
     @staticmethod
-    def upload(matrices: list[codec.EncodedMatrix]) -> list[codec.EncodedMatrix]:
+    def upload(matrices: list[codec.EncodedMatrix], runs: bool) -> list[codec.EncodedMatrix]:
         return matrices
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from qmoe_format import gpu
 from qmoe_format.codec import dequantize, encode_matrix, pack_groups
 from qmoe_format.dtypes import from_float32, to_float32
-from qmoe_format.gpu import packing
+from qmoe_format.errors import QMoEError
+from qmoe_format.gpu import launch_plan, ops, packing
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.packing import Matrix
 from tests.gpu import shim
@@ -56,13 +59,16 @@ def check_uploaded(stack: gpu.DeviceStack, members: list[Matrix]) -> None:
 def test_upload(cupy: FakeCupy, members: list[Matrix]) -> None:
     stack = gpu.upload(members, device=1)
     packed = packing.pack(members)
-    check_uploaded(stack, members)
     assert stack.device == 1
     assert stack.shape == (EXPERTS, ROWS, COLUMNS)
     runs = stack.packed.runs
     assert bool(runs) == isinstance(packed.layout, DictLayout)
-    assert stack.bytes == packed.layout.bytes + (runs.bytes if runs else 0)
-    assert gpu.upload(members, runs=False).bytes == packed.layout.bytes
+    coded = gpu.upload(members, device=1, runs=False)
+    check_uploaded(coded, members)
+    assert coded.bytes == packed.layout.bytes
+    for name, array in stack.packed.arrays.items():
+        assert array.device.id == 1
+        assert np.array_equal(array, packed.arrays[name]), name
     assert [matrix.expert for matrix in stack] == [0, 1, 2, 3]
     assert stack[-1].expert == 3
 
@@ -136,9 +142,10 @@ def test_expert_matvec(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str) -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_decode(cupy: FakeCupy, members: list[Matrix], dtype: str, runs: bool) -> None:
     name = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
-    stack = gpu.upload(members)
+    stack = gpu.upload(members, runs=runs)
     dense = np.stack([dequantize(matrix) for matrix in members])
     assert np.array_equal(to_float32(gpu.decode(stack, dtype), name), dense)
     out = cupy.empty((ROWS, COLUMNS), np.float32)
@@ -155,6 +162,61 @@ def test_a_captured_call_keeps_its_scratch_arrays(cupy: FakeCupy, members: list[
     cupy.stream.capturing = True
     gpu.expert_matvec(stack, x, experts)
     assert len(stack.recorded) == 1
+
+
+def test_calls_like_one_before_are_not_planned_again(
+    cupy: FakeCupy, members: list[Matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its own arrays and expert, nevertheless."""
+    stack = gpu.upload(members, runs=False)
+    dense = np.stack([dequantize(matrix) for matrix in members])
+    experts = cupy.asarray(np.array([[3, 1]], np.int32))
+    planned: list[str] = []
+
+    def noted(name: str, plan: Callable[..., Any], *given: Any) -> Any:
+        planned.append(name)
+        return plan(*given)
+
+    for name in ("matmul", "expert_matvec", "decode"):
+        plan = partial(noted, name, getattr(launch_plan, name))
+        monkeypatch.setattr(launch_plan, name, plan)
+    for turn in range(3):
+        x, values = integers(cupy, COLUMNS, dtype="F32")
+        x, values = x * (turn + 1), values * (turn + 1)
+        assert np.array_equal(gpu.matvec(stack[turn], x), dense[turn] @ values)
+        y = gpu.expert_matvec(stack, x.reshape(1, -1), experts)
+        assert np.array_equal(y, dense[[3, 1]][None] @ values)
+        assert np.array_equal(gpu.decode(stack[turn], "fp32"), dense[turn])
+    assert planned == ["matmul", "expert_matvec", "decode"]
+    gpu.matvec(stack[0], x.astype(np.float16))
+    gpu.matmul(stack[0], x.reshape(1, -1))
+    assert planned[3:] == ["matmul", "matmul"]
+    if gpu.add_runs(stack):
+        cupy.launched.clear()
+        assert np.array_equal(gpu.matvec(stack[2], x), dense[2] @ values)
+        assert "follow" in cupy.launched[0].kernel.source
+
+
+def test_a_good_call_does_not_let_bad_ones_pass(cupy: FakeCupy, members: list[Matrix]) -> None:
+    stack = gpu.upload(members)
+    x, experts = cupy.zeros((1, COLUMNS), np.float32), cupy.zeros((1, 1), np.int32)
+    gpu.matmul(stack[0], x)
+    gpu.expert_matvec(stack, x, experts)
+    with pytest.raises(QMoEError, match="not contiguous"):
+        gpu.matmul(stack[0], cupy.zeros((1, 2 * COLUMNS), np.float32)[:, ::2])
+    for weights in ([[1.0]], np.ones((1, 1), np.float32)):
+        with pytest.raises(QMoEError, match="weights: is a"):
+            gpu.expert_matvec(stack, x, experts, weights)
+
+
+def test_few_prepared_calls_are_kept(
+    cupy: FakeCupy, members: list[Matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "MOST_PREPARED", 2)
+    stack = gpu.upload(members)
+    for tokens in (1, 2, 3):
+        gpu.matmul(stack[0], cupy.zeros((tokens, COLUMNS), np.float32))
+    assert len(stack.prepared) == 1
 
 
 def test_kernels_are_compiled_once(cupy: FakeCupy, members: list[Matrix]) -> None:

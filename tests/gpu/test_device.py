@@ -151,9 +151,11 @@ def test_experts_outside_the_stack(tokens: int, runs: bool) -> None:
 
 
 @all_kinds
+@with_and_without_runs
 @pytest.mark.parametrize("dtype", NAMES)
-def test_decode(kind: Kind, dtype: str) -> None:
-    members, stack = stack_of(kind, Shape(37, 1001, 0.8, 3, 0), 3)
+@pytest.mark.parametrize("columns", [1001, 1000])
+def test_decode(kind: Kind, dtype: str, columns: int, runs: bool) -> None:
+    members, stack = stack_of(kind, Shape(37, columns, 0.8, 3, 0), 3, runs)
     expected = from_float32(np.stack([dequantize(member) for member in members]), NAMES[dtype])
     assert gpu.decode(stack, dtype).get().tobytes() == expected.tobytes()
     assert gpu.decode(stack[1], dtype).get().tobytes() == expected[1].tobytes()
@@ -161,10 +163,34 @@ def test_decode(kind: Kind, dtype: str) -> None:
     assert gpu.decode(stack, dtype, out=at).get().tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
+@with_and_without_runs
+@pytest.mark.parametrize("kind", [BF16, REFINED], ids=["ternary", "refined"])
+def test_decoded_shapes(kind: Kind, size: tuple[int, int], runs: bool) -> None:
+    members, stack = stack_of(kind, Shape(*size, 0.885, None, 0), 2, runs)
+    expected = from_float32(np.stack([dequantize(member) for member in members]), "BF16")
+    assert gpu.decode(stack).get().tobytes() == expected.tobytes()
+
+
+def test_codewords_go_when_runs_are_there() -> None:
+    """Their memory is free for others: CuPy's pool does not keep it."""
+    coded = matrix(BF16, Shape(2048, 4096, 0.885, None, 0))
+    pool = gpu.require().get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    stack = gpu.upload([coded] * 16)
+    assert stack.packed.runs
+    assert stack.bytes < 16 * 2048 * 4096 * 0.9 / 8
+    assert pool.total_bytes() - before < stack.bytes + (8 << 20)
+
+
+@with_and_without_runs
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("column_scale", [False, True])
 @pytest.mark.parametrize("most", [1, 127])
-def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: int) -> None:
+def test_decoding_keeps_subnormal_numbers(
+    dtype: str, column_scale: bool, most: int, runs: bool
+) -> None:
     """[V-1] and [V-2], although CuPy tells the compiler to flush them to zero."""
     levels = np.random.default_rng(0).integers(-most, most + 1, (9, 400)).astype(np.int8)
     by_row = np.resize(np.array([1e-38, 1e-40, 1e-30, 1e-4, 3e38], np.float32), (9, 2))
@@ -174,8 +200,10 @@ def test_decoding_keeps_subnormal_numbers(dtype: str, column_scale: bool, most: 
         from_float32(by_row, "BF16"),
         from_float32(by_column, "BF16") if column_scale else None,
     )
+    stack = gpu.upload(coded, runs=runs)
     expected = from_float32(dequantize(coded), NAMES[dtype])
-    assert gpu.decode(gpu.upload(coded)[0], dtype).get().tobytes() == expected.tobytes()
+    assert bool(stack.packed.runs) == (runs and most == 1)  # of 127, there are too many landings
+    assert gpu.decode(stack[0], dtype).get().tobytes() == expected.tobytes()
 
 
 @with_and_without_runs
@@ -223,6 +251,56 @@ def test_a_stack_of_more_than_4_gib() -> None:
     assert np.array_equal(y, rounded(x @ dequantize(other).T, "bf16"))
     expected = from_float32(dequantize(other), "BF16")
     assert gpu.decode(stack[-1]).get().tobytes() == expected.tobytes()
+
+
+# -- Several tokens an expert, from runs -----------------------------------------------------------
+
+# Sixteen, eight, two and four lanes to a half row.
+WIDE = [(515, 14336), (1030, 4097), (4095, 1536), (2047, 771)]
+
+
+@pytest.mark.parametrize("size", WIDE, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    ("dtype", "scales", "column_scale", "zeros"),
+    [
+        *[("bf16", 2, False, 0.6), ("bf16", 1, True, 0.885), ("fp16", 1, False, 0.885)],
+        *[("fp16", 2, True, 0.6), ("fp32", 2, False, 0.885)],
+    ],
+)
+def test_batches(
+    dtype: str, scales: int, column_scale: bool, zeros: float, size: tuple[int, int]
+) -> None:
+    """[M-1] and [M-2] with the shapes of real experts; 80 tokens are two tiles."""
+    kind = replace(BF16, scales=scales, column_scale=column_scale, dtype=dtype)
+    for exact in (False, True):
+        shape = Shape(*size, zeros, None, 0, exact)
+        coded, x = matrix(kind, shape), vectors(kind, shape, 80)
+        stack, dense = gpu.upload(coded), dequantize(coded)
+        for tokens in (8, 16, 80):
+            y = numbers(gpu.matmul(stack, on_gpu(x[:tokens], dtype)), dtype)
+            if exact:
+                assert np.array_equal(y, rounded(x[:tokens] @ dense.T, dtype))
+            else:
+                assert within_tolerance(coded, x[:tokens], y, dtype)
+
+
+@pytest.mark.parametrize("column_scale", [False, True])
+def test_batches_of_experts(column_scale: bool) -> None:
+    """Some experts have 60 tokens, some one, some none."""
+    kind = replace(BF16, scales=1, column_scale=column_scale)
+    shape = Shape(301, 2050, 0.7, None, 0, exact=True)
+    members, stack = stack_of(kind, shape, 6)
+    experts = np.tile(np.array([0, 4], np.int32), (60, 1))
+    experts[7] = 2, 9
+    x = vectors(kind, shape, 60)
+    out = gpu.require().empty((60, 2, 301), "float32")
+    gpu.expert_matvec(stack, on_gpu(x, "bf16"), gpu.require().asarray(experts), out=out)
+    there = experts < 6
+    decoded = np.stack([dequantize(member) for member in members])
+    for token, pair in np.argwhere(there):
+        expected = decoded[experts[token, pair]] @ x[token]
+        assert np.array_equal(out[token, pair].get(), expected)
+    assert np.isnan(out.get()[~there]).all()
 
 
 # -- Streams and graphs ----------------------------------------------------------------------------

@@ -16,11 +16,9 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from qmoe_format.codec import EncodedMatrix, dequantize
-from qmoe_format.codec import decode as decode_levels
+from qmoe_format.codec import dequantize
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu.packing import Matrix, PackedStack, pack
-from qmoe_format.gpu.runs import RunLayout
 from tests.gpu import run_reference, shim
 from tests.gpu.problems import (
     DictKind,
@@ -46,6 +44,7 @@ KIND = DictKind(((0.885, 12), None), 2, False, "fp32", 11, True, False)
 REFINED = replace(KIND, strings=((0.885, 12), (0.98, 12)))
 BITS = GroupKind(3, ("linear", True), "fp32", 11, True, False)
 SHAPE = Shape(28, 301, 0.2, 12, 0, exact=True)
+BATCH_SHAPE = Shape(421, 301, 0.6, 12, 0, exact=True)
 
 
 @cache
@@ -104,13 +103,13 @@ def refined_zeros(machine: Machine) -> None:
 
 
 @cache
-def runs(columns: int, bits: int = 3, lanes: int = 4) -> tuple[list[Matrix], PackedStack]:
-    """Refined matrices, one of them empty."""
+def runs(
+    columns: int, bits: int = 3, lanes: int = 4, kind: DictKind = REFINED
+) -> tuple[list[Matrix], PackedStack]:
+    """Refined or ternary matrices, one of them empty."""
     shape = replace(SHAPE, columns=columns)
-    coded = [matrix(REFINED, replace(shape, zeros=0.2 + 0.4 * seed), seed) for seed in range(3)]
-    layout = RunLayout(3, SHAPE.rows, columns, bits, lanes, 2, column_scales=False)
-    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
-    return coded, replace(pack(coded), runs=run_reference.runs(levels, layout))
+    coded = [matrix(kind, replace(shape, zeros=0.2 + 0.4 * seed), seed) for seed in range(3)]
+    return coded, run_reference.stack(coded, bits, lanes)
 
 
 def run_products(machine: Machine, columns: int = 304, *layout: int) -> None:
@@ -141,6 +140,50 @@ def run_mixtures(machine: Machine) -> None:
     assert np.isnan(y[~there]).all(), "wrong result"
 
 
+@cache
+def batches(rows: int = BATCH_SHAPE.rows) -> tuple[list[Matrix], PackedStack]:
+    """Ternary matrices, by default with more rows than a block takes at once."""
+    coded = [matrix(KIND, replace(BATCH_SHAPE, rows=rows), seed) for seed in range(3)]
+    return coded, run_reference.stack(coded, 4, 8)
+
+
+def batch_products(machine: Machine, *rows: int) -> None:
+    """More tokens than a tile takes, whose x has 18 bits."""
+    coded, stack = batches(*rows)
+    x = vectors(KIND, BATCH_SHAPE, 77)
+    x[:, :3] += 2**17
+    y = matmul(KIND, stack, x, machine, 1)
+    assert np.array_equal(y, x @ dequantize(coded[1]).T), "wrong result"
+
+
+def batch_products_of_few_rows(machine: Machine) -> None:
+    batch_products(machine, 13)
+
+
+def batch_mixtures(machine: Machine) -> None:
+    coded, stack = batches()
+    x = vectors(KIND, BATCH_SHAPE, 20)
+    experts = np.random.default_rng(0).choice([0, 0, 2, 7], (20, 2)).astype(np.int32)
+    y = expert_matvec(KIND, stack, x, experts, machine=machine)
+    there = experts < 3
+    dense = np.stack([dequantize(member) for member in coded])[experts.clip(0, 2)]
+    assert np.array_equal(y[there], np.einsum("tc,tkrc->tkr", x, dense)[there]), "wrong result"
+    assert np.isnan(y[~there]).all(), "wrong result"
+
+
+def run_decoded(machine: Machine, kind: DictKind = REFINED) -> None:
+    """Rows that end within 16 bytes, and rows that do not."""
+    for columns in (301, 304):
+        coded, stack = runs(columns, kind=kind)
+        bits = decode(stack, "bf16", machine)
+        expected = np.stack([dequantize(member) for member in coded])
+        assert bits.tobytes() == from_float32(expected, "BF16").tobytes(), "wrong result"
+
+
+def ternary_run_decoded(machine: Machine) -> None:
+    run_decoded(machine, KIND)
+
+
 def group_products(machine: Machine) -> None:
     products(machine, BITS)
 
@@ -158,6 +201,8 @@ CALLS: tuple[Call, ...] = (
     *(products, products_of_large_x, mixtures, decoded),
     *(refined_products, refined_mixtures, refined_decoded, refined_zeros),
     *(run_products, run_products_unaligned, run_products_of_short_rows, run_mixtures),
+    *(batch_products, batch_products_of_few_rows, batch_mixtures),
+    *(run_decoded, ternary_run_decoded),
     *(group_products, group_mixtures, group_decoded),
 )
 
@@ -440,6 +485,96 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "stack.words + stack.bases[expert] * 32",
         "stack.words + stack.bases[0] * 32",
         f"{OUTSIDE}|{WRONG}",
+    ),
+    # Several tokens by runs.
+    "marks, no barrier": (
+        batch_products,
+        "__syncthreads();\n            const Rows of",
+        "const Rows of",
+        RACE,
+    ),
+    "marks of an earlier group": (
+        batch_products,
+        "clear_group(marks, number);\n        __syncwarp();",
+        "__syncwarp();",
+        RACE,
+    ),
+    "cleared marks, no warp barrier": (
+        batch_products,
+        "clear_group(marks, number);\n        __syncwarp();",
+        "clear_group(marks, number);",
+        RACE,
+    ),
+    "groups after the last one": (
+        batch_products_of_few_rows,
+        "(count + TILE_GROUPS - 1) / TILE_GROUPS * TILE_GROUPS",
+        "count",
+        RACE,
+    ),
+    "partial sums, no barrier": (
+        batch_products,
+        "__syncthreads();\n        const int of",
+        "const int of",
+        RACE,
+    ),
+    "next partial sums, no barrier": (
+        batch_products,
+        "__syncthreads();  // the next sums",
+        "// the next sums",
+        RACE,
+    ),
+    "a place too far": (
+        batch_products,
+        "place >> 7 & 31",
+        "place + LINE_BYTES >> 7 & 31",
+        WRONG,
+    ),
+    "marks of the next row": (batch_products, "g % ROWS * 2 * LANES", "g % ROWS * LANES", WRONG),
+    "x without its last bits": (batch_products, "rest -= to_float(term)", "rest = 0.0f", WRONG),
+    "x of another pair": (
+        batch_mixtures,
+        "tile.pair(of < tile.count ?",
+        "(of < tile.count ?",
+        WRONG,
+    ),
+    "a column too far": (batch_products, "slot_of(two) + at % 2 * 16", "slot_of(two)", WRONG),
+    "levels, no barrier": (
+        run_decoded,
+        "});\n    __syncwarp();\n    Bits* const out",
+        "});\n    Bits* const out",
+        RACE,
+    ),
+    "zeros, no barrier": (run_decoded, "__syncwarp();\n    const int end", "const int end", RACE),
+    "levels that are not zeros at first": (
+        ternary_run_decoded,
+        "v < ROWS * row_bytes / 16; v += 32",
+        "v < ROWS * row_bytes / 16; v += 64",
+        RACE,
+    ),
+    "landings on empty places": (
+        ternary_run_decoded,
+        "there && !reach_divides((u32)(place + lines * LANES) / LANES)",
+        "there",
+        RACE,
+    ),
+    "landings that are not atomic": (
+        run_decoded,
+        "atomicAdd((u32*)(levels + (at & ~3)), level ? one << 8 * (at & 3) : 0);",
+        "if (level) levels[at] += one;",
+        RACE,
+    ),
+    "a byte for two lanes": (
+        ternary_run_decoded,
+        "const int spare = half % 2 * LANES + lane",
+        "const int spare = lane",
+        RACE,
+    ),
+    "one group too many": (run_decoded, "if (warp >=", "if (warp >", OUTSIDE),
+    "one row of a group too many": (
+        ternary_run_decoded,
+        "r < ROWS && number * ROWS + r < rows",
+        "r <= ROWS && number * ROWS + r < rows",
+        f"{OUTSIDE}|{RACE}|{WRONG}",
     ),
     # Groups.
     "x, no barrier": (

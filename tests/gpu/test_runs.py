@@ -1,4 +1,4 @@
-"""Runs of gap codes, made and multiplied on the shim: against numpy."""
+"""Runs of gap codes, made, multiplied and decoded on the shim: against numpy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ import numpy as np
 import pytest
 
 from qmoe_format import gpu
-from qmoe_format.codec import EncodedMatrix, decode, dequantize, encode_matrix
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec import decode as decode_levels
 from qmoe_format.dtypes import from_float32
-from qmoe_format.gpu import cuda
+from qmoe_format.errors import QMoEError
+from qmoe_format.gpu import cuda, launch_plan
 from qmoe_format.gpu.int_dict_packing import layout as dict_layout
+from qmoe_format.gpu.packing import pack
 from qmoe_format.gpu.runs import RunLayout, choose, expected_bytes
 from qmoe_format.gpu.transcode import runs_of
 from tests.gpu import run_reference, shim
 from tests.gpu.fake_cupy import FakeCupy
-from tests.gpu.problems import NAMES, DictKind, Shape, matrix, random_levels, vectors
+from tests.gpu.problems import (
+    NAMES,
+    DictKind,
+    Machine,
+    Shape,
+    decode,
+    expert_matvec,
+    matmul,
+    matrix,
+    random_levels,
+    vectors,
+)
 from tests.gpu.variants import H200
 
 pytestmark = shim.needs_compiler
@@ -53,7 +67,7 @@ def test_transcoding(
     ]
     found = with_runs(members, bits, lanes).packed.runs
     assert found is not None
-    levels = np.stack([decode(member.levels) for member in members])
+    levels = np.stack([decode_levels(member.levels) for member in members])
     expected = run_reference.runs(levels, found.layout)
     assert list(found.arrays) == list(expected.arrays)
     for name, array in expected.arrays.items():
@@ -88,6 +102,91 @@ def test_products(
     assert all("Path" in launch.kernel.source for launch in cupy.launched[-2:])
 
 
+SIZES = [
+    *[(1, 1, 5, 2), (18, 35, 8, 1), (17, 500, 3, 2), (28, 304, 3, 4), (5, 2049, 4, 8)],
+    *[(3, 1000, 6, 16), (1, 33, 3, 16), (2, 5000, 7, 16)],
+]
+
+
+@pytest.mark.parametrize(("rows", "columns", "bits", "lanes"), SIZES)
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("column_scales", [False, True])
+def test_decoding(
+    rows: int, columns: int, bits: int, lanes: int, refined: bool, column_scales: bool
+) -> None:
+    """To the bit, in any order of threads, at any address; one of the matrices is empty."""
+    strings = ((0.6, 12), (0.7, 12) if refined else None)
+    kind = DictKind(strings, 1 + lanes // 2 % 2, column_scales, "bf16", 1, False, False)
+    shapes = [Shape(rows, columns, zeros, None, 0) for zeros in (0.7, 1.0, 0.2)]
+    coded = [matrix(kind, shape, 3 * seed) for seed, shape in enumerate(shapes)]
+    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
+    layout = RunLayout(3, rows, columns, bits, lanes, kind.scales, column_scales)
+    stack = replace(pack(coded), runs=run_reference.runs(levels, layout))
+    for dtype, name in NAMES.items():
+        expected = from_float32(np.stack([dequantize(member) for member in coded]), name)
+        for order in (shim.FORWARD, shim.BACKWARD, 2):
+            assert decode(stack, dtype, Machine(order)).tobytes() == expected.tobytes()
+        part = decode(stack, dtype, part=(1, 2), offset=3)
+        assert part.tobytes() == expected[1:].tobytes()
+
+
+@pytest.mark.parametrize("most", [1, 127])
+@pytest.mark.parametrize("column_scales", [False, True])
+def test_decoding_keeps_subnormal_numbers(cupy: FakeCupy, most: int, column_scales: bool) -> None:
+    """[V-1] to [V-3]; levels of 127 are as many landings, by several lanes."""
+    odd = np.array([1e-38, 1e-40, -0.0, 3e38, 1e-4, -1e-30, 2.5], np.float32)
+    levels = np.random.default_rng(0).integers(-1, 2, (9, 200)).astype(np.int8)
+    levels[:, ::50] *= most
+    by_column = from_float32(np.resize(odd[::-1], 200), "BF16") if column_scales else None
+    coded = encode_matrix(levels, from_float32(np.resize(odd, (9, 2)), "BF16"), by_column)
+    stack = with_runs([coded], 4, 8, 2, column_scales)
+    for dtype, name in NAMES.items():
+        expected = from_float32(dequantize(coded), name)
+        assert gpu.decode(stack[0], dtype).get().tobytes() == expected.tobytes()
+
+
+def test_codewords_go_when_runs_are_there(cupy: FakeCupy) -> None:
+    """Except where runs cannot be made; what a stack says of its memory is true."""
+    levels = random_levels(64, 1000, 0.885, np.random.default_rng(0))
+    member = encode_matrix(levels, np.ones((64, 2), np.uint16), np.ones(1000, np.uint16))
+    stack = gpu.upload([member, member])
+    assert stack.packed.runs
+    kept = {**stack.packed.arrays, **stack.packed.runs.arrays}
+    assert set(kept) == {"row_scale", "column_scale", "offsets", "starts", "bases", "words"}
+    assert all(array.base is None or array.base.nbytes == array.nbytes for array in kept.values())
+    assert stack.bytes == sum(array.nbytes for array in kept.values())
+    long = gpu.upload(encode_matrix(np.ones((1, 40_000), np.int8), np.ones((1, 2), np.uint16)))
+    assert long.packed.runs is None
+    assert "segments" in long.packed.arrays
+
+
+def test_more_tokens_than_a_grid_has_blocks(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_plan, "MOST_BLOCKS", 3)
+    kind = DictKind(((0.6, 12), None), 2, False, "fp32", 1, False, False)
+    shape = Shape(5, 64, 0.7, None, 0, exact=True)
+    coded = [matrix(kind, shape, 3 * seed) for seed in range(2)]
+    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
+    layout = RunLayout(2, 5, 64, 4, 4, 2, column_scales=False)
+    stack = replace(pack(coded), runs=run_reference.runs(levels, layout))
+    dense = np.stack([dequantize(member) for member in coded])
+    x = vectors(kind, shape, 7)
+    assert np.array_equal(matmul(kind, stack, x, expert=1), x @ dense[1].T)
+    experts = np.arange(14, dtype=np.int32).reshape(7, 2) % 2
+    for each in (x, np.repeat(x[:, None], 2, axis=1)):
+        y = expert_matvec(kind, stack, each, experts)
+        assert np.array_equal(y, np.einsum("tc,tkrc->tkr", x, dense[experts]))
+    uploaded = gpu.upload(coded)
+    assert np.array_equal(gpu.matmul(uploaded[1], cupy.asarray(x)), x @ dense[1].T)
+    for each in (x, np.repeat(x[:, None], 2, axis=1)):
+        y = gpu.expert_matvec(uploaded, cupy.asarray(each), cupy.asarray(experts))
+        assert np.array_equal(y, np.einsum("tc,tkrc->tkr", x, dense[experts]))
+    assert len(cupy.launched) > 6
+    with pytest.raises(QMoEError, match="4 experts, more than 3"):
+        expert_matvec(kind, stack, x, np.zeros((7, 4), np.int32))
+
+
 def test_what_is_chosen(cupy: FakeCupy) -> None:
     def chosen(rows: int, columns: int, zeros: float, ones: float = 0.0) -> RunLayout | None:
         levels = random_levels(rows, columns, zeros, np.random.default_rng(0), ones)
@@ -109,15 +208,17 @@ def test_what_is_chosen(cupy: FakeCupy) -> None:
 def test_runs_only_if_memory_is_left(cupy: FakeCupy) -> None:
     levels = random_levels(64, 1000, 0.885, np.random.default_rng(0))
     member = encode_matrix(levels, np.ones((64, 2), np.uint16))
+    stack = gpu.upload(member)
+    assert stack.packed.runs
+    assert gpu.add_runs(stack)
+    expected = expected_bytes(dict_layout([member]), stack.packed.runs.layout)
+    assert stack.packed.runs.bytes <= expected <= 1.5 * stack.packed.runs.bytes
     slow = gpu.upload(member, runs=False)
-    fast = gpu.add_runs(slow)
-    assert fast.packed.runs
-    assert gpu.add_runs(fast) is fast
-    expected = expected_bytes(dict_layout([member]), fast.packed.runs.layout)
-    assert fast.packed.runs.bytes <= expected <= 1.5 * fast.packed.runs.bytes
+    gained = slow.bytes - member.row_scale.nbytes
     cupy.free = (1 << 30) // 10 + expected + 1000
-    assert gpu.add_runs(slow, spare=999).packed.runs
-    assert gpu.add_runs(slow, spare=1001) is slow
+    assert not gpu.add_runs(slow, spare=gained + 1001)
+    assert slow.packed.runs is None
+    assert gpu.add_runs(slow, spare=gained + 999)
     cupy.free -= 1001
     assert gpu.upload(member).packed.runs is None
 
@@ -127,4 +228,5 @@ def test_runs_that_do_not_fit_after_all(cupy: FakeCupy, monkeypatch: pytest.Monk
         encode_matrix(np.ones((9, 90), np.int8), np.ones((9, 2), np.uint16)), runs=False
     )
     monkeypatch.setattr(cupy, "zeros", lambda *_: cupy.empty(2 << 30, np.uint8))
-    assert gpu.add_runs(slow) is slow
+    assert not gpu.add_runs(slow)
+    assert slow.packed.runs is None

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qmoe_format.dtypes import from_float32
+from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Kernel, Launch
 from tests.gpu import shim
+from tests.gpu.problems import NAMES
 
 pytestmark = shim.needs_compiler
 
@@ -279,6 +282,60 @@ extern "C" __global__ void numbers(const unsigned* words, unsigned* out) {{
 @pytest.mark.parametrize("body", NUMBERS)
 def test_functions_of_the_programming_guide(body: str, numbers: dict[str, list[int]]) -> None:
     assert numbers[body] == [number & 0xFFFFFFFF for number in NUMBERS[body]]
+
+
+MMA = (
+    source("types", "mma")
+    + """
+extern "C" __global__ void mma(
+    const TYPE* a,  // [16, 16]
+    const TYPE* b,  // [16, 8]
+    float* sums) {  // [16, 8]
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    u32 pairs[6];
+    for (int i = 0; i < 4; i++) {
+        pairs[i] = *(const u32*)(a + 16 * (g + i % 2 * 8) + 2 * t + i / 2 * 8);
+    }
+    for (int i = 0; i < 2; i++) {
+        const TYPE* const two = b + 8 * (2 * t + 8 * i) + g;
+        pairs[4 + i] = two[0].bits | (u32)two[8].bits << 16;
+    }
+    float four[4];
+    for (int i = 0; i < 4; i++) four[i] = sums[8 * (g + i / 2 * 8) + 2 * t + i % 2];
+    multiply_add(TYPE(), four, {pairs[0], pairs[1], pairs[2], pairs[3]}, pairs[4], pairs[5]);
+    for (int i = 0; i < 4; i++) sums[8 * (g + i / 2 * 8) + 2 * t + i % 2] = four[i];
+}
+"""
+)
+
+
+def mma(dtype: str, a: Any, b: Any, sums: Any) -> Any:
+    """sums + a b"""
+    given = [from_float32(np.array(each, np.float32), NAMES[dtype]) for each in (a, b)]
+    found = np.array(sums, np.float32)
+    kernel = Kernel("mma", MMA.replace("TYPE", dtype), 32)
+    shim.execute(Launch(kernel, 1, (*(each.view(np.uint16) for each in given), found)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_matrices(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-99, 99, (16, 16)), rng.integers(-99, 99, (16, 8)) * 2.0**-20
+    sums = rng.integers(-99, 99, (16, 8)) * 2.0**-5
+    assert np.array_equal(mma(dtype, a, b, sums), sums + a @ b)
+    b[0, 0] = np.inf
+    assert np.isinf(mma(dtype, np.ones((16, 16)), b, sums)[:, 0]).all()
+
+
+def test_matrices_are_added_without_rounding() -> None:
+    """What is more than a bit below the last one of the greatest term is lost."""
+    a, b, sums = np.zeros((16, 16)), np.eye(16, 8), np.full((16, 8), 2.0**23)
+    a[0, :3] = 0.75, 0.5, 1.5
+    a[1, 0] = -0.25
+    found = mma("bf16", a, b, sums) - 2**23
+    assert found[0, :3].tolist() == [0, 0, 1]
+    assert not found[1:].any()
 
 
 @pytest.mark.parametrize(

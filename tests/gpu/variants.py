@@ -20,7 +20,7 @@ from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.quantize import gpu_steps
 from tests.gpu.problems import dictionary, random_levels
 
-H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10)
+H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10, capability=90)
 ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int32": np.int32}
 
 
@@ -87,14 +87,39 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
-def run_matvec(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
-    """The launch of a product from runs."""
+def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStack:
+    """A stack with empty runs: what they hold does not shape a kernel."""
     packed = stack(columns=columns, **options)
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    packed = replace(packed, runs=PackedRuns(layout, {}))
-    x, y = array((1, columns), dtype), array((1, 4), dtype)
-    return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[0]
+    return replace(packed, runs=PackedRuns(layout, {}))
+
+
+def run_product(
+    columns: int,
+    bits: int,
+    lanes: int,
+    dtype: str = "bf16",
+    tokens: int = 1,
+    k: int = 0,
+    place: int = -1,
+    **options: Any,
+) -> Launch:
+    """The launch at ``place`` of a product from runs; with ``k``, of so many experts a token."""
+    packed = with_runs(columns, bits, lanes, **options)
+    x, workspace = array((tokens, columns), dtype), Workspace(H200, array)
+    if not k:
+        return launch_plan.matmul(packed, 0, x, array((tokens, 4), dtype), workspace)[place]
+    experts, y = array((tokens, k), "int32"), array((tokens, k, 4), dtype)
+    return launch_plan.expert_matvec(packed, x, experts, None, y, workspace)[place]
+
+
+def run_decode(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
+    """The launch that decodes a matrix from runs."""
+    packed = with_runs(columns, bits, lanes, **options)
+    return launch_plan.decode(packed, 0, 1, array((1, 4, columns), dtype), Workspace(H200, array))[
+        0
+    ]
 
 
 def transcode(name: str, bits: int, lanes: int) -> Launch:
@@ -139,8 +164,12 @@ def anchor(warps: int) -> Launch:
 MAIN: dict[str, Callable[[], Launch]] = {
     "product, 1 token": partial(matmul, 1),
     "product, groups of 16 tokens": partial(expert_matvec, 2, 1),
-    "product of runs": partial(run_matvec, 14336, 6, 16, column_scales=True),
+    "product of runs": partial(run_product, 14336, 6, 16, column_scales=True),
+    "product of runs, groups of tokens": partial(
+        run_product, 14336, 6, 16, tokens=16, k=2, column_scales=True
+    ),
     "decode": decode,
+    "decode from runs": partial(run_decode, 14336, 6, 16),
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
     "product of 4 bits, 1 token": partial(matmul, 1, bits=4),
     "GPTQ in a block": partial(quantizer, "gptq_block"),
@@ -168,10 +197,33 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product, refined, x not in shared memory": partial(
         matmul, 1, rows=1, columns=60_000, refined=(0.95, 12)
     ),
-    "product of runs, 3 bits, fp32": partial(run_matvec, 1536, 3, 2, "fp32", column_scales=True),
-    "product of runs, 4 bits, any columns": partial(run_matvec, 4097, 4, 8, scales=1),
-    "product of runs, 5 bits, fp16": partial(run_matvec, 7168, 5, 8, "fp16"),
-    "product of runs, 8 bits": partial(run_matvec, 2048, 8, 4),
+    "product of runs, 3 bits, fp32": partial(run_product, 1536, 3, 2, "fp32", column_scales=True),
+    "product of runs, 4 bits, any columns": partial(run_product, 4097, 4, 8, scales=1),
+    "product of runs, 5 bits, fp16": partial(run_product, 7168, 5, 8, "fp16"),
+    "product of runs, 8 bits": partial(run_product, 2048, 8, 4),
+    "product of runs, 3 bits, fp32, 16 tokens": partial(
+        run_product, 1536, 3, 2, "fp32", tokens=16, column_scales=True
+    ),
+    "product of runs, 4 bits, any columns, 16 tokens": partial(
+        run_product, 4097, 4, 8, tokens=16, scales=1
+    ),
+    "product of runs, 5 bits, fp16, groups of tokens": partial(
+        run_product, 7168, 5, 8, "fp16", tokens=16, k=2
+    ),
+    "product of runs, 6 bits, groups of tokens": partial(
+        run_product, 1536, 6, 2, tokens=16, k=2, column_scales=True
+    ),
+    "product of runs, one scale, groups of tokens": partial(
+        run_product, 14336, 6, 16, tokens=16, k=2, scales=1, column_scales=True
+    ),
+    "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
+    "terms of x": partial(run_product, 14336, 6, 16, tokens=16, place=0, column_scales=True),
+    "terms of x and groups": partial(run_product, 1536, 6, 2, "fp16", tokens=16, k=2, place=0),
+    "decode from runs, fp32": partial(run_decode, 1536, 3, 2, "fp32"),
+    "decode from runs, fp16, refined": partial(run_decode, 4096, 4, 8, "fp16", refined=(0.7, 12)),
+    "decode from runs, refined, column scales": partial(
+        run_decode, 7168, 5, 8, refined=(0.7, 12), column_scales=True
+    ),
     "sizes of runs": partial(transcode, "sizes", 5, 8),
     "offsets of runs": partial(transcode, "offsets", 5, 8),
     "codes of runs": partial(transcode, "codes", 6, 2),

@@ -1,32 +1,8 @@
-// y = W x for (token, expert) pairs: what products have in common, however W is stored.
+// y = W x for (token, expert) pairs: x of a tile and sums, however W is stored.
 //
-// The work is all units (segments, or rows) of all tiles (a tile: up to TOKENS pairs with one
-// expert), one after another. Each block takes an equal share of it:
-//
-//     tile 0: units 0 1 2 ... U-1 | tile 1: units 0 1 2 ... U-1 | ...
-//     '-- block 0 --''-- block 1 --''-- block 2 --' ...
-//
-// x of a tile lies in shared memory as [columns][tokens], so that a weight reads one vector.
+// x lies in shared memory as [columns][tokens], so that a weight reads one vector.
 
-// PAIRS: tokens of ONE matrix, a LIST of experts, or GROUPS of pairs with the same expert.
-#define ONE 0
-#define LIST 1
-#define GROUPS 2
-
-struct Tile {
-    int expert, count;
-    const int* order;  // GROUPS: its pairs
-    int first;         // otherwise: the first of its pairs, which are consecutive
-    __device__ int pair(int i) const { return PAIRS == GROUPS ? order[i] : first + i; }
-};
-
-// What the caller gives; for shapes, see the parameters of the kernels.
-struct Call {
-    const X_TYPE* x;
-    Y_TYPE* y;
-    const int *listed, *tiles;
-    int expert, pairs, pairs_per_x;
-};
+typedef CallOf<X_TYPE> Call;
 
 // One column of a tile: x of TB tokens. A 16-bit type of their own is half the bytes, but column
 // scales would have to be rounded; a single token is converted once, not at every weight.
@@ -132,31 +108,13 @@ __device__ __forceinline__ void run_tile(const Stack& stack, const Tile& tile, S
 
 // The block does its share of all pairs.
 __device__ __forceinline__ void run_tiles(const Stack& stack, const Call& call, u8* shared) {
-    const int tile_count = PAIRS == GROUPS ? call.tiles[0] : (call.pairs - 1) / TOKENS + 1;
-    for (Share share(tile_count, stack.units()); share.more();) {
-        const Share::Part part = share.next();
-        Tile tile = {call.expert, 1, nullptr, part.matrix * TOKENS};
-        if (PAIRS == ONE) tile.count = min(TOKENS, call.pairs - tile.first);
-        if (PAIRS == LIST) tile.expert = call.listed[part.matrix];
-        if (PAIRS == GROUPS) {
-            const int* about = call.tiles + 1 + 3 * part.matrix;
-            tile = {about[0], about[2], call.listed + about[1], 0};
-        }
-        if (tile.expert < 0 || tile.expert >= stack.experts) {
-            const int first = stack.first_row(part.from), after = stack.first_row(part.to);
-            for (int i = 0; i < tile.count; i++) {
-                for (int r = first + threadIdx.x; r < after; r += blockDim.x) {
-                    const float nan = __uint_as_float(0x7fc00000u);
-                    call.y[(u64)tile.pair(i) * stack.rows + r] = from_float<Y_TYPE>(nan);
-                }
-            }
-        } else if (TOKENS > SOME && tile.count > SOME) {
+    share_tiles(stack, call, [&](const Tile& tile, Share::Part part) {
+        if (TOKENS > SOME && tile.count > SOME) {
             run_tile<TOKENS>(stack, tile, part, call, shared);
         } else if (TOKENS > 1 && tile.count > 1) {
             run_tile<TOKENS < SOME ? TOKENS : SOME>(stack, tile, part, call, shared);
         } else {
             run_tile<1>(stack, tile, part, call, shared);
         }
-        __syncthreads();  // the next tile overwrites what is in shared memory
-    }
+    });
 }

@@ -18,12 +18,7 @@ extern "C" __global__ void __launch_bounds__(32) run_offsets(
                 const u32 size = sizes[((u64)matrix * rows + row) * 2 + h % 2];
                 longest = max(longest, (size + LANES - 1) / LANES);
             }
-            u32 upto = longest;
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const u32 value = __shfl_up_sync(FULL, upto, distance);
-                if (lane >= distance) upto += value;
-            }
+            const u32 upto = sum_upto_lane(longest);
             u32 at = before + upto - longest;
             if (group == groups) at = (at + 31) / 32 * 32;
             if (group <= groups) out[group] = at;

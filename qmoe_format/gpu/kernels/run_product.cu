@@ -2,123 +2,12 @@
 // a pair], so that no thread divides; a block's warps take groups of the matrix in turn. What takes
 // long is asked for first: offsets, x, and words as soon as their offsets are there.
 
-#define ONE 0
-#define LIST 1
-
-constexpr u32 CODE = (1u << BITS) - 1;
-constexpr int LINE_BYTES = 128;  // of x in shared memory
 constexpr int X_BYTES = (SLOTS + 1) * LINE_BYTES;
-
-// The arrays and sizes; for shapes, see the parameters of the kernel.
-struct Stack {
-    const u32* offsets;
-    const u16* starts;
-    const u64* bases;
-    const u32* words;
-    const bf16 *row_scale, *column_scale;
-    int experts, rows;
-
-    __device__ int groups() const { return (rows + ROWS - 1) / ROWS; }
-};
-
-// What a lane needs to know of a group before it walks its run.
-struct Group {
-    u32 offset, end;  // codes of each run, from the matrix's first on
-    u32 start;        // where the run begins
-    float scale;      // of the lane's half row
-
-    Group() = default;
-    __device__ Group(const Stack& stack, int expert, int number) {
-        const u32* const at = stack.offsets + (u64)expert * (stack.groups() + 1) + number;
-        offset = __ldg(at);
-        end = __ldg(at + 1);
-    }
-    __device__ void load_rest(const Stack& stack, int expert, int number) {
-        const int lane = threadIdx.x % 32, half = lane / LANES, row = number * ROWS + half / 2;
-        start = __ldg(stack.starts + ((u64)expert * stack.groups() + number) * 32 + lane);
-        const u64 at = (u64)expert * stack.rows + min(row, stack.rows - 1);
-        scale = to_float(stack.row_scale[at * SCALES + (half % 2 ? 0 : SCALES - 1)]);
-        if (SCALES == 1 && half % 2) scale = negative(scale);
-    }
-};
-
-// The codes of one lane: 32 of them in BITS words, which begin anywhere in a word.
-struct Codes {
-    const u32* at;
-    u32 phase;
-    u32 ahead[BITS + 1];
-
-    Codes() = default;
-    __device__ Codes(const u32* words, const Group& group)
-        : at(words + (u64)group.offset * BITS / 32 * 32 + threadIdx.x % 32),
-          phase(group.offset * BITS % 32) {
-        ahead[BITS] = __ldg(at);
-        load();
-    }
-    __device__ void load() {
-        ahead[0] = ahead[BITS];
-#pragma unroll
-        for (int i = 1; i <= BITS; i++) ahead[i] = __ldg(at + 32 * i);
-        at += 32 * BITS;
-    }
-    __device__ void take(u32 (&words)[BITS]) const {
-#pragma unroll
-        for (int i = 0; i < BITS; i++) {
-            words[i] = __funnelshift_r(ahead[i], ahead[i + 1], phase);
-        }
-    }
-};
-
-// Code i in bytes of x. Shifted once, left or right, wherever it is.
-template <int i>
-__device__ __forceinline__ u32 bytes_of_code(const u32 (&words)[BITS]) {
-    constexpr int at = i * BITS % 32, word = i * BITS / 32, left = 7 - at;
-    if constexpr (at + BITS <= 32) {
-        const u32 code = words[word] & CODE << at;
-        return left < 0 ? code >> max(-left, 0) : code << max(left, 0);
-    } else {
-        return (__funnelshift_r(words[word], words[word + 1], at) & CODE) * LINE_BYTES;
-    }
-}
-
-// A lane's path through x. `place` is relative to the end of x, so it is negative until the next
-// region begins. The way back to the first slot, one bank further, is to subtract `ring`, and then
-// the result is the greater one of the two as unsigned numbers.
-struct Path {
-    const u8* x_end;
-    u32 place, ring;
-    float sums[2];  // in turn: so an addition need not wait for the one before
-
-    template <int i, int n>
-    __device__ __forceinline__ void walk(const u32 (&words)[BITS], int left) {
-        if constexpr (i < n) {
-            place += i < left ? bytes_of_code<i>(words) : 0;
-            place = max(place, place - ring);
-            const float x = *(const float*)(x_end + (int)place);
-            if (i < left) sums[i % 2] += x;
-            walk<i + 1, n>(words, left);
-        }
-    }
-    // The last 1 to 32 codes, eight at a time; after the end the path stays where it is.
-    template <int i>
-    __device__ __forceinline__ void finish(const u32 (&words)[BITS], int left) {
-        if constexpr (i < 32) {
-            if (left >= i + 8) {
-                walk<i, i + 8>(words, 32);
-                finish<i + 8>(words, left);
-            } else if (left > i) {
-                walk<i, i + 8>(words, left);
-            }
-        }
-    }
-};
 
 // x is staged 16 bytes at a time, which have so many columns, or the same ones twice or four times.
 constexpr int QUARTER = LANES < 4 ? LANES : 4;
 constexpr int STEP = THREADS / 8;  // slots that the block writes at a time
 constexpr int USED = (COLUMNS + LANES - 1) / LANES;  // slots with columns
-
-__device__ constexpr int line_of(int slot) { return 1 + slot + slot / (REACH - 1); }
 
 struct alignas(16) Four {
     float x[4];
@@ -231,24 +120,22 @@ __device__ __forceinline__ void multiply_groups(const Stack& stack, int expert, 
     __syncthreads();
     for (; number < to; number += THREADS / 32) {
         const Group group = next;
-        Path path = {shared + X_BYTES, group.start * 4 - X_BYTES, ring, {}};
         const bool more = number + THREADS / 32 < to;
         if (more) {
             next = Group(stack, expert, number + THREADS / 32);
             next.load_rest(stack, expert, number + THREADS / 32);
         }
-        u32 now[BITS];
-        int left = (int)(group.end - group.offset);
-        for (;;) {
-            codes.take(now);
-            if (left <= 32) break;
-            left -= 32;
-            codes.load();
-            path.walk<0, 32>(now, 32);
-        }
-        if (more) codes = Codes(words, next);
-        path.finish<0>(now, left);
-        float sum = (path.sums[0] + path.sums[1]) * group.scale;
+        float sums[2] = {};  // in turn: so an addition need not wait for the one before
+        Path{group.start * 4 - X_BYTES, ring}.follow(
+            codes, group,
+            [&] {
+                if (more) codes = Codes(words, next);
+            },
+            [&](int code, int place, bool there) {
+                const float x = *(const float*)(shared + X_BYTES + place);
+                if (there) sums[code % 2] += x;
+            });
+        float sum = (sums[0] + sums[1]) * group.scale;
 #pragma unroll
         for (int distance = LANES; distance > 0; distance /= 2) {
             sum += __shfl_xor_sync(FULL, sum, distance);

@@ -36,12 +36,7 @@ __device__ __forceinline__ Reached walk_half_row(const fp16* levels, int columns
                 here.jumps = 1 + max(0, (here.place - here.empty - 1) / REACH);
             }
             const u32 mine = level > 0 ? here.jumps + level : 0;
-            u32 upto = mine;
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const u32 value = __shfl_up_sync(FULL, upto, distance);
-                if (lane >= distance) upto += value;
-            }
+            const u32 upto = sum_upto_lane(mine);
             here.number = reached.landings + upto - mine;
             if (level > 0) visit(here);
             reached.landings += __shfl_sync(FULL, upto, 31);

@@ -12,14 +12,9 @@ __device__ inline int tile_size(int left) {
     return left > TOKENS / 2 ? min(left, TOKENS) : min(left, SOME);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sort(
-    const int* experts,  // int32 [pairs]
-    int* order,          // int32 [pairs]
-    int* tiles,          // int32 [1 + 3 pairs]
-    int* ranks,          // int32 [pairs], scratch: earlier pairs with the same expert
-    int* counts,         // int32 [count + 1], scratch: an expert's pairs, then its first in order
-    int pairs,           // number of pairs
-    int count) {         // number of experts
+// By a block of THREADS threads; for shapes, see the parameters of the kernel.
+__device__ void sort_pairs(const int* experts, int* order, int* tiles, int* ranks, int* counts,
+                           int pairs, int count) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     for (int e = thread; e <= count; e += THREADS) counts[e] = 0;
     __syncthreads();
@@ -80,4 +75,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort(
         const int expert = experts[pair];
         order[counts[expert < 0 || expert >= count ? count : expert] + ranks[pair]] = pair;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) sort(
+    const int* experts,  // int32 [pairs]
+    int* order,          // int32 [pairs]
+    int* tiles,          // int32 [1 + 3 pairs]
+    int* ranks,          // int32 [pairs], scratch: earlier pairs with the same expert
+    int* counts,         // int32 [count + 1], scratch: an expert's pairs, then its first in order
+    int pairs,           // number of pairs
+    int count) {         // number of experts
+    sort_pairs(experts, order, tiles, ranks, counts, pairs, count);
 }

@@ -13,6 +13,11 @@ struct fp16 {
 };
 typedef float fp32;
 
+// PAIRS: tokens of ONE matrix, a LIST of experts, or GROUPS of pairs with the same expert.
+#define ONE 0
+#define LIST 1
+#define GROUPS 2
+
 constexpr u32 FULL = 0xffffffffu;  // all lanes of a warp
 
 __device__ inline float negative(float value) {

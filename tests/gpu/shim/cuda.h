@@ -89,6 +89,15 @@ template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, SHIM_WHERE) {
     return shim::warp(shim::MATCH_ANY, mask, shim::bits<unsigned long long>(value), 0, 32, where);
 }
+// As mma.sync of type bf16 or f16, see kernels/mma.cu.
+__attribute__((noinline, no_sanitize("thread")))
+inline void simulated_mma(const char* type, float* sums, const unsigned (&a)[4], unsigned b0,
+                          unsigned b1, SHIM_WHERE) {
+    float own[4] = {sums[0], sums[1], sums[2], sums[3]};
+    shim::Mma mma = {type[0] == 'b', own, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    shim::warp(shim::MMA, ~0u, (unsigned long long)&mma, 0, 32, where);
+    for (int i = 0; i < 4; i++) sums[i] = own[i];
+}
 inline void __syncthreads(SHIM_WHERE) { shim::block(shim::SYNCTHREADS, 0, where); }
 inline int __syncthreads_count(int predicate, SHIM_WHERE) {
     return shim::block(shim::SYNCTHREADS_COUNT, predicate, where);

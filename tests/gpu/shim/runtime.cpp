@@ -16,6 +16,7 @@
 #include "runtime.h"
 
 #include <dlfcn.h>
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -25,6 +26,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 #include <string>
 #include <vector>
@@ -114,7 +116,7 @@ static void** entry_arguments;
 
 static const char* NAMES[] = {
     "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
-    "__ballot_sync", "__any_sync", "__all_sync", "__match_any_sync",
+    "__ballot_sync", "__any_sync", "__all_sync", "__match_any_sync", "mma.sync",
     "__syncthreads", "__syncthreads_count", "__syncthreads_and", "__syncthreads_or"};
 
 static std::string format(const char* text, ...) {
@@ -256,7 +258,63 @@ static unsigned source_lane(unsigned lane, const Stop& stop) {
     return source < end ? source : lane;
 }
 
+static double number(bool bf16, unsigned pair, bool upper) {
+    unsigned bits = upper ? pair >> 16 : pair & 0xffff;
+    if (bf16) {
+        bits <<= 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    int exponent = bits >> 10 & 31, digits = bits & 1023;
+    double value = exponent == 31 ? (digits ? NAN : INFINITY)
+                   : exponent     ? ldexp(1024 + digits, exponent - 25)
+                                  : ldexp(digits, -24);
+    return bits >> 15 ? -value : value;
+}
+
+// sum + a[0] b[0] + ... + a[7] b[7] as an A100 does it (Fasi et al., Numerical behavior of NVIDIA
+// tensor cores, 2021): products are exact; all are cut off a bit below the last one of the largest,
+// and so is the result.
+static float add_products(float sum, const double* a, const double* b) {
+    double terms[9] = {sum}, largest = fabs(sum), all = sum;
+    for (int k = 0; k < 8; k++) {
+        terms[k + 1] = a[k] * b[k];
+        largest = std::max(largest, fabs(terms[k + 1]));
+        all += terms[k + 1];
+    }
+    if (!std::isfinite(all)) return float(all);
+    if (largest == 0) return 0;
+    const double unit = ldexp(1, ilogb(largest) - 24);
+    double steps = 0;
+    for (double term : terms) steps += trunc(term / unit);
+    float result = float(steps * unit);
+    if (fabs(result) > fabs(steps * unit)) result = nextafterf(result, 0);
+    return result;
+}
+
+static void multiply_matrices(Thread* lanes) {
+    const Mma* mma[WARP];
+    for (unsigned l = 0; l < WARP; l++) mma[l] = (const Mma*)lanes[l].stop.value;
+    double a[16][16], b[8][16];  // b by columns
+    for (int l = 0; l < int(WARP); l++)
+        for (int i = 0; i < 4; i++) {
+            int g = l / 4, k = 2 * (l % 4) + 8 * (i / 2);
+            for (int upper = 0; upper < 2; upper++) {
+                a[g + 8 * (i % 2)][k + upper] = number(mma[l]->bf16, mma[l]->a[i], upper);
+                if (i % 2 == 0) b[g][k + upper] = number(mma[l]->bf16, mma[l]->b[i / 2], upper);
+            }
+        }
+    for (int l = 0; l < int(WARP); l++)
+        for (int i = 0; i < 4; i++) {
+            const double *row = a[l / 4 + 8 * (i / 2)], *column = b[2 * (l % 4) + i % 2];
+            float& sum = mma[l]->sums[i];
+            sum = add_products(add_products(sum, row, column), row + 8, column + 8);
+        }
+}
+
 static void complete(Thread* lanes, const Stop& stop) {
+    if (stop.operation == MMA) multiply_matrices(lanes);
     unsigned votes = 0, seen[WARP] = {};
     for (unsigned l = 0; l < WARP; l++) {
         if (!(stop.mask >> l & 1)) continue;
@@ -274,6 +332,7 @@ static void complete(Thread* lanes, const Stop& stop) {
                 memcpy(lane.seen, seen, sizeof seen);
                 lane.seen[l]++;
                 break;
+            case MMA: break;
             case BALLOT: lane.result = votes; break;
             case ANY: lane.result = votes != 0; break;
             case ALL: lane.result = votes == stop.mask; break;

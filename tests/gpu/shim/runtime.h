@@ -4,11 +4,14 @@
 namespace shim {
 
 enum Operation {
-    SYNCWARP, SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY,
+    SYNCWARP, SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, MMA,
     SYNCTHREADS, SYNCTHREADS_COUNT, SYNCTHREADS_AND, SYNCTHREADS_OR
 };
 
 struct Where { const char* file; int line; };
+
+// A lane's registers of mma.m16n8k16, two numbers of 16 bits in each of a and b.
+struct Mma { bool bf16; float* sums; unsigned a[4], b[2]; };
 
 // Called by every lane of `mask`; returns once all have called it.
 unsigned long long warp(Operation operation, unsigned mask, unsigned long long value,
