@@ -11,7 +11,6 @@ source "$(dirname "$0")/gpu_parts.sh"
 part convert 100 python -m qmoe_format convert qmoe_format/demo "$out/demo.qmoe" --bits-per-weight 1 \
     --calibration qmoe_format/demo/calibration.jsonl --target-column target &
 part runtime 100 python -m pytest -q -m gpu -n 4 tests/runtime/test_device.py &
-part decode 100 python -m pytest -q -m gpu -n 4 tests/gpu/test_device.py -k "decode or codewords" &
 runs="runs and (decoded_shapes or test_shapes) and (1000x33 or 17x255 or 333x7169)"
 for tool in memcheck racecheck initcheck synccheck; do
     part runs-$tool 100 sanitized $tool tests/gpu/test_device.py -k "$runs" &
