@@ -28,6 +28,7 @@ from qmoe_format.export.compressed_folder import (
 )
 from qmoe_format.progress import Counter
 from qmoe_format.runtime import switch
+from qmoe_format.runtime.bf16_linear import speed_up_linear
 from qmoe_format.runtime.expert_memory import place_experts
 from qmoe_format.runtime.experts import CompressedExperts
 from qmoe_format.runtime.lazy_stack import LazyStack
@@ -71,6 +72,7 @@ class QMoEQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         _check_complete(model, self.file.path)
         place_experts(model)
+        speed_up_linear(model)
         self.quantization_config.file = EXPERTS_FILE  # where save_pretrained will write them
         model.save_pretrained = partial(_save, self.file, model, model.save_pretrained)
 

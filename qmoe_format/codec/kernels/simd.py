@@ -150,6 +150,16 @@ def add_times_magnitudes(builder, sums, some, values, start):
     return builder.fadd(sums, builder.fmul(some, sizes, flags=("contract",)), flags=("contract",))
 
 
+@instruction(lambda _, weights, __, values, ___: vector(vector, weights, uint64, values, uint64))
+def add_times_bf16(builder, sums, weights, place, values, start):
+    """``sums`` plus ``weights[place : place + 16]``, bf16, times ``values[start : start + 16]``."""
+    words = ir.VectorType(ir.IntType(32), WIDTH)
+    wide = builder.zext(_load(builder, weights, place, _SHORT), words)
+    high = builder.bitcast(builder.shl(wide, ir.Constant(words, [16] * WIDTH)), _VECTOR)
+    product = builder.fmul(high, _load(builder, values, start, _FLOAT), flags=("contract",))
+    return builder.fadd(sums, product, flags=("contract",))
+
+
 @instruction(lambda values, *_: void(values, uint64, vector))
 def store_vector(builder, values, start, sums):
     """``values[start : start + 16] = sums``."""
