@@ -36,7 +36,8 @@ from qmoe_format.container.inspection import describe
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 OURS, THEIRS = ("qmoe fp32", "qmoe bf16"), ("transformers bf16", "transformers fp32")
-LLAMA_CPP = ("llama.cpp IQ1_S", "llama.cpp IQ2_XXS", "llama.cpp Q2_K") if ggml.available() else ()
+LLAMA_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K")
+LLAMA_CPP = tuple(f"llama.cpp {each}" for each in LLAMA_TYPES) if ggml.available() else ()
 
 
 @dataclass(frozen=True, slots=True)
