@@ -152,7 +152,8 @@ def _expand_codewords(width, long, patterns, codes, data, left, place, limit, en
     Args:
         long: whether there are entries too long for their pattern.
 
-    Returns the bits left of the segment, and the place reached.
+    Returns:
+        The bits left of the segment, and the place reached.
     """
     one = _one()
     code = (ONE << width) - ONE
