@@ -11,7 +11,7 @@ import numpy as np
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu import cuda, packing
 from qmoe_format.gpu.int_dict_packing import DictLayout
-from qmoe_format.gpu.packing import SCALES, Layout, Matrix, PackedStack
+from qmoe_format.gpu.packing import Layout, Matrix, PackedStack
 from qmoe_format.gpu.runs import choose, expected_bytes
 from qmoe_format.gpu.transcode import runs_of
 
@@ -62,7 +62,7 @@ class DeviceStack:
     def bytes(self) -> int:
         """Memory that the stack takes on the GPU."""
         runs = self.packed.runs
-        return runs.bytes + _scale_bytes(self.packed) if runs else self.packed.layout.bytes
+        return runs.bytes if runs else self.packed.layout.bytes
 
     def __len__(self) -> int:
         return self.packed.layout.experts
@@ -146,27 +146,21 @@ def add_runs(stack: DeviceStack, *, spare: int = 0) -> bool:
         cuda.release()
         free, total = device.mem_info
         taken = expected_bytes(codewords, layout)
-        gained = codewords.bytes - _scale_bytes(packed)
-        if max(taken, taken - gained + spare) > free - SPARE * total:
+        if max(taken, taken - codewords.bytes + spare) > free - SPARE * total:
             return False
         try:
             with cuda.out_of_memory():
                 runs = runs_of(packed, layout, stack.device)
-                scales = {name: packed.arrays[name].copy() for name in SCALES}
         except QMoEError as error:
             if error.code != "memory":
                 raise
             return False
         device.synchronize()  # other streams may still read the codewords
-        stack.packed = replace(packed, arrays=scales, runs=runs)
+        stack.packed = replace(packed, arrays={}, runs=runs)
         stack.prepared.clear()
         del packed
         cuda.release()
     return True
-
-
-def _scale_bytes(packed: PackedStack) -> int:
-    return sum(int(packed.arrays[name].nbytes) for name in SCALES)
 
 
 def _copy(cupy: Any, layout: Layout, matrices: Sequence[Matrix], buffer: Any) -> None:

@@ -20,7 +20,7 @@ from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
 from qmoe_format.gpu.kernel_text import source
 from qmoe_format.gpu.launch import Given, Kernel, Launch
-from qmoe_format.gpu.packing import SCALES, Layout, PackedStack
+from qmoe_format.gpu.packing import Layout, PackedStack
 from qmoe_format.gpu.run_batches import Batch
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
@@ -117,7 +117,7 @@ def decode(
         blocks = -(-count * stack.runs.layout.groups * 32 // kernel.threads)
         sizes = _ints(layout.experts, layout.rows, layout.columns)
         return [
-            Launch(kernel, blocks, (*_runs(stack, stack.runs), *sizes, y, *_ints(first, count)))
+            Launch(kernel, blocks, (*stack.runs.arrays.values(), *sizes, y, *_ints(first, count)))
         ]
     kernel = _decode_kernel(layout, dtype, limits)
     resident = limits.shared_bytes // kernel.shared_bytes if kernel.shared_bytes else 8
@@ -206,7 +206,7 @@ def _by_runs(
     sizes = _ints(layout.experts, layout.rows)
     call = (x, y, pairs.experts, *_ints(pairs.expert, each), _ring(layout))
     grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
-    return Launch(kernel, grid, (*_runs(stack, packed), *sizes, *call))
+    return Launch(kernel, grid, (*packed.arrays.values(), *sizes, *call))
 
 
 def _by_batches(
@@ -228,7 +228,7 @@ def _by_batches(
         mode, sorting = "GROUPS", _sorting(stack.layout, pairs, workspace)
     about = _ints(pairs.expert, pairs.count, pairs.per_x)
     prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
-    column_scale, experts = stack.arrays["column_scale"], np.int32(layout.experts)
+    column_scale, experts = packed.arrays["column_scale"], np.int32(layout.experts)
     cut = (x, column_scale, terms, pairs.experts, *sorting, experts, *about)
     call = (terms, y, *sorting[:2], *about, _ring(layout), np.int32(runs.LINE_BYTES - 1))
     return [
@@ -236,7 +236,7 @@ def _by_batches(
         Launch(
             product,
             min(limits.multiprocessors, pairs.count * layout.groups),
-            (*_runs(stack, packed), experts, np.int32(layout.rows), *call),
+            (*packed.arrays.values(), experts, np.int32(layout.rows), *call),
         ),
     ]
 
@@ -332,11 +332,6 @@ def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> Kernel
 def _stack(stack: PackedStack) -> tuple[Any, ...]:
     """The arguments for a ``Stack`` of the kernels."""
     return (*stack.arrays.values(), *_ints(*stack.layout.sizes))
-
-
-def _runs(stack: PackedStack, packed: PackedRuns) -> tuple[Any, ...]:
-    """The arrays for a ``Stack`` of the kernels that read runs."""
-    return (*packed.arrays.values(), *(stack.arrays[name] for name in SCALES))
 
 
 def _ints(*numbers: Number) -> tuple[np.int32 | Given, ...]:

@@ -20,16 +20,13 @@ Matrix = EncodedMatrix | GroupedMatrix
 Layout = DictLayout | GroupLayout
 
 
-SCALES = ("row_scale", "column_scale")  # of ``int-dict``
-
-
 @dataclass(frozen=True, slots=True)
 class PackedStack:
     """A stack ready for the kernels.
 
     Attributes:
         arrays: numpy's or a device's, by name, in the order of the kernels' parameters; with runs,
-            no others than ``SCALES``.
+            there may be none.
         runs: ``int-dict`` matrices in the form for fast products, in place of their codewords.
     """
 

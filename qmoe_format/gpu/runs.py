@@ -9,8 +9,10 @@ and keeps its codewords, if ``choose`` says so or memory is short.
 
     offsets   uint32 [experts, groups + 1]: the first code of each group, and how many there are
     starts    uint16 [experts, groups, 32]: 32 * (slot + 1) + bank of the landing before each run
+    order     uint16 [experts, rows]: the rows, group after group
     bases     uint64 [experts]: the first line of each matrix in ``words``
     words     uint32 [lines, 32]: a lane's codes one after another; GUARD lines are read beyond
+    row_scale, column_scale: as in the stack, but the former's rows in that order
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.int_dict_packing import DictLayout
@@ -33,6 +36,7 @@ GUARD = 16  # lines
 LINE_BYTES = 128  # x of a slot, once for each lane of a warp
 MOST_SLOTS = 2046  # so that a start has 16 bits
 MOST_LANDINGS = 1.5  # per weight
+MOST_ROWS = 1 << 16  # so that a row's number has 16 bits
 # A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
 COLUMNS_PER_LANE = 512
 # More lanes where there are few rows: a warp of an H100 has something to do if eight such matrices
@@ -86,11 +90,11 @@ class PackedRuns:
 def choose(stack: DictLayout, limits: DeviceLimits) -> RunLayout | None:
     """How to cut the matrices of ``stack``; None if that does not pay.
 
-    It does not for large levels, which are as many landings, and for rows so long that their x does
-    not fit into shared memory.
+    It does not for large levels, which are as many landings, for rows so long that their x does not
+    fit into shared memory, and for more than ``MOST_ROWS``.
     """
     weights = stack.experts * stack.rows * stack.columns
-    if not weights or stack.landings > MOST_LANDINGS * weights:
+    if not weights or stack.landings > MOST_LANDINGS * weights or stack.rows > MOST_ROWS:
         return None
     wanted = max(stack.columns // COLUMNS_PER_LANE, ROWS_TIMES_LANES // stack.rows, 2)
     found = RunLayout(
@@ -111,7 +115,9 @@ def expected_bytes(stack: DictLayout, layout: RunLayout) -> int:
     """How much memory the runs of ``stack`` may take, if rows are about equally dense."""
     weights = stack.experts * stack.rows * stack.columns
     codes = 1.2 * _codes_per_weight(stack, layout.bits) * weights
-    return int(codes * layout.bits / 8) + stack.experts * layout.groups * 32 * (2 + layout.bits)
+    starts = stack.experts * layout.groups * 32 * (2 + layout.bits)
+    scales = stack.experts * 2 * (stack.rows * stack.scales + stack.columns * stack.column_scales)
+    return int(codes * layout.bits / 8) + starts + 2 * stack.experts * stack.rows + scales
 
 
 def _codes_per_weight(stack: DictLayout, bits: int) -> float:
@@ -171,10 +177,26 @@ def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> L
     return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
 
 
-def offsets(layout: RunLayout, sizes: Any, found: Any) -> Launch:
-    """Make ``found``, the array ``offsets``, from ``sizes``."""
+def ranks(layout: RunLayout) -> npt.NDArray[np.int_]:
+    """Of the row at each place [rows]: its rank among those of its matrix, shortest first.
+
+    Half rows of a group take as much memory, and time, as the longest of them, so rows of a group
+    are of like length. Groups of long rows and of short ones alternate, for a block takes groups
+    that lie together, and blocks should have equal work.
+    """
+    groups, rows = layout.groups, 16 // layout.lanes
+    step = round(groups * (math.sqrt(5) - 1) / 2)  # the golden section spreads any number evenly
+    while math.gcd(step, groups) > 1:
+        step += 1
+    group = np.arange(groups)[::-1] * step % groups  # the last one, which may have fewer rows, is 0
+    rank = group[:, None] * rows + np.arange(rows) - (groups * rows - layout.rows)
+    return rank[rank >= 0]
+
+
+def offsets(layout: RunLayout, sizes: Any, order: Any, found: Any) -> Launch:
+    """Make ``found``, the array ``offsets``."""
     text = source("types", "scan", "runs", "run_offsets", **_transcoding(layout))
-    arguments = (sizes, found, *_shape(layout, layout.experts)[:2])
+    arguments = (sizes, order, found, *_shape(layout, layout.experts)[:2])
     return Launch(Kernel("run_offsets", text, 32), layout.experts, arguments)
 
 
@@ -187,7 +209,7 @@ def codes(
 ) -> Launch:
     """Write the runs of ``levels``, matrices from ``first`` on, into ``words`` and ``starts``."""
     text = source("types", "scan", "runs", "run_walk", "run_codes", **_transcoding(layout))
-    of_matrices = (arrays["offsets"][first:], arrays["bases"][first:])
+    of_matrices = tuple(arrays[name][first:] for name in ("order", "offsets", "bases"))
     written = (arrays["words"], arrays["starts"][first:])
     arguments = (levels, *of_matrices, *written, *_shape(layout, len(levels)))
     warps = len(levels) * layout.groups * 32 // layout.lanes

@@ -44,15 +44,21 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
 
         for first, part in batches():
             execute([runs.sizes(layout, part, sizes[first:], limits)], device, stream)
-        execute([runs.offsets(layout, sizes, offsets)], device, stream)
+        shortest_first = sizes.max(axis=2).argsort(axis=1)
+        rows_of_places = shortest_first.take(cupy.asarray(runs.ranks(layout)), axis=1)
+        order, every = rows_of_places.astype(np.uint16), cupy.asarray(np.arange(experts)[:, None])
+        execute([runs.offsets(layout, sizes, order, offsets)], device, stream)
         ends = np.cumsum(offsets[:, -1].get().astype(np.uint64) // 32 * layout.bits)
         arrays = {
             "offsets": offsets,
             "starts": cupy.empty((experts, layout.groups, 32), np.uint16),
+            "order": order,
             "bases": cupy.asarray(np.concatenate([[0], ends[:-1]]).astype(np.uint64)),
             "words": cupy.zeros((int(ends[-1]) + runs.GUARD, 32), np.uint32),
+            "row_scale": stack.arrays["row_scale"][every, rows_of_places],
+            "column_scale": stack.arrays["column_scale"].copy(),
         }
-        for first, part in batches():
+        for first, part in batches() if batch < experts else [(0, levels)]:  # still there
             execute([runs.codes(layout, part, arrays, first, limits)], device, stream)
         stream.synchronize()
     return PackedRuns(layout, arrays)

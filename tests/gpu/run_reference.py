@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qmoe_format.codec import EncodedMatrix, decode
 from qmoe_format.gpu.packing import Matrix, PackedStack, pack
-from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout
+from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout, ranks
 
 
 def stack(members: Sequence[Matrix], bits: int, lanes: int) -> PackedStack:
@@ -21,7 +22,10 @@ def stack(members: Sequence[Matrix], bits: int, lanes: int) -> PackedStack:
     shape = (len(coded), coded[0].rows, coded[0].columns)
     levels = np.stack([decode(member.levels) for member in coded])
     layout = RunLayout(*shape, bits, lanes, scales, column_scales)
-    return replace(pack(coded), runs=runs(levels, layout))
+    packed, arrays = pack(coded), runs(levels, layout)
+    row_scale = packed.arrays["row_scale"][np.arange(len(coded))[:, None], arrays["order"]]
+    arrays |= {"row_scale": row_scale, "column_scale": packed.arrays["column_scale"]}
+    return replace(packed, arrays={}, runs=PackedRuns(layout, arrays))
 
 
 def landings(levels: npt.NDArray[np.int_], layout: RunLayout) -> list[int]:
@@ -41,24 +45,23 @@ def landings(levels: npt.NDArray[np.int_], layout: RunLayout) -> list[int]:
     return path
 
 
-def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> PackedRuns:
-    """Pack levels [experts, rows, columns]."""
+def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> dict[str, npt.NDArray[Any]]:
+    """Pack levels [experts, rows, columns]: all arrays but the scales."""
     reach, lanes = (1 << layout.bits) - 1, layout.lanes
     experts, rows, _ = matrices.shape
     offsets = np.zeros((experts, layout.groups + 1), np.uint32)
     starts = np.zeros((experts, layout.groups, 32), np.uint16)
+    order = np.zeros((experts, rows), np.uint16)
     lines: list[npt.NDArray[np.uint32]] = []
     bases = []
     for e, levels in enumerate(matrices.astype(int)):
+        paths = [[landings(sign * row, layout) for sign in (1, -1)] for row in levels]
+        order[e] = np.argsort([max(map(len, halves)) for halves in paths])[ranks(layout)]
         columns_of_codes: list[list[int]] = [[] for _ in range(32)]
         for group in range(layout.groups):
             first = group * 16 // lanes
-            halves = []
-            for row in range(first, first + 16 // lanes):
-                there = row < rows
-                halves += [
-                    landings(sign * levels[row], layout) if there else [] for sign in (1, -1)
-                ]
+            halves = [path for row in order[e, first : first + 16 // lanes] for path in paths[row]]
+            halves += [[] for _ in range(32 // lanes - len(halves))]
             count = max(1, *(-(-len(path) // lanes) for path in halves))
             end = int(offsets[e, group]) + count
             if group == layout.groups - 1:
@@ -80,10 +83,10 @@ def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> PackedRuns:
         bases.append(sum(map(len, lines)))
         lines.append(packed.view("<u4").T)
     words = np.concatenate([*lines, np.zeros((GUARD, 32), np.uint32)])
-    arrays = {
+    return {
         "offsets": offsets,
         "starts": starts,
+        "order": order,
         "bases": np.array(bases, np.uint64),
         "words": np.ascontiguousarray(words),
     }
-    return PackedRuns(layout, arrays)

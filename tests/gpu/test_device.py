@@ -456,5 +456,5 @@ def test_transcoding(size: tuple[int, int]) -> None:
         assert size[1] > 26_000
         return
     levels = np.stack([decode(m.levels) for m in members if isinstance(m, EncodedMatrix)])
-    for name, expected in run_reference.runs(levels, runs.layout).arrays.items():
+    for name, expected in run_reference.runs(levels, runs.layout).items():
         assert np.array_equal(runs.arrays[name].get(), expected), name

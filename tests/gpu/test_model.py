@@ -43,7 +43,7 @@ def test_the_parts_of_a_listing() -> None:
 def test_codes_are_those_of_random_levels(rows: int, columns: int, zeros: float) -> None:
     layout = gpu_model.layout_of(rows, columns, zeros)
     levels = random_levels(rows, columns, zeros, np.random.default_rng(0))
-    offsets = run_reference.runs(levels[None], layout).arrays["offsets"][0]
+    offsets = run_reference.runs(levels[None], layout)["offsets"][0]
     mean = float(np.diff(offsets.astype(int))[:-1].mean())
     assert gpu_model.codes_of(layout, zeros) == pytest.approx(mean, rel=0.03)
 

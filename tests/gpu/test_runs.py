@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qmoe_format import gpu
 from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.codec import decode as decode_levels
 from qmoe_format.dtypes import from_float32
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu import cuda, launch_plan
+from qmoe_format.gpu import cuda, launch_plan, runs, transcode
 from qmoe_format.gpu.int_dict_packing import layout as dict_layout
-from qmoe_format.gpu.packing import pack
 from qmoe_format.gpu.runs import RunLayout, choose, expected_bytes
 from qmoe_format.gpu.transcode import runs_of
 from tests.gpu import run_reference, shim
@@ -54,8 +55,16 @@ def with_runs(
     ],
 )
 def test_transcoding(
-    cupy: FakeCupy, rows: int, columns: int, zeros: float, ones: float, bits: int, lanes: int
+    cupy: FakeCupy,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    columns: int,
+    zeros: float,
+    ones: float,
+    bits: int,
+    lanes: int,
 ) -> None:
+    monkeypatch.setattr(transcode, "SCRATCH", 2 * rows * columns * lanes)  # all at once, or not
     rng = np.random.default_rng(rows)
     members = [
         encode_matrix(
@@ -69,8 +78,8 @@ def test_transcoding(
     assert found is not None
     levels = np.stack([decode_levels(member.levels) for member in members])
     expected = run_reference.runs(levels, found.layout)
-    assert list(found.arrays) == list(expected.arrays)
-    for name, array in expected.arrays.items():
+    assert list(found.arrays) == [*expected, "row_scale", "column_scale"]
+    for name, array in expected.items():
         assert np.array_equal(found.arrays[name], array), name
 
 
@@ -102,6 +111,19 @@ def test_products(
     assert all("Path" in launch.kernel.source for launch in cupy.launched[-2:])
 
 
+@given(st.integers(1, 3000), st.sampled_from([1, 2, 4, 8, 16]))
+def test_order_of_rows(rows: int, lanes: int) -> None:
+    """Groups are neighbors in length; blocks of groups that lie together have equal work."""
+    layout = RunLayout(1, rows, 100, 4, lanes, 2, column_scales=False)
+    ranks, each = runs.ranks(layout), 16 // lanes
+    assert np.array_equal(np.sort(ranks), np.arange(rows))
+    groups = [ranks[first : first + each] for first in range(0, rows, each)]
+    assert len(groups) == layout.groups
+    assert all(np.array_equal(group, np.arange(group[0], group[-1] + 1)) for group in groups)
+    firsts = np.array([group[0] for group in groups[: len(groups) // 30 * 30]])
+    assert np.all(abs(firsts.reshape(-1, 30).mean(axis=1) - (rows - each) / 2) <= 0.1 * rows)
+
+
 SIZES = [
     *[(1, 1, 5, 2), (18, 35, 8, 1), (17, 500, 3, 2), (28, 304, 3, 4), (5, 2049, 4, 8)],
     *[(3, 1000, 6, 16), (1, 33, 3, 16), (2, 5000, 7, 16)],
@@ -119,9 +141,7 @@ def test_decoding(
     kind = DictKind(strings, 1 + lanes // 2 % 2, column_scales, "bf16", 1, False, False)
     shapes = [Shape(rows, columns, zeros, None, 0) for zeros in (0.7, 1.0, 0.2)]
     coded = [matrix(kind, shape, 3 * seed) for seed, shape in enumerate(shapes)]
-    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
-    layout = RunLayout(3, rows, columns, bits, lanes, kind.scales, column_scales)
-    stack = replace(pack(coded), runs=run_reference.runs(levels, layout))
+    stack = run_reference.stack(coded, bits, lanes)
     for dtype, name in NAMES.items():
         expected = from_float32(np.stack([dequantize(member) for member in coded]), name)
         for order in (shim.FORWARD, shim.BACKWARD, 2):
@@ -151,8 +171,10 @@ def test_codewords_go_when_runs_are_there(cupy: FakeCupy) -> None:
     member = encode_matrix(levels, np.ones((64, 2), np.uint16), np.ones(1000, np.uint16))
     stack = gpu.upload([member, member])
     assert stack.packed.runs
-    kept = {**stack.packed.arrays, **stack.packed.runs.arrays}
-    assert set(kept) == {"row_scale", "column_scale", "offsets", "starts", "bases", "words"}
+    kept = stack.packed.runs.arrays
+    assert not stack.packed.arrays
+    names = {"offsets", "starts", "order", "bases", "words"}
+    assert set(kept) == {"row_scale", "column_scale"} | names
     assert all(array.base is None or array.base.nbytes == array.nbytes for array in kept.values())
     assert stack.bytes == sum(array.nbytes for array in kept.values())
     long = gpu.upload(encode_matrix(np.ones((1, 40_000), np.int8), np.ones((1, 2), np.uint16)))
@@ -167,9 +189,7 @@ def test_more_tokens_than_a_grid_has_blocks(
     kind = DictKind(((0.6, 12), None), 2, False, "fp32", 1, False, False)
     shape = Shape(5, 64, 0.7, None, 0, exact=True)
     coded = [matrix(kind, shape, 3 * seed) for seed in range(2)]
-    levels = np.stack([decode_levels(m.levels) for m in coded if isinstance(m, EncodedMatrix)])
-    layout = RunLayout(2, 5, 64, 4, 4, 2, column_scales=False)
-    stack = replace(pack(coded), runs=run_reference.runs(levels, layout))
+    stack = run_reference.stack(coded, 4, 4)
     dense = np.stack([dequantize(member) for member in coded])
     x = vectors(kind, shape, 7)
     assert np.array_equal(matmul(kind, stack, x, expert=1), x @ dense[1].T)
@@ -214,11 +234,10 @@ def test_runs_only_if_memory_is_left(cupy: FakeCupy) -> None:
     expected = expected_bytes(dict_layout([member]), stack.packed.runs.layout)
     assert stack.packed.runs.bytes <= expected <= 1.5 * stack.packed.runs.bytes
     slow = gpu.upload(member, runs=False)
-    gained = slow.bytes - member.row_scale.nbytes
     cupy.free = (1 << 30) // 10 + expected + 1000
-    assert not gpu.add_runs(slow, spare=gained + 1001)
+    assert not gpu.add_runs(slow, spare=slow.bytes + 1001)
     assert slow.packed.runs is None
-    assert gpu.add_runs(slow, spare=gained + 999)
+    assert gpu.add_runs(slow, spare=slow.bytes + 999)
     cupy.free -= 1001
     assert gpu.upload(member).packed.runs is None
 

@@ -126,10 +126,11 @@ def transcode(name: str, bits: int, lanes: int) -> Launch:
     """A launch of the transcoder."""
     layout = RunLayout(1, 4, 2048, bits, lanes, 2, column_scales=False)
     levels = array((1, 4, 2048), "fp16")
-    nothing = {key: array((1,), "int32") for key in ("offsets", "bases", "words", "starts")}
+    names = ("offsets", "starts", "order", "bases", "words")
+    nothing = {key: array((1,), "int32") for key in names}
     return {
         "sizes": lambda: runs.sizes(layout, levels, None, H200),
-        "offsets": lambda: runs.offsets(layout, None, None),
+        "offsets": lambda: runs.offsets(layout, None, None, None),
         "codes": lambda: runs.codes(layout, levels, nothing, 0, H200),
     }[name]()
 

@@ -32,7 +32,7 @@ struct Matrices : Stack {
 
 typedef CallOf<TERM_TYPE> Call;
 
-// The rows that are marked: so many, from `first` on.
+// The rows that are marked: so many, from place `first` on.
 struct Rows {
     int first, count;
 };
@@ -41,8 +41,8 @@ struct Rows {
 struct Scales {
     float low, high;
 
-    __device__ Scales(const Stack& stack, int expert, int row) {
-        const u64 at = (u64)expert * stack.rows + min(row, stack.rows - 1);
+    __device__ Scales(const Stack& stack, int expert, int place) {
+        const u64 at = stack.at(expert, place);
         high = to_float(stack.row_scale[at * SCALES + SCALES - 1]);
         low = SCALES == 2 ? to_float(stack.row_scale[at * SCALES]) : negative(high);
     }
@@ -247,7 +247,8 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
             if (number >= tile.count) break;
             float sum = 0.0f;
             for (int k = 0; k < part.parts; k++) sum += partial[(8 * k + of) * stride + r];
-            call.y[(u64)tile.pair(number) * stack.rows + rows.first + r] = from_float<Y_TYPE>(sum);
+            const u32 row = stack.order[stack.at(tile.expert, rows.first + r)];
+            call.y[(u64)tile.pair(number) * stack.rows + row] = from_float<Y_TYPE>(sum);
         }
         __syncthreads();  // the next sums
     }
@@ -256,9 +257,10 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
     const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
     const u16* starts,         // uint16 [experts, groups, 32]: 32 * (slot + 1) + bank
+    const u16* order,          // uint16 [experts, rows]: the rows, group after group
     const u64* bases,          // uint64 [experts]: the first line of each matrix
     const u32* words,          // uint32 [lines, 32]
-    const bf16* row_scale,     // bf16 [experts, rows, SCALES]
+    const bf16* row_scale,     // bf16 [experts, rows, SCALES], in that order
     const bf16* column_scale,  // unused: `run_terms` has multiplied x by them
     int experts, int rows,
     const TERM_TYPE* x,  // bf16 or fp16 [pairs if COLUMN_SCALES, else x; TERMS, PLACES]
@@ -272,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
                     // does what takes two constants
     extern __shared__ unsigned char shared[];
     const Matrices matrices = {
-        {offsets, starts, bases, words, row_scale, column_scale, experts, rows}};
+        {offsets, starts, order, bases, words, row_scale, column_scale, experts, rows}};
     const Call call = {x, y, listed, tiles, expert, pairs, pairs_per_x};
     u32* const marks = (u32*)shared;
     float* const partial = (float*)(marks + MARK_WORDS);

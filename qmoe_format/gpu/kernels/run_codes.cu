@@ -26,6 +26,7 @@ struct Writer {
 
 extern "C" __global__ void __launch_bounds__(THREADS) run_codes(
     const fp16* levels,  // fp16 [count, rows, columns]
+    const u16* order,    // uint16 [count, rows]: the rows, group after group
     const u32* offsets,  // uint32 [count, groups + 1]
     const u64* bases,    // uint64 [count]: the first line of each matrix
     u32* words,          // uint32 [lines, 32], zeros
@@ -35,15 +36,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) run_codes(
     const u64 warps = (u64)gridDim.x * THREADS / 32, all = (u64)count * groups * HALVES;
     for (u64 half = ((u64)blockIdx.x * THREADS + threadIdx.x) / 32; half < all; half += warps) {
         const u64 group = half / HALVES, matrix = group / groups;
-        const int row = (int)(group % groups) * ROWS + (int)(half % HALVES) / 2;
+        const int place = (int)(group % groups) * ROWS + (int)(half % HALVES) / 2;
+        const u64 row = matrix * rows + order[matrix * rows + min(place, rows - 1)];
         const u32* const offset = offsets + group + matrix;
         u32 codes = offset[1] - offset[0];
         Writer writer = {words + bases[matrix] * 32, starts + group * 32, offset[0], codes,
                          (int)(half % HALVES) * LANES, slots_of(columns)};
-        const int here = row < rows ? columns : 0;
-        const fp16* const from = levels + (matrix * rows + min(row, rows - 1)) * columns;
+        const int here = place < rows ? columns : 0;
         const Reached reached =
-            walk_half_row(from, here, half % 2 != 0, [&](const Landings& landings) {
+            walk_half_row(levels + row * columns, here, half % 2 != 0, [&](const Landings& landings) {
                 u32 number = landings.number;
                 int before = landings.before;
                 for (int i = 0; i < landings.jumps; i++) {

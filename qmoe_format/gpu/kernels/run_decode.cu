@@ -108,16 +108,18 @@ __device__ inline bool reach_divides(u32 number) {
 extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
     const u16* starts,         // uint16 [experts, groups, 32]: 32 * (slot + 1) + bank
+    const u16* order,          // uint16 [experts, rows]: the rows, group after group
     const u64* bases,          // uint64 [experts]: the first line of each matrix
     const u32* words,          // uint32 [lines, 32]
-    const bf16* row_scale,     // bf16 [experts, rows, SCALES]
+    const bf16* row_scale,     // bf16 [experts, rows, SCALES], in that order
     const bf16* column_scale,  // bf16 [experts, columns] if COLUMN_SCALES
     int experts, int rows, int columns,
     Y_TYPE* y,    // bf16, fp16 or fp32 [count, rows, columns]
     int first,    // matrix to begin with
     int count) {  // number of matrices
     extern __shared__ unsigned char shared[];
-    const Stack stack = {offsets, starts, bases, words, row_scale, column_scale, experts, rows};
+    const Stack stack = {offsets, starts, order, bases,
+                         words, row_scale, column_scale, experts, rows};
     const int lane = threadIdx.x % 32, half = lane / LANES, groups = stack.groups();
     const u64 warp = ((u64)blockIdx.x * THREADS + threadIdx.x) / 32;
     if (warp >= (u64)count * groups) return;
@@ -148,12 +150,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
             }
         });
     __syncwarp();
-    Bits* const out = (Bits*)y + ((u64)matrix * rows + number * ROWS) * columns;
+    Bits* const out = (Bits*)y + (u64)matrix * rows * columns;
     for (int r = 0; r < ROWS && number * ROWS + r < rows; r++) {
         const Row row = {levels + r * row_bytes,
                          __shfl_sync(FULL, group.scale, (2 * r + 1) * LANES),
                          __shfl_sync(FULL, group.scale, 2 * r * LANES),
                          column_scale + (u64)expert * columns};
-        row.write(out + (u64)r * columns, columns);
+        row.write(out + (u64)__shfl_sync(FULL, group.row, 2 * r * LANES) * columns, columns);
     }
 }

@@ -12,19 +12,25 @@ __device__ constexpr int line_of(int slot) { return 1 + slot + slot / (REACH - 1
 struct Stack {
     const u32* offsets;
     const u16* starts;
+    const u16* order;
     const u64* bases;
     const u32* words;
     const bf16 *row_scale, *column_scale;
     int experts, rows;
 
     __device__ int groups() const { return (rows + ROWS - 1) / ROWS; }
+    // Where `order` has the row at a place; beyond the last place, one that is there.
+    __device__ u64 at(int expert, int place) const {
+        return (u64)expert * rows + min(place, rows - 1);
+    }
 };
 
 // What a lane needs to know of a group before it walks its run.
 struct Group {
     u32 offset, end;  // codes of each run, from the matrix's first on
     u32 start;        // where the run begins
-    float scale;      // of the lane's half row
+    u32 row;          // the lane's
+    float scale;      // of its half row
 
     Group() = default;
     __device__ Group(const Stack& stack, int expert, int number) {
@@ -33,9 +39,10 @@ struct Group {
         end = __ldg(at + 1);
     }
     __device__ void load_rest(const Stack& stack, int expert, int number) {
-        const int lane = threadIdx.x % 32, half = lane / LANES, row = number * ROWS + half / 2;
+        const int lane = threadIdx.x % 32, half = lane / LANES;
         start = __ldg(stack.starts + ((u64)expert * stack.groups() + number) * 32 + lane);
-        const u64 at = (u64)expert * stack.rows + min(row, stack.rows - 1);
+        const u64 at = stack.at(expert, number * ROWS + half / 2);
+        row = __ldg(stack.order + at);
         scale = to_float(stack.row_scale[at * SCALES + (half % 2 ? 0 : SCALES - 1)]);
         if (SCALES == 1 && half % 2) scale = negative(scale);
     }

@@ -3,6 +3,7 @@
 
 extern "C" __global__ void __launch_bounds__(32) run_offsets(
     const u32* sizes,  // uint32 [count, rows, 2]
+    const u16* order,  // uint16 [count, rows]: the rows, group after group
     u32* offsets,      // uint32 [count, groups + 1]
     int count, int rows) {
     const int lane = threadIdx.x % 32, groups = (rows + ROWS - 1) / ROWS;
@@ -13,9 +14,10 @@ extern "C" __global__ void __launch_bounds__(32) run_offsets(
             const int group = first + lane;
             u32 longest = group < groups ? 1 : 0;
             for (int h = 0; h < HALVES; h++) {
-                const int row = group * ROWS + h / 2;
-                if (row >= rows) break;
-                const u32 size = sizes[((u64)matrix * rows + row) * 2 + h % 2];
+                const int place = group * ROWS + h / 2;
+                if (place >= rows) break;
+                const u64 first_row = (u64)matrix * rows;
+                const u32 size = sizes[(first_row + order[first_row + place]) * 2 + h % 2];
                 longest = max(longest, (size + LANES - 1) / LANES);
             }
             const u32 upto = sum_upto_lane(longest);

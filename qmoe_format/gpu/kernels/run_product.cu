@@ -140,17 +140,18 @@ __device__ __forceinline__ void multiply_groups(const Stack& stack, int expert, 
         for (int distance = LANES; distance > 0; distance /= 2) {
             sum += __shfl_xor_sync(FULL, sum, distance);
         }
-        const int row = number * ROWS + half / 2;
-        if (lane % (2 * LANES) == 0 && row < stack.rows) y[row] = from_float<Y_TYPE>(sum);
+        const bool there = number * ROWS + half / 2 < stack.rows;
+        if (lane % (2 * LANES) == 0 && there) y[group.row] = from_float<Y_TYPE>(sum);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
     const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
     const u16* starts,         // uint16 [experts, groups, 32]: 32 * (slot + 1) + bank
+    const u16* order,          // uint16 [experts, rows]: the rows, group after group
     const u64* bases,          // uint64 [experts]: the first line of each matrix
     const u32* words,          // uint32 [lines, 32]
-    const bf16* row_scale,     // bf16 [experts, rows, SCALES]
+    const bf16* row_scale,     // bf16 [experts, rows, SCALES], in that order
     const bf16* column_scale,  // bf16 [experts, COLUMNS] if COLUMN_SCALES
     int experts, int rows,
     const X_TYPE* x,    // bf16, fp16 or fp32 [x, COLUMNS]
@@ -161,7 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(
     u32 ring) {  // bytes of a region, less 4: an argument, because for a constant the compiler does
                  // not find the instruction that subtracts and takes the maximum
     extern __shared__ unsigned char shared[];
-    const Stack stack = {offsets, starts, bases, words, row_scale, column_scale, experts, rows};
+    const Stack stack = {offsets, starts, order, bases,
+                         words, row_scale, column_scale, experts, rows};
     const int from = blockIdx.x * groups_per_block;
     const int to = min(from + groups_per_block, stack.groups());
     const int pair = blockIdx.z * gridDim.y + blockIdx.y;
