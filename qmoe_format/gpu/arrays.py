@@ -16,7 +16,8 @@ from qmoe_format.gpu import cuda
 
 FLOATS = ("bf16", "fp16", "fp32")
 # dtypes by the names of element types in CUDA.
-_CUPY = {"bf16": "uint16", "fp16": "float16", "fp32": "float32", "int32": "int32"}
+_CUPY = {"bf16": "uint16", "fp16": "float16", "fp32": "float32"}
+_CUPY |= {"int32": "int32", "int64": "int64"}
 _TORCH = {**_CUPY, "bf16": "bfloat16"}
 _ELEMENT_TYPES = {
     **{name: element for element, name in _CUPY.items()},
@@ -26,7 +27,7 @@ _ELEMENT_TYPES = {
 
 @cache
 def element_type(dtype: Any) -> str:
-    """``bf16``, ``fp16``, ``fp32`` or ``int32``; the name of any other dtype."""
+    """``bf16``, ``fp16``, ``fp32``, ``int32`` or ``int64``; the name of any other dtype."""
     return _ELEMENT_TYPES.get(str(dtype), str(dtype))
 
 

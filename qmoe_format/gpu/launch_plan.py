@@ -61,7 +61,7 @@ def matmul(
     For one token, x and y may have one dimension.
     """
     tokens = x.shape[0] if len(x.shape) == 2 else 1
-    return _products(stack, x, y, _Pairs(tokens, 1, expert), workspace)
+    return products(stack, x, y, Pairs(tokens, 1, expert), workspace)
 
 
 def expert_matvec(
@@ -81,27 +81,42 @@ def expert_matvec(
         QMoEError: ``limit`` for more than ``MOST_BLOCKS`` experts of a token.
     """
     tokens, k = experts.shape
-    if k > MOST_BLOCKS:
-        problem = f"a token has {k} experts, more than {MOST_BLOCKS}"
-        raise QMoEError("limit", problem, "multiply by some of them at a time")
-    pairs = _Pairs(tokens * k, k if len(x.shape) == 2 else 1, -1, experts)
+    check_experts(k)
+    pairs = Pairs(tokens * k, k if len(x.shape) == 2 else 1, -1, experts)
     if weights is None:
-        return _products(stack, x, y, pairs, workspace)
+        return products(stack, x, y, pairs, workspace)
     rows = stack.layout.rows
     if not tokens * rows:
         return []
-    products = workspace.empty((pairs.count, rows), "fp32")
-    return [
-        *_products(stack, x, products, pairs, workspace),
-        _elementwise(
-            "combine",
-            tokens * rows,
-            workspace,
-            (products, weights, y, *_ints(tokens, k, rows)),
-            WEIGHT_TYPE=element_type(weights.dtype),
-            Y_TYPE=element_type(y.dtype),
-        ),
-    ]
+    each = workspace.empty((tokens, k, rows), "fp32")
+    return [*products(stack, x, each, pairs, workspace), weighted(each, weights, y, workspace)]
+
+
+def check_experts(k: int) -> None:
+    """Refuse (``limit``) more than ``MOST_BLOCKS`` experts of a token."""
+    if k > MOST_BLOCKS:
+        problem = f"a token has {k} experts, more than {MOST_BLOCKS}"
+        raise QMoEError("limit", problem, "multiply by some of them at a time")
+
+
+def weighted(
+    each: Any, weights: Any, y: Any, workspace: Workspace, listed: Any = None, experts: int = 0
+) -> Launch:
+    """y [tokens, rows]: sums of products ``each`` fp32 [tokens, k, rows] times ``weights``.
+
+    With ``listed`` [tokens, k], products of experts that are none of ``experts`` are left out.
+    """
+    tokens, k, rows = each.shape
+    return elementwise(
+        "combine",
+        size=tokens * rows,
+        workspace=workspace,
+        arguments=(each, weights, y, listed, *ints(tokens, k, rows, experts)),
+        WEIGHT_TYPE=element_type(weights.dtype),
+        Y_TYPE=element_type(y.dtype),
+        INDEX="int32" if listed is None else element_type(listed.dtype),
+        LEAVE_OUT=int(listed is not None),
+    )
 
 
 def decode(
@@ -115,18 +130,18 @@ def decode(
     if stack.runs and isinstance(layout, DictLayout):
         kernel = runs.decode(stack.runs.layout, dtype, layout.refinement is not None)
         blocks = -(-count * stack.runs.layout.groups * 32 // kernel.threads)
-        sizes = _ints(layout.experts, layout.rows, layout.columns)
+        sizes = ints(layout.experts, layout.rows, layout.columns)
         return [
-            Launch(kernel, blocks, (*stack.runs.arrays.values(), *sizes, y, *_ints(first, count)))
+            Launch(kernel, blocks, (*stack.runs.arrays.values(), *sizes, y, *ints(first, count)))
         ]
     kernel = _decode_kernel(layout, dtype, limits)
     resident = limits.shared_bytes // kernel.shared_bytes if kernel.shared_bytes else 8
     blocks = min(limits.multiprocessors * max(1, resident), count * layout.units)
-    return [Launch(kernel, blocks, (*_stack(stack), y, *_ints(first, count)))]
+    return [Launch(kernel, blocks, (*_stack(stack), y, *ints(first, count)))]
 
 
 @dataclass(frozen=True, slots=True)
-class _Pairs:
+class Pairs:
     """The (token, expert) pairs of a call.
 
     Attributes:
@@ -142,19 +157,18 @@ class _Pairs:
     experts: Any = None
 
 
-def _products(
-    stack: PackedStack, x: Any, y: Any, pairs: _Pairs, workspace: Workspace
+def products(
+    stack: PackedStack, x: Any, y: Any, pairs: Pairs, workspace: Workspace
 ) -> list[Launch]:
     """y [pairs, rows], with x [pairs / pairs.per_x, columns]."""
     layout, limits, per_x = stack.layout, workspace.limits, pairs.per_x
     if not pairs.count or not layout.rows:
         return []
     if stack.runs:
-        batch = _batch(layout, stack.runs.layout, element_type(x.dtype), limits)
-        matrices = 1 if pairs.experts is None else min(layout.experts, pairs.count)
-        if batch and pairs.count >= batch.fewest * matrices:
-            return _by_batches(stack, stack.runs, batch, x, y, pairs, workspace)
-        return [_by_runs(stack, stack.runs, *part, limits) for part in _parts(x, y, pairs)]
+        batch = batch_for(stack, x, pairs, limits)
+        if batch:
+            return _by_batches(stack.runs, batch, x, y, pairs, workspace)
+        return [_by_runs(stack.runs, *part, limits) for part in _parts(x, y, pairs)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -174,12 +188,12 @@ def _products(
         per_x = 1
     product = Product(element_type(x.dtype), element_type(y.dtype), mode, tile)
     kernel = _product_kernel(layout, product, limits)
-    arguments = (x, y, listed, tiles, *_ints(pairs.expert, pairs.count, per_x))
+    arguments = (x, y, listed, tiles, *ints(pairs.expert, pairs.count, per_x))
     blocks = min(limits.multiprocessors, pairs.count * layout.units)
     return [*launches, Launch(kernel, blocks, (*_stack(stack), *arguments))]
 
 
-def _parts(x: Any, y: Any, pairs: _Pairs) -> Iterator[tuple[Any, Any, _Pairs]]:
+def _parts(x: Any, y: Any, pairs: Pairs) -> Iterator[tuple[Any, Any, Pairs]]:
     """A call with at most ``MOST_BLOCKS`` x, or several."""
     count, experts = pairs.count // pairs.per_x, pairs.experts
     if count <= MOST_BLOCKS:
@@ -194,28 +208,33 @@ def _parts(x: Any, y: Any, pairs: _Pairs) -> Iterator[tuple[Any, Any, _Pairs]]:
         yield x[part], y[part], replace(pairs, count=size, experts=listed)
 
 
-def _by_runs(
-    stack: PackedStack, packed: PackedRuns, x: Any, y: Any, pairs: _Pairs, limits: DeviceLimits
-) -> Launch:
+def _by_runs(packed: PackedRuns, x: Any, y: Any, pairs: Pairs, limits: DeviceLimits) -> Launch:
     """y [pairs, rows], one token after another, even if they have the same expert."""
     layout = packed.layout
     mode = "ONE" if pairs.experts is None else "LIST"
     kernel = _run_kernel(layout, element_type(x.dtype), element_type(y.dtype), mode)
-    # A block stages x of one pair: one that came to a second would be late.
-    each = -(-layout.groups // max(limits.multiprocessors // pairs.count, 1))
-    sizes = _ints(layout.experts, layout.rows)
-    call = (x, y, pairs.experts, *_ints(pairs.expert, each), _ring(layout))
-    grid = (-(-layout.groups // each), pairs.per_x, pairs.count // pairs.per_x)
+    blocks, each = shares(layout, pairs.count, limits)
+    sizes = ints(layout.experts, layout.rows)
+    call = (x, y, pairs.experts, *ints(pairs.expert, each), ring(layout))
+    grid = (blocks, pairs.per_x, pairs.count // pairs.per_x)
     return Launch(kernel, grid, (*packed.arrays.values(), *sizes, *call))
 
 
+def shares(layout: RunLayout, matrices: int, limits: DeviceLimits) -> tuple[int, int]:
+    """Blocks for each of so many matrices, and groups for a block.
+
+    A block stages x of one pair only: one that came to a second would be late.
+    """
+    each = -(-layout.groups // max(limits.multiprocessors // matrices, 1))
+    return -(-layout.groups // each), each
+
+
 def _by_batches(
-    stack: PackedStack,
     packed: PackedRuns,
     batch: Batch,
     x: Any,
     y: Any,
-    pairs: _Pairs,
+    pairs: Pairs,
     workspace: Workspace,
 ) -> list[Launch]:
     """y [pairs, rows], an expert's tokens together."""
@@ -225,12 +244,12 @@ def _by_batches(
     sorting: tuple[Any, ...] = (None, None, None, None)
     mode = "ONE"
     if pairs.experts is not None:
-        mode, sorting = "GROUPS", _sorting(stack.layout, pairs, workspace)
-    about = _ints(pairs.expert, pairs.count, pairs.per_x)
+        mode, sorting = "GROUPS", _sorting(layout.experts, pairs, workspace)
+    about = ints(pairs.expert, pairs.count, pairs.per_x)
     prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
     column_scale, experts = packed.arrays["column_scale"], np.int32(layout.experts)
     cut = (x, column_scale, terms, pairs.experts, *sorting, experts, *about)
-    call = (terms, y, *sorting[:2], *about, _ring(layout), np.int32(runs.LINE_BYTES - 1))
+    call = (terms, y, *sorting[:2], *about, ring(layout), np.int32(runs.LINE_BYTES - 1))
     return [
         Launch(prepare, prepare.blocks(count * batch.places + prepare.threads, limits), cut),
         Launch(
@@ -241,53 +260,61 @@ def _by_batches(
     ]
 
 
-def _ring(layout: RunLayout) -> np.uint32:
+def batch_for(stack: PackedStack, x: Any, pairs: Pairs, limits: DeviceLimits) -> Batch | None:
+    """How to multiply by an expert's tokens together; None if that does not pay."""
+    assert stack.runs
+    batch = _batch(stack.layout, stack.runs.layout, element_type(x.dtype), limits)
+    matrices = 1 if pairs.experts is None else min(stack.layout.experts, pairs.count)
+    return batch if batch and pairs.count >= batch.fewest * matrices else None
+
+
+def ring(layout: RunLayout) -> np.uint32:
     """From a region's end to the beginning of the next one."""
     return np.uint32(runs.LINE_BYTES * layout.slots - 4)
 
 
 def _sort(
-    layout: Layout, pairs: _Pairs, tile: int, workspace: Workspace
+    layout: Layout, pairs: Pairs, tile: int, workspace: Workspace
 ) -> tuple[list[Launch], Any, Any]:
     """Order pairs by expert and cut them into tiles: launches, order, tiles."""
-    arrays = _sorting(layout, pairs, workspace)
+    arrays = _sorting(layout.experts, pairs, workspace)
     text = source("types", "sort", THREADS=SORT_THREADS, TOKENS=tile, SOME=SMALL_TILE)
-    arguments = (pairs.experts, *arrays, *_ints(pairs.count, layout.experts))
+    arguments = (pairs.experts, *arrays, *ints(pairs.count, layout.experts))
     return [Launch(Kernel("sort", text, SORT_THREADS), 1, arguments)], *arrays[:2]
 
 
-def _sorting(layout: Layout, pairs: _Pairs, workspace: Workspace) -> tuple[Any, Any, Any, Any]:
+def _sorting(experts: int, pairs: Pairs, workspace: Workspace) -> tuple[Any, Any, Any, Any]:
     """What sorting writes: order, tiles and scratch."""
     return (
         workspace.empty((pairs.count,), "int32"),
         workspace.empty((1 + 3 * pairs.count,), "int32"),
         workspace.empty((pairs.count,), "int32"),
-        workspace.empty((layout.experts + 1,), "int32"),
+        workspace.empty((experts + 1,), "int32"),
     )
 
 
 def _prepare(
-    layout: DictLayout, column_scale: Any, x: Any, pairs: _Pairs, workspace: Workspace
+    layout: DictLayout, column_scale: Any, x: Any, pairs: Pairs, workspace: Workspace
 ) -> tuple[list[Launch], Any]:
     """x of each pair times its expert's column scales, in global memory: launches and that x."""
     scaled = workspace.empty((pairs.count, layout.columns + 1), "fp32")
-    sizes = _ints(layout.experts, pairs.expert, pairs.count, pairs.per_x, layout.columns)
-    launch = _elementwise(
+    sizes = ints(layout.experts, pairs.expert, pairs.count, pairs.per_x, layout.columns)
+    launch = elementwise(
         "prepare",
-        pairs.count * (layout.columns + 1),
-        workspace,
-        (x, column_scale, pairs.experts, scaled, *sizes),
+        size=pairs.count * (layout.columns + 1),
+        workspace=workspace,
+        arguments=(x, column_scale, pairs.experts, scaled, *sizes),
         X_TYPE=element_type(x.dtype),
         COLUMN_SCALES=int(layout.column_scales),
     )
     return [launch], scaled
 
 
-def _elementwise(
-    name: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
+def elementwise(
+    *files: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
 ) -> Launch:
-    """A launch of a kernel whose threads share out ``size`` elements."""
-    kernel = Kernel(name, source("types", name, **defines), ELEMENTWISE_THREADS)
+    """A launch of the last of ``files``, whose threads share out ``size`` elements."""
+    kernel = Kernel(files[-1], source("types", *files, **defines), ELEMENTWISE_THREADS)
     return Launch(kernel, kernel.blocks(size, workspace.limits), arguments)
 
 
@@ -331,8 +358,8 @@ def _decode_kernel(layout: Layout, y_dtype: str, limits: DeviceLimits) -> Kernel
 
 def _stack(stack: PackedStack) -> tuple[Any, ...]:
     """The arguments for a ``Stack`` of the kernels."""
-    return (*stack.arrays.values(), *_ints(*stack.layout.sizes))
+    return (*stack.arrays.values(), *ints(*stack.layout.sizes))
 
 
-def _ints(*numbers: Number) -> tuple[np.int32 | Given, ...]:
+def ints(*numbers: Number) -> tuple[np.int32 | Given, ...]:
     return tuple(each if isinstance(each, Given) else np.int32(each) for each in numbers)

@@ -9,12 +9,13 @@ the same shapes and dtypes has been made before, so that its kernels are compile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu import cuda, launch_plan
+from qmoe_format.gpu import cuda, expert_plan, launch_plan
 from qmoe_format.gpu.arrays import FLOATS, Library, element_type, library_of, signature
 from qmoe_format.gpu.device_stack import DeviceMatrix, DeviceStack
 from qmoe_format.gpu.launch import Given, Launch, Prepared
@@ -97,6 +98,71 @@ def expert_matvec(
 
     plan = launch_plan.expert_matvec
     return _run(stack, "experts", 0, (x, experts, weights), out, prepare)
+
+
+def gated_experts(
+    inputs: DeviceStack | Sequence[DeviceStack],
+    output: DeviceStack,
+    x: Any,
+    experts: Any,
+    weights: Any,
+    out: Any = None,
+) -> Any:
+    """Whole experts, from gate and up to down: in three launches, for a few tokens.
+
+    Args:
+        inputs: a stack with gate above up, or two stacks.
+        output: down, of as many experts.
+        x: [tokens, columns], bf16 (in CuPy: uint16), fp16 or fp32.
+        experts: int32 or int64 [tokens, k], on the GPU. Those that do not exist are left out.
+        weights: [tokens, k], bf16, fp16 or fp32.
+        out: y to write, of any of these dtypes; by default a new array of the dtype of x.
+
+    Returns:
+        y [tokens, rows], the sum of weights[t, i] down(silu(gate x[t]) * up x[t]) of the experts
+        experts[t, i], in the order of i. Products with gate and up are rounded to the dtype of x;
+        all else is float32.
+
+    Raises:
+        QMoEError: ``argument`` for stacks that do not fit each other, or as for ``matvec``;
+            ``limit`` for more than 65535 experts of a token; ``memory``.
+
+    Example::
+
+        y = gpu.gated_experts((gate, up), down, x, experts, weights)
+    """
+    stacks = (inputs,) if isinstance(inputs, DeviceStack) else tuple(inputs)
+
+    def prepare() -> _Call:
+        _check_layer(stacks, output)
+        library = library_of(x, "x", output.device)
+        library.check(experts, "experts", (-1, -1), ("int32", "int64"))
+        tokens, k = experts.shape
+        library.check(x, "x", (tokens, stacks[0].shape[2]))
+        library.check(weights, "weights", (tokens, k))
+        y = _result(library, out, (tokens, output.shape[1]), element_type(x.dtype))
+        plan = partial(expert_plan.gated_experts, [stack.packed for stack in stacks])
+        arrays = (x, experts, weights)
+        return _Call(library, output, arrays, y, lambda packed, _, *others: plan(packed, *others))
+
+    what = ("gated", *((stack, stack.packed.runs is None) for stack in stacks))
+    return _run(output, what, 0, (x, experts, weights), out, prepare)
+
+
+def _check_layer(inputs: Sequence[DeviceStack], output: DeviceStack) -> None:
+    """Raises ``QMoEError``, ``argument``, if these are not the stacks of one layer."""
+    experts, _, inner = output.shape
+    fitting = [(experts, 2 * inner // max(len(inputs), 1), each.shape[2]) for each in inputs[:1]]
+    if len(inputs) > 2 or [each.shape for each in inputs] != fitting * len(inputs) or not inputs:
+        shapes = ", ".join(str(list(stack.shape)) for stack in (*inputs, output))
+        raise QMoEError(
+            "argument",
+            f"stacks of shapes {shapes} are not gate, up and down of one layer",
+            "give stacks [experts, inner, hidden] twice, or one [experts, 2 inner, hidden], and "
+            "one [experts, hidden, inner]",
+        )
+    if len({stack.device for stack in (*inputs, output)}) > 1:
+        raise QMoEError("argument", "the stacks are on different GPUs", "upload them to one GPU")
 
 
 def decode(weights: DeviceStack | DeviceMatrix, dtype: str = "bf16", out: Any = None) -> Any:

@@ -37,11 +37,12 @@ LINE_BYTES = 128  # x of a slot, once for each lane of a warp
 MOST_SLOTS = 2046  # so that a start has 16 bits
 MOST_LANDINGS = 1.5  # per weight
 MOST_ROWS = 1 << 16  # so that a row's number has 16 bits
-# A group's starts take 64 bytes: with a run for so many columns, 1/16 of a bit per weight.
-COLUMNS_PER_LANE = 512
-# More lanes where there are few rows: a warp of an H100 has something to do if eight such matrices
-# are multiplied at once.
-ROWS_TIMES_LANES = 8192
+# Fewer lanes make fewer groups, each with 64 bytes of starts and some 100 instructions, but more
+# lines of x, and longer runs. With a run for so many columns, starts take 1/32 of a bit per weight.
+COLUMNS_PER_LANE = 1024
+# More lanes where there are few rows: most warps of an H100 have something to do if eight or more
+# such matrices are multiplied at once.
+ROWS_TIMES_LANES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +97,16 @@ def choose(stack: DictLayout, limits: DeviceLimits) -> RunLayout | None:
     weights = stack.experts * stack.rows * stack.columns
     if not weights or stack.landings > MOST_LANDINGS * weights or stack.rows > MOST_ROWS:
         return None
+    # Two bits more for a code's time.
+    bits = min(range(3, 9), key=lambda bits: (bits + 2) * _codes_per_weight(stack, bits))
     wanted = max(stack.columns // COLUMNS_PER_LANE, ROWS_TIMES_LANES // stack.rows, 2)
-    found = RunLayout(
-        stack.experts,
-        stack.rows,
-        stack.columns,
-        # Two bits more for a code's time.
-        bits=min(range(3, 9), key=lambda bits: (bits + 2) * _codes_per_weight(stack, bits)),
-        lanes=1 << min(wanted.bit_length() - 1, 4),
-        scales=stack.scales,
-        column_scales=stack.column_scales,
-    )
-    fits = found.slots <= MOST_SLOTS and shared_bytes(found) <= limits.shared_bytes
-    return found if fits else None
+    for lanes in (2, 4, 8, 16):
+        shape = stack.experts, stack.rows, stack.columns
+        found = RunLayout(*shape, bits, lanes, stack.scales, stack.column_scales)
+        fits = found.slots <= MOST_SLOTS and shared_bytes(found) <= limits.shared_bytes
+        if fits and (2 * lanes > wanted or lanes == 16):
+            return found
+    return None
 
 
 def expected_bytes(stack: DictLayout, layout: RunLayout) -> int:
@@ -135,12 +133,25 @@ def shared_bytes(layout: RunLayout) -> int:
 
 def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
+    return _product(layout, "product", "run_product", X_TYPE=x, Y_TYPE=y, PAIRS=pairs)
+
+
+def inputs(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
+    """The kernel for an expert's gate and up, of one stack or two; ``index``: of experts."""
+    return _product(layout, "inputs", "run_inputs", X_TYPE=x, Y_TYPE=x, INDEX=index, STACKS=stacks)
+
+
+def output(layout: RunLayout, x: str, index: str) -> Kernel:
+    """The kernel for an expert's down, from gate and up of element type ``x``."""
+    files = ("gate", "run_output")
+    return _product(layout, "output", *files, X_TYPE=x, Y_TYPE="fp32", INDEX=index)
+
+
+def _product(layout: RunLayout, name: str, *files: str, **more: str | int) -> Kernel:
     text = source(
-        *("types", "runs", "run_lane", "run_product"),
+        *("types", "runs", "run_lane", "run_groups", *files),
         **defines(layout),
-        X_TYPE=x,
-        Y_TYPE=y,
-        PAIRS=pairs,
+        **more,
         COLUMNS=layout.columns,
         LINE_BYTES=LINE_BYTES,
         SLOTS=layout.slots,
@@ -148,7 +159,7 @@ def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
         COLUMN_SCALES=int(layout.column_scales),
         THREADS=THREADS,
     )
-    return Kernel("product", text, THREADS, shared_bytes(layout))
+    return Kernel(name, text, THREADS, shared_bytes(layout))
 
 
 def decode(layout: RunLayout, y: str, refined: bool) -> Kernel:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -133,8 +133,12 @@ class CompressedExperts:
         self, x: Tensor, index: Tensor, weights: Tensor, activation: Activation, *biases: Tensor
     ) -> Tensor:
         """All pairs in one launch per stack, without waiting for the GPU."""
-        from qmoe_format.gpu import expert_matvec
+        from qmoe_format.gpu import expert_matvec, gated_experts
 
+        if self.silu_gate and not biases:
+            *inputs, output = (stack.upload(x.get_device()) for stack in self.stacks)
+            given = (each.contiguous() for each in (x, index, weights))
+            return cast(Tensor, gated_experts(inputs, output, *given))
         known = index < self.output.shape[0]
         index = torch.where(known, index, 0)
         chosen = index.to(torch.int32).contiguous()

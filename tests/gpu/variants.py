@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import gpu_anchor
 from qmoe_format import codec
-from qmoe_format.gpu import launch_plan, runs
+from qmoe_format.gpu import expert_plan, launch_plan, runs
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import Workspace
@@ -21,7 +21,13 @@ from qmoe_format.quantize import gpu_steps
 from tests.gpu.problems import dictionary, random_levels
 
 H200 = DeviceLimits(multiprocessors=132, shared_bytes=227 << 10, capability=90)
-ELEMENTS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int32": np.int32}
+ELEMENTS = {
+    "bf16": np.uint16,
+    "fp16": np.float16,
+    "fp32": np.float32,
+    "int32": np.int32,
+    "int64": np.int64,
+}
 
 
 @cache
@@ -92,7 +98,7 @@ def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStac
     packed = stack(columns=columns, **options)
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    return replace(packed, runs=PackedRuns(layout, {}))
+    return replace(packed, runs=PackedRuns(layout, {"column_scale": None}))
 
 
 def run_product(
@@ -112,6 +118,22 @@ def run_product(
         return launch_plan.matmul(packed, 0, x, array((tokens, 4), dtype), workspace)[place]
     experts, y = array((tokens, k), "int32"), array((tokens, k, 4), dtype)
     return launch_plan.expert_matvec(packed, x, experts, None, y, workspace)[place]
+
+
+def run_experts(
+    place: int,
+    columns: int,
+    bits: int,
+    lanes: int,
+    dtype: str = "bf16",
+    stacks: int = 2,
+    **options: Any,
+) -> Launch:
+    """The launch at ``place`` of 8 whole experts of a token; all their matrices are alike."""
+    packed = with_runs(columns, bits, lanes, **options)
+    x, experts, weights = array((1, columns), dtype), array((1, 8), "int64"), array((1, 8), dtype)
+    call = [packed] * stacks, packed, x, experts, weights, array((1, 4), dtype)
+    return expert_plan.gated_experts(*call, Workspace(H200, array))[place]
 
 
 def run_decode(columns: int, bits: int, lanes: int, dtype: str = "bf16", **options: Any) -> Launch:
@@ -169,6 +191,8 @@ MAIN: dict[str, Callable[[], Launch]] = {
     "product of runs, groups of tokens": partial(
         run_product, 14336, 6, 16, tokens=16, k=2, column_scales=True
     ),
+    "inputs of experts": partial(run_experts, 0, 4096, 6, 8, column_scales=True),
+    "output of experts": partial(run_experts, 1, 14336, 6, 16, column_scales=True),
     "decode": decode,
     "decode from runs": partial(run_decode, 14336, 6, 16),
     "product, refined, pairs": partial(expert_matvec, 1, 0, refined=(0.7, 12)),
@@ -218,6 +242,11 @@ OTHER: dict[str, Callable[[], Launch]] = {
         run_product, 14336, 6, 16, tokens=16, k=2, scales=1, column_scales=True
     ),
     "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
+    "inputs of experts, 4 bits, any columns": partial(run_experts, 0, 4097, 4, 8, scales=1),
+    "inputs of experts, fp32, one stack": partial(run_experts, 0, 2048, 5, 4, "fp32", stacks=1),
+    "output of experts, 3 bits, fp32": partial(run_experts, 1, 768, 3, 4, "fp32"),
+    "output of experts, 4 bits, fp16, any columns": partial(run_experts, 1, 1537, 4, 2, "fp16"),
+    "sums of experts": partial(run_experts, 2, 768, 3, 4),
     "terms of x": partial(run_product, 14336, 6, 16, tokens=16, place=0, column_scales=True),
     "terms of x and groups": partial(run_product, 1536, 6, 2, "fp16", tokens=16, k=2, place=0),
     "decode from runs, fp32": partial(run_decode, 1536, 3, 2, "fp32"),

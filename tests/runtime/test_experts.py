@@ -29,9 +29,11 @@ from tests.runtime.files import EXPERTS, HIDDEN, INNER, Dense, random
 K = 2
 
 
-def compressed(file: QMoEFile, *inputs: str, **tuning: int) -> CompressedExperts:
+def compressed(
+    file: QMoEFile, *inputs: str, silu_gate: bool = False, **tuning: int
+) -> CompressedExperts:
     stacks = tuple(LazyStack(file, name) for name in inputs)
-    return CompressedExperts(stacks, LazyStack(file, "down"), Tuning(**tuning))
+    return CompressedExperts(stacks, LazyStack(file, "down"), Tuning(**tuning), silu_gate)
 
 
 def install(module: nn.Module, config: Any, experts: CompressedExperts) -> None:
@@ -53,7 +55,7 @@ def mixtral(file: QMoEFile, dense: Dense, **tuning: int) -> tuple[Any, Any]:
     layer, reference = MixtralExperts(config), MixtralExperts(config)
     reference.gate_up_proj.data = torch.cat([dense["gate"], dense["up"]], dim=1)
     reference.down_proj.data = dense["down"]
-    install(layer, config, compressed(file, "gate", "up", **tuning))
+    install(layer, config, compressed(file, "gate", "up", silu_gate=True, **tuning))
     return layer, reference
 
 

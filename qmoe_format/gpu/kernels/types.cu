@@ -4,6 +4,8 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef int int32;
+typedef long long int64;
 
 struct bf16 {
     u16 bits;

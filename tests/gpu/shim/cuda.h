@@ -184,6 +184,8 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __double2float_rn(double x) { return float(x); }
 inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __int2float_rn(int x) { return float(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return __builtin_expf(x); }
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fabsf(float x) { return __builtin_fabsf(x); }
 inline float floorf(float x) { return __builtin_floorf(x); }

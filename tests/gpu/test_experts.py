@@ -1,0 +1,208 @@
+"""Whole experts, gate to down, on the shim: against numpy in binary64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qmoe_format import gpu
+from qmoe_format.codec import dequantize
+from qmoe_format.dtypes import to_float32
+from qmoe_format.errors import QMoEError
+from qmoe_format.gpu import expert_plan
+from qmoe_format.gpu.packing import pack
+from tests.gpu import run_reference, shim
+from tests.gpu.fake_cupy import FakeCupy
+from tests.gpu.problems import (
+    FAULTLESS,
+    LARGE,
+    NAMES,
+    DictKind,
+    Floats,
+    GroupKind,
+    Kind,
+    Machine,
+    Shape,
+    array,
+    matrix,
+    rounded,
+    unwritten,
+    vectors,
+    workspace,
+)
+
+pytestmark = shim.needs_compiler
+
+EXPERTS = 3
+KIND = DictKind(((0.6, 12), None), 2, True, "bf16", 1, False, False)
+GROUPED = GroupKind(4, ("linear", True), "fp32", 1, False, False)
+
+
+class Layer:
+    """Random experts [inner, hidden] twice, or [2 inner, hidden], and [hidden, inner].
+
+    Args:
+        runs: bits and lanes of each stack; none: codewords.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        hidden: int = 70,
+        inner: int = 40,
+        stacks: int = 2,
+        runs: tuple[tuple[int, int], ...] = ((4, 8), (4, 8), (3, 4)),
+    ) -> None:
+        shapes = [Shape(2 * inner // stacks, hidden, 0.6, None, seed) for seed in range(stacks)]
+        shapes.append(Shape(hidden, inner, 0.6, None, 7))
+        stored = [[matrix(kind, shape, seed) for seed in range(EXPERTS)] for shape in shapes]
+        dense = [np.stack([dequantize(each) for each in stack]) for stack in stored]
+        self.kind, self.inputs, self.output = kind, np.concatenate(dense[:-1], 1), dense[-1]
+        packed = [run_reference.stack(m, *r) for m, r in zip(stored, runs, strict=False)]
+        self.stored, self.packed = stored, packed or [pack(each) for each in stored]
+
+    def expected(
+        self, x: Floats, experts: npt.NDArray[Any], weights: Floats
+    ) -> npt.NDArray[np.float64]:
+        """Products with the inputs are rounded to the dtype of x."""
+        y = np.zeros((len(x), self.output.shape[1]))
+        for t, i in np.ndindex(experts.shape):
+            if 0 <= experts[t, i] < EXPERTS:
+                exact = self.inputs[experts[t, i]].astype(np.float64) @ x[t]
+                gate, up = np.split(rounded(exact.astype(np.float32), self.kind.dtype), 2)
+                hidden = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+                y[t] += weights[t, i] * (self.output[experts[t, i]].astype(np.float64) @ hidden)
+        return y
+
+    def run(
+        self,
+        x: Floats,
+        experts: npt.NDArray[Any],
+        weights: Floats,
+        machine: Machine = FAULTLESS,
+        kernels: list[str] | None = None,
+    ) -> Floats:
+        """What the kernels make of that; ``kernels`` gets their names."""
+        dtype = self.kind.dtype
+        y = unwritten((len(x), self.output.shape[1]), "fp32")
+        *inputs, output = self.packed
+        given = array(dtype, x), experts, array(dtype, weights)
+        launches = expert_plan.gated_experts(inputs, output, *given, y, workspace(LARGE))
+        if kernels is not None:
+            kernels[:] = [launch.kernel.name for launch in launches]
+        machine.run(launches, LARGE)
+        return y
+
+
+def near(y: Floats, expected: npt.NDArray[np.float64], activated: str = "fp32") -> bool:
+    """``activated``: to what silu(gate) * up is rounded."""
+    room = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3}[activated]
+    return bool((abs(y - expected) <= room * (1 + abs(expected).max())).all())
+
+
+def call(kind: Kind, tokens: int, k: int, index: str, hidden: int = 70) -> tuple[Any, ...]:
+    """x, experts, of which some do not exist, and weights."""
+    rng = np.random.default_rng(tokens)
+    experts = rng.integers(0, EXPERTS, (tokens, k)).astype(index)
+    experts.flat[1::5], experts.flat[3::7] = EXPERTS, -1
+    weights = rounded(rng.random((tokens, k)).astype(np.float32), kind.dtype)
+    return vectors(kind, Shape(1, hidden, 0.5, None, 3), tokens), experts, weights
+
+
+ONE_BY_ONE = ["inputs", "output", "combine"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "column_scale", "stacks", "index", "hidden", "inner"),
+    [
+        *[("bf16", True, 2, "int64", 70, 40), ("fp16", False, 2, "int32", 257, 33)],
+        *[("fp32", True, 1, "int32", 64, 96), ("bf16", False, 1, "int64", 33, 17)],
+    ],
+)
+def test_one_after_another(
+    dtype: str, column_scale: bool, stacks: int, index: str, hidden: int, inner: int
+) -> None:
+    kind = replace(KIND, dtype=dtype, column_scale=column_scale)
+    layer = Layer(kind, hidden, inner, stacks, ((4, 8), (4, 8), (3, 4))[2 - stacks :])
+    x, experts, weights = call(kind, 3, 2, index, hidden)
+    kernels: list[str] = []
+    y = layer.run(x, experts, weights, kernels=kernels)
+    assert near(y, layer.expected(x, experts, weights))
+    assert kernels == ONE_BY_ONE
+    for order in (shim.BACKWARD, 2):
+        assert np.array_equal(y, layer.run(x, experts, weights, Machine(order)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "runs", "kernels"),
+    [
+        (KIND, 2, ((4, 8), (5, 8), (3, 4)), ["inputs", *ONE_BY_ONE]),
+        (KIND, 2, (), ["narrow", "product", "product", "activate", "product", "combine"]),
+        (replace(KIND, dtype="fp32"), 30, ((4, 8), (4, 8), (3, 4)), None),
+        (GROUPED, 9, (), None),
+    ],
+)
+def test_other_ways(
+    kind: Kind, tokens: int, runs: tuple[tuple[int, int], ...], kernels: list[str] | None
+) -> None:
+    """Runs of different kinds, codewords, several tokens on tensor cores, and int-group."""
+    layer = Layer(kind, 270, 260, 2, runs)
+    x, experts, weights = call(kind, tokens, 2, "int64", 270)
+    found: list[str] = []
+    y = layer.run(x, experts, weights, kernels=found)
+    assert near(y, layer.expected(x, experts, weights), kind.dtype)
+    assert found == kernels or ((kernels is None and "sort" in found) or "run_terms" in found)
+
+
+def test_no_expert_at_all() -> None:
+    layer = Layer(KIND)
+    x, experts, weights = call(KIND, 2, 0, "int32")
+    assert not layer.run(x, experts, weights).any()
+    assert layer.run(x[:0], experts[:0], weights[:0]).shape == (0, 70)
+
+
+def test_calls(cupy: FakeCupy) -> None:
+    """As users make them, again and again; after ``add_runs``, too."""
+    layer = Layer(KIND)
+    gate, up, down = (gpu.upload(stack, runs=False) for stack in layer.stored)
+    x, experts, weights = call(KIND, 3, 2, "int64")
+    expected = layer.expected(x, experts, weights)
+    given = cupy.asarray(array("bf16", x)), cupy.asarray(experts), cupy.asarray(weights)
+    for _ in range(2):
+        y = cupy.empty((3, 70), np.float32)
+        assert gpu.gated_experts((gate, up), down, *given, out=y) is y
+        assert near(y.get(), expected, "bf16")
+        assert cupy.launched[-2].kernel.name == "product"
+    assert gpu.add_runs(gate)
+    assert gpu.add_runs(up)
+    assert gpu.add_runs(down)
+    y = gpu.gated_experts((gate, up), down, *given)
+    assert near(to_float32(y.get(), NAMES["bf16"]), expected, "bf16")
+    assert [launch.kernel.name for launch in cupy.launched[-3:]] == ONE_BY_ONE
+
+
+def test_stacks_that_are_no_layer(cupy: FakeCupy) -> None:
+    layer = Layer(KIND)
+    gate, up, down = (gpu.upload(stack) for stack in layer.stored)
+    given = [cupy.asarray(each) for each in call(replace(KIND, dtype="fp32"), 3, 2, "int64")]
+    for inputs in (
+        (),
+        (gate,),
+        gate,
+        (gate, up, up),
+        (gate, down),
+        (gpu.upload(layer.stored[1][:2]), up),
+    ):
+        with pytest.raises(QMoEError, match="not gate, up and down") as error:
+            gpu.gated_experts(inputs, down, *given)
+        assert error.value.code == "argument"
+    with cupy.cuda.Device(1):
+        elsewhere = gpu.upload(layer.stored[1])
+    with pytest.raises(QMoEError, match="different GPUs"):
+        gpu.gated_experts((gate, elsewhere), down, *given)
+    with pytest.raises(QMoEError, match="experts: the dtype"):
+        gpu.gated_experts((gate, up), down, given[0], given[2], given[2])
