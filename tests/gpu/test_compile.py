@@ -38,7 +38,7 @@ def compile_and_check(kernel: Kernel, jobs: Iterable[tuple[Compiler, str]]) -> N
 @pytest.mark.parametrize("architecture", [a for a in nvrtc.ARCHITECTURES if a not in TWINS])
 @pytest.mark.parametrize("variant", variants.MAIN)
 def test_main_kernels_everywhere(variant: str, architecture: str) -> None:
-    """The older compiler on the oldest and the newest: it compiles them alike, but needs as long."""
+    """The older compiler on the oldest and newest: it compiles them alike, but needs as long."""
     old, new = nvrtc.compilers()
     kernel = variants.MAIN[variant]().kernel
     if architecture not in nvrtc.architectures(kernel):
