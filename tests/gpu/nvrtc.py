@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -106,6 +107,18 @@ def parse(log: str) -> dict[str, Resources]:
         )
         for found in _KERNEL.finditer(log)
     }
+
+
+def machine_code(cubin: bytes, kernel: str) -> bytes:
+    """A kernel's instructions: the section ``.text.KERNEL`` of an ELF file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, last = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, headers + size * i) for i in range(count)]
+    names = sections[last][4]
+    for name, _, _, _, begin, length in sections:
+        if cubin[names + name :].startswith(f".text.{kernel}\0".encode()):
+            return cubin[begin : begin + length]
+    raise KeyError(kernel)
 
 
 @lru_cache(maxsize=1)

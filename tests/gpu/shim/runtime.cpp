@@ -71,6 +71,11 @@ struct Thread {
     unsigned seen[WARP];  // per lane of its warp: accesses up to this time are ordered before
 };
 
+struct Meeting {  // the lanes of a warp that wait at one stop
+    Stop stop;
+    unsigned lanes;  // 0: nothing is known
+};
+
 struct Access {
     unsigned block = 0;  // serial number, 0: none
     unsigned barrier, time;
@@ -102,6 +107,7 @@ struct Array {
 };
 
 static Thread threads[MOST_THREADS];
+static Meeting meetings[MOST_THREADS / WARP];
 static unsigned count, current, barrier, block_serial;
 static std::vector<Region> regions;
 static size_t arrays_end;           // later regions are shared memory
@@ -171,6 +177,7 @@ static void fiber() {
     for (;;) {
         entry(entry_arguments);
         threads[current].state = DONE;
+        meetings[current / WARP].lanes = 0;
         if (!_setjmp(threads[current].resume)) _longjmp(scheduler, 1);
     }
 }
@@ -219,6 +226,7 @@ static void open_barrier() {  // no thread can run: if they are all at one barri
 static void run_block(std::vector<unsigned>& order, std::mt19937* random) {
     barrier = 0;
     block_serial++;
+    memset(meetings, 0, sizeof meetings);
     for (unsigned t = 0; t < count; t++) {
         threads[t].state = READY;
         threads[t].steps = 0;
@@ -285,11 +293,13 @@ static float add_products(float sum, const double* a, const double* b) {
     }
     if (!std::isfinite(all)) return float(all);
     if (largest == 0) return 0;
-    const double unit = ldexp(1, ilogb(largest) - 24);
-    double steps = 0;
-    for (double term : terms) steps += trunc(term / unit);
-    float result = float(steps * unit);
-    if (fabs(result) > fabs(steps * unit)) result = nextafterf(result, 0);
+    const int unit = ilogb(largest) - 24;
+    const double units = ldexp(1, -unit);  // of one
+    long long steps = 0;
+    for (double term : terms) steps += (long long)(term * units);
+    const double exact = ldexp(double(steps), unit);
+    float result = float(exact);
+    if (fabs(result) > fabs(exact)) result = nextafterf(result, 0);
     return result;
 }
 
@@ -319,6 +329,7 @@ static void complete(Thread* lanes, const Stop& stop) {
     for (unsigned l = 0; l < WARP; l++) {
         if (!(stop.mask >> l & 1)) continue;
         votes |= unsigned(lanes[l].stop.value != 0) << l;
+        if (stop.operation != SYNCWARP) continue;
         for (unsigned k = 0; k < WARP; k++) seen[k] = std::max(seen[k], lanes[l].seen[k]);
     }
     for (unsigned l = 0; l < WARP; l++) {
@@ -363,23 +374,35 @@ unsigned long long shim::warp(Operation operation, unsigned mask, unsigned long 
                     why));
     };
     if (!(mask >> lane & 1)) refuse(lane, "is not in its own mask");
-    bool all = true;
-    for (unsigned l = 0; l < WARP; l++) {
-        if (!(mask >> l & 1)) continue;
-        if (first + l >= count) refuse(l, "does not exist");
-        const Thread& other = threads[first + l];
-        if (other.state == DONE) refuse(l, "returned");
-        const Stop& stop = other.stop;
-        bool same = stop.operation == operation && stop.mask == mask &&
-                    stop.where.line == where.line && stop.width == width;
-        if (other.state == IN_WARP && !same && stop.mask >> lane & 1)
-            refuse(l, ("is " + stop_of(other)).c_str());
-        all &= other.state == IN_WARP && same;
+    auto is_mine = [&](const Stop& stop) {
+        return stop.operation == operation && stop.mask == mask && stop.where.line == where.line &&
+               stop.width == width;
+    };
+    Meeting& meeting = meetings[current / WARP];
+    if (meeting.lanes && is_mine(meeting.stop)) {
+        // Another lane has looked at all, and since then no other has done anything but come here.
+        meeting.lanes |= 1u << lane;
+    } else {
+        meeting = {me.stop, 0};
+        unsigned elsewhere = 0;
+        for (unsigned l = 0; l < WARP; l++) {
+            if (!(mask >> l & 1)) continue;
+            if (first + l >= count) refuse(l, "does not exist");
+            const Thread& other = threads[first + l];
+            if (other.state == DONE) refuse(l, "returned");
+            if (other.state != IN_WARP) continue;
+            (is_mine(other.stop) ? meeting.lanes : elsewhere) |= 1u << l;
+            if (elsewhere >> l & 1 && other.stop.mask >> lane & 1)
+                refuse(l, ("is " + stop_of(other)).c_str());
+        }
+        if (elsewhere) meeting.lanes = 0;
     }
-    if (all)
+    if (meeting.lanes == mask) {
+        meeting.lanes = 0;
         complete(threads + first, me.stop);
-    else
+    } else {
         wait(IN_WARP);
+    }
     return me.result;
 }
 
