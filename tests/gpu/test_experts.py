@@ -138,6 +138,29 @@ def test_one_after_another(
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("STACKS == 2 && stack_number == 1", "false"),
+        ("stack_number * pairs + pair) * rows", "pair) * rows"),
+        ("{x + (u64)blockIdx.z * COLUMNS}", "{x}"),
+        ("up + pair * stride", "up + (pair + 1) * stride"),
+        ("1.0f + __expf(-gate)", "1.0f + __expf(gate)"),
+        ("y + pair * rows", "y"),
+        ("return;\n    const Gated", "listed[0];\n    const Gated"),
+        ("LEAVE_OUT &&", "false &&"),
+    ],
+)
+def test_every_fault_is_noticed(old: str, new: str) -> None:
+    layer = Layer(KIND)
+    x, experts, weights = call(KIND, 3, 2, "int64")
+    try:
+        y = layer.run(x, experts, weights, Machine(fault=(old, new)))
+    except shim.Fault:
+        return
+    assert not near(y, layer.expected(x, experts, weights))
+
+
+@pytest.mark.parametrize(
     ("kind", "tokens", "runs", "kernels"),
     [
         (KIND, 2, ((4, 8), (5, 8), (3, 4)), ["inputs", *ONE_BY_ONE]),
