@@ -5,8 +5,8 @@
 #
 #     tools/gpu_first.sh FOLDER
 #
-# FOLDER gets the logs, and gpu.json and gpu.png shape by shape; the end of each part is printed.
-# benchmarks/results/quantize_gpu.json gets the quantizer's figures.
+# FOLDER gets the logs, and gpu.json, gpu.png and gpu_layer.json shape by shape; the end of each part is
+# printed. benchmarks/results/quantize_gpu.json gets the quantizer's figures.
 source "$(dirname "$0")/gpu_parts.sh"
 
 part machine 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
@@ -26,6 +26,7 @@ for shapes in 4096x14336 14336x4096 4096x1536,2048x768; do # fills CuPy's cache 
 done
 wait
 
-part benchmark 240 python -m benchmarks.gpu --shapes 4096x14336,4096x1536,2048x768,14336x4096 \
+part benchmark 150 python -m benchmarks.gpu --shapes 4096x14336,4096x1536,2048x768,14336x4096 \
     --results "$out"
+part layer 90 python -m benchmarks.gpu_layer --results "$out"
 part quantize 240 python -m benchmarks.quantize_gpu

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu as benchmark
-from benchmarks import gpu_figures, gpu_works
+from benchmarks import gpu_figures, gpu_layer, gpu_works
 from benchmarks.gpu_checks import Wrong, check
 from benchmarks.gpu_timing import Cuda, Work
 from benchmarks.gpu_works import Problem
@@ -56,6 +57,25 @@ class CpuGpu:
         if weights is not None:
             y = np.einsum("tkr,tk->tr", y, weights.numpy())
         return out.copy_(torch.from_numpy(y))
+
+    @staticmethod
+    def gated_experts(
+        inputs: tuple[list[codec.EncodedMatrix], ...],
+        output: list[codec.EncodedMatrix],
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y = torch.zeros(len(x), output[0].rows)
+        for token, chosen in enumerate(experts.tolist()):
+            for number, weight in zip(chosen, weights[token].tolist(), strict=True):
+                given = x[token].float().numpy()
+                gate, up = (torch.from_numpy(codec.matvec(each[number], given)) for each in inputs)
+                hidden = (torch.nn.functional.silu(gate) * up).numpy()
+                y[token] += weight * torch.from_numpy(codec.matvec(output[number], hidden))
+        return y if out is None else out.copy_(y)
 
     @staticmethod
     def decode(matrix: codec.EncodedMatrix, dtype: str, out: torch.Tensor) -> torch.Tensor:
@@ -223,6 +243,23 @@ def test_a_run_leaves_out_what_is_wrong_and_resumes(tmp_path: Path) -> None:
 
     (wrong,) = run("--shapes", "3x16", device=Cpu(faulty("decode")))
     assert wrong == "3 x 16, zeros 0.6: decoding to bf16 is wrong"
+
+
+@shim.needs_compiler
+def test_layers() -> None:
+    device = Cpu()
+    found = gpu_layer.measure(device, 64, 32, 3, device.bandwidth(3))
+    assert len(device.timed) == len(gpu_layer.TOKENS)
+    assert {one["call"] for one in found["compared"]} == {"layer 1", "layer 2"}
+    assert {one["bf16_graph"] for one in found["compared"]} == {2.0}
+    assert all(rate["median"] > 0 for rate in found["uploads"].values())
+
+    def wrong(*given: Any, out: torch.Tensor | None) -> torch.Tensor:
+        return 1.1 * CpuGpu.gated_experts(*given, out=out)
+
+    device.gpu = SimpleNamespace(upload=CpuGpu.upload, gated_experts=wrong)
+    with pytest.raises(Wrong, match=r"inner 32, zeros 0.6: a layer is off by 0\.1"):
+        gpu_layer.measure(device, 64, 32, 3, device.bandwidth(3))
 
 
 def test_shapes() -> None:
