@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu_clocks, gpu_codes, gpu_parts, report
+from benchmarks import gpu_clocks, gpu_codes, gpu_model, gpu_parts, report
 from benchmarks.gpu_listing import Listing
 from benchmarks.gpu_parts import Decoding, Loop, Marking, Walk
+from qmoe_format import gpu
 from qmoe_format.gpu import run_batches
 from qmoe_format.gpu.run_batches import Batch
 from qmoe_format.gpu.runs import GUARD
@@ -173,3 +175,10 @@ def test_what_is_saved_is_possible() -> None:
         assert 0 < parts < each["all"] < parts + 30
         assert each["instructions"]["of them ALU"] < each["instructions"]["a code"] < 20
     assert all(each["predicted"] > 2 and each["writing"] > 30 for each in saved["decoding"])
+
+
+def test_the_notes_have_what_is_saved() -> None:
+    notes, saved = Path(gpu.__file__).with_name("NOTES.md").read_text(), report.load("gpu_model")
+    assert gpu_model.memory_table(saved["memory"]) in notes
+    assert gpu_model.sixteen_tokens_table(saved["16 tokens"]) in notes
+    assert gpu_model.decoding_table(saved["decoding"]) in notes
