@@ -43,12 +43,14 @@ class Times(NamedTuple):
     """Seconds of several tokens an expert.
 
     Attributes:
+        first: the kernel that cuts x and sorts pairs.
         marking, products: by instructions.
         x: from L2, while there are products.
-        rest: two launches, of which the first cuts x, and waiting whenever shared memory is filled.
-        bound: what the longest part waits for.
+        rest: the launch, the prologue, and waiting whenever shared memory is filled.
+        bound: what marking, products or x waits for, whichever takes longest.
     """
 
+    first: float
     marking: float
     products: float
     x: float
@@ -58,7 +60,7 @@ class Times(NamedTuple):
     @property
     def all(self) -> float:
         """From beginning to end."""
-        return self.marking + max(self.products, self.x) + self.rest
+        return self.first + self.marking + max(self.products, self.x) + self.rest
 
 
 def product(layout: RunLayout, walk: Walk, codes: float, pairs: int) -> dict[str, float]:
@@ -111,15 +113,15 @@ def several(batch: Batch, counted: Marking, cutting: int, codes: float, experts:
     x = sum(map(len, blocks)) * 16 * batch.terms * batch.places * 2 / L2_BANDWIDTH
     vectors = 16 * experts if layout.column_scales else 16
     cut = vectors * batch.places / 32 * cutting / ISSUED / H200.multiprocessors / CLOCK
-    prologue = of_warps * ISSUE * walk.prologue
-    rest = 2 * LAUNCH + max(LATENCY + cut, SORTING) + prologue + len(slowest) * LATENCY
+    first = LAUNCH + max(LATENCY + cut, SORTING)
+    rest = LAUNCH + of_warps * ISSUE * walk.prologue + len(slowest) * LATENCY
     if marks > max(multiplied, x):
         bound = f"marks: {max(of_group, key=of_group.__getitem__)}"
     elif multiplied > x:
         bound = f"products: {max(of_step, key=of_step.__getitem__)}"
     else:
         bound = "x from L2"
-    return Times(marks, multiplied, x, rest, bound)
+    return Times(first, marks, multiplied, x, rest, bound)
 
 
 def fills(groups: int, experts: int, most: int) -> list[list[int]]:
