@@ -1,221 +1,253 @@
-"""Microseconds of products from runs, predicted from the machine code. No GPU needed.
+"""Runs without a GPU: their memory, and microseconds predicted from the machine code.
 
     python -m benchmarks.gpu_model
 
-Compiles each kernel that ``benchmarks.gpu`` measured with one token, counts the instructions of its
-parts in the machine code of sm_90, draws random levels for the number of codes, and adds up what a
-multiprocessor does. Prints predictions beside what benchmarks/results/gpu.json has, and writes
-benchmarks/results/gpu_model.json. Needs nvdisasm, CUDA's or that of the package
-``nvidia-cuda-nvdisasm``.
+Prints, and writes into benchmarks/results/gpu_model.json:
 
-The constants come from data sheets and from small kernels that did one thing; none is fitted to the
-figures that are predicted. Left out are caches, clocks that change, and that a warp alone on its
-scheduler waits for each code.
+- bits per weight of random matrices;
+- products with one token, beside what benchmarks/results/gpu.json has. When that was measured, a
+  matrix's rows came in the order of the file, so the prediction beside it (*then*) is for codes of
+  such rows; the others are for rows in order of length, as they come now;
+- products with 16 tokens for each of eight experts, beside torch's with bf16 from gpu.json, with a
+  matrix as most are and as those of the recipe ``rd`` are;
+- decoding, beside the time to write as much.
+
+Each kernel as it is now is compiled, and its instructions are counted in the machine code of sm_90
+(``gpu_parts``); random levels give the number of codes (``gpu_codes``); a model of a multiprocessor
+adds up (``gpu_clocks``).
 """
 
 from __future__ import annotations
 
-import math
-import re
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-from importlib import metadata
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-import numpy as np
-
-from benchmarks import report
+from benchmarks import gpu_clocks, gpu_parts, report
+from benchmarks.gpu_clocks import BANDWIDTH
+from benchmarks.gpu_codes import bits_of, codes_of, layout_of
+from benchmarks.gpu_listing import Listing, disassembled
+from benchmarks.gpu_parts import Walk
 from benchmarks.gpu_works import FUSED
 from benchmarks.readme import table
-from qmoe_format.gpu import runs
-from qmoe_format.gpu.int_dict_packing import DictLayout
-from qmoe_format.gpu.runs import RunLayout
+from qmoe_format.gpu import run_batches, runs
+from qmoe_format.gpu.launch import Kernel
 from tests.gpu import nvrtc
 from tests.gpu.variants import H200
 
-CLOCK = 1.755e9  # under load, of both cards
-BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes/s, as measured by reading
-ISSUED = 4 * 0.80  # instructions of warps per clock, of four schedulers
-WAVEFRONTS = 0.88  # of shared memory per clock
-GATHER = 1.58  # wavefronts of one x for each lane of a warp, replayed on random matrices
-LAUNCH = 1.3e-6  # from kernel to kernel in a graph
-LATENCY = 1.0e-6  # offsets, then words, from memory; the last sums and y
+Record = dict[str, Any]
+
+SHAPES = ((4096, 14336), (2080, 6144), (14336, 4096), (7168, 2048), (4096, 1536), (2048, 768))
+SEVERAL = ((4096, 14336), (14336, 4096), (4096, 1536), (2048, 768))
+DECODED = (4096, 14336)
+ZEROS = (0.885, 0.6)
 
 
-class Parts(NamedTuple):
-    """Instructions of a warp.
-
-    Attributes:
-        prologue: up to its first group, on the longest way there.
-        walk: for 32 codes.
-        group: for a group besides its codes.
-        tail: for the last 25 to 32 codes of a group.
-    """
-
-    prologue: int
-    walk: int
-    group: int
-    tail: int
-
-
-def disassembled(code: bytes) -> str:
-    """nvdisasm's listing."""
-    found = shutil.which("nvdisasm")
-    if found is None:
-        try:
-            files = metadata.files("nvidia-cuda-nvdisasm") or ()
-        except metadata.PackageNotFoundError:
-            sys.exit("there is no nvdisasm: run pip install nvidia-cuda-nvdisasm")
-        found = next(str(file.locate()) for file in files if file.name == "nvdisasm")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        command = [found, "-c", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def count(listing: str) -> Parts:
-    """The parts of a product's kernel: its innermost loop with 32 loads of x is the walk."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(found[1].strip())
-    targets = {
-        place: labels[branch[1]]
-        for place, text in enumerate(instructions)
-        if (branch := re.search(r"\bBRA (?:.*, )?`\((\.L_x_\d+)\)", text))
-    }
-
-    def longest(begin: int, end: int) -> int:
-        """Most instructions from one to the other by branches forward."""
-        ways = {end: 0}
-        for place in reversed(range(begin, end)):
-            after = [targets[place]] if place in targets else []
-            if not re.match(r"(BRA(?!\.DIV)|EXIT|RET)\b", instructions[place]) or re.search(
-                r"BRA.* U?P\d,", instructions[place]
-            ):
-                after.append(place + 1)
-            lengths = [ways[each] for each in after if each > place and each in ways]
-            if lengths:
-                ways[place] = 1 + max(lengths)
-        return ways[begin]
-
-    loops = sorted(
-        (end + 1 - begin, begin, end + 1) for end, begin in targets.items() if begin < end
-    )
-    loads = [len(re.findall(r"\bLDS ", text)) for text in instructions]
-    walk, begin, end = next(loop for loop in loops if sum(loads[loop[1] : loop[2]]) == 32)
-    _, first, after = next(loop for loop in loops if loop[1] < begin and loop[2] > end)
-    sums = max(at for at in range(end, after) if loads[at])  # the tail ends with the last x
-    return Parts(
-        longest(0, begin),
-        walk,
-        longest(first, begin) + longest(sums, after),
-        longest(end, sums),
-    )
-
-
-def layout_of(rows: int, columns: int, zeros: float) -> RunLayout:
-    """What ``gpu.upload`` chooses for independent levels."""
-    landings = round((1 - zeros) * rows * columns)
-    shape = {"experts": 1, "rows": rows, "columns": columns}
-    stack = SimpleNamespace(**shape, landings=landings, scales=2, column_scales=False)
-    found = runs.choose(cast(DictLayout, stack), H200)
-    assert found is not None
-    return found
-
-
-def codes_of(layout: RunLayout, zeros: float, groups: int = 200) -> float:
-    """Codes of a lane in a group, the mean over random groups."""
-    reach, halves = (1 << layout.bits) - 1, 32 // layout.lanes
-    slot, region = np.divmod(np.arange(layout.columns), layout.lanes)
-    places = np.sort(region * layout.slots + slot + slot // (reach - 1))
-    random = np.random.default_rng(0)
-    most = []
-    for _ in range(groups):
-        lengths = []
-        for _ in range(halves):
-            at = places[random.random(places.size) < (1 - zeros) / 2]
-            before = np.concatenate([[-1], at[:-1]])
-            empty = (before + reach + 1) // reach * reach - 1  # the first empty place after
-            jumps = np.where(at - before > reach, 1 + np.maximum(0, (at - empty - 1) // reach), 0)
-            lengths.append(at.size + int(jumps.sum()))
-        most.append(max(1, math.ceil(max(lengths) / layout.lanes)))
-    return statistics.mean(most)
-
-
-def predict(layout: RunLayout, parts: Parts, codes: float, pairs: int) -> dict[str, float]:
-    """Seconds on each card for one token and ``pairs`` matrices."""
-    each = math.ceil(layout.groups / max(H200.multiprocessors // pairs, 1))
-    blocks = pairs * math.ceil(layout.groups / each)
-    turns = math.ceil(blocks / H200.multiprocessors)
-    walks = max(0, math.ceil(codes / 32) - 1)
-    tail = parts.tail * math.ceil((codes - 32 * walks) / 8) / 4
-    instructions = 32 * parts.prologue + each * (parts.group + walks * parts.walk + tail)
-    wavefronts = layout.slots + each * codes * GATHER
-    busy = turns * max(instructions / ISSUED, wavefronts / WAVEFRONTS) / CLOCK
-    bits = layout.groups * 32 * (16 + codes * layout.bits) + layout.rows * 32
-    return {
-        card: LAUNCH + LATENCY + max(busy, pairs * bits / 8 / bandwidth)
-        for card, bandwidth in BANDWIDTH.items()
-    }
-
-
-def main() -> None:
-    measured = report.load("gpu")
+@cache
+def listing(kernel: Kernel) -> Listing:
+    """The machine code of a kernel."""
     _, compiler = nvrtc.compilers()
-    records: list[dict[str, Any]] = []
+    return disassembled(compiler.build(kernel.source, "sm_90")[0])
+
+
+def matrix(rows: int, columns: int, zeros: float) -> Record:
+    """What a record is about."""
+    return {"rows": rows, "columns": columns, "zeros": zeros}
+
+
+def memory() -> Iterator[Record]:
+    """Bits per weight."""
+    for rows, columns in SHAPES:
+        for zeros in ZEROS:
+            layout = layout_of(rows, columns, zeros)
+            in_file_order = bits_of(layout, zeros, ordered=False).all
+            bits = {**bits_of(layout, zeros)._asdict(), "in file order": in_file_order}
+            yield {**matrix(rows, columns, zeros), **bits}
+
+
+def one_token(measured: Record) -> Iterator[Record]:
+    """All products with one token, of one matrix or of ``FUSED``, that were measured."""
     for shape in measured["shapes"]:
         rows, columns = shape["rows"], shape["columns"]
         for one in shape["compared"]:
             if one["call"] not in ("one 1", "fused 1"):
                 continue
-            pairs = FUSED if one["call"] == "fused 1" else 1
-            layout = layout_of(rows, columns, one["zeros"])
+            zeros, pairs = one["zeros"], FUSED if one["call"] == "fused 1" else 1
+            layout = layout_of(rows, columns, zeros)
             kernel = runs.product(layout, "bf16", "bf16", "LIST" if pairs > 1 else "ONE")
-            parts = count(disassembled(compiler.build(kernel.source, "sm_90")[0]))
-            codes = codes_of(layout, one["zeros"])
-            predicted = predict(layout, parts, codes, pairs)
-            records.append(
-                {
-                    "rows": rows,
-                    "columns": columns,
-                    "zeros": one["zeros"],
-                    "pairs": pairs,
-                    "instructions": parts._asdict(),
-                    "codes": codes,
-                    "predicted": {card: 1e6 * seconds for card, seconds in predicted.items()},
-                    "measured": one["microseconds"],
-                }
-            )
-    ratios = [record["predicted"]["H100"] / record["measured"] for record in records]
+            walk = gpu_parts.product(listing(kernel))
+            then, now = (codes_of(layout, zeros, ordered) for ordered in (False, True))
+            before = gpu_clocks.product(layout, walk, then, pairs)["H100"]
+            predicted = gpu_clocks.product(layout, walk, now, pairs)
+            yield {
+                **matrix(rows, columns, zeros),
+                "pairs": pairs,
+                "instructions": walk._asdict(),
+                "codes then": then,
+                "codes": now,
+                "measured": one["microseconds"],
+                "predicted then": 1e6 * before,
+                "predicted": {card: 1e6 * seconds for card, seconds in predicted.items()},
+                "ratio": 1e6 * before / one["microseconds"],
+            }
+
+
+def sixteen_tokens(measured: Record) -> Iterator[Record]:
+    """16 tokens for each of ``FUSED`` experts."""
+    dense = {
+        (shape["rows"], shape["columns"], one["zeros"]): one["microseconds"] * one["bf16_graph"]
+        for shape in measured["shapes"]
+        for one in shape["compared"]
+        if one["call"] == "fused 16"
+    }
+    cases = [(*shape, zeros) for shape in SEVERAL for zeros in ZEROS]
+    for case, rd in [(case, rd) for rd in (False, True) for case in cases]:
+        layout, codes = layout_of(*case), codes_of(layout_of(*case), case[2])
+        if rd:
+            layout = replace(layout, scales=1, column_scales=True)
+        batch = run_batches.choose(layout, "bf16", H200)
+        assert batch is not None
+        counted = gpu_parts.marking(listing(batch.product("bf16", "GROUPS")), batch)
+        cutting = gpu_parts.cutting(listing(batch.prepare("GROUPS")), batch)
+        quarters = 4 * gpu_parts.most_tiles(batch)
+        times = gpu_clocks.several(batch, counted, cutting, codes, FUSED)
+        yield {
+            **matrix(*case),
+            "rd": rd,
+            "instructions": {
+                "a code": counted.walk.walk / 32,
+                "of them ALU": counted.walk.alu / 32,
+                "a quarter of a step of a tile": counted.step.issued / quarters,
+                "the rest of a fill": counted.rest,
+                "32 numbers of x, cut": cutting,
+            },
+            "first": 1e6 * times.first,
+            "marking": 1e6 * times.marking,
+            "products": 1e6 * times.products,
+            "x": 1e6 * times.x,
+            "rest": 1e6 * times.rest,
+            "all": 1e6 * times.all,
+            "bound": times.bound,
+            "bf16": dense[case],
+            "times as fast": dense[case] / (1e6 * times.all),
+        }
+
+
+def decoding(measured: Record) -> Iterator[Record]:
+    """A matrix in bf16: a ternary one, and one like a refined one of ``rd``."""
+    rows, columns = DECODED
+    for zeros in ZEROS:
+        layout = layout_of(rows, columns, zeros)
+        codes = codes_of(layout, zeros)
+        for refined in (False, True):
+            kind = replace(layout, column_scales=refined)
+            counted = gpu_parts.decoding(listing(runs.decode(kind, "bf16", refined)), refined)
+            yield {
+                **matrix(rows, columns, zeros),
+                "refined": refined,
+                "instructions": {
+                    "a landing": counted.walk.walk / 32,
+                    "8 weights": counted.write.issued / counted.vectors,
+                },
+                "predicted": 1e6 * gpu_clocks.decode(kind, counted, codes),
+                "writing": 1e6 * 2 * rows * columns / measured["bandwidth"]["write"],
+            }
+
+
+def named(record: Record) -> str:
+    """A matrix."""
+    return f"{record['rows']} x {record['columns']}, {100 * record['zeros']:g} %"
+
+
+def memory_table(records: list[Record]) -> str:
+    """A line for two records, of which the first has more zeros."""
+    lines = []
+    for many, few in zip(records[::2], records[1::2], strict=True):
+        bits = [many["all"], few["all"], many["starts"]]
+        bits += [each["in file order"] for each in (many, few)]
+        lines.append([f"{many['rows']} x {many['columns']}", *(f"{each:.2f}" for each in bits)])
+    more, fewer = (f"{100 * zeros:g} %" for zeros in ZEROS)
+    ours = f"{more} zeros | {fewer} | of them starts"
+    return table(f"rows x columns | {ours} | {more}, rows in file order | {fewer}", lines)
+
+
+def one_token_table(records: list[Record]) -> str:
+    """Instructions, codes and microseconds."""
     lines = [
         [
-            f"{record['rows']} × {record['columns']}, {record['zeros']:.1%}, {record['pairs']}",
-            *(str(number) for number in record["instructions"].values()),
-            f"{record['codes']:.1f}",
-            *(f"{record['predicted'][card]:.1f}" for card in BANDWIDTH),
-            f"{record['measured']:.1f}",
-            f"{ratio:.2f}",
+            f"{named(each)}, {each['pairs']}",
+            *map(str, each["instructions"].values()),
+            *(f"{each[name]:.1f}" for name in ("codes then", "measured", "predicted then")),
+            f"{each['ratio']:.2f}",
+            f"{each['codes']:.1f}",
+            *(f"{each['predicted'][card]:.1f}" for card in BANDWIDTH),
         ]
-        for record, ratio in zip(records, ratios, strict=True)
+        for each in records
     ]
-    parts_of = " | ".join(Parts._fields)
-    header = f"matrix, zeros, experts | {parts_of} | codes | H100 | H200 | measured | ratio"
-    print(table(header, lines))
+    header = ["one token, experts", *Walk._fields, "codes then", "measured", "predicted then"]
+    return table(" | ".join([*header, "ratio", "codes", *BANDWIDTH]), lines)
+
+
+def sixteen_tokens_table(records: list[Record]) -> str:
+    """Microseconds."""
+    parts = ("first", "marking", "products", "x", "rest", "all", "bf16")
+    lines = [
+        [
+            named(each) + ", rd" * each["rd"],
+            *(f"{each[name]:.0f}" for name in parts),
+            f"{each['times as fast']:.1f}",
+            each["bound"],
+        ]
+        for each in records
+    ]
+    return table(
+        "8 matrices, zeros | first launch | marking | products, instructions | "
+        "products, x from L2 | rest | all | bf16, measured | times as fast | most waits for",
+        lines,
+    )
+
+
+def sixteen_tokens_instructions(records: list[Record]) -> str:
+    """The least and the most that were counted."""
+    lines = []
+    for rd in (False, True):
+        counted = [each["instructions"] for each in records if each["rd"] == rd]
+        ends = [(min(each), max(each)) for each in zip(*map(dict.values, counted), strict=True)]
+        spreads = (f"{least:.1f} to {most:.1f}" for least, most in ends)
+        lines.append(["rd" if rd else "two scales a row", *spreads])
+    return table(f"instructions | {' | '.join(records[0]['instructions'])}", lines)
+
+
+def decoding_table(records: list[Record]) -> str:
+    """Instructions and microseconds."""
+    lines = [
+        [
+            f"{named(each)}, {'refined, column scales' if each['refined'] else 'ternary'}",
+            *(f"{number:.1f}" for number in each["instructions"].values()),
+            *(f"{each[name]:.0f}" for name in ("predicted", "writing")),
+        ]
+        for each in records
+    ]
+    return table("decoding | a landing | 8 weights | µs | µs, writing", lines)
+
+
+def main() -> None:
+    measured = report.load("gpu")
+    kept, one = [*memory()], [*one_token(measured)]
+    sixteen, decoded = [*sixteen_tokens(measured)], [*decoding(measured)]
+    ratios = [each["ratio"] for each in one]
+    print(memory_table(kept), one_token_table(one), sep="\n\n")
     print(
         f"predicted / measured: {min(ratios):.2f} to {max(ratios):.2f}, "
-        f"median {statistics.median(ratios):.2f}"
+        f"median {statistics.median(ratios):.2f}\n"
     )
+    print(sixteen_tokens_table(sixteen), sixteen_tokens_instructions(sixteen), sep="\n\n")
+    print("", decoding_table(decoded), sep="\n")
+    figures = {"memory": kept, "one token": one, "16 tokens": sixteen, "decoding": decoded}
     device = measured["device"]["name"]
-    report.save("gpu_model", {"device": device, "ratio": report.spread(ratios), "records": records})
+    report.save("gpu_model", {"device": device, "ratio": report.spread(ratios), **figures})
 
 
 if __name__ == "__main__":
