@@ -72,10 +72,11 @@ class RunLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedRuns:
-    """Runs in a device's memory, by the names above."""
+    """Runs in a device's memory, by the names above; ``highest``: of all levels' magnitudes."""
 
     layout: RunLayout
     arrays: dict[str, Any]
+    highest: int
 
     @property
     def bytes(self) -> int:
@@ -161,13 +162,14 @@ def decode(layout: RunLayout, y: str, refined: bool) -> Kernel:
     return Kernel("decode", text, DECODE_THREADS, shared, together=True)
 
 
-def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:
+def sizes(layout: RunLayout, levels: Any, found: Any, highest: Any, limits: DeviceLimits) -> Launch:
     """Count the landings of ``levels`` fp16 [count, rows, columns].
 
-    They go to ``found``, uint32 [count, rows, 2].
+    They go to ``found``, uint32 [count, rows, 2]; the highest magnitude to ``highest``, int32 [1],
+    if it is more than is there.
     """
     text = source("types", "scan", "runs", "run_walk", "run_sizes", **_transcoding(layout))
-    arguments = (levels, found, *_shape(layout, len(levels)))
+    arguments = (levels, found, highest, *_shape(layout, len(levels)))
     return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
 
 

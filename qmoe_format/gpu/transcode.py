@@ -31,6 +31,7 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
         batch = max(1, min(experts, SCRATCH // (2 * rows * columns)))
         levels = cupy.empty((batch, rows, columns), np.float16)
         sizes = cupy.empty((experts, rows, 2), np.uint32)
+        highest = cupy.zeros((1,), np.int32)
         offsets = cupy.empty((experts, layout.groups + 1), np.uint32)
         workspace = Workspace(limits, Library(device).empty)
         unscaled = _unscaled(stack, cupy)
@@ -43,7 +44,7 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
                 yield first, part
 
         for first, part in batches():
-            execute([runs.sizes(layout, part, sizes[first:], limits)], device, stream)
+            execute([runs.sizes(layout, part, sizes[first:], highest, limits)], device, stream)
         execute([runs.offsets(layout, sizes, offsets)], device, stream)
         ends = np.cumsum(offsets[:, -1].get().astype(np.uint64) // 32 * layout.bits)
         arrays = {
@@ -55,7 +56,7 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
         for first, part in batches():
             execute([runs.codes(layout, part, arrays, first, limits)], device, stream)
         stream.synchronize()
-    return PackedRuns(layout, arrays)
+    return PackedRuns(layout, arrays, int(highest.get()[0]))
 
 
 def _unscaled(stack: PackedStack, cupy: Any) -> PackedStack:

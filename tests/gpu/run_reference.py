@@ -86,4 +86,4 @@ def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> PackedRuns:
         "bases": np.array(bases, np.uint64),
         "words": np.ascontiguousarray(words),
     }
-    return PackedRuns(layout, arrays)
+    return PackedRuns(layout, arrays, int(abs(matrices.astype(int)).max(initial=0)))

@@ -69,6 +69,7 @@ def test_transcoding(
     assert found is not None
     levels = np.stack([decode_levels(member.levels) for member in members])
     expected = run_reference.runs(levels, found.layout)
+    assert found.highest == expected.highest
     assert list(found.arrays) == list(expected.arrays)
     for name, array in expected.arrays.items():
         assert np.array_equal(found.arrays[name], array), name

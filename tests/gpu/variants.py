@@ -87,12 +87,12 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
-def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStack:
+def with_runs(columns: int, bits: int, lanes: int, highest: int = 1, **options: Any) -> PackedStack:
     """A stack with empty runs: what they hold does not shape a kernel."""
     packed = stack(columns=columns, **options)
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    return replace(packed, runs=PackedRuns(layout, {}))
+    return replace(packed, runs=PackedRuns(layout, {}, highest))
 
 
 def run_product(
@@ -128,7 +128,7 @@ def transcode(name: str, bits: int, lanes: int) -> Launch:
     levels = array((1, 4, 2048), "fp16")
     nothing = {key: array((1,), "int32") for key in ("offsets", "bases", "words", "starts")}
     return {
-        "sizes": lambda: runs.sizes(layout, levels, None, H200),
+        "sizes": lambda: runs.sizes(layout, levels, None, None, H200),
         "offsets": lambda: runs.offsets(layout, None, None),
         "codes": lambda: runs.codes(layout, levels, nothing, 0, H200),
     }[name]()
