@@ -150,11 +150,12 @@ def _products(
     if not pairs.count or not layout.rows:
         return []
     if stack.runs:
-        batch = _batch(layout, stack.runs.layout, element_type(x.dtype), limits)
+        packed = stack.runs
+        batch = _batch(packed.layout, packed.highest, element_type(x.dtype), limits)
         matrices = 1 if pairs.experts is None else min(layout.experts, pairs.count)
         if batch and pairs.count >= batch.fewest * matrices:
-            return _by_batches(stack, stack.runs, batch, x, y, pairs, workspace)
-        return [_by_runs(stack, stack.runs, *part, limits) for part in _parts(x, y, pairs)]
+            return _by_batches(stack, packed, batch, x, y, pairs, workspace)
+        return [_by_runs(stack, packed, *part, limits) for part in _parts(x, y, pairs)]
     if pairs.experts is None:
         wanted = next((size for size in THREADS if pairs.count <= size), max(THREADS))
     else:
@@ -230,7 +231,7 @@ def _by_batches(
     prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
     column_scale, experts = stack.arrays["column_scale"], np.int32(layout.experts)
     cut = (x, column_scale, terms, pairs.experts, *sorting, experts, *about)
-    call = (terms, y, *sorting[:2], *about, _ring(layout), np.int32(runs.LINE_BYTES - 1))
+    call = (terms, y, *sorting[:2], *about, np.uint32(batch.ring), np.int32(batch.line_bytes - 1))
     return [
         Launch(prepare, prepare.blocks(count * batch.places + prepare.threads, limits), cut),
         Launch(
@@ -306,10 +307,9 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
 
 
 @lru_cache(maxsize=1024)
-def _batch(layout: Layout, packed: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
-    """None if tokens go one after another: for levels beyond 1, too."""
-    ternary = isinstance(layout, DictLayout) and layout.refinement is None
-    return run_batches.choose(packed, x, limits) if ternary else None
+def _batch(layout: RunLayout, highest: int, x: str, limits: DeviceLimits) -> Batch | None:
+    """None if tokens go one after another."""
+    return run_batches.choose(layout, highest, x, limits)
 
 
 @lru_cache(maxsize=1024)

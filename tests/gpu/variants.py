@@ -204,19 +204,21 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product of runs, 3 bits, fp32, 16 tokens": partial(
         run_product, 1536, 3, 2, "fp32", tokens=16, column_scales=True
     ),
-    "product of runs, 4 bits, any columns, 16 tokens": partial(
-        run_product, 4097, 4, 8, tokens=16, scales=1
+    "product of runs, 4 bits, any columns, levels to 7, 16 tokens": partial(
+        run_product, 4097, 4, 8, tokens=16, highest=7, scales=1
     ),
     "product of runs, 5 bits, fp16, groups of tokens": partial(
         run_product, 7168, 5, 8, "fp16", tokens=16, k=2
     ),
-    "product of runs, 6 bits, groups of tokens": partial(
-        run_product, 1536, 6, 2, tokens=16, k=2, column_scales=True
+    "product of runs, 6 bits, levels to 7, groups of tokens": partial(
+        run_product, 1536, 6, 2, tokens=16, k=2, highest=7, column_scales=True
     ),
     "product of runs, one scale, groups of tokens": partial(
         run_product, 14336, 6, 16, tokens=16, k=2, scales=1, column_scales=True
     ),
-    "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
+    "product of runs, 8 bits, fp16, levels to 63, 16 tokens": partial(
+        run_product, 2048, 8, 4, "fp16", tokens=16, highest=63
+    ),
     "terms of x": partial(run_product, 14336, 6, 16, tokens=16, place=0, column_scales=True),
     "terms of x and groups": partial(run_product, 1536, 6, 2, "fp16", tokens=16, k=2, place=0),
     "decode from runs, fp32": partial(run_decode, 1536, 3, 2, "fp32"),
