@@ -107,7 +107,7 @@ def sixteen_tokens(measured: Record) -> Iterator[Record]:
         layout, codes = layout_of(*case), codes_of(layout_of(*case), case[2])
         if rd:
             layout = replace(layout, scales=1, column_scales=True)
-        batch = run_batches.choose(layout, "bf16", H200)
+        batch = run_batches.choose(layout, 1, "bf16", H200)
         assert batch is not None
         counted = gpu_parts.marking(listing(batch.product("bf16", "GROUPS")), batch)
         cutting = gpu_parts.cutting(listing(batch.prepare("GROUPS")), batch)

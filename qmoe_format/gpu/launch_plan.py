@@ -249,7 +249,7 @@ def _by_batches(
     prepare, product = _batch_kernels(batch, element_type(y.dtype), mode)
     column_scale, experts = packed.arrays["column_scale"], np.int32(layout.experts)
     cut = (x, column_scale, terms, pairs.experts, *sorting, experts, *about)
-    call = (terms, y, *sorting[:2], *about, ring(layout), np.int32(runs.LINE_BYTES - 1))
+    call = (terms, y, *sorting[:2], *about, np.uint32(batch.ring), np.int32(batch.line_bytes - 1))
     return [
         Launch(prepare, prepare.blocks(count * batch.places + prepare.threads, limits), cut),
         Launch(
@@ -263,7 +263,8 @@ def _by_batches(
 def batch_for(stack: PackedStack, x: Any, pairs: Pairs, limits: DeviceLimits) -> Batch | None:
     """How to multiply by an expert's tokens together; None if that does not pay."""
     assert stack.runs
-    batch = _batch(stack.layout, stack.runs.layout, element_type(x.dtype), limits)
+    packed, dtype = stack.runs, element_type(x.dtype)
+    batch = _batch(packed.layout, packed.highest, dtype, limits)
     matrices = 1 if pairs.experts is None else min(stack.layout.experts, pairs.count)
     return batch if batch and pairs.count >= batch.fewest * matrices else None
 
@@ -333,10 +334,9 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
 
 
 @lru_cache(maxsize=1024)
-def _batch(layout: Layout, packed: RunLayout, x: str, limits: DeviceLimits) -> Batch | None:
-    """None if tokens go one after another: for levels beyond 1, too."""
-    ternary = isinstance(layout, DictLayout) and layout.refinement is None
-    return run_batches.choose(packed, x, limits) if ternary else None
+def _batch(layout: RunLayout, highest: int, x: str, limits: DeviceLimits) -> Batch | None:
+    """None if tokens go one after another."""
+    return run_batches.choose(layout, highest, x, limits)
 
 
 @lru_cache(maxsize=1024)

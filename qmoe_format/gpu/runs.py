@@ -77,10 +77,11 @@ class RunLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedRuns:
-    """Runs in a device's memory, by the names above."""
+    """Runs in a device's memory, by the names above; ``highest``: of all levels' magnitudes."""
 
     layout: RunLayout
     arrays: dict[str, Any]
+    highest: int
 
     @property
     def bytes(self) -> int:
@@ -178,18 +179,19 @@ def decode(layout: RunLayout, y: str, refined: bool) -> Kernel:
     return Kernel("decode", text, DECODE_THREADS, shared, together=True)
 
 
-def sizes(layout: RunLayout, levels: Any, found: Any, limits: DeviceLimits) -> Launch:
+def sizes(layout: RunLayout, levels: Any, found: Any, highest: Any, limits: DeviceLimits) -> Launch:
     """Count the landings of ``levels`` fp16 [count, rows, columns].
 
-    They go to ``found``, uint32 [count, rows, 2].
+    They go to ``found``, uint32 [count, rows, 2]; the highest magnitude to ``highest``, int32 [1],
+    if it is more than is there.
     """
     text = source("types", "scan", "runs", "run_walk", "run_sizes", **_transcoding(layout))
-    arguments = (levels, found, *_shape(layout, len(levels)))
+    arguments = (levels, found, highest, *_shape(layout, len(levels)))
     return _by_warps("run_sizes", text, 2 * len(levels) * layout.rows, limits, arguments)
 
 
-def ranks(layout: RunLayout) -> npt.NDArray[np.int_]:
-    """Of the row at each place [rows]: its rank among those of its matrix, shortest first.
+def places(layout: RunLayout) -> npt.NDArray[np.int32]:
+    """Where a matrix has its shortest row, the next one, and so on [rows].
 
     Half rows of a group take as much memory, and time, as the longest of them, so rows of a group
     are of like length. Groups of long rows and of short ones alternate, for a block takes groups
@@ -201,13 +203,26 @@ def ranks(layout: RunLayout) -> npt.NDArray[np.int_]:
         step += 1
     group = np.arange(groups)[::-1] * step % groups  # the last one, which may have fewer rows, is 0
     rank = group[:, None] * rows + np.arange(rows) - (groups * rows - layout.rows)
-    return rank[rank >= 0]
+    return np.argsort(rank[rank >= 0]).astype(np.int32)
 
 
-def offsets(layout: RunLayout, sizes: Any, order: Any, found: Any) -> Launch:
-    """Make ``found``, the array ``offsets``."""
+def order(
+    layout: RunLayout, sizes: Any, places: Any, row_scale: Any, arrays: dict[str, Any]
+) -> Launch:
+    """Make the arrays ``order`` and ``row_scale`` from ``sizes`` and the scales of the stack."""
+    text = source("types", "run_rows", THREADS=TRANSCODE_THREADS, SCALES=layout.scales)
+    kernel = Kernel("run_rows", text, TRANSCODE_THREADS)
+    made = (arrays["order"], arrays["row_scale"])
+    blocks = layout.experts * -(-layout.rows // kernel.threads)
+    sizes_of = _shape(layout, layout.experts)[:2]
+    return Launch(kernel, blocks, (sizes, places, row_scale, *made, *sizes_of))
+
+
+def offsets(layout: RunLayout, sizes: Any, arrays: dict[str, Any]) -> Launch:
+    """Make the array ``offsets`` from ``sizes`` and ``order``."""
     text = source("types", "scan", "runs", "run_offsets", **_transcoding(layout))
-    arguments = (sizes, order, found, *_shape(layout, layout.experts)[:2])
+    made = (arrays["order"], arrays["offsets"])
+    arguments = (sizes, *made, *_shape(layout, layout.experts)[:2])
     return Launch(Kernel("run_offsets", text, 32), layout.experts, arguments)
 
 

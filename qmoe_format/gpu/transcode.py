@@ -31,7 +31,16 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
         batch = max(1, min(experts, SCRATCH // (2 * rows * columns)))
         levels = cupy.empty((batch, rows, columns), np.float16)
         sizes = cupy.empty((experts, rows, 2), np.uint32)
-        offsets = cupy.empty((experts, layout.groups + 1), np.uint32)
+        highest = cupy.zeros((1,), np.int32)
+        arrays = {
+            "offsets": cupy.empty((experts, layout.groups + 1), np.uint32),
+            "starts": cupy.empty((experts, layout.groups, 32), np.uint16),
+            "order": cupy.empty((experts, rows), np.uint16),
+            "bases": None,
+            "words": None,
+            "row_scale": cupy.empty((experts, rows, layout.scales), np.uint16),
+            "column_scale": stack.arrays["column_scale"].copy(),
+        }
         workspace = Workspace(limits, Library(device).empty)
         unscaled = _unscaled(stack, cupy)
 
@@ -43,25 +52,18 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
                 yield first, part
 
         for first, part in batches():
-            execute([runs.sizes(layout, part, sizes[first:], limits)], device, stream)
-        shortest_first = sizes.max(axis=2).argsort(axis=1)
-        rows_of_places = shortest_first.take(cupy.asarray(runs.ranks(layout)), axis=1)
-        order, every = rows_of_places.astype(np.uint16), cupy.asarray(np.arange(experts)[:, None])
-        execute([runs.offsets(layout, sizes, order, offsets)], device, stream)
-        ends = np.cumsum(offsets[:, -1].get().astype(np.uint64) // 32 * layout.bits)
-        arrays = {
-            "offsets": offsets,
-            "starts": cupy.empty((experts, layout.groups, 32), np.uint16),
-            "order": order,
-            "bases": cupy.asarray(np.concatenate([[0], ends[:-1]]).astype(np.uint64)),
-            "words": cupy.zeros((int(ends[-1]) + runs.GUARD, 32), np.uint32),
-            "row_scale": stack.arrays["row_scale"][every, rows_of_places],
-            "column_scale": stack.arrays["column_scale"].copy(),
-        }
+            execute([runs.sizes(layout, part, sizes[first:], highest, limits)], device, stream)
+        places = cupy.asarray(runs.places(layout))
+        ordering = runs.order(layout, sizes, places, stack.arrays["row_scale"], arrays)
+        execute([ordering, runs.offsets(layout, sizes, arrays)], device, stream)
+        ends = np.cumsum(arrays["offsets"].get()[:, -1].astype(np.uint64) // 32 * layout.bits)
+        bases = np.concatenate([[0], ends[:-1]]).astype(np.uint64)
+        arrays["bases"] = cupy.asarray(bases)
+        arrays["words"] = cupy.zeros((int(ends[-1]) + runs.GUARD, 32), np.uint32)
         for first, part in batches() if batch < experts else [(0, levels)]:  # still there
             execute([runs.codes(layout, part, arrays, first, limits)], device, stream)
         stream.synchronize()
-    return PackedRuns(layout, arrays)
+    return PackedRuns(layout, arrays, int(highest.get()[0]))
 
 
 def _unscaled(stack: PackedStack, cupy: Any) -> PackedStack:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qmoe_format.codec import EncodedMatrix, decode
 from qmoe_format.gpu.packing import Matrix, PackedStack, pack
-from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout, ranks
+from qmoe_format.gpu.runs import GUARD, PackedRuns, RunLayout, places
 
 
 def stack(members: Sequence[Matrix], bits: int, lanes: int) -> PackedStack:
@@ -25,7 +25,8 @@ def stack(members: Sequence[Matrix], bits: int, lanes: int) -> PackedStack:
     packed, arrays = pack(coded), runs(levels, layout)
     row_scale = packed.arrays["row_scale"][np.arange(len(coded))[:, None], arrays["order"]]
     arrays |= {"row_scale": row_scale, "column_scale": packed.arrays["column_scale"]}
-    return replace(packed, arrays={}, runs=PackedRuns(layout, arrays))
+    highest = int(abs(levels.astype(int)).max(initial=0))
+    return replace(packed, arrays={}, runs=PackedRuns(layout, arrays, highest))
 
 
 def landings(levels: npt.NDArray[np.int_], layout: RunLayout) -> list[int]:
@@ -56,7 +57,8 @@ def runs(matrices: npt.NDArray[np.int8], layout: RunLayout) -> dict[str, npt.NDA
     bases = []
     for e, levels in enumerate(matrices.astype(int)):
         paths = [[landings(sign * row, layout) for sign in (1, -1)] for row in levels]
-        order[e] = np.argsort([max(map(len, halves)) for halves in paths])[ranks(layout)]
+        lengths = [max(map(len, halves)) for halves in paths]
+        order[e, places(layout)] = np.argsort(lengths, stable=True)
         columns_of_codes: list[list[int]] = [[] for _ in range(32)]
         for group in range(layout.groups):
             first = group * 16 // lanes

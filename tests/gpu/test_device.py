@@ -261,17 +261,28 @@ WIDE = [(515, 14336), (1030, 4097), (4095, 1536), (2047, 771)]
 
 @pytest.mark.parametrize("size", WIDE, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize(
-    ("dtype", "scales", "column_scale", "zeros"),
+    ("dtype", "scales", "column_scale", "zeros", "ones"),
     [
-        *[("bf16", 2, False, 0.6), ("bf16", 1, True, 0.885), ("fp16", 1, False, 0.885)],
-        *[("fp16", 2, True, 0.6), ("fp32", 2, False, 0.885)],
+        *[("bf16", 2, False, 0.6, 0.0), ("bf16", 1, True, 0.885, 0.0)],
+        *[
+            ("fp16", 1, False, 0.885, 0.0),
+            ("fp16", 2, True, 0.6, 0.0),
+            ("fp32", 2, False, 0.885, 0.0),
+        ],
+        # Levels in 4 bits, and in 8.
+        *[
+            ("bf16", 1, True, 0.6, 0.02),
+            ("fp16", 2, False, 0.6, 0.02),
+            ("fp32", 1, False, 0.6, 0.3),
+        ],
     ],
 )
 def test_batches(
-    dtype: str, scales: int, column_scale: bool, zeros: float, size: tuple[int, int]
+    dtype: str, scales: int, column_scale: bool, zeros: float, ones: float, size: tuple[int, int]
 ) -> None:
     """[M-1] and [M-2] with the shapes of real experts; 80 tokens are two tiles."""
-    kind = replace(BF16, scales=scales, column_scale=column_scale, dtype=dtype)
+    strings = ((0.885, 12), (1 - ones, 12) if ones else None)
+    kind = replace(BF16, strings=strings, scales=scales, column_scale=column_scale, dtype=dtype)
     for exact in (False, True):
         shape = Shape(*size, zeros, None, 0, exact)
         coded, x = matrix(kind, shape), vectors(kind, shape, 80)

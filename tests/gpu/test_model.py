@@ -68,7 +68,7 @@ def listing(blocks: dict[str, list[str]]) -> Listing:
 
 
 def batch_of(rows: int, columns: int, zeros: float) -> Batch:
-    found = run_batches.choose(gpu_codes.layout_of(rows, columns, zeros), "bf16", H200)
+    found = run_batches.choose(gpu_codes.layout_of(rows, columns, zeros), 1, "bf16", H200)
     assert found is not None
     return found
 

@@ -42,6 +42,7 @@ ORDERS = (shim.FORWARD, shim.BACKWARD, 2)
 # weights than a window; the last segment has fewer rows, the last tile fewer tokens.
 KIND = DictKind(((0.885, 12), None), 2, False, "fp32", 11, True, False)
 REFINED = replace(KIND, strings=((0.885, 12), (0.98, 12)))
+LEVELS = replace(KIND, strings=((0.6, 12), (0.2, 12)))
 BITS = GroupKind(3, ("linear", True), "fp32", 11, True, False)
 SHAPE = Shape(28, 301, 0.2, 12, 0, exact=True)
 BATCH_SHAPE = Shape(421, 301, 0.6, 12, 0, exact=True)
@@ -171,6 +172,20 @@ def batch_mixtures(machine: Machine) -> None:
     assert np.isnan(y[~there]).all(), "wrong result"
 
 
+@cache
+def levels() -> tuple[list[Matrix], PackedStack]:
+    """A matrix with levels up to 37."""
+    coded = [matrix(LEVELS, replace(BATCH_SHAPE, rows=21))]
+    return coded, run_reference.stack(coded, 4, 8)
+
+
+def level_products(machine: Machine) -> None:
+    coded, stack = levels()
+    x = vectors(KIND, BATCH_SHAPE, 9)
+    y = matmul(KIND, stack, x, machine)
+    assert np.array_equal(y, x @ dequantize(coded[0]).T), "wrong result"
+
+
 def run_decoded(machine: Machine, kind: DictKind = REFINED) -> None:
     """Rows that end within 16 bytes, and rows that do not."""
     for columns in (301, 304):
@@ -201,7 +216,7 @@ CALLS: tuple[Call, ...] = (
     *(products, products_of_large_x, mixtures, decoded),
     *(refined_products, refined_mixtures, refined_decoded, refined_zeros),
     *(run_products, run_products_unaligned, run_products_of_short_rows, run_mixtures),
-    *(batch_products, batch_products_of_few_rows, batch_mixtures),
+    *(batch_products, batch_products_of_few_rows, batch_mixtures, level_products),
     *(run_decoded, ternary_run_decoded),
     *(group_products, group_mixtures, group_decoded),
 )
@@ -525,11 +540,11 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     ),
     "a place too far": (
         batch_products,
-        "place >> 7 & 31",
-        "place + LINE_BYTES >> 7 & 31",
+        "1u << (slot & 31)",
+        "1u << (slot + 1 & 31)",
         WRONG,
     ),
-    "marks of the next row": (batch_products, "g % ROWS * 2 * LANES", "g % ROWS * LANES", WRONG),
+    "marks of the next row": (batch_products, "g % ROWS * ROW_WORDS", "g % ROWS", WRONG),
     "x without its last bits": (batch_products, "rest -= to_float(term)", "rest = 0.0f", WRONG),
     "x of another pair": (
         batch_mixtures,
@@ -537,7 +552,25 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
         "(of < tile.count ?",
         WRONG,
     ),
-    "a column too far": (batch_products, "slot_of(two) + at % 2 * 16", "slot_of(two)", WRONG),
+    "a column too far": (batch_products, "slot_of(two) + at % 2 * APART", "slot_of(two)", WRONG),
+    "levels on empty places": (
+        level_products,
+        "there && !reach_divides((u32)(slot + 1 + SLOTS))",
+        "there",
+        WRONG,
+    ),
+    "levels after the end of a run": (
+        level_products,
+        "level = there && !reach_divides((u32)(slot",
+        "level = !reach_divides((u32)(slot",
+        WRONG,
+    ),
+    "levels that are not added atomically": (
+        level_products,
+        "atomicAdd(word, level ? __funnelshift_l(0, one, slot * PLACE_BITS) : 0);",
+        "if (level) *word += __funnelshift_l(0, one, slot * PLACE_BITS);",
+        RACE,
+    ),
     "levels, no barrier": (
         run_decoded,
         "});\n    __syncwarp();\n    Bits* const out",

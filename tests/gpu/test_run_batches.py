@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
 
 from qmoe_format import gpu
-from qmoe_format.codec import dequantize, encode_matrix
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu import run_batches
-from qmoe_format.gpu.packing import Matrix
 from qmoe_format.gpu.run_batches import TOKENS, Batch
 from qmoe_format.gpu.runs import RunLayout
 from tests.gpu import run_reference, shim
@@ -20,6 +21,7 @@ from tests.gpu.problems import (
     LARGE,
     NAMES,
     DictKind,
+    Machine,
     Shape,
     expert_matvec,
     matmul,
@@ -70,6 +72,56 @@ def test_products(
         assert np.array_equal(y, rounded(x @ dequantize(members[1]).T, dtype))
     else:
         assert within_tolerance(members[1], x, y, dtype)
+
+
+@pytest.mark.parametrize(
+    ("most", "columns", "bits", "lanes", "dtype", "scales", "column_scale"),
+    [
+        (7, 270, 3, 16, "bf16", 1, True),
+        (7, 517, 5, 4, "fp16", 2, False),
+        (63, 300, 4, 2, "fp32", 1, False),
+    ],
+)
+@given(
+    rows=st.integers(1, 20),
+    zeros=st.sampled_from([0.3, 0.9, 0.99, 1.0]),
+    tokens=st.integers(7, 10),
+    seed=st.integers(0, 99),
+    exact=st.booleans(),
+    order=st.sampled_from([shim.FORWARD, shim.BACKWARD, 2]),
+)
+@example(rows=17, zeros=0.3, tokens=9, seed=0, exact=True, order=2)
+@settings(deadline=None, max_examples=3)
+def test_levels(
+    most: int,
+    columns: int,
+    bits: int,
+    lanes: int,
+    dtype: str,
+    scales: int,
+    column_scale: bool,
+    rows: int,
+    zeros: float,
+    tokens: int,
+    seed: int,
+    exact: bool,
+    order: int,
+) -> None:
+    """Up to those that take up several runs, in rows beside emptier ones."""
+    kind = replace(TERNARY, scales=scales, column_scale=column_scale, dtype=dtype)
+    shape = Shape(rows, columns, zeros, None, seed, exact)
+    rng = np.random.default_rng(seed)
+    levels = random_levels(rows, columns, zeros, rng, 1 - 2 / most).clip(-most, most)
+    levels[rng.integers(rows), rng.integers(columns)] = rng.choice([-most, most])
+    scaled = matrix(kind, shape)
+    assert isinstance(scaled, EncodedMatrix)
+    coded = encode_matrix(levels, scaled.row_scale, scaled.column_scale)
+    x = vectors(kind, shape, tokens)
+    y = matmul(kind, run_reference.stack([coded], bits, lanes), x, Machine(order))
+    if exact:
+        assert np.array_equal(y, rounded(x @ dequantize(coded).T, dtype))
+    else:
+        assert within_tolerance(coded, x, y, dtype)
 
 
 @pytest.mark.parametrize("column_scale", [False, True])
@@ -126,13 +178,19 @@ def test_odd_numbers_of_a_token_leave_others_alone() -> None:
 
 
 def test_what_is_chosen() -> None:
-    def chosen(columns: int, lanes: int, capability: int = 90, kib: int = 227) -> Batch | None:
+    def chosen(
+        columns: int, lanes: int, capability: int = 90, kib: int = 227, highest: int = 1
+    ) -> Batch | None:
         limits = replace(H200, capability=capability, shared_bytes=kib << 10)
         layout = RunLayout(8, 4096, columns, 6, lanes, 2, column_scales=False)
-        return run_batches.choose(layout, "bf16", limits)
+        return run_batches.choose(layout, highest, "bf16", limits)
 
-    for columns, lanes, groups in ((14336, 16, 48), (4096, 8, 80), (1536, 2, 16), (768, 4, 48)):
-        batch = chosen(columns, lanes)
+    for columns, lanes, highest, groups in (
+        *[(14336, 16, 1, 48), (4096, 8, 1, 80), (1536, 2, 1, 16), (768, 4, 1, 48)],
+        *[(14336, 16, 7, 16), (4096, 8, 7, 32), (1536, 2, 7, 16), (768, 4, 7, 48)],
+        *[(14336, 16, 8, 8), (4096, 8, 63, 16), (1536, 2, 63, 15), (768, 4, 63, 48)],
+    ):
+        batch = chosen(columns, lanes, highest=highest)
         assert batch is not None
         assert batch.groups == groups
         shared = batch.product("bf16", "ONE").shared_bytes
@@ -140,16 +198,17 @@ def test_what_is_chosen() -> None:
     assert chosen(14336, 16, kib=40) is None
     assert chosen(768, 4, capability=75) is None
     assert chosen(255, 4) is None
+    assert chosen(768, 4, highest=64) is None
 
 
 def test_when_it_is_used(cupy: FakeCupy) -> None:
     levels = random_levels(64, 600, 0.885, np.random.default_rng(0))
     ternary = encode_matrix(levels, np.full((64, 2), 0x3F80, np.uint16))
     refined = encode_matrix(2 * levels, np.full((64, 2), 0x3F80, np.uint16))
+    one, higher = gpu.upload(ternary), gpu.upload(refined)
     x = cupy.asarray(from_float32(np.ones((8, 600), np.float32), "BF16"))
 
-    def launched(matrices: list[Matrix], tokens: int, experts: int = 0) -> list[str]:
-        stack = gpu.upload(matrices)
+    def launched(stack: gpu.DeviceStack, tokens: int, experts: int = 0) -> list[str]:
         cupy.launched.clear()
         if experts:
             numbers = np.arange(2 * tokens, dtype=np.int32).reshape(-1, 2) % experts
@@ -160,8 +219,9 @@ def test_when_it_is_used(cupy: FakeCupy) -> None:
         return [launch.kernel.name for launch in cupy.launched]
 
     assert LARGE.capability == H200.capability == int(cupy.capability)
-    assert launched([ternary], 6) == ["run_terms", "product"]  # with codes of 6 bits
-    assert launched([ternary], 5) == ["product"]
-    assert launched([refined], 8) == ["product"]
-    assert launched([ternary] * 2, 8, experts=2) == ["run_terms", "product"]
-    assert launched([ternary] * 3, 8, experts=3) == ["product"]
+    assert launched(one, 6) == ["run_terms", "product"]  # with codes of 6 bits
+    assert launched(one, 5) == ["product"]
+    assert launched(higher, 5) == ["run_terms", "product"]  # with codes of 4 bits
+    assert launched(higher, 4) == ["product"]
+    assert launched(gpu.upload([ternary] * 2), 8, experts=2) == ["run_terms", "product"]
+    assert launched(gpu.upload([ternary] * 3), 8, experts=3) == ["product"]

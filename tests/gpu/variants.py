@@ -93,12 +93,12 @@ def matmul(tokens: int, dtype: str = "bf16", place: int = -1, **options: Any) ->
     return launch_plan.matmul(packed, 0, x, y, Workspace(H200, array))[place]
 
 
-def with_runs(columns: int, bits: int, lanes: int, **options: Any) -> PackedStack:
+def with_runs(columns: int, bits: int, lanes: int, highest: int = 1, **options: Any) -> PackedStack:
     """A stack with empty runs: what they hold does not shape a kernel."""
     packed = stack(columns=columns, **options)
     column_scales = bool(options.get("column_scales"))
     layout = RunLayout(2, 4, columns, bits, lanes, options.get("scales", 2), column_scales)
-    return replace(packed, runs=PackedRuns(layout, {"column_scale": None}))
+    return replace(packed, runs=PackedRuns(layout, {"column_scale": None}, highest))
 
 
 def run_product(
@@ -148,11 +148,12 @@ def transcode(name: str, bits: int, lanes: int) -> Launch:
     """A launch of the transcoder."""
     layout = RunLayout(1, 4, 2048, bits, lanes, 2, column_scales=False)
     levels = array((1, 4, 2048), "fp16")
-    names = ("offsets", "starts", "order", "bases", "words")
+    names = ("offsets", "starts", "order", "bases", "words", "row_scale")
     nothing = {key: array((1,), "int32") for key in names}
     return {
-        "sizes": lambda: runs.sizes(layout, levels, None, H200),
-        "offsets": lambda: runs.offsets(layout, None, None, None),
+        "sizes": lambda: runs.sizes(layout, levels, None, None, H200),
+        "order": lambda: runs.order(layout, None, None, None, nothing),
+        "offsets": lambda: runs.offsets(layout, None, nothing),
         "codes": lambda: runs.codes(layout, levels, nothing, 0, H200),
     }[name]()
 
@@ -229,19 +230,21 @@ OTHER: dict[str, Callable[[], Launch]] = {
     "product of runs, 3 bits, fp32, 16 tokens": partial(
         run_product, 1536, 3, 2, "fp32", tokens=16, column_scales=True
     ),
-    "product of runs, 4 bits, any columns, 16 tokens": partial(
-        run_product, 4097, 4, 8, tokens=16, scales=1
+    "product of runs, 4 bits, any columns, levels to 7, 16 tokens": partial(
+        run_product, 4097, 4, 8, tokens=16, highest=7, scales=1
     ),
     "product of runs, 5 bits, fp16, groups of tokens": partial(
         run_product, 7168, 5, 8, "fp16", tokens=16, k=2
     ),
-    "product of runs, 6 bits, groups of tokens": partial(
-        run_product, 1536, 6, 2, tokens=16, k=2, column_scales=True
+    "product of runs, 6 bits, levels to 7, groups of tokens": partial(
+        run_product, 1536, 6, 2, tokens=16, k=2, highest=7, column_scales=True
     ),
     "product of runs, one scale, groups of tokens": partial(
         run_product, 14336, 6, 16, tokens=16, k=2, scales=1, column_scales=True
     ),
-    "product of runs, 8 bits, 16 tokens": partial(run_product, 2048, 8, 4, tokens=16),
+    "product of runs, 8 bits, fp16, levels to 63, 16 tokens": partial(
+        run_product, 2048, 8, 4, "fp16", tokens=16, highest=63
+    ),
     "inputs of experts, 4 bits, any columns": partial(run_experts, 0, 4097, 4, 8, scales=1),
     "inputs of experts, fp32, one stack": partial(run_experts, 0, 2048, 5, 4, "fp32", stacks=1),
     "output of experts, 3 bits, fp32": partial(run_experts, 1, 768, 3, 4, "fp32"),
@@ -255,6 +258,7 @@ OTHER: dict[str, Callable[[], Launch]] = {
         run_decode, 7168, 5, 8, refined=(0.7, 12), column_scales=True
     ),
     "sizes of runs": partial(transcode, "sizes", 5, 8),
+    "order of runs": partial(transcode, "order", 5, 8),
     "offsets of runs": partial(transcode, "offsets", 5, 8),
     "codes of runs": partial(transcode, "codes", 6, 2),
     "decode, fp16, column scales": partial(decode, "fp16", column_scales=True),

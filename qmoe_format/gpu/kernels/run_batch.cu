@@ -1,26 +1,18 @@
-// y = W x for tiles of several tokens, from runs of gap codes of ternary matrices, on tensor cores.
+// y = W x for tiles of several tokens, from runs of gap codes, on tensor cores.
 //
-// A block takes as many groups as fit into its shared memory. First each warp follows the paths of a
-// group and marks where they land, with one bit: words [LINES][32 banks], a bank for each lane's
-// region as in x of a single token, so that marking has no bank conflicts. Then all warps multiply
-// these rows by up to 16 tokens at a time, sharing out the steps and, if there are many, the rows.
+// A block takes as many groups as fit into its shared memory. First each warp follows the paths of
+// a group and marks where they land: `run_marks.cu` in ternary matrices, `run_levels.cu` in others.
+// Then all warps multiply these rows by up to 16 tokens at a time, sharing out the steps and, if
+// there are many, the rows.
 //
-//     bank                0 ... LANES-1         LANES ... 2 LANES-1    ...
-//     line LINES-1        regions, above zero   the same, below zero   the next row
-//       bit 31            the last slot
-//       bit 30            the one before
-//
-// Two marks are cut out of a word at a time, each moved to bit 14 of half a register, which there
-// means 2.0, in bf16 and in fp16. Bit 15 is the sign. If a row has one scale, a tile of A is 16 rows
-// of W; otherwise 8, first their halves above zero, then those below. x comes from global memory as
+// What is cut out of marks is twice the levels. If a row has one scale, a tile of A is 16 rows of
+// W; otherwise 8, first their halves above zero, then those below. x comes from global memory as
 // `run_terms` has left it.
 
 constexpr int WARPS = THREADS / 32;
-// Four words after each group: so that 8 rows at the same place lie in different banks.
-constexpr int GROUP_WORDS = 32 * LINES + 4;
 constexpr int MARK_WORDS = BATCH * GROUP_WORDS;
-constexpr int EIGHT_ROWS = 8 / ROWS * GROUP_WORDS;  // words from a row to the eighth after it
-constexpr int TILE_ROWS = SCALES == 1 ? 16 : 8;     // of W, in a tile of A
+constexpr int GROUP_END = PLACE_BITS * LINES * LINE_WORDS;  // of its marks
+constexpr int TILE_ROWS = SCALES == 1 ? 16 : 8;             // of W, in a tile of A
 constexpr int TILE_GROUPS = TILE_ROWS / ROWS;
 constexpr int MOST_TILES = WARP_ROWS / TILE_ROWS;
 
@@ -46,7 +38,7 @@ struct Scales {
         high = to_float(stack.row_scale[at * SCALES + SCALES - 1]);
         low = SCALES == 2 ? to_float(stack.row_scale[at * SCALES]) : negative(high);
     }
-    // Of sums of 2 x, as marks are 2.
+    // Of sums of 2 x.
     __device__ float of(float sum_high, float sum_low) const {
         return high * (0.5f * sum_high) + low * (0.5f * sum_low);
     }
@@ -54,7 +46,9 @@ struct Scales {
 
 __device__ __forceinline__ void clear_group(u32* marks, int number) {
     uint4* const vectors = (uint4*)(marks + number * GROUP_WORDS);
-    for (int i = threadIdx.x % 32; i < LINES * 8; i += 32) vectors[i] = {};
+    for (int i = threadIdx.x % 32; i < GROUP_END / 4; i += 32) {
+        vectors[i] = {UNMARKED, UNMARKED, UNMARKED, UNMARKED};
+    }
 }
 
 // Mark the landings of `count` groups from `first` on.
@@ -78,16 +72,17 @@ __device__ __forceinline__ void mark_groups(const Stack& stack, int expert, int 
         }
         clear_group(marks, number);
         __syncwarp();
-        u8* const end = (u8*)(marks + number * GROUP_WORDS + 32 * LINES);
-        // A place counts slots from the end: 32 of them are the bits of a word.
-        Path{group.start * 4 - LINE_BYTES * (SLOTS + 1), ring}.follow(
+        u8* const end = (u8*)(marks + number * GROUP_WORDS + GROUP_END);
+        // A place counts slots from the end: so many of them are in a word.
+        constexpr int slots = log2_of(32 / PLACE_BITS);
+        Path{start_of(group) - LINE_BYTES * (SLOTS + 1), ring}.follow(
             codes, group,
             [&] {
                 if (more) codes = Codes(words, next);
             },
-            [&](int, int place, bool) {
-                u8* const word = end + ((place >> 5 & ~in_line) | (place & in_line));
-                atomicOr((u32*)word, 1u << (place >> 7 & 31));
+            [&](int, int place, bool there) {
+                u8* const word = end + ((place >> slots & ~in_line) | (place & in_line));
+                mark((u32*)word, place >> log2_of(LINE_BYTES), there);
             });
     }
     // The last tile of A may reach beyond the last group.
@@ -95,44 +90,6 @@ __device__ __forceinline__ void mark_groups(const Stack& stack, int expert, int 
         clear_group(marks, number);
     }
 }
-
-// A lane's marks of a unit, in rows g and g + 8 of a tile of A.
-template <int scales>
-struct Marks;
-
-template <>
-struct Marks<2> {
-    u32 of[2];
-
-    Marks() = default;
-    __device__ explicit Marks(const u32* word) : of{word[0], word[LANES]} {}
-    // A pair of slots.
-    template <int two>
-    __device__ __forceinline__ u32 cut_out(int row) const {
-        constexpr int left = 14 - slot_of(two);
-        return (left < 0 ? of[row] >> 1 : of[row] << max(left, 0)) & 0x40004000u;
-    }
-};
-
-// Two bits for each slot: whether there is a mark, and whether it is below zero.
-template <>
-struct Marks<1> {
-    u32 even[2], odd[2];
-
-    Marks() = default;
-    __device__ explicit Marks(const u32* word) {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            const u32 low = word[row * EIGHT_ROWS + LANES], any = word[row * EIGHT_ROWS] | low;
-            even[row] = (any & 0x55555555u) | (low << 1 & 0xaaaaaaaau);
-            odd[row] = (any >> 1 & 0x55555555u) | (low & 0xaaaaaaaau);
-        }
-    }
-    template <int two>
-    __device__ __forceinline__ u32 cut_out(int row) const {
-        return (two < 8 ? even[row] : odd[row]) << (14 - two % 8 * 2) & 0xc000c000u;
-    }
-};
 
 // A warp's part of the work: `tiles` tiles of A from `first` on, and every `parts`-th step.
 struct WarpPart {
@@ -198,7 +155,7 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
         x[n] = call.x + number * TERMS * PLACES + 8 * t;
     }
     const int group = (TILE_ROWS * part.first + g) / ROWS;
-    const u32* const lines = marks + group * GROUP_WORDS + g % ROWS * 2 * LANES;
+    const u32* const lines = marks + group * GROUP_WORDS + g % ROWS * ROW_WORDS;
     Sums<TB> sums = {};
     // The smallest terms first: beside larger ones, tensor cores would cut off bits of them.
 #pragma unroll 1
@@ -206,11 +163,14 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
 #pragma unroll 1
         for (int step = part.step; step < STEPS; step += part.parts) {
             const int unit = 4 * step + t;
-            const u32* const word = lines + unit / LANES * 32 + unit % LANES;
+            const int line = unit / LANES * PLACE_BITS;
+            const u32* const word = lines + line * LINE_WORDS + unit % LANES * REGION_WORDS;
             Marks<SCALES> of[MOST_TILES];
 #pragma unroll
             for (int m = 0; m < MOST_TILES; m++) {
-                if (m < part.tiles) of[m] = Marks<SCALES>(word + m * (TILE_ROWS / 8 * EIGHT_ROWS));
+                // Levels are loaded later, and a test here would only take registers.
+                if (PLACE_BITS == 1 && m >= part.tiles) continue;
+                of[m] = Marks<SCALES>(word + m * (TILE_ROWS / 8 * EIGHT_ROWS));
             }
             const TERM_TYPE* at[TB];
 #pragma unroll

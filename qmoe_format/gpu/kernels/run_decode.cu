@@ -95,16 +95,6 @@ struct Row {
     }
 };
 
-// Whether REACH divides a number, found by a product: it is odd.
-constexpr u32 inverse_of(u32 odd) {
-    u32 found = odd;
-    for (int i = 0; i < 4; i++) found *= 2 - odd * found;
-    return found;
-}
-__device__ inline bool reach_divides(u32 number) {
-    return number * inverse_of(REACH) <= ~0u / REACH;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
     const u16* starts,         // uint16 [experts, groups, 32]: 32 * (slot + 1) + bank

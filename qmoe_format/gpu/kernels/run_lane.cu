@@ -5,6 +5,16 @@ constexpr u32 CODE = (1u << BITS) - 1;
 
 constexpr int log2_of(int power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
 
+// Whether REACH divides a number, found by a product: it is odd.
+constexpr u32 inverse_of(u32 odd) {
+    u32 found = odd;
+    for (int i = 0; i < 4; i++) found *= 2 - odd * found;
+    return found;
+}
+__device__ inline bool reach_divides(u32 number) {
+    return number * inverse_of(REACH) <= ~0u / REACH;
+}
+
 // The line of a slot; the path begins a line before the first.
 __device__ constexpr int line_of(int slot) { return 1 + slot + slot / (REACH - 1); }
 
