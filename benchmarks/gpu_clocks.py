@@ -13,6 +13,7 @@ from typing import NamedTuple
 from benchmarks import gpu_parts
 from benchmarks.gpu_parts import Decoding, Marking, Walk
 from qmoe_format.gpu import run_batches, runs
+from qmoe_format.gpu.launch_plan import shares
 from qmoe_format.gpu.run_batches import Batch
 from qmoe_format.gpu.runs import RunLayout
 from tests.gpu.variants import H200
@@ -65,9 +66,8 @@ class Times(NamedTuple):
 
 def product(layout: RunLayout, walk: Walk, codes: float, pairs: int) -> dict[str, float]:
     """Seconds on each card for one token and ``pairs`` matrices."""
-    each = math.ceil(layout.groups / max(H200.multiprocessors // pairs, 1))
-    blocks = pairs * math.ceil(layout.groups / each)
-    turns = math.ceil(blocks / H200.multiprocessors)
+    blocks, each = shares(layout, pairs, H200)
+    turns = math.ceil(pairs * blocks / H200.multiprocessors)
     instructions = runs.THREADS // 32 * walk.prologue + each * walk.instructions(codes)
     wavefronts = layout.slots + each * codes * GATHER
     busy = turns * max(instructions / ISSUED, wavefronts / WAVEFRONTS) / CLOCK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -33,6 +34,12 @@ def layout_of(rows: int, columns: int, zeros: float) -> RunLayout:
     found = runs.choose(cast(DictLayout, stack), H200)
     assert found is not None
     return found
+
+
+def as_measured(layout: RunLayout) -> RunLayout:
+    """With as many lanes as when benchmarks/results/gpu.json was measured."""
+    wanted = max(layout.columns // 512, 8192 // layout.rows, 2)
+    return replace(layout, lanes=1 << min(wanted.bit_length() - 1, 4))
 
 
 def codes_of(layout: RunLayout, zeros: float, ordered: bool = True) -> float:

@@ -6,8 +6,9 @@ Prints, and writes into benchmarks/results/gpu_model.json:
 
 - bits per weight of random matrices;
 - products with one token, beside what benchmarks/results/gpu.json has. When that was measured, a
-  matrix's rows came in the order of the file, so the prediction beside it (*then*) is for codes of
-  such rows; the others are for rows in order of length, as they come now;
+  matrix's rows came in the order of the file and a half row had up to twice as many lanes, so the
+  prediction beside it (*then*) is for such runs; the others are for runs as they are now;
+- whole layers of eight experts with one token, beside what torch's products alone take with bf16;
 - products with 16 tokens for each of eight experts, beside torch's with bf16 from gpu.json, with a
   matrix as most are and as those of the recipe ``rd`` are;
 - decoding, beside the time to write as much.
@@ -27,13 +28,14 @@ from typing import Any
 
 from benchmarks import gpu_clocks, gpu_parts, report
 from benchmarks.gpu_clocks import BANDWIDTH
-from benchmarks.gpu_codes import bits_of, codes_of, layout_of
+from benchmarks.gpu_codes import as_measured, bits_of, codes_of, layout_of
 from benchmarks.gpu_listing import Listing, disassembled
 from benchmarks.gpu_parts import Walk
 from benchmarks.gpu_works import FUSED
 from benchmarks.readme import table
 from qmoe_format.gpu import run_batches, runs
 from qmoe_format.gpu.launch import Kernel
+from qmoe_format.gpu.runs import RunLayout
 from tests.gpu import nvrtc
 from tests.gpu.variants import H200
 
@@ -41,6 +43,7 @@ Record = dict[str, Any]
 
 SHAPES = ((4096, 14336), (2080, 6144), (14336, 4096), (7168, 2048), (4096, 1536), (2048, 768))
 SEVERAL = ((4096, 14336), (14336, 4096), (4096, 1536), (2048, 768))
+LAYERS = ((2048, 768), (4096, 14336))  # hidden, inner
 DECODED = (4096, 14336)
 ZEROS = (0.885, 0.6)
 
@@ -62,8 +65,8 @@ def memory() -> Iterator[Record]:
     for rows, columns in SHAPES:
         for zeros in ZEROS:
             layout = layout_of(rows, columns, zeros)
-            in_file_order = bits_of(layout, zeros, ordered=False).all
-            bits = {**bits_of(layout, zeros)._asdict(), "in file order": in_file_order}
+            then = bits_of(as_measured(layout), zeros, ordered=False).all
+            bits = {**bits_of(layout, zeros)._asdict(), "then": then}
             yield {**matrix(rows, columns, zeros), **bits}
 
 
@@ -76,11 +79,10 @@ def one_token(measured: Record) -> Iterator[Record]:
                 continue
             zeros, pairs = one["zeros"], FUSED if one["call"] == "fused 1" else 1
             layout = layout_of(rows, columns, zeros)
-            kernel = runs.product(layout, "bf16", "bf16", "LIST" if pairs > 1 else "ONE")
-            walk = gpu_parts.product(listing(kernel))
-            then, now = (codes_of(layout, zeros, ordered) for ordered in (False, True))
-            before = gpu_clocks.product(layout, walk, then, pairs)["H100"]
-            predicted = gpu_clocks.product(layout, walk, now, pairs)
+            before = as_measured(layout)
+            then, now = codes_of(before, zeros, ordered=False), codes_of(layout, zeros)
+            seconds_then = product(before, then, pairs)[1]["H100"]
+            walk, predicted = product(layout, now, pairs)
             yield {
                 **matrix(rows, columns, zeros),
                 "pairs": pairs,
@@ -88,9 +90,51 @@ def one_token(measured: Record) -> Iterator[Record]:
                 "codes then": then,
                 "codes": now,
                 "measured": one["microseconds"],
-                "predicted then": 1e6 * before,
+                "predicted then": 1e6 * seconds_then,
                 "predicted": {card: 1e6 * seconds for card, seconds in predicted.items()},
-                "ratio": 1e6 * before / one["microseconds"],
+                "ratio": 1e6 * seconds_then / one["microseconds"],
+            }
+
+
+def product(layout: RunLayout, codes: float, pairs: int) -> tuple[Walk, dict[str, float]]:
+    """With one token: instructions, and seconds on each card."""
+    kernel = runs.product(layout, "bf16", "bf16", "LIST" if pairs > 1 else "ONE")
+    walk = gpu_parts.product(listing(kernel))
+    return walk, gpu_clocks.product(layout, walk, codes, pairs)
+
+
+def layers(measured: Record) -> Iterator[Record]:
+    """Gate, up and down of ``FUSED`` experts with one token, and their sum."""
+    dense = {
+        (shape["rows"], shape["columns"], one["zeros"]): one["microseconds"] * one["bf16_graph"]
+        for shape in measured["shapes"]
+        for one in shape["compared"]
+        if one["call"] == "fused 1"
+    }
+    for hidden, inner in LAYERS:
+        for zeros in ZEROS:
+            of_inputs, of_output = layout_of(inner, hidden, zeros), layout_of(hidden, inner, zeros)
+            kernels = (
+                (of_inputs, runs.inputs(of_inputs, "bf16", "int64", 2), 2 * FUSED),
+                (of_output, runs.output(of_output, "bf16", "int64"), FUSED),
+            )
+            inputs, output = (
+                1e6 * gpu_clocks.product(layout, walk, codes_of(layout, zeros), pairs)["H100"]
+                for layout, kernel, pairs in kernels
+                for walk in [gpu_parts.product(listing(kernel))]
+            )
+            sums = 1e6 * (gpu_clocks.LAUNCH + gpu_clocks.LATENCY)
+            bf16 = 2 * dense[inner, hidden, zeros] + dense[hidden, inner, zeros]
+            yield {
+                "hidden": hidden,
+                "inner": inner,
+                "zeros": zeros,
+                "inputs": inputs,
+                "output": output,
+                "sums": sums,
+                "all": inputs + output + sums,
+                "bf16": bf16,
+                "times as fast": bf16 / (inputs + output + sums),
             }
 
 
@@ -166,11 +210,11 @@ def memory_table(records: list[Record]) -> str:
     lines = []
     for many, few in zip(records[::2], records[1::2], strict=True):
         bits = [many["all"], few["all"], many["starts"]]
-        bits += [each["in file order"] for each in (many, few)]
+        bits += [each["then"] for each in (many, few)]
         lines.append([f"{many['rows']} x {many['columns']}", *(f"{each:.2f}" for each in bits)])
     more, fewer = (f"{100 * zeros:g} %" for zeros in ZEROS)
     ours = f"{more} zeros | {fewer} | of them starts"
-    return table(f"rows x columns | {ours} | {more}, rows in file order | {fewer}", lines)
+    return table(f"rows x columns | {ours} | {more}, then | {fewer}", lines)
 
 
 def one_token_table(records: list[Record]) -> str:
@@ -188,6 +232,20 @@ def one_token_table(records: list[Record]) -> str:
     ]
     header = ["one token, experts", *Walk._fields, "codes then", "measured", "predicted then"]
     return table(" | ".join([*header, "ratio", "codes", *BANDWIDTH]), lines)
+
+
+def layers_table(records: list[Record]) -> str:
+    """Microseconds."""
+    lines = [
+        [
+            f"{each['hidden']}, {each['inner']}, {100 * each['zeros']:g} %",
+            *(f"{each[name]:.1f}" for name in ("inputs", "output", "sums", "all", "bf16")),
+            f"{each['times as fast']:.1f}",
+        ]
+        for each in records
+    ]
+    header = "gate and up | down | sums | all | bf16, products alone, measured | times as fast"
+    return table(f"hidden, inner, zeros | {header}", lines)
 
 
 def sixteen_tokens_table(records: list[Record]) -> str:
@@ -235,7 +293,7 @@ def decoding_table(records: list[Record]) -> str:
 
 def main() -> None:
     measured = report.load("gpu")
-    kept, one = [*memory()], [*one_token(measured)]
+    kept, one, whole = [*memory()], [*one_token(measured)], [*layers(measured)]
     sixteen, decoded = [*sixteen_tokens(measured)], [*decoding(measured)]
     ratios = [each["ratio"] for each in one]
     print(memory_table(kept), one_token_table(one), sep="\n\n")
@@ -243,9 +301,16 @@ def main() -> None:
         f"predicted / measured: {min(ratios):.2f} to {max(ratios):.2f}, "
         f"median {statistics.median(ratios):.2f}\n"
     )
+    print(layers_table(whole), "", sep="\n")
     print(sixteen_tokens_table(sixteen), sixteen_tokens_instructions(sixteen), sep="\n\n")
     print("", decoding_table(decoded), sep="\n")
-    figures = {"memory": kept, "one token": one, "16 tokens": sixteen, "decoding": decoded}
+    figures = {
+        "memory": kept,
+        "one token": one,
+        "layers": whole,
+        "16 tokens": sixteen,
+        "decoding": decoded,
+    }
     device = measured["device"]["name"]
     report.save("gpu_model", {"device": device, "ratio": report.spread(ratios), **figures})
 

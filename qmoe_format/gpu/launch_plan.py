@@ -28,6 +28,7 @@ from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
+STAGING = 16  # groups that a block could multiply in the time that it takes to stage x
 MOST_BLOCKS = 65535  # in the second or third dimension of a grid
 
 Number = int | Given
@@ -223,9 +224,16 @@ def _by_runs(packed: PackedRuns, x: Any, y: Any, pairs: Pairs, limits: DeviceLim
 def shares(layout: RunLayout, matrices: int, limits: DeviceLimits) -> tuple[int, int]:
     """Blocks for each of so many matrices, and groups for a block.
 
-    A block stages x of one pair only: one that came to a second would be late.
+    A block stages x of one pair only: one that came to a second would be late. There is one block
+    to a multiprocessor at a time, so their number should be a little less than a multiple.
     """
-    each = -(-layout.groups // max(limits.multiprocessors // matrices, 1))
+
+    def time(blocks: int) -> int:
+        turns = -(-matrices * blocks // limits.multiprocessors)
+        return turns * (STAGING + -(-layout.groups // blocks))
+
+    blocks = min(range(1, min(limits.multiprocessors, layout.groups) + 1), key=time)
+    each = -(-layout.groups // blocks)
     return -(-layout.groups // each), each
 
 

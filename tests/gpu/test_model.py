@@ -170,7 +170,10 @@ def test_predictions_are_near_what_was_measured() -> None:
 def test_what_is_saved_is_possible() -> None:
     saved = report.load("gpu_model")
     assert all(0.5 < each["all"] < 2.5 for each in saved["memory"])
-    assert all(each["codes"] <= each["codes then"] for each in saved["one token"])
+    assert all(each["all"] <= each["then"] for each in saved["memory"])
+    for each in saved["layers"]:
+        assert each["all"] == each["inputs"] + each["output"] + each["sums"]
+        assert each["inputs"] > each["output"] > each["sums"]
     for each in saved["16 tokens"]:
         parts = each["first"] + each["marking"] + max(each["products"], each["x"]) + each["rest"]
         assert each["all"] == pytest.approx(parts)

@@ -16,7 +16,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from qmoe_format.codec import dequantize
+from qmoe_format.codec import EncodedMatrix, dequantize, encode_matrix
+from qmoe_format.codec import decode as decode_levels
 from qmoe_format.dtypes import from_float32
 from qmoe_format.gpu.packing import Matrix, PackedStack, pack
 from tests.gpu import run_reference, shim
@@ -174,9 +175,14 @@ def batch_mixtures(machine: Machine) -> None:
 
 @cache
 def levels() -> tuple[list[Matrix], PackedStack]:
-    """A matrix with levels up to 37."""
-    coded = [matrix(LEVELS, replace(BATCH_SHAPE, rows=21))]
-    return coded, run_reference.stack(coded, 4, 8)
+    """A matrix with levels up to 37; in a row with hardly any below zero, a path stays long."""
+    coded = matrix(LEVELS, replace(BATCH_SHAPE, rows=21))
+    assert isinstance(coded, EncodedMatrix)
+    values = decode_levels(coded.levels)
+    values[4] = abs(values[4])
+    values[4, 0] = -1
+    coded = encode_matrix(values, coded.row_scale, coded.column_scale)
+    return [coded], run_reference.stack([coded], 4, 8)
 
 
 def level_products(machine: Machine) -> None:
