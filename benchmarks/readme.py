@@ -493,7 +493,10 @@ def all_figures() -> str:
     packing = sorted(each["packing_ns_per_weight"] for each in products)
     beside, grouped, imported, gpu = map(load, ("quality", "int_group", "import_qmoe", "gpu"))
     modeled = load("gpu_model")
-    predicted, sixteen = modeled["ratio"], [each["times as fast"] for each in modeled["16 tokens"]]
+    predicted = modeled["ratio"]
+    sixteen, layers = (
+        [each["times as fast"] for each in modeled[name]] for name in ("16 tokens", "layers")
+    )
     converted, ranks = load("convert_choices"), load("ranks")
     speed, profiles, cache = map(load, ("convert_speed", "convert_profile", "expert_cache"))
     assumed = ranks["assumed"]
@@ -708,12 +711,13 @@ is kept.
 
 ![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
 
-From the machine code alone, `python -m benchmarks.gpu_model` predicts times with one token that are
-{predicted["least"]:.2f} to {predicted["most"]:.2f} of those measured, {predicted["median"]:.2f} in
-the median, for codes of rows in the order of the file, as they came when this was measured. Of what
-has not run on a GPU, it predicts that 16 tokens for each of eight experts, now on tensor cores, are
-{min(sixteen):.1f} to {max(sixteen):.1f} times as fast as bf16, the least with the smallest
-matrices, and what decoding from runs takes ([NOTES.md](../qmoe_format/gpu/NOTES.md)). Decoding
+From the machine code alone, `python -m benchmarks.gpu_model` predicts these times with one token to
+{predicted["least"]:.2f} to {predicted["most"]:.2f} of what was measured, {predicted["median"]:.2f} in the
+median, for runs as they were made then. It also predicts what has changed since or has not run on a GPU:
+a whole layer of eight experts with one token {min(layers):.1f} to {max(layers):.1f} times as fast as
+torch's products alone; 16 tokens for each of eight experts, now on tensor cores, {min(sixteen):.1f} to
+{max(sixteen):.1f} times as fast as bf16, least with the smallest matrices; and what decoding from runs
+takes ([NOTES.md](../qmoe_format/gpu/NOTES.md)). Decoding
 wrote bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least for small
 matrices, when it still read codewords. `results/gpu_prototypes.json` has what the layout was
 decided by. `results/gpu_kernels.json` has registers, shared memory and spills of all

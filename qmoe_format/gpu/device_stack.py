@@ -121,7 +121,7 @@ def upload(
 def add_runs(stack: DeviceStack, *, spare: int = 0) -> bool:
     """Make products with ``int-dict`` matrices two to five times as fast: of codewords, make runs.
 
-    Runs take 1.2 to 1.5 times the memory of the codewords, see ``runs``, which go when they are
+    Runs take 1.2 to 1.4 times the memory of the codewords, see ``runs``, which go when they are
     made; until then both are there, and 256 MB or a matrix of levels.
 
     Args:
