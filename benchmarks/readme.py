@@ -711,13 +711,14 @@ is kept.
 
 ![Times as fast as bf16 and as QMoE's kernel](results/gpu.png)
 
-From the machine code alone, `python -m benchmarks.gpu_model` predicts these times with one token to
-{predicted["least"]:.2f} to {predicted["most"]:.2f} of what was measured, {predicted["median"]:.2f} in the
-median, for runs as they were made then. It also predicts what has changed since or has not run on a GPU:
-a whole layer of eight experts with one token {min(layers):.1f} to {max(layers):.1f} times as fast as
-torch's products alone; 16 tokens for each of eight experts, now on tensor cores, {min(sixteen):.1f} to
-{max(sixteen):.1f} times as fast as bf16, least with the smallest matrices; and what decoding from runs
-takes ([NOTES.md](../qmoe_format/gpu/NOTES.md)). Decoding
+From the machine code alone, `python -m benchmarks.gpu_model` predicts these times with one token
+to {predicted["least"]:.2f} to {predicted["most"]:.2f} of what was measured,
+{predicted["median"]:.2f} in the median, for runs as they were made then. It also predicts what has
+changed since or has not run on a GPU: a whole layer of eight experts with one token
+{min(layers):.1f} to {max(layers):.1f} times as fast as torch's products alone; 16 tokens for each
+of eight experts, now on tensor cores, {min(sixteen):.1f} to {max(sixteen):.1f} times as fast as
+bf16, least with the smallest matrices; and what decoding from runs takes
+([NOTES.md](../qmoe_format/gpu/NOTES.md)). Decoding
 wrote bf16 at {decoded[0]:.0%} to {decoded[-1]:.0%} of the bandwidth of a fill, the least for small
 matrices, when it still read codewords. `results/gpu_prototypes.json` has what the layout was
 decided by. `results/gpu_kernels.json` has registers, shared memory and spills of all
