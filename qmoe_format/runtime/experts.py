@@ -132,7 +132,7 @@ class CompressedExperts:
     def _forward_fused(
         self, x: Tensor, index: Tensor, weights: Tensor, activation: Activation, *biases: Tensor
     ) -> Tensor:
-        """All pairs in one launch per stack, without waiting for the GPU."""
+        """All pairs in one call, or in one per stack, without waiting for the GPU."""
         from qmoe_format.gpu import expert_matvec, gated_experts
 
         if self.silu_gate and not biases:

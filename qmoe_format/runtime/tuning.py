@@ -22,7 +22,7 @@ class Tuning:
         weights_per_thread: weights for which waking another thread pays.
         packed_per_thread: the same, times tokens, of packed matrices.
         scratch_bytes: of decoded weights at a time.
-        gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one launch per stack.
+        gpu_layer_tokens: up to this many tokens, a layer on a GPU takes one call, or one per stack.
         gpu_expert_tokens: up to this many tokens of an expert, a GPU multiplies weights as they
             are stored. (On an H100, decoding paid from about 20 at 60 % zeros, 40 at 88.5 %, when
             tokens went one after another; on tensor cores that has not been measured.)

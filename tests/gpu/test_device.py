@@ -18,6 +18,7 @@ from qmoe_format.dtypes import from_float32, to_float32
 from qmoe_format.errors import QMoEError
 from qmoe_format.gpu.packing import Matrix
 from tests.gpu import run_reference
+from tests.gpu.layers import Layer, layer_call, near
 from tests.gpu.problems import (
     KINDS,
     NAMES,
@@ -133,6 +134,21 @@ def test_expert_matvec(kind: Kind, tokens: int, k: int, runs: bool) -> None:
         y = numbers(gpu.expert_matvec(*call, on_gpu(weights, kind.dtype)), kind.dtype)
         sums = np.einsum("tk,tkr->tr", weights, products)
         assert np.array_equal(y, rounded(sums, kind.dtype))
+
+
+@with_and_without_runs
+@pytest.mark.parametrize("tokens", [1, 3, 60])
+@pytest.mark.parametrize("stacks", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_gated_experts(dtype: str, stacks: int, tokens: int, runs: bool) -> None:
+    kind = replace(BF16, dtype=dtype, column_scale=stacks == 1)
+    layer = Layer(kind, 769, 1025, stacks, ())
+    *inputs, output = (gpu.upload(matrices, runs=runs) for matrices in layer.stored)
+    x, experts, weights = layer_call(kind, tokens, 3, "int64", 769)
+    given = on_gpu(x, dtype), gpu.require().asarray(experts), on_gpu(weights, "fp32")
+    y = gpu.gated_experts(inputs, output, *given, out=on_gpu(0 * x, "fp32")).get()
+    # The GPU's exp is an approximation.
+    assert near(y, layer.expected(x, experts, weights), "bf16" if dtype == "bf16" else "fp16")
 
 
 @with_and_without_runs

@@ -3,116 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from qmoe_format import gpu
-from qmoe_format.codec import dequantize
 from qmoe_format.dtypes import to_float32
 from qmoe_format.errors import QMoEError
-from qmoe_format.gpu import expert_plan
-from qmoe_format.gpu.packing import pack
-from tests.gpu import run_reference, shim
+from tests.gpu import shim
 from tests.gpu.fake_cupy import FakeCupy
+from tests.gpu.layers import Layer, layer_call, near
 from tests.gpu.problems import (
-    FAULTLESS,
-    LARGE,
     NAMES,
     DictKind,
-    Floats,
     GroupKind,
     Kind,
     Machine,
-    Shape,
     array,
-    matrix,
-    rounded,
-    unwritten,
-    vectors,
-    workspace,
 )
 
 pytestmark = shim.needs_compiler
 
-EXPERTS = 3
 KIND = DictKind(((0.6, 12), None), 2, True, "bf16", 1, False, False)
 GROUPED = GroupKind(4, ("linear", True), "fp32", 1, False, False)
-
-
-class Layer:
-    """Random experts [inner, hidden] twice, or [2 inner, hidden], and [hidden, inner].
-
-    Args:
-        runs: bits and lanes of each stack; none: codewords.
-    """
-
-    def __init__(
-        self,
-        kind: Kind,
-        hidden: int = 70,
-        inner: int = 40,
-        stacks: int = 2,
-        runs: tuple[tuple[int, int], ...] = ((4, 8), (4, 8), (3, 4)),
-    ) -> None:
-        shapes = [Shape(2 * inner // stacks, hidden, 0.6, None, seed) for seed in range(stacks)]
-        shapes.append(Shape(hidden, inner, 0.6, None, 7))
-        stored = [[matrix(kind, shape, seed) for seed in range(EXPERTS)] for shape in shapes]
-        dense = [np.stack([dequantize(each) for each in stack]) for stack in stored]
-        self.kind, self.inputs, self.output = kind, np.concatenate(dense[:-1], 1), dense[-1]
-        packed = [run_reference.stack(m, *r) for m, r in zip(stored, runs, strict=False)]
-        self.stored, self.packed = stored, packed or [pack(each) for each in stored]
-
-    def expected(
-        self, x: Floats, experts: npt.NDArray[Any], weights: Floats
-    ) -> npt.NDArray[np.float64]:
-        """Products with the inputs are rounded to the dtype of x."""
-        y = np.zeros((len(x), self.output.shape[1]))
-        for t, i in np.ndindex(experts.shape):
-            if 0 <= experts[t, i] < EXPERTS:
-                exact = self.inputs[experts[t, i]].astype(np.float64) @ x[t]
-                gate, up = np.split(rounded(exact.astype(np.float32), self.kind.dtype), 2)
-                hidden = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
-                y[t] += weights[t, i] * (self.output[experts[t, i]].astype(np.float64) @ hidden)
-        return y
-
-    def run(
-        self,
-        x: Floats,
-        experts: npt.NDArray[Any],
-        weights: Floats,
-        machine: Machine = FAULTLESS,
-        kernels: list[str] | None = None,
-    ) -> Floats:
-        """What the kernels make of that; ``kernels`` gets their names."""
-        dtype = self.kind.dtype
-        y = unwritten((len(x), self.output.shape[1]), "fp32")
-        *inputs, output = self.packed
-        given = array(dtype, x), experts, array(dtype, weights)
-        launches = expert_plan.gated_experts(inputs, output, *given, y, workspace(LARGE))
-        if kernels is not None:
-            kernels[:] = [launch.kernel.name for launch in launches]
-        machine.run(launches, LARGE)
-        return y
-
-
-def near(y: Floats, expected: npt.NDArray[np.float64], activated: str = "fp32") -> bool:
-    """``activated``: to what silu(gate) * up is rounded."""
-    room = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3}[activated]
-    return bool((abs(y - expected) <= room * (1 + abs(expected).max())).all())
-
-
-def call(kind: Kind, tokens: int, k: int, index: str, hidden: int = 70) -> tuple[Any, ...]:
-    """x, experts, of which some do not exist, and weights."""
-    rng = np.random.default_rng(tokens)
-    experts = rng.integers(0, EXPERTS, (tokens, k)).astype(index)
-    experts.flat[1::5], experts.flat[3::7] = EXPERTS, -1
-    weights = rounded(rng.random((tokens, k)).astype(np.float32), kind.dtype)
-    return vectors(kind, Shape(1, hidden, 0.5, None, 3), tokens), experts, weights
-
-
 ONE_BY_ONE = ["inputs", "output", "combine"]
 
 
@@ -128,7 +41,7 @@ def test_one_after_another(
 ) -> None:
     kind = replace(KIND, dtype=dtype, column_scale=column_scale)
     layer = Layer(kind, hidden, inner, stacks, ((4, 8), (4, 8), (3, 4))[2 - stacks :])
-    x, experts, weights = call(kind, 3, 2, index, hidden)
+    x, experts, weights = layer_call(kind, 3, 2, index, hidden)
     kernels: list[str] = []
     y = layer.run(x, experts, weights, kernels=kernels)
     assert near(y, layer.expected(x, experts, weights))
@@ -152,7 +65,7 @@ def test_one_after_another(
 )
 def test_every_fault_is_noticed(old: str, new: str) -> None:
     layer = Layer(KIND)
-    x, experts, weights = call(KIND, 3, 2, "int64")
+    x, experts, weights = layer_call(KIND, 3, 2, "int64")
     try:
         y = layer.run(x, experts, weights, Machine(fault=(old, new)))
     except shim.Fault:
@@ -174,7 +87,7 @@ def test_other_ways(
 ) -> None:
     """Runs of different kinds, codewords, several tokens on tensor cores, and int-group."""
     layer = Layer(kind, 270, 260, 2, runs)
-    x, experts, weights = call(kind, tokens, 2, "int64", 270)
+    x, experts, weights = layer_call(kind, tokens, 2, "int64", 270)
     found: list[str] = []
     y = layer.run(x, experts, weights, kernels=found)
     assert near(y, layer.expected(x, experts, weights), kind.dtype)
@@ -183,7 +96,7 @@ def test_other_ways(
 
 def test_no_expert_at_all() -> None:
     layer = Layer(KIND)
-    x, experts, weights = call(KIND, 2, 0, "int32")
+    x, experts, weights = layer_call(KIND, 2, 0, "int32")
     assert not layer.run(x, experts, weights).any()
     assert layer.run(x[:0], experts[:0], weights[:0]).shape == (0, 70)
 
@@ -192,7 +105,7 @@ def test_calls(cupy: FakeCupy) -> None:
     """As users make them, again and again; after ``add_runs``, too."""
     layer = Layer(KIND)
     gate, up, down = (gpu.upload(stack, runs=False) for stack in layer.stored)
-    x, experts, weights = call(KIND, 3, 2, "int64")
+    x, experts, weights = layer_call(KIND, 3, 2, "int64")
     expected = layer.expected(x, experts, weights)
     given = cupy.asarray(array("bf16", x)), cupy.asarray(experts), cupy.asarray(weights)
     for _ in range(2):
@@ -211,7 +124,7 @@ def test_calls(cupy: FakeCupy) -> None:
 def test_stacks_that_are_no_layer(cupy: FakeCupy) -> None:
     layer = Layer(KIND)
     gate, up, down = (gpu.upload(stack) for stack in layer.stored)
-    given = [cupy.asarray(each) for each in call(replace(KIND, dtype="fp32"), 3, 2, "int64")]
+    given = [cupy.asarray(each) for each in layer_call(replace(KIND, dtype="fp32"), 3, 2, "int64")]
     for inputs in (
         (),
         (gate,),
