@@ -103,14 +103,19 @@ def product(layout: RunLayout, codes: float, pairs: int) -> tuple[Walk, dict[str
     return walk, gpu_clocks.product(layout, walk, codes, pairs)
 
 
-def layers(measured: Record) -> Iterator[Record]:
-    """Gate, up and down of ``FUSED`` experts with one token, and their sum."""
-    dense = {
+def bf16_of(measured: Record, call: str) -> dict[tuple[int, int, float], float]:
+    """Microseconds of torch's bf16, by rows, columns and the zeros of the matrix beside it."""
+    return {
         (shape["rows"], shape["columns"], one["zeros"]): one["microseconds"] * one["bf16_graph"]
         for shape in measured["shapes"]
         for one in shape["compared"]
-        if one["call"] == "fused 1"
+        if one["call"] == call
     }
+
+
+def layers(measured: Record) -> Iterator[Record]:
+    """Gate, up and down of ``FUSED`` experts with one token, and their sum."""
+    dense = bf16_of(measured, "fused 1")
     for hidden, inner in LAYERS:
         for zeros in ZEROS:
             of_inputs, of_output = layout_of(inner, hidden, zeros), layout_of(hidden, inner, zeros)
@@ -140,12 +145,7 @@ def layers(measured: Record) -> Iterator[Record]:
 
 def sixteen_tokens(measured: Record) -> Iterator[Record]:
     """16 tokens for each of ``FUSED`` experts."""
-    dense = {
-        (shape["rows"], shape["columns"], one["zeros"]): one["microseconds"] * one["bf16_graph"]
-        for shape in measured["shapes"]
-        for one in shape["compared"]
-        if one["call"] == "fused 16"
-    }
+    dense = bf16_of(measured, "fused 16")
     cases = [(*shape, zeros) for shape in SEVERAL for zeros in ZEROS]
     for case, rd in [(case, rd) for rd in (False, True) for case in cases]:
         layout, codes = layout_of(*case), codes_of(layout_of(*case), case[2])

@@ -18,6 +18,7 @@ part quantizer 150 python -m pytest -q -m gpu -n 2 tests/quantize/test_gpu_steps
     tests/quantize/test_cuda.py &
 part runtime 150 python -m pytest -q -m gpu -n 2 tests/runtime/test_device.py &
 few="test_shapes and (257x1 or 2047x769 or 11x16383) or experts_outside or transcoding and 5x257"
+few+=" or gated and bf16-2-3"
 for tool in memcheck racecheck initcheck synccheck; do
     part $tool 150 sanitized $tool tests/gpu/test_device.py -k "$few" &
 done

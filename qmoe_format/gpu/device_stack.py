@@ -122,7 +122,7 @@ def add_runs(stack: DeviceStack, *, spare: int = 0) -> bool:
     """Make products with ``int-dict`` matrices two to five times as fast: of codewords, make runs.
 
     Runs take 1.2 to 1.4 times the memory of the codewords, see ``runs``, which go when they are
-    made; until then both are there, and 256 MB or a matrix of levels.
+    made; until then both are there, and at most 1 GB of levels, or a matrix of them.
 
     Args:
         stack: what to make faster. CUDA graphs of calls with it have to be captured again.

@@ -15,7 +15,9 @@ from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 
-SCRATCH = 256 << 20  # bytes of decoded levels, unless one matrix takes more
+# Bytes of decoded levels, at most a quarter of what is free, unless one matrix takes more. If all fit,
+# they are decoded once, otherwise twice.
+SCRATCH = 1 << 30
 
 
 def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
@@ -28,7 +30,8 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
     stream = cupy.cuda.get_current_stream()
     experts, rows, columns = layout.experts, layout.rows, layout.columns
     with cuda.out_of_memory():
-        batch = max(1, min(experts, SCRATCH // (2 * rows * columns)))
+        scratch = min(SCRATCH, cupy.cuda.Device(device).mem_info[0] // 4)
+        batch = max(1, min(experts, scratch // (2 * rows * columns)))
         levels = cupy.empty((batch, rows, columns), np.float16)
         sizes = cupy.empty((experts, rows, 2), np.uint32)
         highest = cupy.zeros((1,), np.int32)
@@ -60,7 +63,7 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
         bases = np.concatenate([[0], ends[:-1]]).astype(np.uint64)
         arrays["bases"] = cupy.asarray(bases)
         arrays["words"] = cupy.zeros((int(ends[-1]) + runs.GUARD, 32), np.uint32)
-        for first, part in batches() if batch < experts else [(0, levels)]:  # still there
+        for first, part in batches() if batch < experts else [(0, levels)]:
             execute([runs.codes(layout, part, arrays, first, limits)], device, stream)
         stream.synchronize()
     return PackedRuns(layout, arrays, int(highest.get()[0]))
