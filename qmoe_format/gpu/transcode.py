@@ -15,8 +15,8 @@ from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 
-# Bytes of decoded levels, at most a quarter of what is free, unless one matrix takes more. If all fit,
-# they are decoded once, otherwise twice.
+# Bytes of decoded levels, at most a quarter of what is free, unless one matrix takes more. If all
+# fit, they are decoded once, otherwise twice.
 SCRATCH = 1 << 30
 
 
