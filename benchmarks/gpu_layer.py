@@ -9,6 +9,7 @@ which in a model it would have to gather. Writes gpu_layer.json.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ class Layer:
         self.sets = min(self.gate.experts, self.down.experts) // FUSED
 
     def of_up(self) -> list[codec.EncodedMatrix]:
-        """Those of ``gate``, twice as large."""
+        """Those of ``gate``, each with the scales of the next one."""
         return [self.gate.expert(number + 1) for number in range(self.gate.experts)]
 
     @property
@@ -153,7 +154,8 @@ def main() -> None:
         measured.append(measure(device, hidden, inner, rounds, bandwidth))
         print(f"hidden {hidden}, inner {inner}: us, times as fast as bf16 in a graph and not")
         for one in measured[-1]["compared"]:
-            ratios = " ".join(f"{one[f'bf16_{launch}']:6.2f}" for launch in ("graph", "plain"))
+            names = (f"bf16_{launch}" for launch in ("graph", "plain"))
+            ratios = " ".join(f"{one.get(name, math.nan):6.2f}" for name in names)
             print(f"  {one['call']} {one['zeros']:6.3f} {one['microseconds']:7.1f} {ratios}")
         for zeros, rate in measured[-1]["uploads"].items():
             print(f"  upload  {zeros:6.3f} {rate['median'] / 1e9:.1f} G weights/s", flush=True)

@@ -121,7 +121,7 @@ def layers(measured: Record) -> Iterator[Record]:
             of_inputs, of_output = layout_of(inner, hidden, zeros), layout_of(hidden, inner, zeros)
             kernels = (
                 (of_inputs, runs.inputs(of_inputs, "bf16", "int64", 2), 2 * FUSED),
-                (of_output, runs.output(of_output, "bf16", "int64"), FUSED),
+                (of_output, runs.output(of_output, "bf16", "int64", 2), FUSED),
             )
             inputs, output = (
                 1e6 * gpu_clocks.product(layout, walk, codes_of(layout, zeros), pairs)["H100"]
@@ -214,7 +214,7 @@ def memory_table(records: list[Record]) -> str:
         lines.append([f"{many['rows']} x {many['columns']}", *(f"{each:.2f}" for each in bits)])
     more, fewer = (f"{100 * zeros:g} %" for zeros in ZEROS)
     ours = f"{more} zeros | {fewer} | of them starts"
-    return table(f"rows x columns | {ours} | {more}, then | {fewer}", lines)
+    return table(f"rows x columns | {ours} | then, {more} | then, {fewer}", lines)
 
 
 def one_token_table(records: list[Record]) -> str:

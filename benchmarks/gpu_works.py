@@ -61,7 +61,7 @@ class Problem:
         experts = [self.expert(number) for number in range(self.experts)]
         self.stack = device.gpu.upload(experts, runs=runs)
         coded = mask.segment_bytes + 4 * (mask.lengths.size + 1)
-        self.bytes = (device.run_bytes(self.stack) // self.experts or coded) + bits.nbytes
+        self.bytes = device.run_bytes(self.stack) // self.experts or coded + bits.nbytes
         self.anchor = gpu_anchor.encode(levels, bits)
         stored = (self.anchor.codewords, self.anchor.offsets, self.anchor.low_high)
         self.anchor_bytes = sum(array.nbytes for array in stored)

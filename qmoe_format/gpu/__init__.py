@@ -15,7 +15,7 @@ x and y are CuPy arrays or torch tensors. The first call imports CuPy, an option
 How it works: ``packing`` lays out a stack, ``transcode`` makes ``runs`` of it for fast products,
 ``launch_plan`` and ``expert_plan`` choose the kernels for a call, ``kernels/*.cu`` are their
 source, ``launch`` runs them. Modules whose names begin with ``int_dict`` or ``int_group`` belong to
-one encoding. Only ``cuda``, ``device_stack``, ``launch`` and ``transcode`` use CuPy.
+one encoding. Only ``arrays``, ``cuda``, ``device_stack``, ``launch`` and ``transcode`` use CuPy.
 """
 
 from qmoe_format.gpu.cuda import available, require

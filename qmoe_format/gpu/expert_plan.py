@@ -38,9 +38,9 @@ def gated_experts(
 ) -> list[Launch]:
     """y [tokens, rows]: each token's experts, weighted and added up.
 
-    Three launches from runs, with as many pairs as go one after another: the inputs, the output,
-    whose blocks compute the activation as they stage it, and the sums. (Blocks of an expert have
-    rows of their own order, so none could add up those of others.)
+    Three launches, as long as pairs go one after another from runs: the inputs, the output, whose
+    blocks compute the activation as they stage it, and the sums. (Blocks of an expert have rows of
+    their own order, so none could add up those of others.)
 
     Args:
         inputs: gate above up in one stack, or two.
@@ -61,36 +61,39 @@ def gated_experts(
     count, dtype = tokens * k, element_type(x.dtype)
     pairs = Pairs(count, k, -1, experts)
     each = workspace.empty((tokens, k, rows), "fp32")
-    # Gate and up of a pair lie together; those of two stacks, first all gates, then all ups.
-    hidden = workspace.empty((2 * count, inner), dtype)
-    apart, stride = (1, 2 * inner) if len(inputs) == 1 else (count, inner)
-    gate, up = hidden[0 : 2 * count - apart], hidden[apart : 2 * count]
-    one_by_one = 0 < count <= MOST_BLOCKS and all(
+    total = weighted(each, weights, y, experts, output.layout.experts)
+    if not count:
+        return [total]
+    hidden = workspace.empty((2 * count, inner), dtype)  # as in ``kernels/run_output.cu``
+    one_by_one = count <= MOST_BLOCKS and all(
         stack.runs and not batch_for(stack, x, pairs, workspace.limits)
         for stack in (*inputs, output)
     )
     if one_by_one:
-        launches = [
+        return [
             *_inputs(inputs, x, hidden, experts, workspace),
-            _output(output, gate, up, stride, each, experts, workspace),
+            _output(output, len(inputs), hidden, each, experts, workspace),
+            total,
         ]
-    else:
-        launches, pairs = _narrowed(pairs, workspace)
-        parts = (hidden,) if len(inputs) == 1 else (gate, up)
-        for stack, part in zip(inputs, parts, strict=True):
-            launches += products(stack, x, part, pairs, workspace)
-        activated = workspace.empty((count, inner), dtype)
-        launches.append(
-            elementwise(
-                *("gate", "activate"),
-                size=count * inner,
-                workspace=workspace,
-                arguments=(gate, up, activated, *ints(count, inner, stride)),
-                X_TYPE=dtype,
-            )
-        )
-        launches += products(output, activated, each, replace(pairs, per_x=1), workspace)
-    return [*launches, weighted(each, weights, y, workspace, experts, output.layout.experts)]
+    launches, pairs = _narrowed(pairs, workspace)
+    for stack, part in zip(inputs, _parts(hidden, len(inputs)), strict=True):
+        launches += products(stack, x, part, pairs, workspace)
+    activated = workspace.empty((count, inner), dtype)
+    activate = elementwise(
+        *("gate", "activate"),
+        size=(count, inner),
+        arguments=(hidden, activated, *ints(count, inner)),
+        X_TYPE=dtype,
+        STACKS=len(inputs),
+    )
+    one_x_each = replace(pairs, per_x=1)
+    return [*launches, activate, *products(output, activated, each, one_x_each, workspace), total]
+
+
+def _parts(hidden: Any, stacks: int) -> list[Any]:
+    """What each of the inputs writes."""
+    size = hidden.shape[0] // stacks
+    return [hidden[i * size : (i + 1) * size] for i in range(stacks)]
 
 
 def _inputs(
@@ -99,11 +102,9 @@ def _inputs(
     """One launch, or two if the stacks have runs of different kinds."""
     found = [stack.runs for stack in inputs if stack.runs]
     if len(found) == 2 and found[0].layout != found[1].layout:
-        half = hidden.shape[0] // 2
-        parts = hidden[0:half], hidden[half : 2 * half]
         return [
             launch
-            for stack, part in zip(inputs, parts, strict=True)
+            for stack, part in zip(inputs, _parts(hidden, 2), strict=True)
             for launch in _inputs([stack], x, part, experts, workspace)
         ]
     layout, (tokens, k) = found[0].layout, experts.shape
@@ -116,19 +117,14 @@ def _inputs(
 
 
 def _output(
-    stack: PackedStack,
-    gate: Any,
-    up: Any,
-    stride: int,
-    each: Any,
-    experts: Any,
-    workspace: Workspace,
+    stack: PackedStack, inputs: int, hidden: Any, each: Any, experts: Any, workspace: Workspace
 ) -> Launch:
+    """``inputs``: from how many stacks ``hidden`` comes."""
     assert stack.runs
     layout, (tokens, k) = stack.runs.layout, experts.shape
     blocks, groups = shares(layout, tokens * k, workspace.limits)
-    kernel = _output_kernel(layout, *map(element_type, (gate.dtype, experts.dtype)))
-    call = (gate, up, each, experts, *ints(stride, groups), ring(layout))
+    kernel = _output_kernel(layout, *map(element_type, (hidden.dtype, experts.dtype)), inputs)
+    call = (hidden, each, experts, *ints(groups), ring(layout))
     sizes = ints(layout.experts, layout.rows)
     return Launch(kernel, (blocks, k, tokens), (*stack.runs.arrays.values(), *sizes, *call))
 
@@ -140,7 +136,7 @@ def _narrowed(pairs: Pairs, workspace: Workspace) -> tuple[list[Launch], Pairs]:
         return [], pairs
     numbers = workspace.empty(experts.shape, "int32")
     arguments = (experts, numbers, *ints(pairs.count))
-    launch = elementwise("narrow", size=pairs.count, workspace=workspace, arguments=arguments)
+    launch = elementwise("narrow", size=(1, pairs.count), arguments=arguments)
     return [launch], replace(pairs, experts=numbers)
 
 
@@ -150,5 +146,5 @@ def _inputs_kernel(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel
 
 
 @lru_cache(maxsize=1024)
-def _output_kernel(layout: RunLayout, x: str, index: str) -> Kernel:
-    return runs.output(layout, x, index)
+def _output_kernel(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
+    return runs.output(layout, x, index, stacks)

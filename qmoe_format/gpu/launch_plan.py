@@ -28,7 +28,7 @@ from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
-STAGING = 16  # groups that a block could multiply in the time that it takes to stage x
+STAGING_GROUPS = 16  # that a block could multiply in the time that it takes to stage x
 MOST_BLOCKS = 65535  # in the second or third dimension of a grid
 
 Number = int | Given
@@ -90,7 +90,7 @@ def expert_matvec(
     if not tokens * rows:
         return []
     each = workspace.empty((tokens, k, rows), "fp32")
-    return [*products(stack, x, each, pairs, workspace), weighted(each, weights, y, workspace)]
+    return [*products(stack, x, each, pairs, workspace), weighted(each, weights, y)]
 
 
 def check_experts(k: int) -> None:
@@ -100,9 +100,7 @@ def check_experts(k: int) -> None:
         raise QMoEError("limit", problem, "multiply by some of them at a time")
 
 
-def weighted(
-    each: Any, weights: Any, y: Any, workspace: Workspace, listed: Any = None, experts: int = 0
-) -> Launch:
+def weighted(each: Any, weights: Any, y: Any, listed: Any = None, experts: int = 0) -> Launch:
     """y [tokens, rows]: sums of products ``each`` fp32 [tokens, k, rows] times ``weights``.
 
     With ``listed`` [tokens, k], products of experts that are none of ``experts`` are left out.
@@ -110,8 +108,7 @@ def weighted(
     tokens, k, rows = each.shape
     return elementwise(
         "combine",
-        size=tokens * rows,
-        workspace=workspace,
+        size=(tokens, rows),
         arguments=(each, weights, y, listed, *ints(tokens, k, rows, experts)),
         WEIGHT_TYPE=element_type(weights.dtype),
         Y_TYPE=element_type(y.dtype),
@@ -149,7 +146,7 @@ class Pairs:
         count: number of pairs.
         per_x: pairs that share a row of x.
         expert: the expert of all of them, or -1.
-        experts: int32 [count], the expert of each, if ``expert`` is -1.
+        experts: int32 [count], the expert of each, if ``expert`` is -1; in any shape.
     """
 
     count: int
@@ -230,7 +227,7 @@ def shares(layout: RunLayout, matrices: int, limits: DeviceLimits) -> tuple[int,
 
     def time(blocks: int) -> int:
         turns = -(-matrices * blocks // limits.multiprocessors)
-        return turns * (STAGING + -(-layout.groups // blocks))
+        return turns * (STAGING_GROUPS + -(-layout.groups // blocks))
 
     blocks = min(range(1, min(limits.multiprocessors, layout.groups) + 1), key=time)
     each = -(-layout.groups // blocks)
@@ -310,8 +307,7 @@ def _prepare(
     sizes = ints(layout.experts, pairs.expert, pairs.count, pairs.per_x, layout.columns)
     launch = elementwise(
         "prepare",
-        size=pairs.count * (layout.columns + 1),
-        workspace=workspace,
+        size=(pairs.count, layout.columns + 1),
         arguments=(x, column_scale, pairs.experts, scaled, *sizes),
         X_TYPE=element_type(x.dtype),
         COLUMN_SCALES=int(layout.column_scales),
@@ -320,11 +316,12 @@ def _prepare(
 
 
 def elementwise(
-    *files: str, size: int, workspace: Workspace, arguments: tuple[Any, ...], **defines: str | int
+    *files: str, size: tuple[int, int], arguments: tuple[Any, ...], **defines: str | int
 ) -> Launch:
-    """A launch of the last of ``files``, whose threads share out ``size`` elements."""
+    """A launch of the last of ``files``, a thread for each element of a row or of some rows."""
     kernel = Kernel(files[-1], source("types", *files, **defines), ELEMENTWISE_THREADS)
-    return Launch(kernel, kernel.blocks(size, workspace.limits), arguments)
+    rows, columns = size
+    return Launch(kernel, (-(-columns // kernel.threads), min(rows, MOST_BLOCKS), 1), arguments)
 
 
 def _tile(layout: Layout, x_dtype: str, wanted: int, limits: DeviceLimits) -> int:

@@ -9,7 +9,6 @@ the same shapes and dtypes has been made before, so that its kernels are compile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,7 @@ def gated_experts(
     weights: Any,
     out: Any = None,
 ) -> Any:
-    """Whole experts, from gate and up to down: in three launches, for a few tokens.
+    """Whole experts, from gate and up to down: for a few tokens, in three launches.
 
     Args:
         inputs: a stack with gate above up, or two stacks.
@@ -121,7 +120,7 @@ def gated_experts(
     Returns:
         y [tokens, rows], the sum of weights[t, i] down(silu(gate x[t]) * up x[t]) of the experts
         experts[t, i], in the order of i. Products with gate and up are rounded to the dtype of x;
-        all else is float32.
+        so is silu(gate x) * up x, except where tokens go one after another from runs.
 
     Raises:
         QMoEError: ``argument`` for stacks that do not fit each other, or as for ``matvec``;
@@ -132,6 +131,8 @@ def gated_experts(
         y = gpu.gated_experts((gate, up), down, x, experts, weights)
     """
     stacks = (inputs,) if isinstance(inputs, DeviceStack) else tuple(inputs)
+    # Whether they have runs, too: otherwise a call with codewords would be made again.
+    what = ("gated", *((stack, stack.packed.runs is None) for stack in stacks))
 
     def prepare() -> _Call:
         _check_layer(stacks, output)
@@ -141,23 +142,30 @@ def gated_experts(
         library.check(x, "x", (tokens, stacks[0].shape[2]))
         library.check(weights, "weights", (tokens, k))
         y = _result(library, out, (tokens, output.shape[1]), element_type(x.dtype))
-        plan = partial(expert_plan.gated_experts, [stack.packed for stack in stacks])
+        for key in list(output.prepared):  # calls with other inputs, which would keep those
+            if isinstance(key[0], tuple) and key[0][0] == "gated" and key[0] != what:
+                del output.prepared[key]
+        packed = [stack.packed for stack in stacks]
+        plan = expert_plan.gated_experts
         arrays = (x, experts, weights)
-        return _Call(library, output, arrays, y, lambda packed, _, *others: plan(packed, *others))
+        return _Call(
+            library, output, arrays, y, lambda last, _, *others: plan(packed, last, *others)
+        )
 
-    what = ("gated", *((stack, stack.packed.runs is None) for stack in stacks))
     return _run(output, what, 0, (x, experts, weights), out, prepare)
 
 
 def _check_layer(inputs: Sequence[DeviceStack], output: DeviceStack) -> None:
     """Raises ``QMoEError``, ``argument``, if these are not the stacks of one layer."""
     experts, _, inner = output.shape
-    fitting = [(experts, 2 * inner // max(len(inputs), 1), each.shape[2]) for each in inputs[:1]]
-    if len(inputs) > 2 or [each.shape for each in inputs] != fitting * len(inputs) or not inputs:
-        shapes = ", ".join(str(list(stack.shape)) for stack in (*inputs, output))
+    shapes = [stack.shape for stack in inputs]
+    if len(inputs) not in (1, 2) or set(shapes) != {
+        (experts, 2 * inner // len(inputs), shapes[0][2])
+    }:
+        named = ", ".join(str(list(stack.shape)) for stack in (*inputs, output))
         raise QMoEError(
             "argument",
-            f"stacks of shapes {shapes} are not gate, up and down of one layer",
+            f"stacks of shapes {named} are not gate, up and down of one layer",
             "give stacks [experts, inner, hidden] twice, or one [experts, 2 inner, hidden], and "
             "one [experts, hidden, inner]",
         )

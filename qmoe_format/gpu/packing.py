@@ -26,7 +26,7 @@ class PackedStack:
 
     Attributes:
         arrays: numpy's or a device's, by name, in the order of the kernels' parameters; with runs,
-            there may be none.
+            none.
         runs: ``int-dict`` matrices in the form for fast products, in place of their codewords.
     """
 

@@ -24,7 +24,7 @@ WARP_ROWS = 48  # of a warp: their sums for 16 tokens and x fit into 128 registe
 # of 10/8 x 2^-24 at worst for each of the columns that a warp adds up; [M-1] allows 2^-24 for every
 # column of the row. A level is one product, however high. Of few columns, a warp may have most;
 # there is little to gain, too.
-MOST_ROWS = 4 * WARP_ROWS
+MOST_MARKED_ROWS = 4 * WARP_ROWS
 FEWEST_COLUMNS = 256
 MAGNITUDES = {1: 1, 4: 7, 8: 63}  # the highest one for so many bits of a mark
 
@@ -66,10 +66,10 @@ class Batch:
     def fewest(self) -> int:
         """Tokens of an expert from which on this is faster than one after another.
 
-        A code takes 9 instructions instead of 6, but once for all tokens; a weight takes 2.6 more.
-        The rarer codes are, the more that is: 2.4 tokens' at 60 % zeros, with 0.43 codes of 4 bits
-        a weight, 4.9 at 88.5 %, with 0.12 of 6 bits. And there is a launch more. Beyond levels of 1
-        a code takes 13 instructions: 0.7 tokens' more.
+        A code takes 10 instructions instead of 6, but once for all tokens; a weight takes 2.6 more.
+        The rarer codes are, the more that is: 2.7 tokens' at 60 % zeros, with 0.43 codes of 4 bits
+        a weight, 5.3 at 88.5 %, with 0.12 of 6 bits. And there is a launch more. Beyond levels of 1
+        a code takes 14 instructions: 0.7 tokens' more.
         """
         return self.layout.bits + (self.place_bits > 1)
 
@@ -134,7 +134,7 @@ def choose(layout: RunLayout, highest: int, x: str, limits: DeviceLimits) -> Bat
         return None
     tile = (16 if layout.scales == 1 else 8) * layout.lanes // 16  # groups of a tile of A
     room = max(limits.shared_bytes - _sum_bytes(), 0)
-    fit = min(room // _group_bytes(layout, place_bits), MOST_ROWS * layout.lanes // 16)
+    fit = min(room // _group_bytes(layout, place_bits), MOST_MARKED_ROWS * layout.lanes // 16)
     # A warp takes a group at a time: equally many each, if there are so many.
     groups = fit // WARPS * WARPS or fit // max(tile, 1) * tile
     short = layout.columns < FEWEST_COLUMNS or layout.lanes < 2

@@ -142,10 +142,10 @@ def inputs(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
     return _product(layout, "inputs", "run_inputs", X_TYPE=x, Y_TYPE=x, INDEX=index, STACKS=stacks)
 
 
-def output(layout: RunLayout, x: str, index: str) -> Kernel:
-    """The kernel for an expert's down, from gate and up of element type ``x``."""
-    files = ("gate", "run_output")
-    return _product(layout, "output", *files, X_TYPE=x, Y_TYPE="fp32", INDEX=index)
+def output(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
+    """The kernel for an expert's down, from what ``inputs`` makes."""
+    files, types = ("gate", "run_output"), {"X_TYPE": x, "Y_TYPE": "fp32", "INDEX": index}
+    return _product(layout, "output", *files, **types, STACKS=stacks)
 
 
 def _product(layout: RunLayout, name: str, *files: str, **more: str | int) -> Kernel:

@@ -15,8 +15,8 @@ from qmoe_format.gpu.launch_plan import Workspace
 from qmoe_format.gpu.packing import PackedStack
 from qmoe_format.gpu.runs import PackedRuns, RunLayout
 
-# Bytes of decoded levels, at most a quarter of what is free, unless one matrix takes more. If all
-# fit, they are decoded once, otherwise twice.
+# Bytes of decoded levels, at most 1/16 of what is free, unless one matrix takes more. If all fit,
+# they are decoded once, otherwise twice.
 SCRATCH = 1 << 30
 
 
@@ -30,7 +30,7 @@ def runs_of(stack: PackedStack, layout: RunLayout, device: int) -> PackedRuns:
     stream = cupy.cuda.get_current_stream()
     experts, rows, columns = layout.experts, layout.rows, layout.columns
     with cuda.out_of_memory():
-        scratch = min(SCRATCH, cupy.cuda.Device(device).mem_info[0] // 4)
+        scratch = min(SCRATCH, cupy.cuda.Device(device).mem_info[0] // 16)
         batch = max(1, min(experts, scratch // (2 * rows * columns)))
         levels = cupy.empty((batch, rows, columns), np.float16)
         sizes = cupy.empty((experts, rows, 2), np.uint32)

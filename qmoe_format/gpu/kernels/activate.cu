@@ -1,13 +1,16 @@
-// silu(gate) * up of each pair.
+// silu(gate) * up of each pair. The grid is [pairs][columns].
 
 extern "C" __global__ void activate(
-    const X_TYPE* gate,  // bf16, fp16 or fp32, `columns` of each pair, `stride` apart
-    const X_TYPE* up,    // the same
-    X_TYPE* y,           // bf16, fp16 or fp32 [pairs, columns]
-    int pairs, int columns, int stride) {
-    const u64 size = (u64)pairs * columns, step = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
-        const u64 at = i / columns * stride + i % columns;
-        y[i] = from_float<X_TYPE>(silu_gate(to_float(gate[at]), to_float(up[at])));
+    const X_TYPE* hidden,  // bf16, fp16 or fp32, as in run_output.cu
+    X_TYPE* y,             // bf16, fp16 or fp32 [pairs, columns]
+    int pairs, int columns) {
+    const int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    const u64 step = STACKS == 1 ? 2 * columns : columns;
+    const u64 apart = STACKS == 1 ? columns : (u64)pairs * columns;
+    for (u64 pair = blockIdx.y; pair < pairs; pair += gridDim.y) {
+        const X_TYPE* const gate = hidden + pair * step + column;
+        const float value = silu_gate(to_float(gate[0]), to_float(gate[apart]));
+        y[pair * columns + column] = from_float<X_TYPE>(value);
     }
 }

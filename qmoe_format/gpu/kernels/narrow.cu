@@ -4,8 +4,6 @@ extern "C" __global__ void narrow(
     const int64* wide,  // int64 [size]
     int* numbers,       // int32 [size]
     int size) {
-    const int step = gridDim.x * blockDim.x;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
-        numbers[i] = wide[i] == (int)wide[i] ? (int)wide[i] : -1;
-    }
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) numbers[i] = wide[i] == (int)wide[i] ? (int)wide[i] : -1;
 }

@@ -9,15 +9,15 @@ extern "C" __global__ void prepare(
     int experts,               // number of experts
     int expert,                // the expert of all pairs, or -1
     int pairs, int pairs_per_x, int columns) {
-    const u64 size = (u64)pairs * (columns + 1), step = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
-        const int pair = (int)(i / (columns + 1)), column = (int)(i % (columns + 1));
+    const int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column > columns) return;
+    for (int pair = blockIdx.y; pair < pairs; pair += gridDim.y) {
         const int e = expert < 0 ? listed[pair] : expert;
         float value = 0.0f;
         if (column < columns) value = to_float(x[(u64)(pair / pairs_per_x) * columns + column]);
         if (COLUMN_SCALES && column < columns && e >= 0 && e < experts) {
             value *= to_float(column_scale[(u64)e * columns + column]);
         }
-        scaled[i] = value;
+        scaled[(u64)pair * (columns + 1) + column] = value;
     }
 }

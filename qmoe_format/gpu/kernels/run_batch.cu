@@ -24,7 +24,7 @@ struct Matrices : Stack {
 
 typedef CallOf<TERM_TYPE> Call;
 
-// The rows that are marked: so many, from place `first` on.
+// The rows that are marked: this many, from place `first` on.
 struct Rows {
     int first, count;
 };
@@ -73,15 +73,15 @@ __device__ __forceinline__ void mark_groups(const Stack& stack, int expert, int 
         clear_group(marks, number);
         __syncwarp();
         u8* const end = (u8*)(marks + number * GROUP_WORDS + GROUP_END);
-        // A place counts slots from the end: so many of them are in a word.
-        constexpr int slots = log2_of(32 / PLACE_BITS);
+        // A place counts slots from the end; a word has 32 / PLACE_BITS of them.
+        constexpr int log2_slots = log2_of(32 / PLACE_BITS);
         Path{start_of(group) - LINE_BYTES * (SLOTS + 1), ring}.follow(
             codes, group,
             [&] {
                 if (more) codes = Codes(words, next);
             },
             [&](int, int place, bool there) {
-                u8* const word = end + ((place >> slots & ~in_line) | (place & in_line));
+                u8* const word = end + ((place >> log2_slots & ~in_line) | (place & in_line));
                 mark((u32*)word, place >> log2_of(LINE_BYTES), there);
             });
     }
@@ -178,7 +178,7 @@ __device__ __forceinline__ void multiply(const Stack& stack, const Call& call, c
             sums.template add<0>(part.tiles, of, at);
         }
     }
-    // Partial sums of a row by its warps, [parts][8 tokens][rows]. So many words between two tokens
+    // Partial sums of a row by its warps, [parts][8 tokens][rows]. Enough words between two tokens
     // that a warp's lie in different banks.
     const int stride = TILE_ROWS * all + 4;
 #pragma unroll

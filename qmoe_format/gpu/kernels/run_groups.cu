@@ -1,6 +1,6 @@
-// How a block multiplies groups of a matrix by x from runs of gap codes: it stages x in shared memory,
-// then its warps take groups in turn. What takes long is asked for first: offsets, x, and words as
-// soon as their offsets are there.
+// How a block multiplies groups of a matrix by x from runs of gap codes: it stages x in shared
+// memory, then its warps take groups in turn. What takes long is asked for first: offsets, x, and
+// words as soon as their offsets are there.
 
 constexpr int X_BYTES = (SLOTS + 1) * LINE_BYTES;
 
@@ -31,8 +31,8 @@ struct alignas(sizeof(T) * QUARTER) Quarter {
     }
 };
 
-// Where x comes from: an array. In its place, others say what they load for QUARTER columns, and what
-// x is then.
+// Where x comes from: an array. In its place, others say what they load for QUARTER columns, and
+// what x is then.
 struct Given {
     const X_TYPE* x;
 

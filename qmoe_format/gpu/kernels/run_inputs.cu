@@ -1,6 +1,6 @@
 // What the experts of each token make of its x: products with gate and up, from one stack, in which
-// gate is above up, or from two. The grid is [tokens][experts of a token][blocks of a matrix, of the
-// first stack and of the second].
+// gate is above up, or from two. The grid, from z to x, is [tokens][experts of a token][blocks of a
+// matrix, first those of the first stack].
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) inputs(
     const u32* offsets,        // uint32 [experts, groups + 1]: the first code of each group
@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) inputs(
     const u32* words,          // uint32 [lines, 32]
     const bf16* row_scale,     // bf16 [experts, rows, SCALES], in that order
     const bf16* column_scale,  // bf16 [experts, COLUMNS] if COLUMN_SCALES
-    const u32* offsets_2,      // the same of the second stack if STACKS is 2
+    const u32* offsets_2,      // the same of the second stack; not used if STACKS is 1
     const u16* starts_2,
     const u16* order_2,
     const u64* bases_2,

@@ -6,7 +6,7 @@ constexpr u32 CODE = (1u << BITS) - 1;
 constexpr int log2_of(int power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
 
 // Whether REACH divides a number, found by a product: it is odd.
-constexpr u32 inverse_of(u32 odd) {
+__device__ constexpr u32 inverse_of(u32 odd) {
     u32 found = odd;
     for (int i = 0; i < 4; i++) found *= 2 - odd * found;
     return found;

@@ -13,7 +13,7 @@
 
 constexpr int LINE_WORDS = 16;
 constexpr int ROW_WORDS = 1, REGION_WORDS = ROWS;  // from a row or region to the next one
-// So many words after each group that 8 rows at the same place lie in different banks.
+// Enough words after each group that 8 rows at the same place lie in different banks.
 constexpr int GROUP_WORDS = PLACE_BITS * LINES * LINE_WORDS + 4 * ROWS;
 constexpr int EIGHT_ROWS = 8 / ROWS * GROUP_WORDS;  // words from a row to the eighth after it
 constexpr u32 BIAS = PLACE_BITS == 4 ? 8 : 64;      // the mantissa of bf16 has no more than 7 bits

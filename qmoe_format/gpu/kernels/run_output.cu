@@ -1,5 +1,6 @@
-// What experts make of silu(gate) * up, which each block computes when it stages it: products that are
-// still to be weighted and added up. The grid is [tokens][experts of a token][blocks of a matrix].
+// What experts make of silu(gate) * up, which each block computes when it stages it: products that
+// are still to be weighted and added up. The grid, from z to x, is [tokens][experts of a token]
+// [blocks of a matrix].
 
 struct Gated {
     const X_TYPE *gate, *up;
@@ -29,11 +30,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) output(
     const bf16* row_scale,     // bf16 [experts, rows, SCALES], in that order
     const bf16* column_scale,  // bf16 [experts, COLUMNS] if COLUMN_SCALES
     int experts, int rows,
-    const X_TYPE* gate,   // bf16, fp16 or fp32, COLUMNS of each pair, `stride` apart
-    const X_TYPE* up,     // the same
-    float* y,             // float32 [tokens, k, rows]
-    const INDEX* listed,  // int32 or int64 [tokens, k]: the experts; of others nothing is written
-    int stride,
+    const X_TYPE* hidden,  // bf16, fp16 or fp32: gate and up of each pair, [tokens, k, 2, COLUMNS],
+                           // or from two STACKS, [2, tokens, k, COLUMNS]
+    float* y,              // float32 [tokens, k, rows]
+    const INDEX* listed,   // int32 or int64 [tokens, k]: the experts; of others nothing is written
     int groups_per_block,
     u32 ring) {  // as in run_product.cu
     extern __shared__ unsigned char shared[];
@@ -41,9 +41,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) output(
                          words, row_scale, column_scale, experts, rows};
     const int from = blockIdx.x * groups_per_block;
     const int to = min(from + groups_per_block, stack.groups());
-    const u64 pair = blockIdx.z * gridDim.y + blockIdx.y;
+    const u64 pair = blockIdx.z * gridDim.y + blockIdx.y, pairs = gridDim.z * gridDim.y;
     const INDEX e = listed[pair];
     if (e < 0 || e >= experts) return;
-    const Gated gated = {gate + pair * stride, up + pair * stride};
+    const X_TYPE* const gate = hidden + pair * COLUMNS * (STACKS == 1 ? 2 : 1);
+    const Gated gated = {gate, gate + COLUMNS * (STACKS == 1 ? 1 : pairs)};
     multiply_groups(stack, (int)e, from, to, gated, y + pair * rows, ring, shared);
 }

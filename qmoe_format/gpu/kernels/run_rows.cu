@@ -1,7 +1,8 @@
-// In which order a matrix's rows lie in runs, and their scales in that order. A row's rank is the number
-// of those that are shorter, or as long and before it; a row is as long as the longer of its halves.
+// In which order a matrix's rows lie in runs, and their scales in that order. A row's rank is the
+// number of those that are shorter, or as long and before it; a row is as long as the longer of its
+// halves.
 
-constexpr int NEVER = -1;  // as unsigned, no row is as long
+constexpr u32 BEYOND = 0xffffffffu;  // no row is as long
 
 extern "C" __global__ void __launch_bounds__(THREADS) run_rows(
     const u32* sizes,       // uint32 [count, rows, 2]
@@ -15,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) run_rows(
     for (int part = blockIdx.x; part < count * parts; part += gridDim.x) {
         const u64 matrix = (u64)(part / parts) * rows;
         const auto length_of = [&](int row) {
-            if (row >= rows) return (u32)NEVER;
+            if (row >= rows) return BEYOND;
             return max(sizes[(matrix + row) * 2], sizes[(matrix + row) * 2 + 1]);
         };
         const int row = part % parts * THREADS + threadIdx.x;
