@@ -119,6 +119,9 @@ def test_calls(cupy: FakeCupy) -> None:
     y = gpu.gated_experts((gate, up), down, *given)
     assert near(to_float32(y.get(), NAMES["bf16"]), expected, "bf16")
     assert [launch.kernel.name for launch in cupy.launched[-3:]] == ONE_BY_ONE
+    other = gpu.upload(layer.stored[0])
+    assert np.array_equal(gpu.gated_experts((other, up), down, *given), y)
+    assert gate not in {stack for (_, *stacks), *_ in down.prepared for stack, _ in stacks}
 
 
 def test_stacks_that_are_no_layer(cupy: FakeCupy) -> None:
