@@ -100,7 +100,7 @@ def check_experts(k: int) -> None:
         raise QMoEError("limit", problem, "multiply by some of them at a time")
 
 
-def weighted(each: Any, weights: Any, y: Any, listed: Any = None, experts: int = 0) -> Launch:
+def weighted(each: Any, weights: Any, y: Any, listed: Any = None, experts: int = 1) -> Launch:
     """y [tokens, rows]: sums of products ``each`` fp32 [tokens, k, rows] times ``weights``.
 
     With ``listed`` [tokens, k], products of experts that are none of ``experts`` are left out.

@@ -60,7 +60,7 @@ def test_one_after_another(
         ("1.0f + __expf(-gate)", "1.0f + __expf(gate)"),
         ("y + pair * rows", "y"),
         ("return;\n    const X_TYPE", "listed[0];\n    const X_TYPE"),
-        ("!LEAVE_OUT ||", "true ||"),
+        ("number[i] >= experts", "false"),
     ],
 )
 def test_every_fault_is_noticed(old: str, new: str) -> None:
