@@ -715,7 +715,8 @@ From the machine code alone, `python -m benchmarks.gpu_model` predicts these tim
 to {predicted["least"]:.2f} to {predicted["most"]:.2f} of what was measured,
 {predicted["median"]:.2f} in the median, for runs as they were made then. It also predicts what has
 changed since or has not run on a GPU: a whole layer of eight experts with one token
-{min(layers):.1f} to {max(layers):.1f} times as fast as torch's products alone; 16 tokens for each
+{min(layers):.1f} to {max(layers):.1f} times as fast as torch's products alone (on a GPU,
+`python -m benchmarks.gpu_layer` measures that, and uploads); 16 tokens for each
 of eight experts, now on tensor cores, {min(sixteen):.1f} to {max(sixteen):.1f} times as fast as
 bf16, least with the smallest matrices; and what decoding from runs takes
 ([NOTES.md](../qmoe_format/gpu/NOTES.md)). Decoding
