@@ -391,9 +391,9 @@ FAULTS: dict[str, tuple[Call, str, str, str]] = {
     "the window is never emptied": (decoded, "*vector = uint4{0, 0, 0, 0};", "", WRONG),
     "one sum too many": (
         mixtures,
-        "i < size; i += step) {\n        const u64 token",
-        "i <= size; i += step) {\n        const u64 token",
-        OUTSIDE,
+        "if (row >= rows) return;\n    for (u64 token",
+        "if (row > rows) return;\n    for (u64 token",
+        f"{RACE}|{OUTSIDE}",
     ),
     "one column too many": (
         products_of_large_x,
