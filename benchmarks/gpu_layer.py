@@ -151,7 +151,10 @@ def main() -> None:
     rounds = 6 if options.quick else 15
     bandwidth, measured = device.bandwidth(rounds), []
     for hidden, inner in LAYERS[:2] if options.quick else LAYERS:
-        measured.append(measure(device, hidden, inner, rounds, bandwidth))
+        try:
+            measured.append(measure(device, hidden, inner, rounds, bandwidth))
+        except Wrong as found:
+            sys.exit(f"wrong: {found}")
         print(f"hidden {hidden}, inner {inner}: us, times as fast as bf16 in a graph and not")
         for one in measured[-1]["compared"]:
             names = (f"bf16_{launch}" for launch in ("graph", "plain"))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from qmoe_format.gpu import runs
 from qmoe_format.gpu.arrays import element_type
-from qmoe_format.gpu.launch import Kernel, Launch
+from qmoe_format.gpu.launch import Launch
 from qmoe_format.gpu.launch_plan import (
     MOST_BLOCKS,
     Pairs,
@@ -24,7 +23,6 @@ from qmoe_format.gpu.launch_plan import (
     weighted,
 )
 from qmoe_format.gpu.packing import PackedStack
-from qmoe_format.gpu.runs import RunLayout
 
 
 def gated_experts(
@@ -109,7 +107,7 @@ def _inputs(
         ]
     layout, (tokens, k) = found[0].layout, experts.shape
     blocks, groups = shares(layout, len(found) * tokens * k, workspace.limits)
-    kernel = _inputs_kernel(layout, *map(element_type, (x.dtype, experts.dtype)), len(found))
+    kernel = runs.inputs(layout, *map(element_type, (x.dtype, experts.dtype)), len(found))
     first, second = found[0].arrays.values(), found[-1].arrays.values()
     call = (x, hidden, experts, *ints(groups), ring(layout))
     arguments = (*first, *second, *ints(layout.experts, layout.rows), *call)
@@ -123,7 +121,7 @@ def _output(
     assert stack.runs
     layout, (tokens, k) = stack.runs.layout, experts.shape
     blocks, groups = shares(layout, tokens * k, workspace.limits)
-    kernel = _output_kernel(layout, *map(element_type, (hidden.dtype, experts.dtype)), inputs)
+    kernel = runs.output(layout, *map(element_type, (hidden.dtype, experts.dtype)), inputs)
     call = (hidden, each, experts, *ints(groups), ring(layout))
     sizes = ints(layout.experts, layout.rows)
     return Launch(kernel, (blocks, k, tokens), (*stack.runs.arrays.values(), *sizes, *call))
@@ -138,13 +136,3 @@ def _narrowed(pairs: Pairs, workspace: Workspace) -> tuple[list[Launch], Pairs]:
     arguments = (experts, numbers, *ints(pairs.count))
     launch = elementwise("narrow", size=(1, pairs.count), arguments=arguments)
     return [launch], replace(pairs, experts=numbers)
-
-
-@lru_cache(maxsize=1024)
-def _inputs_kernel(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
-    return runs.inputs(layout, x, index, stacks)
-
-
-@lru_cache(maxsize=1024)
-def _output_kernel(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
-    return runs.output(layout, x, index, stacks)

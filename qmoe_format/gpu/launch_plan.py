@@ -28,7 +28,9 @@ from qmoe_format.gpu.tiles import SMALL_TILE, THREADS, Product
 SORT_THREADS = 256
 ELEMENTWISE_THREADS = 256
 FEW = 8  # this many pairs are not worth sorting
-STAGING_GROUPS = 16  # that a block could multiply in the time that it takes to stage x
+# A block could multiply so many groups in the time that it takes to stage x: 32 warps have some 300
+# instructions each for that, a group has 400 to 1300.
+STAGING_GROUPS = 16
 MOST_BLOCKS = 65535  # in the second or third dimension of a grid
 
 Number = int | Given
@@ -210,7 +212,7 @@ def _by_runs(packed: PackedRuns, x: Any, y: Any, pairs: Pairs, limits: DeviceLim
     """y [pairs, rows], one token after another, even if they have the same expert."""
     layout = packed.layout
     mode = "ONE" if pairs.experts is None else "LIST"
-    kernel = _run_kernel(layout, element_type(x.dtype), element_type(y.dtype), mode)
+    kernel = runs.product(layout, element_type(x.dtype), element_type(y.dtype), mode)
     blocks, each = shares(layout, pairs.count, limits)
     sizes = ints(layout.experts, layout.rows)
     call = (x, y, pairs.experts, *ints(pairs.expert, each), ring(layout))
@@ -269,7 +271,7 @@ def batch_for(stack: PackedStack, x: Any, pairs: Pairs, limits: DeviceLimits) ->
     """How to multiply by an expert's tokens together; None if that does not pay."""
     assert stack.runs
     packed, dtype = stack.runs, element_type(x.dtype)
-    batch = _batch(packed.layout, packed.highest, dtype, limits)
+    batch = run_batches.choose(packed.layout, packed.highest, dtype, limits)
     matrices = 1 if pairs.experts is None else min(stack.layout.experts, pairs.count)
     return batch if batch and pairs.count >= batch.fewest * matrices else None
 
@@ -339,19 +341,8 @@ def _product_kernel(layout: Layout, product: Product, limits: DeviceLimits) -> K
 
 
 @lru_cache(maxsize=1024)
-def _batch(layout: RunLayout, highest: int, x: str, limits: DeviceLimits) -> Batch | None:
-    """None if tokens go one after another."""
-    return run_batches.choose(layout, highest, x, limits)
-
-
-@lru_cache(maxsize=1024)
 def _batch_kernels(batch: Batch, y: str, pairs: str) -> tuple[Kernel, Kernel]:
     return batch.prepare(pairs), batch.product(y, pairs)
-
-
-@lru_cache(maxsize=1024)
-def _run_kernel(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
-    return runs.product(layout, x, y, pairs)
 
 
 @lru_cache(maxsize=1024)

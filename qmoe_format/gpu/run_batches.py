@@ -7,6 +7,7 @@ sign, or where levels go beyond 1, each place's level in 4 or 8 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qmoe_format.gpu.cuda import DeviceLimits
 from qmoe_format.gpu.kernel_text import source
@@ -124,6 +125,7 @@ class Batch:
         return Kernel("product", text, THREADS, shared)
 
 
+@lru_cache(maxsize=1024)
 def choose(layout: RunLayout, highest: int, x: str, limits: DeviceLimits) -> Batch | None:
     """How to multiply matrices with magnitudes up to ``highest``.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,12 @@ class RunLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedRuns:
-    """Runs in a device's memory, by the names above; ``highest``: of all levels' magnitudes."""
+    """Runs in a device's memory.
+
+    Attributes:
+        arrays: by the names above, in the order of the kernels' parameters.
+        highest: of all levels' magnitudes.
+    """
 
     layout: RunLayout
     arrays: dict[str, Any]
@@ -132,16 +138,19 @@ def shared_bytes(layout: RunLayout) -> int:
     return LINE_BYTES * (layout.slots + 1)
 
 
+@lru_cache(maxsize=1024)
 def product(layout: RunLayout, x: str, y: str, pairs: str) -> Kernel:
     """The kernel for y = W x, x and y of these element types; ``pairs``: ``ONE`` or ``LIST``."""
     return _product(layout, "product", "run_product", X_TYPE=x, Y_TYPE=y, PAIRS=pairs)
 
 
+@lru_cache(maxsize=1024)
 def inputs(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
     """The kernel for an expert's gate and up, of one stack or two; ``index``: of experts."""
     return _product(layout, "inputs", "run_inputs", X_TYPE=x, Y_TYPE=x, INDEX=index, STACKS=stacks)
 
 
+@lru_cache(maxsize=1024)
 def output(layout: RunLayout, x: str, index: str, stacks: int) -> Kernel:
     """The kernel for an expert's down, from what ``inputs`` makes."""
     files, types = ("gate", "run_output"), {"X_TYPE": x, "Y_TYPE": "fp32", "INDEX": index}
